@@ -1,0 +1,62 @@
+"""The only exception tree of the package; imports nothing.
+
+Every message names the file, tensor or option, what was expected and found, and what to do:
+``<key>: expected <x>, found <y>; <next step>``. The command line turns each of these into one line
+and an exit code; anything else that escapes is a defect.
+"""
+
+
+class SafeWeightsError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class FormatError(SafeWeightsError):
+    """An adapter directory is not a readable safety patch or safety map."""
+
+
+class CorruptAdapterError(FormatError):
+    """An adapter's content breaks a rule of the format (bounds, order, counts, digests, ...)."""
+
+
+class UnsupportedVersionError(FormatError):
+    """An adapter was written in a format version or encoding that this package cannot read."""
+
+
+class BaseMismatchError(SafeWeightsError):
+    """A base model is not the one that an adapter was made for."""
+
+
+class AlreadyMergedError(BaseMismatchError):
+    """A base model already holds the adapter's merged values."""
+
+
+class CheckpointError(SafeWeightsError):
+    """A checkpoint directory cannot be read or written."""
+
+
+class ModelError(SafeWeightsError):
+    """A model cannot be loaded, or its parameters cannot be matched with its checkpoint."""
+
+
+class DataError(SafeWeightsError):
+    """Prompts or training examples are missing, malformed or too few."""
+
+
+class SelectionError(SafeWeightsError):
+    """Scores or a requested density do not allow a selection."""
+
+
+class TrainingError(SafeWeightsError):
+    """Training cannot start, cannot resume, or has diverged."""
+
+
+class EvaluationError(SafeWeightsError):
+    """Answers cannot be generated or judged."""
+
+
+class MergeError(SafeWeightsError):
+    """A merge cannot be carried out as asked."""
+
+
+class UnsupportedFeatureError(SafeWeightsError):
+    """A feature that PEFT offers and this method refuses, rather than answer wrongly."""
