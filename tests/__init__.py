@@ -1,0 +1,1 @@
+"""Tests of safeweights_peft; the tree mirrors the package."""
