@@ -1,0 +1,255 @@
+"""Sparse changes of one tensor, and the one rule by which they are added to it; numpy only.
+
+Here live :class:`SparseDelta`, the checks on indices, and the digests. Files, checkpoints and
+models do not: see ``format``, ``checkpoint`` and ``modeling``. The torch twin of
+:func:`add_rounded` stands in ``tuner/layer.py``; a test holds the two bitwise equal.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from safeweights_peft.errors import BaseMismatchError, CorruptAdapterError, UnsupportedFeatureError
+
+Array = npt.NDArray[Any]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+"""The floating dtypes of values and of editable tensors, by torch's names."""
+
+MAX_NUMEL = 2**63 - 1
+"""The largest number of entries whose flat indices fit in int64."""
+
+
+def add_rounded(base: Array, values: Array, scale: float = 1.0) -> Array:
+    """Add scaled values to base entries: the only arithmetic rule of the package.
+
+    ``new = base.float32 + (scale.float32 * values.float32)``, a multiplication and an addition,
+    each rounded to float32 (never fused), then one rounding to nearest even to the base's dtype.
+    Overflow gives infinity, as in torch. NaN stays NaN, but its payload is not part of the rule:
+    torch's own casts differ there between processors, so :mod:`safeweights_peft.merge` refuses NaN.
+
+    Args:
+        base: Entries of the base, of a dtype in ``DTYPES``.
+        values: Values to add, one per entry of ``base``.
+        scale: Finite factor on the values.
+
+    Returns:
+        The new entries, in the base's dtype and shape.
+
+    Raises:
+        UnsupportedFeatureError: The base's dtype is not in ``DTYPES``.
+    """
+    if base.dtype not in DTYPES.values():
+        raise UnsupportedFeatureError(
+            f"base: expected a dtype of {', '.join(DTYPES)}, found {base.dtype.name}; "
+            "use an unquantized checkpoint"
+        )
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        change = np.float32(scale) * values.astype(np.float32)
+        return (base.astype(np.float32) + change).astype(base.dtype)
+
+
+def digest(*arrays: Array) -> str:
+    """Hash the contiguous little-endian bytes of arrays, one after the other.
+
+    Args:
+        *arrays: The arrays; their shapes and dtypes do not enter the digest.
+
+    Returns:
+        ``"sha256:"`` and 64 lowercase hexadecimal digits.
+    """
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return f"sha256:{sha.hexdigest()}"
+
+
+def index_dtype(numel: int) -> np.dtype[Any]:
+    """Choose the dtype of the flat indices of a tensor.
+
+    Args:
+        numel: Number of entries of the tensor.
+
+    Returns:
+        int32 if ``numel`` is below 2**31, otherwise int64.
+    """
+    return np.dtype(np.int32 if numel < 2**31 else np.int64)
+
+
+def check_indices(name: str, indices: Array, shape: Sequence[int]) -> None:
+    """Check flat, row-major indices: integer dtype, one dimension, ascending, unique, in range.
+
+    Args:
+        name: What the message calls the indices.
+        indices: The indices to check.
+        shape: Shape of the tensor that they point into.
+
+    Raises:
+        CorruptAdapterError: One of the rules is broken.
+    """
+    if indices.ndim != 1 or indices.dtype.kind not in "iu":
+        raise CorruptAdapterError(
+            f"{name}: expected integer indices of one dimension, found {indices.dtype.name} of "
+            f"shape {list(indices.shape)}; write flat row-major indices"
+        )
+    if not indices.size:
+        return
+    falls = np.flatnonzero(indices[1:] <= indices[:-1])
+    if falls.size:
+        at = int(falls[0])
+        raise CorruptAdapterError(
+            f"{name}: expected ascending indices without repeats, found {indices[at]} before "
+            f"{indices[at + 1]} at position {at}; do not use this adapter"
+        )
+    numel = math.prod(shape)
+    if int(indices[0]) < 0 or int(indices[-1]) >= numel:
+        bad = indices[0] if int(indices[0]) < 0 else indices[-1]
+        raise CorruptAdapterError(
+            f"{name}: expected indices from 0 to {numel - 1}, found {bad}; do not use this adapter"
+        )
+
+
+def check_finite(name: str, values: Array) -> None:
+    """Check that floating values hold no NaN and no infinity.
+
+    Args:
+        name: What the message calls the values.
+        values: The values to check.
+
+    Raises:
+        CorruptAdapterError: A value is not finite.
+    """
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        raise CorruptAdapterError(
+            f"{name}: expected finite values, found {values[bad[0]]} at position {bad[0]}; "
+            "do not use this adapter"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SparseDelta:
+    """The change of some entries of one tensor, checked at construction.
+
+    Attributes:
+        shape: Shape of the tensor.
+        indices: Flat row-major indices of the changed entries, ascending and unique; ``(count,)``.
+        values: What to add at these entries, of a dtype in ``DTYPES``, finite; ``(count,)``.
+    """
+
+    shape: tuple[int, ...]
+    indices: Array
+    values: Array
+
+    def __post_init__(self) -> None:
+        """Check the fields against each other."""
+        if any(size < 0 for size in self.shape) or self.numel > MAX_NUMEL:
+            raise CorruptAdapterError(
+                f"shape: expected sizes from 0 and fewer than 2**63 entries, found "
+                f"{list(self.shape)}; give the tensor's own shape"
+            )
+        check_indices("indices", self.indices, self.shape)
+        if self.values.dtype not in DTYPES.values() or self.values.shape != self.indices.shape:
+            raise CorruptAdapterError(
+                f"values: expected {self.count} values of a dtype of {', '.join(DTYPES)}, found "
+                f"{self.values.dtype.name} of shape {list(self.values.shape)}; give one per index"
+            )
+        check_finite("values", self.values)
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """Number of changed entries."""
+        return int(self.indices.size)
+
+    @property
+    def density(self) -> float:
+        """Changed fraction of the tensor, from 0 to 1."""
+        return self.count / self.numel if self.numel else 0.0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the indices (in their storage dtype) and values."""
+        return self.count * index_dtype(self.numel).itemsize + self.values.nbytes
+
+    @classmethod
+    def from_dense(cls, base: Array, tuned: Array) -> Self:
+        """Take the difference of two dense tensors, in float32, where they differ.
+
+        Args:
+            base: The tensor before.
+            tuned: The tensor after, of the same shape.
+
+        Returns:
+            The delta, with float32 values.
+
+        Raises:
+            BaseMismatchError: The shapes differ.
+        """
+        if base.shape != tuned.shape:
+            raise BaseMismatchError(
+                f"tuned: expected the base's shape {list(base.shape)}, found {list(tuned.shape)}; "
+                "compare a model with the base that it was tuned from"
+            )
+        before = base.reshape(-1).astype(np.float32)
+        after = tuned.reshape(-1).astype(np.float32)
+        indices = np.flatnonzero(before != after).astype(index_dtype(before.size))
+        return cls(tuple(base.shape), indices, after[indices] - before[indices])
+
+    def to_dense(self) -> Array:
+        """Spread the values over the whole tensor.
+
+        Returns:
+            An array of ``shape`` in the values' dtype, zero elsewhere.
+        """
+        dense = np.zeros(self.numel, self.values.dtype)
+        dense[self.indices] = self.values
+        return dense.reshape(self.shape)
+
+    def gather(self, dense: Array) -> Array:
+        """Take the entries of a dense tensor at the indices.
+
+        Args:
+            dense: A tensor of ``shape``.
+
+        Returns:
+            A copy of its entries; ``(count,)``.
+
+        Raises:
+            BaseMismatchError: The shapes differ.
+        """
+        if dense.shape != self.shape:
+            raise BaseMismatchError(
+                f"base: expected shape {list(self.shape)}, found {list(dense.shape)}; "
+                "use the base that the delta was made for"
+            )
+        entries: Array = dense.reshape(-1)[self.indices]
+        return entries
+
+    def apply(self, base: Array, scale: float = 1.0) -> Array:
+        """Add the scaled values to a copy of a dense tensor, by :func:`add_rounded`.
+
+        Args:
+            base: A tensor of ``shape``.
+            scale: Finite factor on the values.
+
+        Returns:
+            The changed copy, in the base's dtype.
+        """
+        new = np.array(base, order="C")
+        new.reshape(-1)[self.indices] = add_rounded(self.gather(base), self.values, scale)
+        return new
