@@ -1,0 +1,172 @@
+"""Where a parameter lives on disk: checkpoint tensors as strided pieces of its flat index.
+
+Here live :class:`Block` and the checks on blocks. Reading checkpoints does not: a block is only
+numbers. See "Blocks" in ``docs/format.md``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import CorruptAdapterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One checkpoint tensor that holds entries of a parameter.
+
+    The tensor's entry at multi-index ``(i0, i1, ...)`` is the parameter's entry with flat index
+    ``offset + strides[0] * i0 + strides[1] * i1 + ...``.
+
+    Attributes:
+        key: The tensor's name in the checkpoint.
+        shape: The tensor's shape there.
+        offset: Flat index, in the parameter, of the tensor's first entry.
+        strides: Steps in the parameter's flat index, one per dimension of ``shape``.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...]
+
+    @classmethod
+    def dense(cls, key: str, shape: Sequence[int]) -> "Block":
+        """Describe a parameter that is one checkpoint tensor of the same shape.
+
+        Args:
+            key: The tensor's name in the checkpoint.
+            shape: Shape of both.
+
+        Returns:
+            The block.
+        """
+        return cls(key=key, shape=tuple(shape), offset=0, strides=row_major_strides(shape))
+
+    def locate(self, indices: Array) -> tuple[Array, Array]:
+        """Find which entries of the parameter this tensor holds, and where.
+
+        Args:
+            indices: Ascending flat indices in the parameter; ``(count,)``.
+
+        Returns:
+            Positions into ``indices``, and the flat row-major indices in the tensor; both int64.
+        """
+        flat = indices.astype(np.int64, copy=False)
+        first = int(np.searchsorted(flat, self.offset))
+        stop = int(np.searchsorted(flat, self.last, side="right"))
+        rest = flat[first:stop] - self.offset
+        inside = np.ones(rest.shape, bool)
+        local = np.zeros(rest.shape, np.int64)
+        steps = row_major_strides(self.shape)
+        for dim in reversed(self._wide_dims()):
+            coordinate, rest = np.divmod(rest, self.strides[dim])
+            inside &= coordinate < self.shape[dim]
+            local += coordinate * steps[dim]
+        inside &= rest == 0
+        return first + np.flatnonzero(inside), local[inside]
+
+    @property
+    def last(self) -> int:
+        """Flat index, in the parameter, of the tensor's last entry."""
+        return self.offset + sum(
+            stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)
+        )
+
+    def is_injective(self) -> bool:
+        """Tell whether each stride reaches over everything that the smaller strides can reach.
+
+        Returns:
+            True if so; then no two entries of the tensor share a flat index in the parameter.
+        """
+        reach = 0
+        for dim in self._wide_dims():
+            if self.strides[dim] <= reach:
+                return False
+            reach += self.strides[dim] * (self.shape[dim] - 1)
+        return True
+
+    def _wide_dims(self) -> list[int]:
+        """Dimensions of more than one entry, by ascending stride."""
+        wide = [dim for dim, size in enumerate(self.shape) if size > 1]
+        return sorted(wide, key=lambda dim: self.strides[dim])
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Give the steps in the flat row-major index, one per dimension.
+
+    Args:
+        shape: Shape of a tensor.
+
+    Returns:
+        The strides, in entries.
+    """
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def check_blocks(name: str, blocks: Sequence[Block], numel: int) -> None:
+    """Check that each block lies inside its parameter and holds no entry twice.
+
+    Args:
+        name: What the message calls the parameter.
+        blocks: The checkpoint tensors that hold it.
+        numel: Number of entries of the parameter.
+
+    Raises:
+        CorruptAdapterError: A block breaks a rule, or together they are larger than the parameter.
+    """
+    for block in blocks:
+        if len(block.shape) != len(block.strides):
+            found = f"{len(block.strides)} strides for {len(block.shape)} sizes"
+            raise CorruptAdapterError(_message(name, block, "one stride per size", found))
+        if block.last >= numel:
+            raise CorruptAdapterError(
+                _message(name, block, f"entries below {numel}", f"one at {block.last}")
+            )
+        if not block.is_injective():
+            raise CorruptAdapterError(
+                _message(name, block, "strides that reach each entry once", "others")
+            )
+    held = sum(math.prod(block.shape) for block in blocks)
+    if held > numel:
+        raise CorruptAdapterError(
+            f"{name}: blocks: expected at most {numel} entries together, found {held}; "
+            "do not use this adapter"
+        )
+
+
+def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
+    """Check that each selected entry of a parameter lies in exactly one block.
+
+    Args:
+        name: What the message calls the parameter.
+        blocks: The checkpoint tensors that hold it.
+        indices: Its checked indices.
+
+    Raises:
+        CorruptAdapterError: An entry lies in no block, or in two.
+    """
+    flat = indices.astype(np.int64, copy=False)
+    holders = np.zeros(flat.shape, np.uint8)
+    for block in blocks:
+        positions, _ = block.locate(flat)
+        holders[positions] += 1
+        if holders[positions].max(initial=0) > 1:
+            raise CorruptAdapterError(
+                f"{name}: expected each entry in one block, found {block.key!r} overlapping "
+                "another; do not use this adapter"
+            )
+    missing = np.flatnonzero(holders == 0)
+    if missing.size:
+        raise CorruptAdapterError(
+            f"{name}: expected blocks that hold every selected entry, found none for index "
+            f"{flat[missing[0]]}; do not use this adapter"
+        )
+
+
+def _message(name: str, block: Block, expected: str, found: str) -> str:
+    key = block.key[:80]
+    return f"{name}: block {key!r}: expected {expected}, found {found}; do not use this adapter"
