@@ -1,0 +1,53 @@
+"""Safety patches and safety maps as directories; ``docs/format.md`` is the normative text."""
+
+from safeweights_peft.format.io import (
+    Adapter,
+    SafetyMap,
+    check_tensors,
+    inspect,
+    read_adapter,
+    read_map,
+    read_metadata,
+    validate,
+    write_adapter,
+    write_map,
+)
+from safeweights_peft.format.metadata import (
+    FORMAT_VERSION,
+    AdapterMetadata,
+    Block,
+    Encoding,
+    Mode,
+    TensorRecord,
+    indices_key,
+    parse_key,
+    record_from_json,
+    record_to_json,
+    scores_key,
+    values_key,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Adapter",
+    "AdapterMetadata",
+    "Block",
+    "Encoding",
+    "Mode",
+    "SafetyMap",
+    "TensorRecord",
+    "check_tensors",
+    "indices_key",
+    "inspect",
+    "parse_key",
+    "read_adapter",
+    "read_map",
+    "read_metadata",
+    "record_from_json",
+    "record_to_json",
+    "scores_key",
+    "validate",
+    "values_key",
+    "write_adapter",
+    "write_map",
+]

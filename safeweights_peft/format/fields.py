@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from safeweights_peft.errors import CorruptAdapterError, UnsupportedVersionError
+from safeweights_peft.files import MAX_DIMS
 
 T = TypeVar("T")
 Choice = TypeVar("Choice", bound=StrEnum)
@@ -120,7 +121,7 @@ class Fields:
         return value
 
     def integers(self, key: str, least: int) -> tuple[int, ...]:
-        """Take a list of integers.
+        """Take a list of sizes or strides.
 
         Args:
             key: The field.
@@ -133,10 +134,9 @@ class Fields:
             CorruptAdapterError: It is no list, or holds something else.
         """
         values = self.take(key, list)
-        if any(type(value) is not int or value < least for value in values):
-            raise CorruptAdapterError(
-                self.message(key, f"integers of at least {least}", repr(values))
-            )
+        if len(values) > MAX_DIMS or any(type(v) is not int or v < least for v in values):
+            asked = f"at most {MAX_DIMS} integers of at least {least}"
+            raise CorruptAdapterError(self.message(key, asked, repr(values)))
         return tuple(values)
 
     def texts(self, key: str) -> tuple[str, ...]:

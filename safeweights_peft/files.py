@@ -1,0 +1,310 @@
+"""Files from strangers, and directories that appear whole: shared by ``format`` and ``checkpoint``.
+
+Here live strict JSON, the header of a safetensors file, and publishing by rename. What the files
+mean does not. Nothing is ever unpickled. The safetensors library itself accepts a header with
+repeated names, and gives no byte offsets; so the header is parsed here.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from safeweights_peft.delta import DTYPES, Array
+from safeweights_peft.errors import SafeWeightsError
+
+MAX_JSON_BYTES = 100_000_000
+"""Limit on a JSON file and on a safetensors header, as in the safetensors library."""
+
+MAX_FILE_BYTES = 2**63 - 1
+
+MAX_DIMS = 64
+"""Limit on the dimensions of a tensor, as in numpy."""
+
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": DTYPES["float32"],
+    "BF16": DTYPES["bfloat16"],
+    "F16": DTYPES["float16"],
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The safetensors dtypes that this package can read; others may stand in a file, untouched."""
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a safetensors header.
+
+    Attributes:
+        dtype: The dtype as safetensors names it, such as "BF16".
+        shape: The shape.
+        offset: Position of the first byte in the file.
+        size_bytes: Number of bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+    def open(self, path: Path) -> Array:
+        """Map the tensor, so that only the touched pages are read.
+
+        Args:
+            path: The file whose header this came from.
+
+        Returns:
+            A flat read-only view of the file; ``(numel,)``.
+        """
+        dtype = STORED_DTYPES[self.dtype]
+        if not self.size_bytes:
+            return np.empty(0, dtype)
+        raw = np.memmap(path, np.uint8, "r", self.offset, (self.size_bytes,))
+        return raw.view(np.ndarray).view(dtype)
+
+
+def read_json(path: Path, error: type[SafeWeightsError]) -> dict[str, Any]:
+    """Read a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity.
+
+    Args:
+        path: The file.
+        error: What to raise if it cannot be read.
+
+    Returns:
+        The object.
+    """
+    _check_is_file(path, error)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            _refuse(error, path, f"at most {MAX_JSON_BYTES} bytes", f"{path.stat().st_size}")
+        content = path.read_bytes()
+    except OSError as reason:
+        _refuse(error, path, "a readable file", str(reason), reason)
+    return parse_json(content, str(path), error)
+
+
+def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity.
+
+    Args:
+        content: The bytes.
+        source: What the message calls them.
+        error: What to raise if they are anything else.
+
+    Returns:
+        The object.
+    """
+    try:
+        parsed = json.loads(
+            content.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as reason:
+        _refuse(error, source, "JSON", str(reason), reason)
+    if not isinstance(parsed, dict):
+        _refuse(error, source, "a JSON object", type(parsed).__name__)
+    return parsed
+
+
+def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTensor]:
+    """Read and check the header of a safetensors file, and none of its tensors.
+
+    Args:
+        path: The file.
+        error: What to raise if it is no complete safetensors file.
+
+    Returns:
+        The entries by name; they cover the rest of the file without holes or overlaps.
+    """
+    _check_is_file(path, error)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
+                _refuse(error, path, "a safetensors header", f"{length} bytes of it in {size}")
+            content = file.read(length)
+    except OSError as reason:
+        _refuse(error, path, "a readable file", str(reason), reason)
+    header = parse_json(content, f"{path}: header", error)
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {
+        name: _stored_tensor(path, name, entry, start, error) for name, entry in header.items()
+    }
+    _check_cover(path, tensors, start, size, error)
+    return tensors
+
+
+def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Path:
+    """Check that a directory may be published at a path.
+
+    Args:
+        path: The place.
+        overwrite: Whether an existing non-empty directory may be replaced.
+        error: What to raise if it may not.
+
+    Returns:
+        The resolved path.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        _refuse(error, path, "a directory or nothing", "a file", hint="give another path")
+    if Path.cwd().is_relative_to(target):
+        _refuse(error, path, "another directory", "the current one", hint="give another path")
+    if not overwrite and any(target.iterdir()):
+        _refuse(
+            error, path, "an empty directory or none", "files", hint="set overwrite to replace it"
+        )
+    return target
+
+
+@contextmanager
+def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Iterator[Path]:
+    """Fill a temporary sibling directory, and give it its name once it is complete and on disk.
+
+    Args:
+        path: Where the directory is to appear, whole or not at all.
+        overwrite: Whether an existing non-empty directory is replaced.
+        error: What to raise if the directory may not be written there.
+
+    Yields:
+        The directory to fill.
+    """
+    target = check_target(path, overwrite, error)
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        _sync_all(draft)
+        _replace(target, draft)
+    except OSError as reason:
+        _refuse(error, path, "a writable directory", str(reason), reason, "free space or move it")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _refuse(
+    error: type[SafeWeightsError],
+    source: Path | str,
+    expected: str,
+    found: str,
+    reason: BaseException | None = None,
+    hint: str = "fetch the file again, or do not use it",
+) -> NoReturn:
+    raise error(f"{source}: expected {expected}, found {found[:200]}; {hint}") from reason
+
+
+def _check_is_file(path: Path, error: type[SafeWeightsError]) -> None:
+    """Refuse what could be read without end, such as a device or a pipe."""
+    if not path.is_file():
+        found = "something else" if path.exists() else "nothing"
+        _refuse(error, path, "a file", found, hint="give a complete directory")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in unique if names.count(name) > 1)
+        raise ValueError(f"the key {repeated[:80]!r} twice in one object")
+    return unique
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name}, which is not JSON")
+
+
+def _stored_tensor(
+    path: Path, name: str, entry: Any, start: int, error: type[SafeWeightsError]
+) -> StoredTensor:
+    """Check one header entry by itself."""
+    source = f"{path}: {name[:200]}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        _refuse(error, source, "dtype, shape and data_offsets", str(entry))
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape):
+        _refuse(error, source, "a dtype and a shape", f"{dtype!r} and {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _refuse(error, source, "ascending data_offsets", repr(offsets))
+    size_bytes = offsets[1] - offsets[0]
+    if dtype in STORED_DTYPES:
+        needed = math.prod(shape) * STORED_DTYPES[dtype].itemsize
+        if size_bytes != needed:
+            _refuse(error, source, f"{needed} bytes for {dtype} {shape}", str(size_bytes))
+    return StoredTensor(dtype, tuple(shape), start + offsets[0], size_bytes)
+
+
+def _are_sizes(values: Any) -> bool:
+    """Tell whether this is a list of few enough integers that can be sizes or positions."""
+    return (isinstance(values, list) and len(values) <= MAX_DIMS) and all(
+        type(value) is int and 0 <= value <= MAX_FILE_BYTES for value in values
+    )
+
+
+def _check_cover(
+    path: Path,
+    tensors: dict[str, StoredTensor],
+    start: int,
+    size: int,
+    error: type[SafeWeightsError],
+) -> None:
+    """Check that the tensors fill the file from the header to its end, each byte once."""
+    at = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
+        if tensor.offset != at:
+            _refuse(error, f"{path}: {name[:200]}", f"bytes from {at}", f"{tensor.offset}")
+        at += tensor.size_bytes
+    if at != size:
+        _refuse(error, path, f"{at} bytes, as its header says", str(size))
+
+
+def _sync_all(directory: Path) -> None:
+    """Bring every file, then every directory, to the disk, so that the rename comes last."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a directory
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(target: Path, draft: Path) -> None:
+    """Move the old directory aside, rename the new one, delete the old one."""
+    old = draft.with_suffix(".old")
+    had_old = target.exists()
+    if had_old:
+        target.rename(old)
+    try:
+        draft.rename(target)
+    except OSError:
+        if had_old:
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    if had_old:
+        shutil.rmtree(old, ignore_errors=True)
