@@ -1,0 +1,4 @@
+from safeweights_peft.cli import main
+
+if __name__ == "__main__":
+    main()
