@@ -1,0 +1,285 @@
+"""Prompts and training examples: where they come from and how they become token batches.
+
+Reads the built-in prompt set, JSON and JSONL files, and ``datasets`` ids; applies the tokenizer's
+chat template; lays examples out so that every answer of a batch starts in the same column. It
+downloads nothing unless a ``datasets`` id is given, and never sees a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safeweights_peft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILTIN = "builtin:"
+BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request, with the wished answer where the set has one.
+
+    Attributes:
+        instruction: the user's request.
+        output: the wished answer, or None.
+    """
+
+    instruction: str
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation of one turn as token ids.
+
+    Attributes:
+        prompt_ids: rendered request, up to and including the cue for the answer.
+        answer_ids: the answer and, unless it was cut, the end of the turn.
+    """
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples laid side by side: prompts padded on the left, answers on the right.
+
+    Attributes:
+        input_ids: (B, P + A) token ids.
+        attention_mask: (B, P + A), 1 where a token stands.
+        position_ids: (B, P + A), counted from each row's first token.
+        answer_ids: (B, A) token ids, `IGNORED` where an answer has ended.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    answer_ids: torch.Tensor
+
+    @property
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """The keyword arguments of a model's forward pass."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch on another device.
+
+        Args:
+            device: where the tensors go.
+
+        Returns:
+            A batch whose four tensors are on `device`.
+        """
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
+    """Reads requests from a built-in set, a file, or the datasets library.
+
+    Args:
+        source: ``builtin:NAME``, the path of a ``.json`` or ``.jsonl`` file, or a ``datasets`` id,
+            optionally with a split: ``owner/name:train``.
+        needs_output: every row must carry the wished answer.
+
+    Returns:
+        The rows in the source's order; duplicates are kept.
+
+    Raises:
+        DataError: the source is missing, malformed, empty, or lacks a field.
+    """
+    raw = _read_raw(source)
+    rows = [_row(item, f"{source}, row {position}", needs_output) for position, item in raw]
+    if not rows:
+        raise DataError(f"{source}: expected at least one row, found none; give another source")
+    return rows
+
+
+def _read_raw(source: str) -> list[tuple[int, Any]]:
+    if source.startswith(BUILTIN):
+        return _read_builtin(source.removeprefix(BUILTIN))
+    path = Path(source)
+    if path.suffix in {".json", ".jsonl"}:
+        if not path.is_file():
+            raise DataError(f"{source}: expected a file, found none; check the path")
+        return _parse(path.read_text(encoding="utf-8"), source, lines=path.suffix == ".jsonl")
+    return _read_datasets(source)
+
+
+def _read_builtin(name: str) -> list[tuple[int, Any]]:
+    if name not in BUILTIN_SETS:
+        raise DataError(
+            f"{BUILTIN}{name}: expected one of {', '.join(BUILTIN_SETS)}, found {name!r}; "
+            "name one of them, or give a file"
+        )
+    text = (resources.files("safeweights_peft") / "prompts" / f"{name}.json").read_text("utf-8")
+    return _parse(text, f"{BUILTIN}{name}", lines=False)
+
+
+def _parse(text: str, source: str, *, lines: bool) -> list[tuple[int, Any]]:
+    try:
+        if lines:
+            return [(n, json.loads(t)) for n, t in enumerate(text.splitlines(), 1) if t.strip()]
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}: expected JSON, found {error}; correct the file") from error
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{source}: expected a list of objects, found {type(rows).__name__}; "
+            "wrap the rows in a list, or use .jsonl with one object a line"
+        )
+    return list(enumerate(rows, 1))
+
+
+def _read_datasets(source: str) -> list[tuple[int, Any]]:
+    from datasets import load_dataset
+
+    name, _, split = source.partition(":")
+    try:
+        dataset = load_dataset(name, split=split or "train")
+    except Exception as error:
+        raise DataError(
+            f"{source}: expected {BUILTIN}NAME, a .json or .jsonl file, or a datasets id, "
+            f"found {type(error).__name__}: {error}; check the spelling and the network"
+        ) from error
+    return list(enumerate(dataset, 1))
+
+
+def _row(item: Any, where: str, needs_output: bool) -> Row:
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: expected an object, found {type(item).__name__}; correct it")
+    for field in ("instruction", "output") if needs_output else ("instruction",):
+        value = item.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{where}: expected a non-empty text in '{field}', found {value!r}; "
+                f"give every row the field '{field}'"
+            )
+    output = item.get("output")
+    return Row(item["instruction"], output if isinstance(output, str) and output else None)
+
+
+def data_digest(rows: Sequence[Row]) -> str:
+    """Names a set of rows by its content.
+
+    Args:
+        rows: the rows, in order.
+
+    Returns:
+        ``sha256:`` and the hash of the rows as JSON.
+    """
+    text = json.dumps([[row.instruction, row.output] for row in rows])
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
+    """Applies the chat template to a request, up to the cue for the answer.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        instruction: the user's request.
+
+    Returns:
+        The text that the model continues.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{tokenizer.name_or_path}: expected a chat template, found none; set "
+            "tokenizer.chat_template and save the tokenizer beside the model"
+        )
+    messages = [{"role": "user", "content": instruction}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> tuple[int, ...]:
+    """Renders a request and turns it into token ids.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        instruction: the user's request.
+
+    Returns:
+        The ids; special tokens come from the template alone.
+    """
+    text = render_prompt(tokenizer, instruction)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str, max_answer_tokens: int
+) -> Example:
+    """Renders a request and its answer, and turns them into token ids.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        instruction: the user's request.
+        answer: the assistant's answer.
+        max_answer_tokens: longer answers are cut.
+
+    Returns:
+        The example; its answer ends with the template's end of turn unless cut.
+
+    Raises:
+        DataError: the template's rendering of the conversation doesn't begin with its own prompt.
+    """
+    prompt = render_prompt(tokenizer, instruction)
+    conversation = str(
+        tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": instruction},
+                {"role": "assistant", "content": answer},
+            ],
+            tokenize=False,
+        )
+    )
+    if not conversation.startswith(prompt):
+        raise DataError(
+            f"{tokenizer.name_or_path}: expected a chat template whose conversation begins with "
+            "its generation prompt, found another text; use a template without a forced prefix"
+        )
+    turn = conversation[len(prompt) :].rstrip("\n")
+    ids = tokenizer(turn, add_special_tokens=False)["input_ids"]
+    return Example(encode_prompt(tokenizer, instruction), tuple(ids[:max_answer_tokens]))
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Lays examples side by side so that all answers start in the same column.
+
+    Args:
+        examples: at least one.
+        pad_token_id: what stands where no token does.
+
+    Returns:
+        The batch, on the CPU.
+    """
+    width = max(len(example.prompt_ids) for example in examples)
+    length = max(len(example.answer_ids) for example in examples)
+    input_ids = torch.full((len(examples), width + length), pad_token_id)
+    mask = torch.zeros_like(input_ids)
+    answers = torch.full((len(examples), length), IGNORED)
+    for row, example in enumerate(examples):
+        start, end = width - len(example.prompt_ids), width + len(example.answer_ids)
+        input_ids[row, start:end] = torch.tensor(example.prompt_ids + example.answer_ids)
+        mask[row, start:end] = 1
+        answers[row, : len(example.answer_ids)] = torch.tensor(example.answer_ids)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return Batch(input_ids, mask, positions, answers)

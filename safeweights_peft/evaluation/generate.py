@@ -1,0 +1,86 @@
+"""Batched greedy answers of a model to requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from safeweights_peft.data import Example, collate, encode_prompt
+from safeweights_peft.errors import EvaluationError
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 25,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[Example]:
+    """Lets a model answer requests greedily, each on its own.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer, with a chat template.
+        instructions: the requests.
+        max_new_tokens: answers are cut after this many tokens.
+        batch_size: requests answered together; requests of like length share a batch.
+        on_batch: called after each batch with its size, for progress.
+
+    Returns:
+        One example per request, in order; the answer's ids end with the end token unless cut.
+
+    Raises:
+        EvaluationError: there are no requests.
+    """
+    if not instructions:
+        raise EvaluationError("prompts: expected at least one request, found none")
+    prompts = [Example(encode_prompt(tokenizer, text), ()) for text in instructions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
+    config = _greedy(model, tokenizer, max_new_tokens)
+    answers: dict[int, Example] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        examples = _answer([prompts[row] for row in rows], model, config)
+        answers.update(zip(rows, examples, strict=True))
+        on_batch(len(rows))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def _greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """Builds greedy settings from the model's end tokens alone: its sampling settings stay out."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+@torch.inference_mode()
+def _answer(
+    prompts: Sequence[Example], model: PreTrainedModel, config: GenerationConfig
+) -> list[Example]:
+    batch = collate(prompts, config.pad_token_id).to(model.device)
+    output = model.generate(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+    )
+    width = batch.input_ids.shape[1]
+    ends = config.eos_token_id
+    stops = frozenset(ends if isinstance(ends, list) else [ends])
+    return [
+        Example(prompt.prompt_ids, _cut(tuple(row), stops))
+        for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True)
+    ]
+
+
+def _cut(ids: tuple[int, ...], stops: frozenset[int]) -> tuple[int, ...]:
+    """Keeps an answer up to and including its first end token."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]

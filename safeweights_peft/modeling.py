@@ -1,0 +1,342 @@
+"""Base models: find them, load them, name their parameters, and say where each lives on disk.
+
+The only translator between in-memory parameters and checkpoint keys, and the only file that uses
+transformers' weight conversion. It never sees an adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.delta import DTYPES
+from safeweights_peft.errors import ModelError
+from safeweights_peft.format import Block, TensorRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base model was found.
+
+    Attributes:
+        name: the Hub id or path as the user gave it; recorded in adapters.
+        path: the local directory with its files.
+        revision: the Hub commit, or None for a plain directory.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+
+
+def resolve_base(base: str, revision: str | None = None) -> BaseModel:
+    """Finds a base model: a local directory, or a Hub id (downloaded into the cache).
+
+    Args:
+        base: directory or Hub id.
+        revision: branch, tag or commit on the Hub; the default branch if None.
+
+    Returns:
+        The local directory and, for a Hub id, the commit that it holds.
+
+    Raises:
+        ModelError: there is no such directory or repository, or it has no config.json.
+    """
+    path = Path(base)
+    commit = None
+    if not path.is_dir():
+        path = _download(base, revision)
+        commit = path.name
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{base}: expected a Hugging Face model with config.json, found none; "
+            "give the directory that save_pretrained wrote, or a Hub id"
+        )
+    return BaseModel(base, path, commit)
+
+
+def _download(base: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{base}: expected a model directory or a Hub id, found neither ({error}); "
+            "check the spelling, the network and your access"
+        ) from error
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """Chooses where to compute.
+
+    Args:
+        device: a torch device, or None for the accelerator where there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        ModelError: `device` is not a device that torch knows.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"--device {device}: expected a torch device; {error}") from error
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """Chooses the dtype to compute in.
+
+    Args:
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: float32 on a CPU, where 16-bit
+            arithmetic is slow, and the checkpoint's own dtype elsewhere.
+        device: where the model will run.
+
+    Returns:
+        A torch dtype, or "auto" for the checkpoint's own.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_model(
+    base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Loads a causal language model for inference: evaluation mode, no gradients.
+
+    Args:
+        base: a resolved base model.
+        dtype: what to load the weights in; "auto" is the checkpoint's own.
+        device: where the model goes.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: transformers can't load it, or its weights are quantized.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{base.name}: expected a causal language model that transformers can load, "
+            f"found {type(error).__name__}: {error}"
+        ) from error
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"{base.name}: expected float weights, found a quantized model; use its original"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer and makes sure that it can pad.
+
+    Args:
+        base: a resolved base model.
+
+    Returns:
+        The tokenizer; the end-of-text token pads where no padding token is set.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has neither a padding nor an end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base.name}: expected a tokenizer, found none: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{base.name}: expected a padding or end token in the tokenizer")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Views a tensor as a numpy array; bfloat16 as ml_dtypes' bfloat16.
+
+    Args:
+        tensor: of any device and shape; copied only where it isn't contiguous on the CPU.
+
+    Returns:
+        An array of the same shape and dtype.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return tensor.numpy()
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Counts the entries of all parameters, tied ones once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The count that densities refer to, as in the paper (embeddings included).
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Lists the parameters that may carry selected entries.
+
+    Embeddings (and an untied output head), norms, biases and routers are left out: norms and
+    biases are vectors, and moving embeddings or routers changes the model everywhere at once.
+
+    Args:
+        model: a causal language model without adapters.
+
+    Returns:
+        In-memory parameter names and parameters, in the model's order.
+    """
+    embeddings = {
+        id(module.weight)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in embeddings and not _is_router(name)
+    }
+
+
+def _is_router(name: str) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2] in ROUTER_NAMES
+
+
+def describe(
+    model: PreTrainedModel, names: Iterable[str], base_path: Path | None
+) -> dict[str, TensorRecord]:
+    """Says for each parameter what it is and where it lives in the base's checkpoint.
+
+    Args:
+        model: a causal language model without adapters.
+        names: in-memory parameter names.
+        base_path: the base's directory, whose keys, shapes and dtypes are checked; None for a model
+            that was never on disk.
+
+    Returns:
+        One record per parameter, without count and digests: these depend on the indices.
+
+    Raises:
+        ModelError: a parameter has no counterpart in the checkpoint, or one of another shape.
+    """
+    reader = None if base_path is None else CheckpointReader(base_path)
+    parameters = dict(model.named_parameters())
+    return {name: _describe_parameter(model, name, parameters[name], reader) for name in names}
+
+
+def _describe_parameter(
+    model: PreTrainedModel, name: str, parameter: nn.Parameter, reader: CheckpointReader | None
+) -> TensorRecord:
+    positions = torch.arange(parameter.numel()).view(parameter.shape)
+    blocks = tuple(
+        _block(name, key, value.numpy())
+        for key, value in revert_weight_conversion(model, {name: positions}).items()
+    )
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if reader is not None:
+        blocks = tuple(_on_disk(model, name, block, reader) for block in blocks)
+        dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
+    return TensorRecord(
+        shape=tuple(parameter.shape),
+        dtype=dtype,
+        blocks=blocks,
+        tied_keys=_tied_names(model, name, parameter),
+    )
+
+
+def _block(name: str, key: str, positions: np.ndarray) -> Block:
+    """Describes a checkpoint tensor as a strided view of the parameter's flat storage."""
+    origin = (0,) * positions.ndim
+    offset = int(positions[origin])
+    strides = []
+    for axis, size in enumerate(positions.shape):
+        step = tuple(int(i == axis) for i in range(positions.ndim))
+        strides.append(int(positions[step]) - offset if size > 1 else 0)
+    rebuilt = np.full((), offset, dtype=np.int64)
+    for stride, size in zip(strides, positions.shape, strict=True):
+        rebuilt = rebuilt[..., None] + stride * np.arange(size)
+    if not np.array_equal(rebuilt, positions):
+        raise ModelError(
+            f"{name}: expected checkpoint tensor {key} to be a strided view of it, found another "
+            "layout; this architecture can't be patched on disk yet"
+        )
+    return Block(key=key, shape=positions.shape, offset=offset, strides=tuple(strides))
+
+
+def _on_disk(
+    model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader
+) -> Block:
+    bare = block.key.removeprefix(f"{model.base_model_prefix}.")
+    key = next((key for key in (block.key, bare) if key in reader), None)
+    if key is None:
+        raise ModelError(
+            f"{name}: expected {block.key} in {reader.directory}, found no such tensor; "
+            "was the checkpoint saved by another version of transformers?"
+        )
+    shape = reader.info(key).shape
+    if tuple(shape) != tuple(block.shape):
+        raise ModelError(
+            f"{name}: expected {key} of shape {tuple(block.shape)}, found {tuple(shape)}; "
+            "the checkpoint does not belong to this model"
+        )
+    return replace(block, key=key)
+
+
+def _common_dtype(name: str, dtypes: set[str]) -> str:
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise ModelError(
+            f"{name}: expected one of the dtypes {', '.join(DTYPES)} on disk, "
+            f"found {', '.join(sorted(dtypes))}; convert the checkpoint first"
+        )
+    return dtypes.pop()
+
+
+def _tied_names(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+    everything = model.named_parameters(remove_duplicate=False)
+    return tuple(other for other, value in everything if value is parameter and other != name)
+
+
+def answer_logits(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], length: int
+) -> torch.Tensor:
+    """Computes the logits that predict the last `length` tokens; others are never materialised.
+
+    Args:
+        model: a causal language model, with or without adapters.
+        inputs: input_ids, attention_mask and position_ids, each (B, P + A).
+        length: A, the number of answer columns.
+
+    Returns:
+        (B, A, V) float32: column t predicts answer token t.
+    """
+    output = model(**inputs, logits_to_keep=length + 1, use_cache=False)
+    return output.logits[:, :-1].float()

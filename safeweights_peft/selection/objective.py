@@ -1,0 +1,87 @@
+"""What the score of an entry is a derivative of: the safety S of a model's answers.
+
+A `SafetyObjective` is differentiable and reads logits; a `Judge` (in `evaluation`) reads text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from safeweights_peft.data import IGNORED, Example, collate
+from safeweights_peft.errors import SelectionError
+from safeweights_peft.modeling import answer_logits
+
+
+class SafetyObjective(Protocol):
+    """An expected safety score S(theta) that can be differentiated, one batch at a time."""
+
+    def __len__(self) -> int:
+        """Counts the terms that `terms` yields."""
+        ...
+
+    def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
+        """Yields scalars with gradients whose sum is S(theta).
+
+        Args:
+            model: the model to be scored.
+
+        Yields:
+            One scalar per batch; each graph may be freed before the next is built.
+        """
+        ...
+
+
+class ReferenceObjective:
+    """Mean log-likelihood of a refusal given a harmful request; needs no guard model.
+
+    S(theta) = mean over examples of (1 / T) sum over t of log p_theta(y_t | x, y_<t), where x is
+    a harmful request and y a refusal of T tokens. It stands in for the judge's score J of
+    arXiv 2604.08297 (ESI's S) where no judge is at hand.
+    """
+
+    def __init__(self, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> None:
+        """Sorts the examples by length, so that little is padded.
+
+        Args:
+            examples: harmful requests with refusals.
+            pad_token_id: the tokenizer's padding token.
+            batch_size: examples per forward pass.
+
+        Raises:
+            SelectionError: there are no examples.
+        """
+        if not examples:
+            raise SelectionError("examples: expected at least one harmful request, found none")
+        ordered = sorted(examples, key=lambda example: len(example.prompt_ids))
+        self._batches = [
+            ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)
+        ]
+        self._count = len(ordered)
+        self._pad_token_id = pad_token_id
+
+    def __len__(self) -> int:
+        """Counts the batches."""
+        return len(self._batches)
+
+    def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
+        """Yields each batch's share of the mean log-likelihood.
+
+        Args:
+            model: the model to be scored.
+
+        Yields:
+            Scalars, float32, that sum to S.
+        """
+        for examples in self._batches:
+            batch = collate(examples, self._pad_token_id).to(model.device)
+            logits = answer_logits(model, batch.model_inputs, batch.answer_ids.shape[1])
+            losses = F.cross_entropy(
+                logits.transpose(1, 2), batch.answer_ids, ignore_index=IGNORED, reduction="none"
+            )
+            lengths = (batch.answer_ids != IGNORED).sum(-1)
+            yield -(losses.sum(-1) / lengths).sum() / self._count

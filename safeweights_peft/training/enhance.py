@@ -1,0 +1,280 @@
+"""Safety Enhancement Tuning (SET): train the selected entries to refuse harmful requests only.
+
+The loss is a refusal term on harmful requests plus a retain term on benign ones: KL divergence to
+the base model on the base's own answers. Both are weighted towards the first answer tokens, which
+decide between refusing and helping. The loop is `transformers.Trainer`'s.
+
+Source: arXiv 2604.08297, section on SET, which has the refusal term only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from safeweights_peft.data import IGNORED, Batch, Example, collate
+from safeweights_peft.errors import TrainingError
+from safeweights_peft.modeling import answer_logits
+
+
+@dataclass(frozen=True)
+class EnhanceSettings:
+    """How SET trains.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: peak learning rate of AdamW, reached after `warmup_steps`, then cosine to 0.
+        retain_weight: weight of the retain term against the refusal term.
+        harmful_batch_size: harmful requests per step.
+        benign_batch_size: benign requests per step.
+        token_decay: weight of an answer token relative to the one before it, in (0, 1].
+        warmup_steps: steps of linear warm-up.
+        checkpoint_steps: a checkpoint to resume from is written every so many steps.
+        seed: fixes the order of examples.
+    """
+
+    steps: int = 100
+    learning_rate: float = 3e-4
+    retain_weight: float = 8.0
+    harmful_batch_size: int = 4
+    benign_batch_size: int = 8
+    token_decay: float = 0.8
+    warmup_steps: int = 5
+    checkpoint_steps: int = 25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step.
+
+    Attributes:
+        step: from 1.
+        refusal: weighted negative log-likelihood of the refusals, in nats per token.
+        retain: weighted KL(base || model) on benign answers, in nats per token.
+    """
+
+    step: int
+    refusal: float
+    retain: float
+
+
+def enhance(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[Example],
+    benign: Sequence[Example],
+    settings: EnhanceSettings,
+    work_dir: Path,
+    on_step: Callable[[StepLoss], None] = lambda _: None,
+) -> list[StepLoss]:
+    """Trains an adapter's values in place.
+
+    A run that was interrupted goes on from the last checkpoint in `work_dir`, and ends with the
+    values that a straight run has.
+
+    Args:
+        model: a PeftModel with one trainable safeweights adapter; float32 values.
+        tokenizer: pads the batches.
+        harmful: harmful requests with refusals.
+        benign: benign requests with the base model's own answers.
+        settings: steps, rates, weights, seed.
+        work_dir: where checkpoints are kept; give each run its own.
+        on_step: called after each step.
+
+    Returns:
+        The losses of the steps run by this call: fewer than `settings.steps` after a resume.
+
+    Raises:
+        TrainingError: there are no examples, or the loss is not finite.
+    """
+    if not harmful or not benign:
+        raise TrainingError(
+            f"examples: expected harmful and benign ones, found {len(harmful)} and {len(benign)}"
+        )
+    trainer = _EnhanceTrainer(
+        model=model,
+        args=_arguments(settings, work_dir, next(model.parameters()).device),
+        train_dataset=_Steps(harmful, benign, settings, tokenizer.pad_token_id),
+        data_collator=_only,
+    )
+    trainer.settings = settings
+    trainer.on_step = on_step
+    trainer.losses = []
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
+    model.eval()
+    return trainer.losses
+
+
+def _arguments(
+    settings: EnhanceSettings, work_dir: Path, device: torch.device
+) -> TrainingArguments:
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=settings.steps,
+        per_device_train_batch_size=1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=[],
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+    )
+
+
+class _Steps(Dataset[tuple[Batch, Batch]]):
+    """The examples of each step: item i is step i's harmful and benign batch."""
+
+    def __init__(
+        self,
+        harmful: Sequence[Example],
+        benign: Sequence[Example],
+        settings: EnhanceSettings,
+        pad_token_id: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(settings.seed)
+        self._pad_token_id = pad_token_id
+        self._harmful = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
+        self._benign = _deal(benign, settings.benign_batch_size, settings.steps, generator)
+
+    def __len__(self) -> int:
+        return len(self._harmful)
+
+    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
+        return (
+            collate(self._harmful[step], self._pad_token_id),
+            collate(self._benign[step], self._pad_token_id),
+        )
+
+
+def _deal(
+    examples: Sequence[Example], size: int, steps: int, generator: torch.Generator
+) -> list[list[Example]]:
+    """Deals examples out in random order, all of them before any comes again."""
+
+    def endless() -> Iterator[Example]:
+        while True:
+            for position in torch.randperm(len(examples), generator=generator).tolist():
+                yield examples[position]
+
+    dealt = endless()
+    return [[next(dealt) for _ in range(size)] for _ in range(steps)]
+
+
+def _only(items: list[tuple[Batch, Batch]]) -> dict[str, Batch]:
+    ((harmful, benign),) = items
+    return {"harmful": harmful, "benign": benign}
+
+
+class _EnhanceTrainer(Trainer):
+    """`Trainer` with SET's loss, and examples in the order in which they were dealt."""
+
+    settings: EnhanceSettings
+    on_step: Callable[[StepLoss], None]
+    losses: list[StepLoss]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: PeftModel,
+        inputs: dict[str, Batch],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> torch.Tensor:
+        decay = self.settings.token_decay
+        device = self.args.device
+        refusal = refusal_loss(model, inputs["harmful"].to(device), decay)
+        retain = retain_loss(model, inputs["benign"].to(device), decay)
+        loss = refusal + self.settings.retain_weight * retain
+        self._report(refusal.item(), retain.item())
+        return loss
+
+    def _report(self, refusal: float, retain: float) -> None:
+        step = StepLoss(self.state.global_step + 1, refusal, retain)
+        if not torch.isfinite(torch.tensor([refusal, retain])).all():
+            raise TrainingError(
+                f"step {step.step}: expected a finite loss, found refusal {refusal}, "
+                f"retain {retain}; lower --lr"
+            )
+        self.losses.append(step)
+        self.on_step(step)
+
+
+def refusal_loss(model: torch.nn.Module, batch: Batch, decay: float) -> torch.Tensor:
+    """Computes the weighted negative log-likelihood of the batch's answers.
+
+    Args:
+        model: the model in training.
+        batch: harmful requests with refusals.
+        decay: weight of an answer token relative to the one before it.
+
+    Returns:
+        A scalar, nats per token.
+    """
+    logits = answer_logits(model, batch.model_inputs, batch.answer_ids.shape[1])
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), batch.answer_ids, ignore_index=IGNORED, reduction="none"
+    )
+    return (losses * token_weights(batch.answer_ids, decay)).sum()
+
+
+def retain_loss(model: PeftModel, batch: Batch, decay: float) -> torch.Tensor:
+    """Computes the weighted KL(base || model) over the batch's answers.
+
+    Args:
+        model: the model in training; the base is the same model with its adapter disabled.
+        batch: benign requests with the base model's own answers.
+        decay: weight of an answer token relative to the one before it.
+
+    Returns:
+        A scalar, nats per token.
+    """
+    length = batch.answer_ids.shape[1]
+    scored = batch.answer_ids != IGNORED
+    with torch.no_grad(), model.disable_adapter():
+        base = F.log_softmax(answer_logits(model, batch.model_inputs, length)[scored], -1)
+    tuned = F.log_softmax(answer_logits(model, batch.model_inputs, length)[scored], -1)
+    divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    return (divergence * token_weights(batch.answer_ids, decay)[scored]).sum()
+
+
+def token_weights(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
+    """Weights answer tokens: geometrically less from each to the next, 1 in all.
+
+    Args:
+        answer_ids: (B, A), `IGNORED` where an answer has ended.
+        decay: weight of a token relative to the one before it, in (0, 1].
+
+    Returns:
+        (B, A) float32 that sums to 1, 0 where an answer has ended.
+    """
+    steps = torch.arange(answer_ids.shape[1], device=answer_ids.device)
+    weights = decay**steps * (answer_ids != IGNORED)
+    return weights / weights.sum()
