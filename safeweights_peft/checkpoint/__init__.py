@@ -1,0 +1,15 @@
+"""Checkpoint directories as transformers saves them: index, lazy reads, patched copies."""
+
+from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
+from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
+from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
+
+__all__ = [
+    "CheckpointDraft",
+    "CheckpointIndex",
+    "CheckpointReader",
+    "Progress",
+    "TensorInfo",
+    "draft_copy",
+    "open_index",
+]

@@ -1,0 +1,166 @@
+"""Read tensors, or some entries of them, from a checkpoint directory.
+
+Here live lazy reads: a shard's header when its first key is asked for, and of the data only the
+pages that are touched. Adapters do not.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import CheckpointError
+from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where and what a tensor of a checkpoint is.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype by torch's name; one that numpy cannot read keeps safetensors' name.
+        shard: File name of its shard.
+        offset: Position of its first byte in the shard.
+        size_bytes: Its number of bytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    offset: int
+    size_bytes: int
+
+
+class CheckpointReader:
+    """A checkpoint directory, opened for reading.
+
+    Attributes:
+        index: Its shards.
+    """
+
+    index: CheckpointIndex
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Find the shards.
+
+        Args:
+            directory: A directory as ``save_pretrained`` writes it.
+        """
+        self.index = open_index(Path(directory))
+        self._headers: dict[str, dict[str, StoredTensor]] = {}
+
+    @property
+    def directory(self) -> Path:
+        """The directory."""
+        return self.index.directory
+
+    def keys(self) -> list[str]:
+        """List the tensors.
+
+        Returns:
+            Their keys, sorted.
+        """
+        return sorted(self.index.weight_map)
+
+    def __contains__(self, key: str) -> bool:
+        """Tell whether the checkpoint has a key."""
+        return key in self.index.weight_map
+
+    def info(self, key: str) -> TensorInfo:
+        """Look a tensor up, without reading it.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            Where and what it is.
+        """
+        shard, stored = self._stored(key)
+        dtype = STORED_DTYPES[stored.dtype].name if stored.dtype in STORED_DTYPES else stored.dtype
+        return TensorInfo(stored.shape, dtype, shard, stored.offset, stored.size_bytes)
+
+    def read(self, key: str) -> Array:
+        """Read a whole tensor.
+
+        Args:
+            key: Its key.
+
+        Returns:
+            A copy in memory, in the dtype on disk.
+        """
+        return np.array(self._open(key)).reshape(self.info(key).shape)
+
+    def gather(self, key: str, flat_indices: Array) -> Array:
+        """Read some entries of a tensor; only the pages that hold them are touched.
+
+        Args:
+            key: Its key.
+            flat_indices: Flat row-major indices; ``(count,)``.
+
+        Returns:
+            The entries, in the dtype on disk; ``(count,)``.
+        """
+        flat = self._open(key)
+        check_bounds(key, flat_indices, flat.size)
+        entries: Array = flat[flat_indices]
+        return entries
+
+    def _open(self, key: str) -> Array:
+        shard, stored = self._stored(key)
+        if stored.dtype not in STORED_DTYPES:
+            raise CheckpointError(
+                f"{self.directory / shard}: {key}: expected one of {', '.join(STORED_DTYPES)}, "
+                f"found {stored.dtype}; use an unquantized checkpoint"
+            )
+        return stored.open(self.directory / shard)
+
+    def _stored(self, key: str) -> tuple[str, StoredTensor]:
+        shard = self.index.weight_map.get(key)
+        if shard is None:
+            raise CheckpointError(
+                f"{self.directory}: expected a tensor {key}, found none; "
+                "use the base that the adapter was made for"
+            )
+        if shard not in self._headers:
+            self._headers[shard] = self._read_header(shard)
+        stored = self._headers[shard].get(key)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.directory / shard}: expected {key}, as the index says, found no such "
+                "tensor; fetch the checkpoint again"
+            )
+        return shard, stored
+
+    def _read_header(self, shard: str) -> dict[str, StoredTensor]:
+        """Read a header; a tensor that the index places elsewhere too would be ambiguous."""
+        header = read_header(self.directory / shard, CheckpointError)
+        for key in header:
+            home = self.index.weight_map.get(key, shard)
+            if home != shard:
+                raise CheckpointError(
+                    f"{self.directory / shard}: {key}: expected it in {home} alone, as the index "
+                    "says, found it here too; fetch the checkpoint again"
+                )
+        return header
+
+
+def check_bounds(key: str, flat_indices: Array, numel: int) -> None:
+    """Check that flat indices point into a tensor.
+
+    Args:
+        key: The tensor's key.
+        flat_indices: The indices; ``(count,)``.
+        numel: Number of entries of the tensor.
+
+    Raises:
+        CheckpointError: One is negative or too large.
+    """
+    if flat_indices.size and (flat_indices.min() < 0 or flat_indices.max() >= numel):
+        raise CheckpointError(
+            f"{key}: expected indices from 0 to {numel - 1}, found {flat_indices.min()} to "
+            f"{flat_indices.max()}; use the base that the adapter was made for"
+        )

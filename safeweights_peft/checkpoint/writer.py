@@ -1,0 +1,129 @@
+"""Copy a checkpoint and change entries of its tensors in place.
+
+Here live the choice of the files to copy, and the draft that appears whole or not at all. What to
+change does not: see ``merge``.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from safeweights_peft.checkpoint.index import INDEX_FILE
+from safeweights_peft.checkpoint.reader import CheckpointReader, check_bounds
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import CheckpointError
+from safeweights_peft.files import publish
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes copied so far, and the bytes to copy."""
+
+# A list of what may come along: a forgotten tokenizer file fails loudly, whereas weights in another
+# format would carry the unchanged model into the merged one.
+_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
+_SIDE_PREFIXES = ("license", "licence", "notice", "copying", "use_policy", "tokenizer.model")
+_NOT_COPIED = {"adapter_config.json", "trainer_state.json"}
+_TEMPLATES = "additional_chat_templates"
+
+
+class CheckpointDraft:
+    """A copied checkpoint that is not published yet.
+
+    Attributes:
+        reader: The copy, as it now is.
+    """
+
+    reader: CheckpointReader
+
+    def __init__(self, directory: Path) -> None:
+        """Open the copy.
+
+        Args:
+            directory: Where it lies for now.
+        """
+        self.reader = CheckpointReader(directory)
+
+    def patch(self, key: str, flat_indices: Array, entries: Array) -> None:
+        """Overwrite some entries of a tensor on disk.
+
+        Args:
+            key: The tensor's key.
+            flat_indices: Flat row-major indices; ``(count,)``.
+            entries: What to write there, in the tensor's own dtype; ``(count,)``.
+
+        Raises:
+            CheckpointError: The dtype is not the tensor's.
+        """
+        info = self.reader.info(key)
+        if entries.dtype.name != info.dtype:
+            raise CheckpointError(
+                f"{key}: expected entries of dtype {info.dtype}, found {entries.dtype.name}; "
+                "round them to the checkpoint's dtype first"
+            )
+        check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
+        if not flat_indices.size:
+            return
+        path = self.reader.directory / info.shard
+        raw = np.memmap(path, np.uint8, "r+", info.offset, (info.size_bytes,))
+        raw.view(np.ndarray).view(entries.dtype)[flat_indices] = entries
+        raw.flush()
+
+
+@contextmanager
+def draft_copy(
+    reader: CheckpointReader,
+    out_dir: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[CheckpointDraft]:
+    """Copy a checkpoint to a temporary sibling directory; publish it when the block ends well.
+
+    Copied are the shards, their index, and what loading needs: configs, tokenizer, chat templates,
+    processor, custom code and licence. Not copied are model cards, adapters, other weight formats.
+
+    Args:
+        reader: The checkpoint.
+        out_dir: Where the copy is to appear, whole or not at all.
+        overwrite: Replace an existing non-empty directory, whatever it holds.
+        progress: Told of the bytes copied.
+
+    Yields:
+        The copy, to be changed.
+    """
+    with publish(Path(out_dir), overwrite, CheckpointError) as directory:
+        _copy_files(reader, directory, progress)
+        yield CheckpointDraft(directory)
+
+
+def _copy_files(reader: CheckpointReader, directory: Path, progress: Progress | None) -> None:
+    sizes = {
+        name: (reader.directory / name).stat().st_size
+        for name in reader.index.shards + _side_files(reader.directory)
+    }
+    done, total = 0, sum(sizes.values())
+    for name, size in sizes.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(reader.directory / name, directory / name)
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+
+def _side_files(directory: Path) -> list[str]:
+    """List what loading needs beside the shards, relative to the directory."""
+    files = [path for path in directory.iterdir() if path.is_file() and _is_side_file(path.name)]
+    files += (directory / _TEMPLATES).glob("*.jinja")
+    return sorted(path.relative_to(directory).as_posix() for path in files)
+
+
+def _is_side_file(name: str) -> bool:
+    lower = name.lower()
+    if name.startswith(".") or lower in _NOT_COPIED:
+        return False
+    if lower.endswith(".index.json"):
+        return name == INDEX_FILE
+    return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(_SIDE_PREFIXES)

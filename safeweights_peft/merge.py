@@ -1,0 +1,341 @@
+"""Merge a safety patch into a checkpoint, and check that an adapter fits one; no transformers.
+
+Here lives what needs both an adapter and a checkpoint. Files are copied as they are, then only the
+touched entries are overwritten, so memory stays at one parameter's entries. Merging inside a loaded
+model is PEFT's: see ``tuner``.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, Progress, draft_copy
+from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, digest
+from safeweights_peft.errors import (
+    AlreadyMergedError,
+    BaseMismatchError,
+    MergeError,
+    SafeWeightsError,
+)
+from safeweights_peft.files import check_target
+from safeweights_peft.format import (
+    Adapter,
+    AdapterMetadata,
+    Mode,
+    TensorRecord,
+    read_adapter,
+    read_map,
+    read_metadata,
+)
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        out_dir: The merged checkpoint.
+        scale: The factor on the values: the adapter's own times the requested one.
+        tensors: Number of checkpoint tensors changed, tied copies included.
+        entries: Number of entries that the adapter changes.
+        size_bytes: Size of the merged shards.
+        seconds: Wall time.
+    """
+
+    out_dir: str
+    scale: float
+    tensors: int
+    entries: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result of :func:`verify`.
+
+    Attributes:
+        name: What was checked: "config", "tensors" or "base".
+        ok: Whether it holds.
+        detail: What was found.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The results of :func:`verify`, up to the first that does not hold.
+
+    Attributes:
+        checks: The results, in order.
+    """
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+
+def merge(
+    base_dir: PathLike,
+    adapter_dir: PathLike,
+    out_dir: PathLike,
+    *,
+    scale: float = 1.0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Add a safety patch to the checkpoint that it was made for, as a new checkpoint.
+
+    The adapter and the base are checked before anything is written, the result before it appears.
+
+    Args:
+        base_dir: The base's checkpoint.
+        adapter_dir: The patch.
+        out_dir: Where the merged checkpoint is to appear, whole or not at all.
+        scale: Factor on the values, on top of the adapter's own.
+        overwrite: Replace an existing non-empty directory, whatever it holds.
+        progress: Told of the bytes copied.
+
+    Returns:
+        What was done.
+
+    Raises:
+        AlreadyMergedError: The base already holds the merged values.
+        MergeError: The adapter is a safety map, the scale is not finite, or ``out_dir`` is in the
+            way of an input.
+    """
+    started = time.perf_counter()
+    _check_paths(out_dir, {"base_dir": base_dir, "adapter_dir": adapter_dir}, overwrite)
+    if read_metadata(adapter_dir).mode is Mode.SPA:
+        raise MergeError(
+            f"{adapter_dir}: expected a safety patch, found a safety map, which has no values; "
+            "train with it instead"
+        )
+    adapter = read_adapter(adapter_dir)
+    factor = _factor(adapter.metadata.scale, scale)
+    reader = CheckpointReader(base_dir)
+    if base_state(reader, adapter.metadata, _indices(adapter)) == "merged":
+        raise AlreadyMergedError(
+            f"{base_dir}: expected the base, found the adapter's values already merged into it; "
+            "use it as it is, or give the original base"
+        )
+    with draft_copy(reader, out_dir, overwrite=overwrite, progress=progress) as draft:
+        tensors = sum(
+            _merge_parameter(reader, draft, adapter, name, factor, check=scale == 1.0)
+            for name in adapter.deltas
+        )
+    merged = CheckpointReader(out_dir)
+    return MergeReport(
+        out_dir=str(out_dir),
+        scale=factor,
+        tensors=tensors,
+        entries=sum(delta.count for delta in adapter.deltas.values()),
+        size_bytes=sum((merged.directory / name).stat().st_size for name in merged.index.shards),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def verify(adapter_dir: PathLike, base_dir: PathLike | None = None) -> VerifyReport:
+    """Check an adapter by itself, and against a checkpoint if one is given.
+
+    Args:
+        adapter_dir: A safety patch or a safety map.
+        base_dir: A checkpoint; the base and the merged model both pass, and the detail tells which.
+
+    Returns:
+        The results; a broken adapter is a result, not an exception.
+    """
+    checks: list[Check] = []
+    step = "config"
+    try:
+        metadata = read_metadata(adapter_dir)
+        checks.append(Check(step, True, f"{metadata.mode}, {len(metadata.tensors)} parameters"))
+        step = "tensors"
+        metadata, indices = _read_indices(adapter_dir)
+        entries = sum(part.size for part in indices.values())
+        checks.append(Check(step, True, f"{entries} entries, as the config says"))
+        if base_dir is not None:
+            step = "base"
+            state = base_state(CheckpointReader(base_dir), metadata, indices)
+            checks.append(Check(step, True, f"holds the {state} values"))
+    except SafeWeightsError as reason:
+        checks.append(Check(step, False, str(reason)))
+    return VerifyReport(tuple(checks))
+
+
+def base_state(
+    reader: CheckpointReader, metadata: AdapterMetadata, indices: Mapping[str, Array]
+) -> Literal["base", "merged"]:
+    """Tell whether a checkpoint is an adapter's base, or already holds its merged values.
+
+    Args:
+        reader: The checkpoint.
+        metadata: The adapter's metadata.
+        indices: The checked flat indices of each parameter.
+
+    Returns:
+        "base" or "merged".
+
+    Raises:
+        BaseMismatchError: It is neither; the message names the first tensor that differs.
+    """
+    is_base = is_merged = True
+    for name, record in metadata.tensors.items():
+        for copy in _copies(reader, record):
+            found = digest(gather_entries(reader, name, copy, indices[name]))
+            is_base &= found == record.base_digest
+            is_merged &= found == record.merged_digest
+            if not is_base and not is_merged:
+                raise BaseMismatchError(
+                    f"{name}: expected in {copy.keys[0]} of {reader.directory} the values with "
+                    f"digest {record.base_digest}, found {found}; use "
+                    f"{metadata.base_model_name_or_path or 'the base of the adapter'}"
+                    f"{f' at revision {metadata.revision}' if metadata.revision else ''}"
+                )
+    return "base" if is_base else "merged"
+
+
+def gather_entries(
+    reader: CheckpointReader, name: str, record: TensorRecord, indices: Array
+) -> Array:
+    """Read a parameter's entries from the checkpoint tensors that hold them.
+
+    Args:
+        reader: The checkpoint.
+        name: The parameter's name, for messages.
+        record: Its record; every block must be there, in the recorded dtype and shape.
+        indices: Its checked flat indices; ``(count,)``.
+
+    Returns:
+        The entries, in the checkpoint's dtype; ``(count,)``.
+    """
+    entries = np.empty(indices.shape, DTYPES[record.dtype])
+    for block in record.blocks:
+        _check_tensor(reader, name, block.key, block.shape, record.dtype)
+    for key, (positions, local) in entries_by_block(record, indices).items():
+        entries[positions] = reader.gather(key, local)
+    return entries
+
+
+def entries_by_block(record: TensorRecord, indices: Array) -> dict[str, tuple[Array, Array]]:
+    """Sort a parameter's entries by the checkpoint tensor that holds them.
+
+    Args:
+        record: The parameter's record.
+        indices: Its checked flat indices; ``(count,)``.
+
+    Returns:
+        For each block's key the positions into ``indices``, and the flat indices in that tensor.
+    """
+    flat = indices.astype(np.int64, copy=False)
+    return {block.key: block.locate(flat) for block in record.blocks}
+
+
+def _merge_parameter(
+    reader: CheckpointReader,
+    draft: CheckpointDraft,
+    adapter: Adapter,
+    name: str,
+    factor: float,
+    check: bool,
+) -> int:
+    """Write one parameter's merged entries to the draft, read them back, and count its tensors."""
+    record, delta = adapter.metadata.tensors[name], adapter.deltas[name]
+    entries = gather_entries(reader, name, record, delta.indices)
+    merged = add_rounded(entries, delta.values, factor)
+    if np.isnan(merged).any():
+        raise MergeError(
+            f"{name}: expected numbers after merging, found NaN; "
+            "use a base without NaN, or a smaller scale"
+        )
+    expected = record.merged_digest if check else digest(merged)
+    tensors = 0
+    for copy in _copies(reader, record):
+        tensors += _patch(draft, copy, delta, merged)
+        found = digest(gather_entries(draft.reader, name, copy, delta.indices))
+        if found != expected:
+            raise MergeError(
+                f"{name}: expected merged entries with digest {expected}, found {found}; "
+                "the adapter contradicts itself, do not use it"
+            )
+    return tensors
+
+
+def _patch(draft: CheckpointDraft, record: TensorRecord, delta: SparseDelta, new: Array) -> int:
+    touched = 0
+    for key, (positions, local) in entries_by_block(record, delta.indices).items():
+        draft.patch(key, local, new[positions])
+        touched += positions.size > 0
+    return touched
+
+
+def _copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
+    """Give the record once for its blocks, and once for each tied key that is on disk."""
+    tied = [key for key in record.tied_keys if key in reader]
+    return [record] + [
+        replace(record, blocks=(replace(record.blocks[0], key=key),)) for key in tied
+    ]
+
+
+def _check_tensor(
+    reader: CheckpointReader, name: str, key: str, shape: tuple[int, ...], dtype: str
+) -> None:
+    if key not in reader:
+        raise BaseMismatchError(
+            f"{name}: expected a tensor {key} in {reader.directory}, found none; "
+            "use the base that the adapter was made for"
+        )
+    info = reader.info(key)
+    if (info.shape, info.dtype) != (shape, dtype):
+        raise BaseMismatchError(
+            f"{name}: expected {key} in {reader.directory} as {dtype} {list(shape)}, found "
+            f"{info.dtype} {list(info.shape)}; use the base that the adapter was made for"
+        )
+
+
+def _check_paths(out_dir: PathLike, inputs: Mapping[str, PathLike], overwrite: bool) -> None:
+    target = check_target(Path(out_dir), overwrite, MergeError)
+    for role, path in inputs.items():
+        source = Path(os.path.realpath(path))
+        if source.is_relative_to(target) or target.is_relative_to(source):
+            raise MergeError(
+                f"{out_dir}: expected a directory apart from {role}, found one that shares "
+                f"{source}; give another out_dir"
+            )
+
+
+def _factor(own: float, requested: float) -> float:
+    factor = own * requested
+    if not math.isfinite(factor) or abs(factor) > float(np.finfo(np.float32).max):
+        raise MergeError(
+            f"scale: expected a factor that is finite in float32, found {factor}; "
+            "give a smaller one"
+        )
+    return factor
+
+
+def _indices(adapter: Adapter) -> dict[str, Array]:
+    return {name: delta.indices for name, delta in adapter.deltas.items()}
+
+
+def _read_indices(adapter_dir: PathLike) -> tuple[AdapterMetadata, dict[str, Array]]:
+    """Read the metadata and the indices of an adapter of either mode."""
+    if read_metadata(adapter_dir).mode is Mode.SPA:
+        safety_map = read_map(adapter_dir)
+        return safety_map.metadata, safety_map.indices
+    adapter = read_adapter(adapter_dir)
+    return adapter.metadata, _indices(adapter)
