@@ -79,7 +79,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_json(path: Path, error: type[SafeWeightsError]) -> dict[str, Any]:
-    """Read a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity.
+    """Read a JSON object strictly: whole UTF-8, no repeated keys, no NaN or infinity.
 
     Args:
         path: The file.
@@ -99,7 +99,7 @@ def read_json(path: Path, error: type[SafeWeightsError]) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity.
+    """Parse a JSON object as :func:`read_json` does.
 
     Args:
         content: The bytes.
@@ -113,6 +113,8 @@ def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> di
         parsed = json.loads(
             content.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
         )
+        if b"\\u" in content:
+            json.dumps(parsed, ensure_ascii=False).encode()  # half a character cannot be printed
     except (ValueError, RecursionError) as reason:
         _refuse(error, source, "JSON", str(reason), reason)
     if not isinstance(parsed, dict):
@@ -235,7 +237,7 @@ def _stored_tensor(
     path: Path, name: str, entry: Any, start: int, error: type[SafeWeightsError]
 ) -> StoredTensor:
     """Check one header entry by itself."""
-    source = f"{path}: {name[:200]}"
+    source = f"{path}: {name[:200]!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(error, source, "dtype, shape and data_offsets", str(entry))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -269,7 +271,7 @@ def _check_cover(
     at = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if tensor.offset != at:
-            _refuse(error, f"{path}: {name[:200]}", f"bytes from {at}", f"{tensor.offset}")
+            _refuse(error, f"{path}: {name[:200]!r}", f"bytes from {at}", f"{tensor.offset}")
         at += tensor.size_bytes
     if at != size:
         _refuse(error, path, f"{at} bytes, as its header says", str(size))

@@ -264,7 +264,7 @@ def _check_layout(metadata: AdapterMetadata, found: Mapping[str, Layout], source
     for key in found:
         if key not in expected:
             raise CorruptAdapterError(
-                f"{source}: {key[:200]}: expected only tensors that {CONFIG_FILE} names, found "
+                f"{source}: {key[:200]!r}: expected only tensors that {CONFIG_FILE} names, found "
                 "this one; do not use this adapter"
             )
     for key, (dtype, shape) in expected.items():

@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 PEFT_TYPE = "SAFEWEIGHTS"
 
 _PREFIX = "base_model.model."
+_MAX_NAME = 1000
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.safeweights_(?P<kind>indices|values|scores)__(?P<own>[^.]+)"
 )
@@ -167,10 +168,7 @@ class AdapterMetadata:
             scale=fields.number("scale"),
             transformers_version=fields.optional("transformers_version", str),
             selection=fields.take("selection", dict),
-            tensors={
-                name: record_from_json(record, f"{source}: {name}")
-                for name, record in fields.take("tensors", dict).items()
-            },
+            tensors=dict(_records_from_json(fields)),
         )
         _check_complete(metadata, fields)
         return metadata
@@ -313,6 +311,14 @@ def _tensor_key(parameter: str, kind: str) -> str:
             "select parameters of submodules only"
         )
     return f"{_PREFIX}{module}.safeweights_{kind}__{own}"
+
+
+def _records_from_json(fields: Fields) -> Iterator[tuple[str, TensorRecord]]:
+    for name, data in fields.take("tensors", dict).items():
+        if not name.isprintable() or len(name) > _MAX_NAME:
+            asked = f"printable names of at most {_MAX_NAME} characters"
+            raise CorruptAdapterError(fields.message("tensors", asked, repr(name)))
+        yield name, record_from_json(data, f"{fields.where}: {name}")
 
 
 def _blocks_from_json(fields: Fields) -> Iterator[Block]:

@@ -1,0 +1,234 @@
+"""The arithmetic rule against torch, and the checks on sparse changes."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from safeweights_peft.delta import (
+    DTYPES,
+    SparseDelta,
+    add_rounded,
+    check_finite,
+    check_indices,
+    digest,
+    index_dtype,
+)
+from safeweights_peft.errors import (
+    BaseMismatchError,
+    CorruptAdapterError,
+    UnsupportedFeatureError,
+)
+
+EVERY_16_BITS = np.arange(2**16, dtype=np.uint16)
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SCALES = [1.0, -1.0, 0.5, 0.1, 1e-3, 3.0, 1e30, 0.0]
+SINGLE_VALUES = [0.0, -0.0, 1e-45, 1e-40, 6e-8, 1e-3, 1 / 3, 1.0, 65504.0, 3.4e38]
+
+
+def torch_rule(base: np.ndarray, values: np.ndarray, scale: float, dtype: str) -> np.ndarray:
+    bits = np.int16 if base.itemsize == 2 else np.int32
+    torch_base = torch.from_numpy(base.view(bits).copy()).view(TORCH_DTYPES[dtype])
+    torch_values = torch.from_numpy(values.astype(np.float32))
+    new = (torch_base.float() + (scale * torch_values.float())).to(torch_base.dtype)
+    return new.view(torch.int16 if bits is np.int16 else torch.int32).numpy().view(base.dtype)
+
+
+def random_values(seed: int, count: int) -> np.ndarray:
+    bits = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
+    values = bits.view(np.float32)
+    return np.where(np.isfinite(values), values, np.float32(0.01))
+
+
+def nearby_values(base: np.ndarray, seed: int) -> np.ndarray:
+    """Values of about an ulp of their base entry, where rounding decides."""
+    factor = np.random.default_rng(seed).uniform(-0.02, 0.02, base.size)
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = (base.astype(np.float64) * factor).astype(np.float32)
+    return np.where(np.isfinite(values), values, np.float32(0.01))
+
+
+def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    """NaN must be NaN; every other entry must agree in every bit."""
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(found), nan)
+    bits = np.uint16 if found.itemsize == 2 else np.uint32
+    np.testing.assert_array_equal(found.view(bits)[~nan], expected.view(bits)[~nan])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_rule_equals_torch_over_every_16_bit_base(dtype: str, scale: float) -> None:
+    base = EVERY_16_BITS.view(DTYPES[dtype])
+    single = [np.full(base.size, value, np.float32) for value in SINGLE_VALUES]
+    many = [random_values(seed, base.size) for seed in range(4)]
+    near = [nearby_values(base, seed) for seed in range(4)]
+    for values in single + many + near:
+        for signed in (values, -values):
+            found = add_rounded(base, signed, scale)
+            assert_same_bits(found, torch_rule(base, signed, scale, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("values_dtype", ["bfloat16", "float16"])
+def test_the_rule_equals_torch_for_16_bit_values(dtype: str, values_dtype: str) -> None:
+    base = EVERY_16_BITS.view(DTYPES[dtype])
+    for seed in range(4):
+        with np.errstate(over="ignore"):
+            values = nearby_values(base, seed).astype(DTYPES[values_dtype])
+        values = np.where(np.isfinite(values), values, DTYPES[values_dtype].type(0.5))
+        found = add_rounded(base, values, 0.7)
+        assert_same_bits(found, torch_rule(base, values, 0.7, dtype))
+
+
+def test_the_rule_equals_torch_for_float32_bases() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    base = bits.view(np.float32)
+    for seed, scale in itertools.product(range(1, 4), SCALES):
+        values = random_values(seed, base.size)
+        found = add_rounded(base, values, scale)
+        assert_same_bits(found, torch_rule(base, values, scale, "float32"))
+
+
+def test_the_product_is_rounded_before_the_sum() -> None:
+    third, scale = np.array([1 / 3], np.float32), 3.0
+    base = np.array([-1.0], np.float32)
+    assert add_rounded(base, third, scale)[0] == 0.0  # a fused multiply-add gives 2.98e-8
+
+
+def test_ties_are_rounded_to_the_even_neighbour() -> None:
+    bfloat16 = DTYPES["bfloat16"]
+    base = np.array([1.0, 1.0078125], bfloat16)  # an ulp here is 2**-7
+    half_ulp = np.full(2, 2**-8, np.float32)
+    np.testing.assert_array_equal(add_rounded(base, half_ulp), np.array([1.0, 1.015625], bfloat16))
+
+
+def test_overflow_gives_infinity_without_a_warning() -> None:
+    base = np.array([65504], np.float16)
+    assert add_rounded(base, np.array([1e5], np.float32))[0] == np.inf
+    assert np.isnan(add_rounded(np.array([-np.inf], np.float32), np.array([3e38]), 1e30)[0])
+
+
+def test_the_rule_refuses_a_quantized_base() -> None:
+    with pytest.raises(UnsupportedFeatureError, match="found int8; use an unquantized"):
+        add_rounded(np.zeros(2, np.int8), np.zeros(2, np.float32))
+
+
+def test_a_digest_is_the_sha256_of_the_little_endian_bytes() -> None:
+    array = np.array([[1, 2], [3, 4]], np.int32)
+    expected = hashlib.sha256(bytes([1, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0]))
+    assert digest(array.T) == f"sha256:{expected.hexdigest()}"
+
+
+def test_a_digest_of_two_arrays_joins_their_bytes() -> None:
+    first, second = np.array([1, 2], np.int32), np.array([0.5], DTYPES["bfloat16"])
+    joined = np.frombuffer(first.tobytes() + second.tobytes(), np.uint8)
+    assert digest(first, second) == digest(joined)
+    assert digest(np.empty(0, np.int32)) == f"sha256:{hashlib.sha256(b'').hexdigest()}"
+
+
+def test_indices_are_int32_while_they_fit() -> None:
+    assert index_dtype(0) == np.int32
+    assert index_dtype(2**31 - 1) == np.int32
+    assert index_dtype(2**31) == np.int64
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (np.array([0.0, 1.0]), "expected integer indices of one dimension, found float64"),
+        (np.array([True, False]), "expected integer indices"),
+        (np.array([[0], [1]]), r"found int64 of shape \[2, 1\]"),
+        (np.array([3, 1]), "found 3 before 1 at position 0"),
+        (np.array([1, 4, 4]), "found 4 before 4 at position 1"),
+        (np.array([-1, 2]), "expected indices from 0 to 5, found -1"),
+        (np.array([0, 6]), "expected indices from 0 to 5, found 6"),
+        (np.array([0, 2**63], np.uint64), f"found {2**63}"),
+    ],
+)
+def test_broken_indices_are_refused(indices: np.ndarray, message: str) -> None:
+    with pytest.raises(CorruptAdapterError, match=f"^here: .*{message}"):
+        check_indices("here", indices, (2, 3))
+
+
+def test_sound_indices_pass() -> None:
+    check_indices("here", np.array([], np.int32), (2, 3))
+    check_indices("here", np.array([0, 5], np.uint8), (2, 3))
+    check_indices("here", np.array([0]), ())
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_must_be_finite(dtype: str, bad: float) -> None:
+    values = np.array([1.0, bad], DTYPES[dtype])
+    with pytest.raises(CorruptAdapterError, match=r"^here: expected finite .* at position 1"):
+        check_finite("here", values)
+    with pytest.raises(CorruptAdapterError, match=r"^values: expected finite"):
+        SparseDelta((4,), np.array([0, 3]), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "indices", "values", "message"),
+    [
+        ((4,), [0], np.zeros(2, np.float32), "expected 1 values"),
+        ((4,), [0], np.zeros(1), "found float64"),
+        ((4,), [0], np.zeros((1, 1), np.float32), r"found float32 of shape \[1, 1\]"),
+        ((4,), [4], np.zeros(1, np.float32), "expected indices from 0 to 3, found 4"),
+        ((-4,), [0], np.zeros(1, np.float32), "expected sizes from 0"),
+        ((2**32, 2**32), [0], np.zeros(1, np.float32), r"fewer than 2\*\*63 entries"),
+    ],
+)
+def test_a_delta_is_checked_at_construction(
+    shape: tuple[int, ...], indices: list[int], values: np.ndarray, message: str
+) -> None:
+    with pytest.raises(CorruptAdapterError, match=message):
+        SparseDelta(shape, np.array(indices), values)
+
+
+dense_pairs = hnp.array_shapes(min_dims=0, max_dims=3, max_side=5).flatmap(
+    lambda shape: st.tuples(
+        *[hnp.arrays(np.float32, shape, elements=st.integers(-9, 9).map(float))] * 2
+    )
+)
+
+
+@given(dense_pairs)
+def test_a_difference_applied_to_the_base_gives_the_tuned_tensor(
+    pair: tuple[np.ndarray, np.ndarray],
+) -> None:
+    base, tuned = pair
+    before = base.copy()
+    delta = SparseDelta.from_dense(base, tuned)
+    np.testing.assert_array_equal(delta.apply(base), tuned)
+    np.testing.assert_array_equal(base, before)
+    np.testing.assert_array_equal(delta.to_dense(), tuned - base)
+    np.testing.assert_array_equal(delta.gather(tuned), tuned[base != tuned])
+    assert delta.count == np.count_nonzero(base != tuned)
+
+
+def test_a_delta_knows_its_sizes() -> None:
+    delta = SparseDelta((4, 5), np.array([0, 19]), np.zeros(2, DTYPES["bfloat16"]))
+    assert (delta.numel, delta.count, delta.density) == (20, 2, 0.1)
+    assert delta.size_bytes == 2 * (4 + 2)
+    assert SparseDelta((0,), np.array([], int), np.zeros(0, np.float32)).density == 0.0
+
+
+def test_apply_scales_and_keeps_the_dtype_and_untouched_entries() -> None:
+    base = np.asfortranarray(np.arange(6, dtype=np.float16).reshape(2, 3))
+    delta = SparseDelta((2, 3), np.array([1, 5]), np.array([1, 2], np.float32))
+    new = delta.apply(base, scale=-0.5)
+    assert new.dtype == np.float16
+    np.testing.assert_array_equal(new, np.array([[0, 0.5, 2], [3, 4, 4]], np.float16))
+
+
+def test_a_delta_refuses_a_tensor_of_another_shape() -> None:
+    delta = SparseDelta((2, 3), np.array([1]), np.array([1], np.float32))
+    with pytest.raises(BaseMismatchError, match=r"expected shape \[2, 3\], found \[3, 2\]"):
+        delta.apply(np.zeros((3, 2), np.float32))
+    with pytest.raises(BaseMismatchError, match="compare a model with the base"):
+        SparseDelta.from_dense(np.zeros((3, 2)), np.zeros((2, 3)))

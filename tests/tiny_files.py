@@ -1,0 +1,162 @@
+"""Tiny checkpoints, safety patches and safety maps, made with numpy alone.
+
+Each parameter of a `Layout` is described by its record; a checkpoint for it holds random entries of
+the record's blocks, and a patch for it has the right digests of base and merged entries.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from safeweights_peft.delta import DTYPES, SparseDelta, add_rounded, digest, index_dtype
+from safeweights_peft.format import Adapter, AdapterMetadata, Block, Mode, SafetyMap, TensorRecord
+
+Tensors = dict[str, np.ndarray]
+
+SIDE_FILES = {
+    "config.json": "{}",
+    "generation_config.json": "{}",
+    "tokenizer.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "LICENSE": "free",
+}
+
+
+def dense(name: str, shape: tuple[int, ...], dtype: str, **fields: Any) -> TensorRecord:
+    """Record a parameter that is one tensor of the same name on disk."""
+    return TensorRecord(shape=shape, dtype=dtype, blocks=(Block.dense(name, shape),), **fields)
+
+
+def fused_experts(prefix: str, experts: int, inner: int, outer: int, dtype: str) -> TensorRecord:
+    """Record gate_up_proj [E, 2I, H], whose halves are two [I, H] matrices per expert on disk."""
+    blocks = tuple(
+        Block(
+            key=f"{prefix}.{expert}.{part}.weight",
+            shape=(inner, outer),
+            offset=(2 * expert + half) * inner * outer,
+            strides=(outer, 1),
+        )
+        for expert in range(experts)
+        for half, part in enumerate(("w1", "w3"))
+    )
+    return TensorRecord(shape=(experts, 2 * inner, outer), dtype=dtype, blocks=blocks)
+
+
+def save_checkpoint(path: Path, tensors: Tensors, shards: int = 1) -> Path:
+    """Save tensors as one file or as shards with an index, with the files that go beside them."""
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in SIDE_FILES.items():
+        (path / name).write_text(text)
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        return path
+    weight_map = {
+        key: f"model-{number % shards + 1:05d}-of-{shards:05d}.safetensors"
+        for number, key in enumerate(sorted(tensors))
+    }
+    for shard in set(weight_map.values()):
+        part = {key: tensors[key] for key in tensors if weight_map[key] == shard}
+        save_file(part, path / shard, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def load_checkpoint(path: Path) -> Tensors:
+    """Load every tensor of every shard."""
+    tensors: Tensors = {}
+    for shard in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def random_checkpoint(records: Mapping[str, TensorRecord], seed: int = 0) -> Tensors:
+    """Make every block of some parameters, and a tensor that no record names."""
+    random = np.random.default_rng(seed)
+    tensors: Tensors = {"untouched.weight": random.normal(size=(3, 5)).astype(np.float32)}
+    for record in records.values():
+        for block in record.blocks:
+            entries = random.normal(scale=0.1, size=block.shape)
+            tensors[block.key] = entries.astype(DTYPES[record.dtype])
+    return tensors
+
+
+def memory_entries(record: TensorRecord, tensors: Tensors) -> np.ndarray:
+    """Build the parameter in memory from its blocks, entry by entry: the slow, obvious way."""
+    memory = np.zeros(record.numel, DTYPES[record.dtype])
+    for block in record.blocks:
+        for index in np.ndindex(*block.shape):
+            steps = zip(block.strides, index, strict=True)
+            memory[block.offset + sum(a * b for a, b in steps)] = tensors[block.key][index]
+    return memory
+
+
+def random_patch(
+    records: Mapping[str, TensorRecord],
+    tensors: Tensors,
+    density: float = 0.1,
+    values_dtype: str = "float32",
+    scale: float = 1.0,
+    seed: int = 1,
+) -> Adapter:
+    """Make a patch for a checkpoint, with true digests of base and merged entries."""
+    random = np.random.default_rng(seed)
+    deltas, filled = {}, {}
+    for name, record in records.items():
+        count = max(1, int(record.numel * density))
+        indices = np.sort(random.choice(record.numel, count, replace=False))
+        indices = indices.astype(index_dtype(record.numel))
+        values = random.normal(scale=0.05, size=count).astype(DTYPES[values_dtype])
+        deltas[name] = SparseDelta(record.shape, indices, values)
+        base = memory_entries(record, tensors)[indices]
+        merged = add_rounded(base, values, scale)
+        filled[name] = replace(record, base_digest=digest(base), merged_digest=digest(merged))
+    metadata = AdapterMetadata(
+        mode=Mode.SET,
+        base_model_name_or_path="someone/tiny",
+        revision="0123abc",
+        values_dtype=values_dtype,
+        scale=scale,
+        transformers_version="5.23.0",
+        selection={"method": "esi", "density": density},
+        tensors=filled,
+    )
+    return Adapter(metadata, deltas)
+
+
+def as_map(adapter: Adapter) -> SafetyMap:
+    """Make a safety map of the same entries."""
+    tensors = {
+        name: replace(record, merged_digest=None)
+        for name, record in adapter.metadata.tensors.items()
+    }
+    metadata = replace(
+        adapter.metadata, mode=Mode.SPA, values_dtype="float32", scale=1.0, tensors=tensors
+    )
+    deltas = adapter.deltas
+    return SafetyMap(
+        metadata,
+        indices={name: delta.indices for name, delta in deltas.items()},
+        scores={name: np.abs(delta.values.astype(np.float32)) for name, delta in deltas.items()},
+    )
+
+
+def edit_config(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change an adapter's config in place."""
+    file = path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    edit(config)
+    file.write_text(json.dumps(config))
+
+
+def edit_tensors(path: Path, edit: Callable[[Tensors], object]) -> None:
+    """Change an adapter's tensors in place, and nothing else."""
+    file = path / "adapter_model.safetensors"
+    tensors = {key: np.array(value) for key, value in load_file(file).items()}
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
