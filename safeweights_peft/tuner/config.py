@@ -1,0 +1,108 @@
+"""The PEFT config of a safety patch: the content of ``adapter_config.json`` as a dataclass.
+
+Here live its fields, and their way to and from the format's typed metadata. The rules on them stand
+in ``format``; what is done with them in ``model``.
+"""
+
+import enum
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from peft import PeftConfig
+
+from safeweights_peft.errors import UnsupportedFeatureError, UnsupportedVersionError
+from safeweights_peft.format import FORMAT_VERSION, AdapterMetadata
+
+
+class SafeWeightsPeftType(str, enum.Enum):  # noqa: UP042 - PEFT prints "<class>.<name>", not StrEnum's
+    """The method's name among PEFT's; equal to, and hashed like, the string in a config file."""
+
+    SAFEWEIGHTS = "SAFEWEIGHTS"
+
+
+@dataclass
+class SafeWeightsConfig(PeftConfig):
+    """Config of one adapter; :class:`~safeweights_peft.format.AdapterMetadata` explains the fields.
+
+    Make one with :meth:`from_metadata`, or load it; :func:`~safeweights_peft.create_adapter` does
+    both config and model.
+
+    Attributes:
+        target_modules: Always None: ``tensors`` names the parameters.
+        format_version: Version of the file format.
+        mode: "set" for a safety patch; a safety map ("spa") cannot be loaded as an adapter.
+        scale: Finite factor on the values.
+        values_dtype: Storage dtype of the values; in memory they are float32.
+        transformers_version: The version whose parameter names are used.
+        selection: How the entries were chosen; free JSON.
+        tensors: One record per parameter, as plain JSON.
+    """
+
+    target_modules: None = field(default=None, metadata={"help": "Always None; see `tensors`."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format version."})
+    mode: str = field(default="set", metadata={"help": "'set' or 'spa'."})
+    scale: float = field(default=1.0, metadata={"help": "Finite factor on the values."})
+    values_dtype: str = field(default="float32", metadata={"help": "Storage dtype of the values."})
+    transformers_version: str | None = field(
+        default=None, metadata={"help": "The version whose parameter names are used."}
+    )
+    selection: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "How the entries were chosen."}
+    )
+    tensors: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "One record per parameter, by its name."}
+    )
+
+    def __post_init__(self) -> None:
+        """Set the method's name; refuse other versions and PEFT's usual way to target modules."""
+        super().__post_init__()
+        self.peft_type = SafeWeightsPeftType.SAFEWEIGHTS
+        if self.format_version != FORMAT_VERSION:
+            raise UnsupportedVersionError(
+                f"adapter_config.json: format_version: expected {FORMAT_VERSION}, found "
+                f"{str(self.format_version)[:80]}; install a newer safeweights_peft"
+            )
+        if self.target_modules is not None:
+            raise UnsupportedFeatureError(
+                "target_modules: expected None, found "
+                f"{str(self.target_modules)[:80]}; name parameters in create_adapter instead"
+            )
+
+    @classmethod
+    def from_metadata(
+        cls, metadata: AdapterMetadata, inference_mode: bool = False
+    ) -> "SafeWeightsConfig":
+        """Make the config that describes the same adapter.
+
+        Args:
+            metadata: The description.
+            inference_mode: Whether the values are frozen.
+
+        Returns:
+            The config.
+        """
+        known = {each.name for each in fields(cls)}
+        content = {key: value for key, value in metadata.to_config().items() if key in known}
+        return cls(**{**content, "inference_mode": inference_mode})
+
+    def to_metadata(self, source: str) -> AdapterMetadata:
+        """Check the whole config as if it stood in a file.
+
+        Args:
+            source: What messages call it.
+
+        Returns:
+            The typed description.
+        """
+        content = {each.name: getattr(self, each.name) for each in fields(self)}
+        return AdapterMetadata.from_config(content, source)
+
+    @cached_property
+    def parameters_by_module(self) -> dict[str, list[str]]:
+        """Module paths, and for each the own names of its selected parameters."""
+        modules: dict[str, list[str]] = {}
+        for name in self.tensors:
+            module, _, own = name.rpartition(".")
+            modules.setdefault(module, []).append(own)
+        return modules

@@ -1,0 +1,306 @@
+"""What an adapter holds: made for a model, summed, described for its config, checked on loading.
+
+Here live the indices, values and digests of whole adapters. Where PEFT calls for them stands in
+``model``; the format's own rules in ``format``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from peft import PeftModel, PeftModelForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safeweights_peft.delta import (
+    DTYPES,
+    Array,
+    SparseDelta,
+    add_rounded,
+    check_finite,
+    digest,
+    index_dtype,
+)
+from safeweights_peft.errors import BaseMismatchError, CorruptAdapterError, ModelError
+from safeweights_peft.format import (
+    AdapterMetadata,
+    Mode,
+    TensorRecord,
+    indices_key,
+    record_from_json,
+    record_to_json,
+    values_key,
+)
+from safeweights_peft.tuner.config import SafeWeightsConfig
+from safeweights_peft.tuner.entries import check_base, to_numpy, to_torch
+from safeweights_peft.tuner.fit import find_parameter
+from safeweights_peft.tuner.layer import named_layers, selected_parameters
+from safeweights_peft.tuner.parameter import SelectedParameter
+
+Deltas = Mapping[str, SparseDelta]
+
+
+def create_adapter(
+    model: nn.Module,
+    metadata: AdapterMetadata,
+    indices: Mapping[str, Array],
+    adapter_name: str = "default",
+    values: Mapping[str, Array] | None = None,
+) -> PeftModel:
+    """Wrap a model with a new, trainable adapter, and activate it.
+
+    Args:
+        model: A causal language model, or a PeftModel that gets one more adapter. It is changed in
+            place: the modules that own the parameters are wrapped.
+        metadata: Description of the parameters, for instance from ``modeling.describe`` or of a
+            safety map; counts and digests are made here. Where it has a base digest already, the
+            base must match.
+        indices: Flat indices by in-memory parameter name; each ``(count,)``, ascending, unique.
+        adapter_name: Name of the adapter.
+        values: Values by parameter name, to be rounded to their storage dtype; each ``(count,)``.
+            Zeros if None.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ModelError: A parameter has no record.
+    """
+    deltas = {}
+    dtype = DTYPES[metadata.values_dtype]
+    for name, each in indices.items():
+        record = metadata.tensors.get(name)
+        if record is None:
+            raise ModelError(
+                f"{name}: expected a record in metadata, found none; describe the parameter first"
+            )
+        each = np.asarray(each, index_dtype(record.numel))
+        new = np.zeros(each.shape, dtype) if values is None else np.asarray(values[name], dtype)
+        deltas[name] = SparseDelta(record.shape, each, new)
+    peft_model = model if isinstance(model, PeftModel) else None
+    base = model if peft_model is None else peft_model.get_base_model()
+    complete = describe_deltas(base, replace(metadata, mode=Mode.SET), deltas)
+    config = SafeWeightsConfig.from_metadata(complete)
+    if peft_model is None:
+        peft_model = PeftModelForCausalLM(model, config, adapter_name)
+    else:
+        peft_model.add_adapter(adapter_name, config)
+    fill(base, adapter_name, deltas)
+    peft_model.set_adapter(adapter_name)
+    return peft_model
+
+
+def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas) -> AdapterMetadata:
+    """Describe deltas of a model that is at hand.
+
+    Args:
+        model: The base model, perhaps wrapped already.
+        metadata: Description of the parameters; a recorded base digest must hold.
+        deltas: The deltas, by parameter name, with values in their storage dtype.
+
+    Returns:
+        The metadata with records of these deltas only, counts and digests complete.
+    """
+    selected = {each.name: each for _, layer in named_layers(model) for each in layer.owned}
+    records = {}
+    for name, delta in deltas.items():
+        record, indices = metadata.tensors[name], to_torch(delta.indices)
+        parameter = find_parameter(model, name, record)
+        indices = indices.to(parameter.device)
+        if name in selected:
+            entries = selected[name].originals(indices)
+        else:
+            entries = parameter.detach().flatten().index_select(0, indices)
+        if record.base_digest:
+            check_base(name, entries, record)
+        records[name] = _with_digests(record, delta, entries, metadata.scale)
+    return replace(metadata, tensors=records)
+
+
+def fill(model: nn.Module, adapter: str, deltas: Deltas) -> None:
+    """Put indices and values into an adapter that has room for them.
+
+    Args:
+        model: The wrapped model.
+        adapter: The adapter's name.
+        deltas: Its content, which needs no more checks.
+    """
+    with torch.no_grad():
+        for each in selected_parameters(model, adapter):
+            each.indices[adapter].copy_(to_torch(deltas[each.name].indices))
+            each.values[adapter].copy_(to_torch(deltas[each.name].values))
+            each.layer.mark_checked(adapter)
+
+
+def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "default") -> None:
+    """Round an adapter's live values to their storage dtype, so that what is evaluated is shipped.
+
+    Args:
+        model: The PeftModel, or a model into which the adapter was loaded.
+        adapter_name: The adapter.
+    """
+    dtype = getattr(torch, model.peft_config[adapter_name].values_dtype)
+    with torch.no_grad():
+        for each in selected_parameters(model, adapter_name):
+            values = each.values[adapter_name]
+            values.copy_(values.to(dtype))
+
+
+def weighted_sum(
+    model: nn.Module, configs: Mapping[str, SafeWeightsConfig], terms: Sequence[tuple[str, float]]
+) -> tuple[AdapterMetadata, dict[str, SparseDelta]]:
+    """Sum adapters over the union of their entries, in float32 and with their present scales.
+
+    Args:
+        model: The wrapped model.
+        configs: The configs of its adapters.
+        terms: Adapter and weight, in the order of the sum.
+
+    Returns:
+        A description with scale 1 and without digests, and the sum by parameter name.
+    """
+    parts: dict[str, SelectedParameter] = {}
+    for adapter, _ in terms:
+        parts |= {each.name: each for each in selected_parameters(model, adapter)}
+    records, deltas = {}, {}
+    for name, each in parts.items():
+        held = [(adapter, weight) for adapter, weight in terms if adapter in each.values]
+        each.layer.check(adapter for adapter, _ in held)
+        records[name] = _common_record(name, [configs[adapter] for adapter, _ in held])
+        deltas[name] = _sum_entries(each, held, records[name].shape)
+    first = configs[terms[0][0]].to_metadata(f"adapter {terms[0][0]!r}")
+    adapters, weights = zip(*terms, strict=True)
+    selection = {"method": "weighted_sum", "adapters": list(adapters), "weights": list(weights)}
+    metadata = replace(
+        first, scale=1.0, values_dtype="float32", selection=selection, tensors=records
+    )
+    return metadata, deltas
+
+
+def stored_tensors(
+    model: nn.Module, config: SafeWeightsConfig, adapter: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Select an adapter's tensors as they are stored, and bring its config up to date.
+
+    Args:
+        model: The wrapped model.
+        config: The adapter's config; counts and digests in it are replaced.
+        adapter: The adapter's name.
+        state_dict: The model's state, by names in the model.
+
+    Returns:
+        Indices and values, by names in the model.
+    """
+    stored, records = {}, dict(config.tensors)
+    for path, layer in named_layers(model):
+        layer.check([adapter])
+        for each in layer.owned:
+            if adapter not in each.values:
+                continue
+            key = f"{path}.safeweights_{{}}__{each.own}.{adapter}".format
+            indices = stored[key("indices")] = state_dict[key("indices")]
+            values = state_dict[key("values")].to(getattr(torch, config.values_dtype))
+            stored[key("values")] = values
+            record = record_from_json(records[each.name], each.name)
+            delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
+            entries = each.originals(each.indices[adapter])
+            record = _with_digests(record, delta, entries, config.scale)
+            records[each.name] = record_to_json(record)
+    config.tensors = records
+    return stored
+
+
+def accept_new(
+    model: nn.Module, adapter: str, metadata: AdapterMetadata, tensors: Mapping[str, Tensor]
+) -> None:
+    """Check the base for a new adapter whose tensors have passed the format's checks.
+
+    Args:
+        model: The wrapped model.
+        adapter: The adapter's name.
+        metadata: Its description.
+        tensors: Its tensors, by names in the file.
+    """
+    parts = [s for s in selected_parameters(model, adapter) if not s.parameter.is_meta]
+    for each in parts:
+        indices = tensors[indices_key(each.name)].to(each.parameter.device)
+        check_base(each.name, each.originals(indices), metadata.tensors[each.name])
+    for each in parts:
+        each.indices[adapter].copy_(tensors[indices_key(each.name)])
+        each.layer.mark_checked(adapter)
+
+
+def check_again(model: nn.Module, adapter: str, tensors: Mapping[str, Array]) -> None:
+    """Check tensors that are loaded into an adapter that is in use, as when training resumes.
+
+    Args:
+        model: The wrapped model.
+        adapter: The adapter's name.
+        tensors: The tensors, by names in the file.
+
+    Raises:
+        CorruptAdapterError: They are not values for the same indices.
+    """
+    parts = selected_parameters(model, adapter)
+    names = {key(each.name) for each in parts for key in (indices_key, values_key)}
+    for key in sorted(names ^ set(tensors)):
+        raise CorruptAdapterError(
+            f"adapter {adapter!r}: {key}: expected the same parameters as before, found others; "
+            "load this adapter under another name"
+        )
+    for each in parts:
+        indices, values = tensors[indices_key(each.name)], tensors[values_key(each.name)]
+        if values.shape != indices.shape or not np.array_equal(
+            indices, to_numpy(each.indices[adapter])
+        ):
+            raise CorruptAdapterError(
+                f"adapter {adapter!r}: {each.name}: expected the same indices as before, found "
+                "others; load this adapter under another name"
+            )
+        check_finite(f"adapter {adapter!r}: {values_key(each.name)}", values)
+
+
+def _with_digests(
+    record: TensorRecord, delta: SparseDelta, entries: Tensor, scale: float
+) -> TensorRecord:
+    base = to_numpy(entries.to(getattr(torch, record.dtype)))
+    return replace(
+        record,
+        count=delta.count,
+        digest=digest(delta.indices, delta.values),
+        base_digest=digest(base),
+        merged_digest=digest(add_rounded(base, delta.values, scale)),
+    )
+
+
+def _common_record(name: str, configs: Sequence[SafeWeightsConfig]) -> TensorRecord:
+    """Take what all adapters say of a parameter, without what depends on their entries."""
+    records = [
+        replace(
+            record_from_json(config.tensors[name], name),
+            count=0,
+            digest=None,
+            base_digest=None,
+            merged_digest=None,
+        )
+        for config in configs
+    ]
+    if any(record != records[0] for record in records):
+        raise BaseMismatchError(
+            f"{name}: expected adapters that agree on shape, dtype and place on disk, found ones "
+            "that do not; combine adapters of one base"
+        )
+    return records[0]
+
+
+def _sum_entries(
+    each: SelectedParameter, terms: Sequence[tuple[str, float]], shape: tuple[int, ...]
+) -> SparseDelta:
+    indices = [to_numpy(each.indices[adapter]) for adapter, _ in terms]
+    union = np.unique(np.concatenate(indices))
+    total = np.zeros(union.shape, np.float32)
+    for own, (adapter, weight) in zip(indices, terms, strict=True):
+        factor = np.float32(weight * each.layer.scaling[adapter])
+        total[np.searchsorted(union, own)] += factor * to_numpy(each.values[adapter])
+    return SparseDelta(shape, union, total)

@@ -1,0 +1,88 @@
+"""Entries of a parameter: how values are added, how numpy sees them, and whose they are.
+
+Here live the torch twin of the arithmetic rule in ``delta``, and the check that a base is the one
+that an adapter was made for. Which entries a live model runs on is the matter of ``parameter``.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safeweights_peft.delta import DTYPES, Array, digest
+from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError
+from safeweights_peft.format import TensorRecord
+
+
+def add_rounded(base: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
+    """Add scaled values to base entries, bitwise as :func:`safeweights_peft.delta.add_rounded`.
+
+    Args:
+        base: Entries of the base, float32, bfloat16 or float16; ``(count,)``.
+        values: Values to add; ``(count,)``.
+        scale: Finite factor on the values.
+
+    Returns:
+        The new entries, in the base's dtype; ``(count,)``.
+    """
+    change = values.float() * scale  # by itself: torch.add(..., alpha=scale) would fuse the two
+    total = base.float() + change
+    return total.to(base.dtype)
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """View a tensor as an array, without a copy where it is on the CPU.
+
+    Args:
+        tensor: A tensor of a dtype that numpy or ml_dtypes knows.
+
+    Returns:
+        The array.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    return tensor.numpy()
+
+
+def to_torch(array: Array) -> Tensor:
+    """Copy an array into a tensor.
+
+    Args:
+        array: An array of a dtype that torch knows, bfloat16 included.
+
+    Returns:
+        The tensor.
+    """
+    array = np.array(array)
+    if array.dtype == DTYPES["bfloat16"]:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def check_base(name: str, entries: Tensor, record: TensorRecord) -> None:
+    """Check that a parameter is the one that an adapter was made for.
+
+    Args:
+        name: The parameter's name, for messages.
+        entries: The base's entries at the adapter's checked indices; ``(count,)``.
+        record: What the adapter says of the parameter, digests included.
+
+    Raises:
+        AlreadyMergedError: The parameter holds the adapter's merged entries.
+        BaseMismatchError: It holds other entries.
+    """
+    found = digest(to_numpy(entries.to(getattr(torch, record.dtype))))
+    if found == record.base_digest:
+        return
+    if found == record.merged_digest:
+        raise AlreadyMergedError(
+            f"{name}: expected the base's entries, found the adapter's merged ones; "
+            "use the model as it is, or load the adapter onto the original base"
+        )
+    dtype = str(entries.dtype).removeprefix("torch.")
+    lossy = dtype not in ("float32", record.dtype)
+    hint = f" in {record.dtype} or float32, not {dtype}" if lossy else ""
+    raise BaseMismatchError(
+        f"{name}: expected the base that the adapter was made for (entries of digest "
+        f"{record.base_digest}), found another ({found}); load that base{hint}"
+    )

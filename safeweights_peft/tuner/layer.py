@@ -1,0 +1,391 @@
+"""One wrapper for any module that owns selected parameters: Linear, Embedding, norm, experts.
+
+Here lives what PEFT asks of a wrapped module: its adapters, merging, and keeping the base right
+wherever it is saved, copied or moved. The parameters' own arithmetic stands in ``parameter``, the
+model around the wrappers in ``model``.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from safeweights_peft.delta import Array, index_dtype
+from safeweights_peft.errors import CorruptAdapterError, MergeError, ModelError
+from safeweights_peft.format import (
+    AdapterMetadata,
+    TensorRecord,
+    check_tensors,
+    indices_key,
+    values_key,
+)
+from safeweights_peft.tuner.entries import check_base, to_numpy
+from safeweights_peft.tuner.parameter import ForwardMode, SelectedParameter
+
+
+class _Values(nn.ParameterDict):
+    """The values of one parameter, by adapter; ``model.half()`` and the like leave their dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class SafeWeightsLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module that owns selected parameters, or shares one with a module that does.
+
+    ``selected`` holds the parameters, by their own name here; a tied one belongs to another layer.
+    ``scaling`` holds the factor on the values, by adapter.
+
+    Args:
+        base_layer: The module.
+        path: Its path in the base model.
+    """
+
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
+
+    def __init__(self, base_layer: nn.Module, path: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.path = path
+        self.selected: dict[str, SelectedParameter] = {}
+        self.scaling: dict[str, float] = {}
+        self.forward_mode = ForwardMode.AUTO
+        self.merged_adapters: list[str] = []
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.other_param_names: tuple[str, ...] = ("scaling", "_metadata", "_unchecked")
+        self._metadata: dict[str, AdapterMetadata] = {}
+        self._unchecked: dict[str, None] = {}  # a dict, because PEFT deletes by key
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up what the wrapped module has, such as ``in_features`` or ``num_experts``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not set yet, as while unpickling
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def owned(self) -> list[SelectedParameter]:
+        """The selected parameters whose values are held here."""
+        return [each for each in self.selected.values() if each.layer is self]
+
+    def add_adapter(self, adapter: str, metadata: AdapterMetadata) -> None:
+        """Make room for an adapter; its content is loaded later, and checked before use.
+
+        Args:
+            adapter: The adapter's name.
+            metadata: Its description, with the records of this module's parameters only.
+        """
+        for name, record in metadata.tensors.items():
+            self._add_parameter(name.rpartition(".")[2], adapter, record)
+        self.scaling[adapter] = metadata.scale
+        self._metadata[adapter] = metadata
+        self._unchecked[adapter] = None
+
+    def _add_parameter(self, own: str, adapter: str, record: TensorRecord) -> None:
+        if own not in self.selected:
+            values, indices = f"safeweights_values__{own}", f"safeweights_indices__{own}"
+            self.add_module(values, _Values())
+            self.add_module(indices, BufferDict(persistent=True))
+            self.adapter_layer_names += (values,)
+            self.other_param_names += (indices,)
+            self.selected[own] = SelectedParameter(self, own)
+        selected = self.selected[own]
+        wide = index_dtype(record.numel) == np.int64
+        device = selected.parameter.device
+        selected.values[adapter] = nn.Parameter(torch.zeros(record.count, device=device))
+        # -1 is no index: what was never loaded cannot pass the checks.
+        selected.indices[adapter] = torch.full(
+            (record.count,), -1, dtype=torch.int64 if wide else torch.int32, device=device
+        )
+
+    def share(self, own: str, selected: SelectedParameter) -> None:
+        """Use another layer's selected parameter, which this module's parameter is tied to.
+
+        Args:
+            own: The parameter's own name here.
+            selected: The other layer's.
+        """
+        self.selected[own] = selected
+        self._active_adapter = selected.layer._active_adapter
+        self._disable_adapters = selected.layer._disable_adapters
+        self.forward_mode = selected.layer.forward_mode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module with the active adapters' entries.
+
+        Args:
+            *args: The wrapped module's arguments.
+            **kwargs: The wrapped module's arguments.
+
+        Returns:
+            What the wrapped module returns.
+        """
+        weights = {}
+        for own, selected in self.selected.items():
+            if selected.layer is not self:
+                self._check_tied(own, selected)
+            weight = selected.weight()
+            if weight is not None:
+                weights[own] = weight
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, weights, args, kwargs)
+
+    def _check_tied(self, own: str, selected: SelectedParameter) -> None:
+        if getattr(self.base_layer, own) is not selected.parameter:
+            raise ModelError(
+                f"{self.path}.{own}: expected the parameter of {selected.name}, found another; "
+                "load the adapter after untying, and use DDP rather than DataParallel"
+            )
+
+    def check(self, adapters: Iterable[str]) -> None:
+        """Check adapters that were loaded but not checked yet, and that the base is theirs.
+
+        Args:
+            adapters: Names of adapters.
+        """
+        if self._unchecked:
+            for adapter in adapters:
+                if adapter in self._unchecked:
+                    self._check(adapter)
+
+    @torch.compiler.disable
+    def _check(self, adapter: str) -> None:
+        metadata, source = self._metadata[adapter], f"adapter {adapter!r}"
+        held = [each for each in self.owned if adapter in each.values]
+        if any(each.parameter.is_meta for each in held):
+            return  # checked when there are entries to see
+        tensors: dict[str, Array] = {}
+        for each in held:
+            indices = to_numpy(each.indices[adapter])
+            if indices.size and (indices == -1).all():
+                raise CorruptAdapterError(
+                    f"{source}: {each.name}: expected loaded indices, found none; "
+                    "load a complete adapter, or use create_adapter"
+                )
+            values = each.values[adapter].to(getattr(torch, metadata.values_dtype))
+            tensors |= {indices_key(each.name): indices, values_key(each.name): to_numpy(values)}
+        check_tensors(metadata, tensors, source)
+        for each in held:
+            entries = each.originals(each.indices[adapter])
+            check_base(each.name, entries, metadata.tensors[each.name])
+        self.mark_checked(adapter)
+
+    def mark_checked(self, adapter: str) -> None:
+        """Note that an adapter's indices and values may be used.
+
+        Args:
+            adapter: The adapter's name.
+        """
+        self._unchecked.pop(adapter, None)
+
+    def is_checked(self, adapter: str) -> bool:
+        """Tell whether an adapter's indices and values may be used.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            True once its content has passed every check.
+        """
+        return adapter in self._metadata and adapter not in self._unchecked
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the factor on an adapter's values, relative to the scale in its config.
+
+        Args:
+            adapter: The adapter's name; nothing happens if it is not here.
+            scale: The factor; 1 is the adapter as it was made.
+
+        Raises:
+            ModelError: The factor is not finite.
+        """
+        if not math.isfinite(scale):
+            raise ModelError(f"scale: expected a finite number, found {scale}; nothing was set")
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._metadata[adapter].scale
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters, as in PEFT.
+
+        Args:
+            adapter_names: One or several, in the order in which they act.
+            inference_mode: Whether to freeze their values.
+        """
+        super().set_adapter(adapter_names, inference_mode)
+        self._release()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off, as in PEFT.
+
+        Args:
+            enabled: Whether they act.
+        """
+        super().enable_adapters(enabled)
+        self._release()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, as in PEFT.
+
+        Args:
+            adapter_name: Its name.
+        """
+        super().delete_adapter(adapter_name)
+        self._release()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters' entries into the base, to stay until :meth:`unmerge`.
+
+        Adapters that are merged already are folded in again, so that the result is rounded once.
+
+        Args:
+            safe_merge: Whether to refuse entries that are not finite, before anything is written.
+            adapter_names: The adapters; the active ones if None.
+        """
+        adapters = [*self.merged_adapters, *self._to_merge(adapter_names)]
+        self.check(adapters)
+        if safe_merge:
+            self.check_merge(adapter_names)
+        for each in self.owned:
+            if held := each.held(adapters):
+                each.overwrite(held)
+        self.merged_adapters = adapters
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Check, without writing, that a merge gives finite entries.
+
+        Args:
+            adapter_names: The adapters; the active ones if None.
+        """
+        for each in self.owned:
+            if held := each.held([*self.merged_adapters, *self._to_merge(adapter_names)]):
+                each.check_finite(held)
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        adapters = check_adapters_to_merge(self, adapter_names)
+        return [name for name in adapters if name in self._metadata]
+
+    def unmerge(self) -> None:
+        """Put back the base's own entries, bit by bit; nothing happens if nothing is merged."""
+        if self.merged:
+            for each in self.owned:
+                each.restore()
+            self.merged_adapters = []
+
+    def restore_base(self) -> None:
+        """Make the base's parameters hold their own entries, or the merged ones while merged."""
+        for each in self.selected.values():
+            if not each.layer.merged:
+                each.restore()
+
+    def _release(self) -> None:
+        for each in self.owned:
+            if not self.merged:
+                each.release()
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device, torch.dtype | None]:
+        # PEFT moves a loaded adapter here; without a dtype, the values stay float32.
+        return next(base_layer.parameters()).device, None
+
+    # Wherever the base can be seen, it must be right.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the base's own entries."""
+        self.restore_base()
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the copied parameters again."""
+        super().__setstate__(state)
+        for each in self.owned:
+            each.settle()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        self.restore_base()
+        super()._apply(fn, recurse)
+        for each in self.owned:
+            each.move(fn)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore_base()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.merged and any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            raise MergeError(
+                f"{self.path}: expected an unmerged base to load weights into, found adapters "
+                f"{', '.join(self.merged_adapters)} merged; call unmerge_adapter first"
+            )
+        self.restore_base()
+        for each in self.owned:
+            each.forget_plan()
+            self._distrust_new_indices(each, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _distrust_new_indices(
+        self, selected: SelectedParameter, state_dict: dict[str, Tensor], prefix: str
+    ) -> None:
+        """Check again, before use, an adapter whose indices are about to be replaced."""
+        for adapter, indices in selected.indices.items():
+            new = state_dict.get(f"{prefix}safeweights_indices__{selected.own}.{adapter}")
+            if new is None:
+                continue
+            if indices.is_meta or not torch.equal(new.to(indices.device), indices):
+                self._unchecked[adapter] = None
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, SafeWeightsLayer]]:
+    """List a model's wrapped modules.
+
+    Args:
+        model: Any model, wrapped or not.
+
+    Yields:
+        Path in the model, and wrapper.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SafeWeightsLayer):
+            yield name, module
+
+
+def layers(model: nn.Module) -> Iterator[SafeWeightsLayer]:
+    """List a model's wrapped modules.
+
+    Args:
+        model: Any model, wrapped or not.
+
+    Returns:
+        The wrappers.
+    """
+    return (layer for _, layer in named_layers(model))
+
+
+def selected_parameters(model: nn.Module, adapter: str) -> list[SelectedParameter]:
+    """List the parameters in which an adapter selects entries.
+
+    Args:
+        model: Any model, wrapped or not.
+        adapter: The adapter's name.
+
+    Returns:
+        The parameters; a tied one once.
+    """
+    return [each for layer in layers(model) for each in layer.owned if adapter in each.values]

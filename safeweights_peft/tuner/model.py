@@ -1,0 +1,270 @@
+"""The hooks by which PEFT wraps a model, runs, merges, saves and loads an adapter of this method.
+
+Here lives the class that PEFT instantiates. What one wrapped module does stands in ``layer``, what
+adapters hold in ``content``, whether they fit a model in ``fit``. PEFT calls several of these hooks
+internal; ``tests/tuner/test_contract.py`` pins them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from safeweights_peft.errors import ModelError, UnsupportedFeatureError
+from safeweights_peft.format import check_tensors
+from safeweights_peft.tuner.config import SafeWeightsConfig
+from safeweights_peft.tuner.content import (
+    accept_new,
+    check_again,
+    create_adapter,
+    describe_deltas,
+    fill,
+    round_values,
+    stored_tensors,
+    weighted_sum,
+)
+from safeweights_peft.tuner.entries import to_numpy
+from safeweights_peft.tuner.fit import check_fit, share_tied
+from safeweights_peft.tuner.layer import SafeWeightsLayer, layers, selected_parameters
+from safeweights_peft.tuner.parameter import ForwardMode
+
+__all__ = ["SafeWeightsModel", "create_adapter", "round_values", "set_forward_mode"]
+
+_FILE_PREFIX = "base_model.model."
+
+
+class SafeWeightsModel(BaseTuner):
+    """Wraps the modules that own an adapter's parameters; PEFT puts it into a PeftModel."""
+
+    prefix = "safeweights_"
+    tuner_layer_cls = SafeWeightsLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and type
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set the factor on an adapter's values, relative to the scale in its config.
+
+        Args:
+            adapter_name: The adapter.
+            scale: A finite factor; 1 is the adapter as it was made.
+        """
+        for layer in layers(self.model):
+            layer.set_scale(adapter_name, scale)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, over the union of their entries.
+
+        Its values are summed in float32 with each adapter's present scale; its own scale is 1. Like
+        any further adapter it is not active yet.
+
+        Args:
+            adapters: Names of the adapters to sum.
+            weights: One finite weight per adapter; negative ones subtract.
+            adapter_name: Name of the new adapter.
+            combination_type: Only "linear".
+
+        Raises:
+            ModelError: A name is unknown or taken, or the weights do not fit.
+            UnsupportedFeatureError: Another combination type is asked for.
+        """
+        if combination_type != "linear":
+            raise UnsupportedFeatureError(
+                f"combination_type: expected 'linear', found {combination_type!r}; the others are "
+                "made for low-rank matrices"
+            )
+        known = self.peft_config
+        if not adapters or adapter_name in known or not set(adapters) <= set(known):
+            raise ModelError(
+                f"adapters: expected some of {', '.join(known)} and a new name, found "
+                f"{', '.join(adapters) or 'none'} as {adapter_name}; load or rename adapters"
+            )
+        if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+            raise ModelError(
+                f"weights: expected {len(adapters)} finite numbers, found {list(weights)}; "
+                "give one per adapter"
+            )
+        terms = list(zip(adapters, weights, strict=True))
+        metadata, deltas = weighted_sum(self.model, known, terms)
+        metadata = describe_deltas(self.model, metadata, deltas)
+        known[adapter_name] = SafeWeightsConfig.from_metadata(metadata)
+        self.inject_adapter(self.model, adapter_name)
+        fill(self.model, adapter_name, deltas)
+
+    # Wrapping.
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Wrap a model's modules for an adapter; those with tied parameters too.
+
+        Args:
+            model: The base model.
+            adapter_name: The adapter, whose config is in ``peft_config``.
+            *args: As in PEFT.
+            **kwargs: As in PEFT.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        share_tied(model)
+
+    def _prepare_adapter_config(
+        self, peft_config: SafeWeightsConfig, model_config: dict[str, Any]
+    ) -> SafeWeightsConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: SafeWeightsConfig, model: nn.Module) -> None:
+        metadata = peft_config.to_metadata("adapter_config.json")
+        check_fit(model, metadata, peft_config.parameters_by_module)
+        self._incoming = metadata
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SafeWeightsConfig, key: str) -> bool:
+        return key in peft_config.parameters_by_module
+
+    def _create_and_replace(
+        self,
+        peft_config: SafeWeightsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, SafeWeightsLayer):
+            layer = SafeWeightsLayer(target, current_key)
+            setattr(parent, target_name, layer)
+        names = (f"{current_key}.{own}" for own in peft_config.parameters_by_module[current_key])
+        records = {name: self._incoming.tensors[name] for name in names}
+        layer.add_adapter(adapter_name, replace(self._incoming, tensors=records))
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        setattr(parent, child_name, new_module)
+
+    # Merging.
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Write adapters' entries into the base, to stay until ``unmerge_adapter``.
+
+        Args:
+            adapter_names: The adapters; the active ones if None.
+            safe_merge: Whether to refuse entries that are not finite, before anything is written.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        for layer in layers(self.model):
+            layer.restore_base()
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, adapter_names=adapter_names
+        )
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Check all layers before the first is written: a merge happens whole or not at all."""
+        for layer in layers(self.model):
+            layer.check(layer.active_adapters if adapter_names is None else adapter_names)
+            if safe_merge:
+                layer.check_merge(adapter_names)
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns of tied weights here; they are merged once, in the shared parameter."""
+
+    # Running.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedFeatureError(
+                "adapter_names: expected the same adapters for the whole batch, found "
+                f"{kwargs['adapter_names']}; use set_adapter and one batch per adapter"
+            )
+        yield
+
+    # Saving and loading.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SafeWeightsConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return stored_tensors(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if f".{cls.prefix}" not in key:
+            raise UnsupportedFeatureError(
+                f"{key}: expected to save the adapter's own tensors, found one of the base; use "
+                "save_embedding_layers=False, and a base whose embeddings were not resized"
+            )
+        return key.removesuffix(f".{adapter_name}")
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise UnsupportedFeatureError(
+            "path_initial_model_for_weight_conversion: expected None, found a path; "
+            "a safety patch never changes the base that it is trained on"
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SafeWeightsConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        stored = {
+            _FILE_PREFIX + key.removeprefix(_FILE_PREFIX): tensor
+            for key, tensor in state_dict.items()
+        }
+        arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
+        parts = selected_parameters(model, adapter_name)
+        if all(each.layer.is_checked(adapter_name) for each in parts):
+            check_again(model, adapter_name, arrays)
+        else:
+            source = f"adapter {adapter_name!r}"
+            metadata = config.to_metadata(source)
+            check_tensors(metadata, arrays, source)
+            accept_new(model, adapter_name, metadata, stored)
+        return {
+            f"{key}.{adapter_name}": tensor.float() if tensor.is_floating_point() else tensor
+            for key, tensor in stored.items()
+        }
+
+
+def set_forward_mode(model: nn.Module, mode: ForwardMode | str) -> None:
+    """Choose how forward passes get their weights; see :mod:`safeweights_peft.tuner.parameter`.
+
+    Args:
+        model: The PeftModel, or a model into which an adapter was loaded.
+        mode: "auto", "in_place" or "functional".
+    """
+    for layer in layers(model):
+        layer.restore_base()
+        layer.forward_mode = ForwardMode(mode)
