@@ -7,6 +7,7 @@ in ``metadata``, so that a state dict goes through the same ones as a file.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,8 +343,10 @@ def _write(
     written = AdapterMetadata.from_config(json.loads(config), str(path))
     check_tensors(written, tensors, str(path))
     with publish(path, overwrite, FormatError) as draft:
-        save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
         (draft / CONFIG_FILE).write_text(config, encoding="utf-8")
+        save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
+        # The library makes files for their owner alone, which a shared folder is not meant for.
+        shutil.copymode(draft / CONFIG_FILE, draft / TENSORS_FILE)
     return written
 
 
