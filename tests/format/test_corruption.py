@@ -218,7 +218,7 @@ def test_a_file_cut_anywhere_is_refused(patch: Path) -> None:
     content = file.read_bytes()
     for length in range(len(content)):
         file.write_bytes(content[:length])
-        with pytest.raises(FormatError, match="adapter_model.safetensors"):
+        with pytest.raises(FormatError, match=r"adapter_model.safetensors"):
             read_adapter(patch)
 
 

@@ -1,0 +1,103 @@
+"""Reading tensors and entries of a checkpoint."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from safeweights_peft.checkpoint import CheckpointReader, TensorInfo
+from safeweights_peft.delta import DTYPES
+from safeweights_peft.errors import CheckpointError
+from tests.tiny_files import save_checkpoint
+
+TENSORS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.arange(10).astype(DTYPES["bfloat16"]),
+    "c": np.arange(6, dtype=np.float16).reshape(1, 6),
+    "d": np.array(7, np.int64),
+    "e": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_tensor_is_read_as_it_was_saved(tmp_path: Path, shards: int) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS, shards))
+    assert reader.keys() == sorted(TENSORS)
+    assert "a" in reader
+    assert "z" not in reader
+    for key, tensor in TENSORS.items():
+        found = reader.read(key)
+        assert found.dtype == tensor.dtype
+        assert found.shape == tensor.shape
+        assert found.tobytes() == tensor.tobytes()
+        assert found.flags.writeable  # a copy, which changes no file
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_entries_are_gathered_by_flat_index(tmp_path: Path, shards: int) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS, shards))
+    for key, tensor in TENSORS.items():
+        indices = np.arange(tensor.size)[::2]
+        np.testing.assert_array_equal(reader.gather(key, indices), tensor.reshape(-1)[indices])
+
+
+def test_info_tells_what_is_on_disk(tmp_path: Path) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS))
+    info = reader.info("b")
+    assert info == TensorInfo((10,), "bfloat16", "model.safetensors", info.offset, 20)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    assert raw[info.offset : info.offset + 20] == TENSORS["b"].tobytes()
+
+
+@pytest.mark.parametrize("index", [-1, 12])
+def test_an_index_out_of_range_is_refused(tmp_path: Path, index: int) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS))
+    with pytest.raises(CheckpointError, match=rf"^a: expected indices from 0 to 11, .*{index}"):
+        reader.gather("a", np.array([3, index]))
+
+
+def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS))
+    with pytest.raises(CheckpointError, match="expected a tensor z, found none"):
+        reader.info("z")
+
+
+def test_an_index_that_contradicts_its_shards_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, TENSORS, shards=2)
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["ghost"] = index["weight_map"]["a"]
+    file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="expected ghost, as the index says, found no such"):
+        CheckpointReader(tmp_path).info("ghost")
+
+
+def test_a_tensor_in_two_shards_is_ambiguous(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, TENSORS, shards=2)
+    reader = CheckpointReader(tmp_path)
+    shard = reader.index.weight_map["b"]
+    save_file({"b": TENSORS["b"], "a": TENSORS["a"]}, tmp_path / shard)
+    with pytest.raises(CheckpointError, match=r"a: expected it in model-00001-of-00002.safetens"):
+        reader.read("b")
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, TENSORS)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="as its header says"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_quantized_tensor_may_be_there_but_not_be_read(tmp_path: Path) -> None:
+    header = {"q": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    content = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(
+        len(content).to_bytes(8, "little") + content + b"1234"
+    )
+    reader = CheckpointReader(tmp_path)
+    assert reader.info("q").dtype == "F8_E4M3"
+    with pytest.raises(CheckpointError, match="found F8_E4M3; use an unquantized checkpoint"):
+        reader.read("q")

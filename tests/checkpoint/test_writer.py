@@ -1,0 +1,135 @@
+"""Patched copies of a checkpoint."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safeweights_peft.checkpoint import CheckpointReader, draft_copy
+from safeweights_peft.delta import DTYPES
+from safeweights_peft.errors import CheckpointError
+from tests.tiny_files import SIDE_FILES, load_checkpoint, save_checkpoint
+
+TENSORS = {
+    "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b": np.arange(10).astype(DTYPES["bfloat16"]),
+    "c": np.arange(6, dtype=np.float16).reshape(1, 6),
+}
+
+
+def names_in(path: Path) -> set[str]:
+    return {child.relative_to(path).as_posix() for child in path.rglob("*") if child.is_file()}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_only_the_patched_entries_change(tmp_path: Path, shards: int) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS, shards)
+    before = {name: (base / name).read_bytes() for name in names_in(base)}
+    indices = np.array([0, 5], np.int32)
+    with draft_copy(CheckpointReader(base), tmp_path / "out") as draft:
+        for key, tensor in TENSORS.items():
+            draft.patch(key, indices, np.array([-1, -2]).astype(tensor.dtype))
+            np.testing.assert_array_equal(draft.reader.gather(key, indices), [-1, -2])
+    expected = {key: tensor.copy() for key, tensor in TENSORS.items()}
+    for key, found in load_checkpoint(tmp_path / "out").items():
+        expected[key].reshape(-1)[indices] = [-1, -2]
+        assert found.tobytes() == expected[key].tobytes()
+    assert before == {name: (base / name).read_bytes() for name in names_in(base)}
+    for name in names_in(base):
+        size = (tmp_path / "out" / name).stat().st_size
+        assert size == len(before[name])
+
+
+def test_what_loading_needs_comes_along_and_nothing_else(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS, shards=2)
+    wanted = ["tokenizer.model.v3", "vocab.txt", "modeling_tiny.py", "preprocessor_config.json"]
+    wanted += ["additional_chat_templates/tool.jinja"]
+    unwanted = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "tf_model.h5",
+        "model.gguf",
+        "trainer_state.json",
+        "optimizer.pt",
+        ".gitattributes",
+        "checkpoint-10/config.json",
+        "onnx/model.onnx",
+    ]
+    for name in wanted + unwanted:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
+    with draft_copy(CheckpointReader(base), tmp_path / "out"):
+        pass
+    shards = set(CheckpointReader(base).index.shards)
+    index = {"model.safetensors.index.json"}
+    assert names_in(tmp_path / "out") == {*SIDE_FILES, *wanted} | shards | index
+
+
+def test_links_are_copied_as_files(tmp_path: Path) -> None:
+    blobs = save_checkpoint(tmp_path / "blobs", TENSORS)
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in names_in(blobs):
+        (base / name).symlink_to(blobs / name)
+    with draft_copy(CheckpointReader(base), tmp_path / "out") as draft:
+        draft.patch("a", np.array([0]), np.array([9], np.float32))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert CheckpointReader(blobs).read("a")[0, 0] == 0
+
+
+def test_a_read_only_base_can_be_copied_and_patched(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS)
+    for name in names_in(base):
+        (base / name).chmod(0o444)
+    with draft_copy(CheckpointReader(base), tmp_path / "out") as draft:
+        draft.patch("a", np.array([0]), np.array([9], np.float32))
+    assert CheckpointReader(tmp_path / "out").read("a")[0, 0] == 9
+
+
+def test_progress_ends_at_the_total(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS, shards=3)
+    told: list[tuple[int, int]] = []
+    with draft_copy(
+        CheckpointReader(base), tmp_path / "out", progress=lambda *sizes: told.append(sizes)
+    ):
+        pass
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] == sum((base / n).stat().st_size for n in names_in(base))
+
+
+def test_an_abort_leaves_nothing(tmp_path: Path) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS)
+    with (
+        pytest.raises(CheckpointError, match=r"^a: expected entries of dtype float32"),
+        draft_copy(CheckpointReader(base), tmp_path / "out") as draft,
+    ):
+        draft.patch("a", np.array([0]), np.array([9], np.float16))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("index", [-1, 12])
+def test_a_patch_outside_its_tensor_is_refused(tmp_path: Path, index: int) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS)
+    with (
+        pytest.raises(CheckpointError, match=r"^a: expected indices from 0 to 11"),
+        draft_copy(CheckpointReader(base), tmp_path / "out") as draft,
+    ):
+        draft.patch("a", np.array([index]), np.array([9], np.float32))
+
+
+def test_an_existing_directory_is_kept_unless_asked(tmp_path: Path) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path / "base", TENSORS))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with (
+        pytest.raises(CheckpointError, match="set overwrite"),
+        draft_copy(reader, tmp_path / "out"),
+    ):
+        pass
+    with draft_copy(reader, tmp_path / "out", overwrite=True):
+        pass
+    assert names_in(tmp_path / "out") == {*SIDE_FILES, "model.safetensors"}

@@ -1,0 +1,378 @@
+"""Merging from shards to shards: bitwise what the slow, obvious way gives, or a clear refusal."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safeweights_peft.delta import DTYPES
+from safeweights_peft.errors import (
+    AlreadyMergedError,
+    BaseMismatchError,
+    CheckpointError,
+    CorruptAdapterError,
+    MergeError,
+    SafeWeightsError,
+)
+from safeweights_peft.format import (
+    Adapter,
+    Block,
+    TensorRecord,
+    read_adapter,
+    write_adapter,
+    write_map,
+)
+from safeweights_peft.merge import Check, entries_by_block, merge, verify
+from tests.tiny_files import (
+    Tensors,
+    as_map,
+    dense,
+    edit_config,
+    fused_experts,
+    load_checkpoint,
+    random_checkpoint,
+    random_patch,
+    save_checkpoint,
+)
+
+EMBEDDINGS, UP, EXPERTS = "model.embed_tokens.weight", "model.up.weight", "model.experts.gate_up"
+
+
+def plain_layout(dtype: str) -> dict[str, TensorRecord]:
+    return {UP: dense(UP, (8, 9), dtype), "model.norm.weight": dense("norm", (9,), dtype)}
+
+
+def tied_layout(dtype: str) -> dict[str, TensorRecord]:
+    tied = dense(EMBEDDINGS, (11, 8), dtype, tied_keys=("lm_head.weight",))
+    return {EMBEDDINGS: tied} | plain_layout(dtype)
+
+
+def experts_on_disk(dtype: str) -> dict[str, TensorRecord]:
+    return {EXPERTS: fused_experts("block_sparse_moe.experts", 3, 4, 5, dtype)}
+
+
+def fused_on_disk(dtype: str) -> dict[str, TensorRecord]:
+    return {EXPERTS: dense(EXPERTS, (3, 8, 5), dtype)}
+
+
+def transposed_on_disk(dtype: str) -> dict[str, TensorRecord]:
+    block = Block(key="up.t", shape=(9, 8), offset=0, strides=(1, 9))
+    return {UP: TensorRecord(shape=(8, 9), dtype=dtype, blocks=(block,))}
+
+
+LAYOUTS = [plain_layout, tied_layout, experts_on_disk, fused_on_disk, transposed_on_disk]
+
+
+def slow_merge(tensors: Tensors, adapter: Adapter, scale: float) -> Tensors:
+    """The obvious twin: every block entry by entry, one float32 product, one sum, one rounding."""
+    merged = {key: tensor.copy() for key, tensor in tensors.items()}
+    for name, record in adapter.metadata.tensors.items():
+        delta = adapter.deltas[name]
+        values = dict(zip(delta.indices.tolist(), delta.values, strict=True))
+        blocks = list(record.blocks)
+        blocks += [replace(blocks[0], key=key) for key in record.tied_keys if key in merged]
+        for block in blocks:
+            for index in np.ndindex(*block.shape):
+                steps = zip(block.strides, index, strict=True)
+                flat = block.offset + sum(stride * at for stride, at in steps)
+                if flat in values:
+                    product = np.float32(scale) * np.float32(values[flat])
+                    total = np.float32(merged[block.key][index]) + product
+                    merged[block.key][index] = total.astype(merged[block.key].dtype)
+    return merged
+
+
+def assert_same_tensors(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert found[key].shape == tensor.shape
+        assert found[key].tobytes() == tensor.tobytes(), key
+
+
+class Case:
+    """A base, a patch for it, and where the merged model goes."""
+
+    def __init__(self, root: Path, records: dict[str, TensorRecord], **options: object) -> None:
+        shards = options.pop("shards", 1)
+        head = options.pop("head", False)
+        self.tensors = random_checkpoint(records)
+        if head:
+            self.tensors["lm_head.weight"] = self.tensors[EMBEDDINGS].copy()
+        self.adapter = random_patch(records, self.tensors, **options)  # type: ignore[arg-type]
+        self.base = save_checkpoint(root / "base", self.tensors, shards)  # type: ignore[arg-type]
+        self.patch, self.out = root / "patch", root / "out"
+        write_adapter(self.patch, self.adapter)
+
+    def change_base(self, edit: Callable[[Tensors], object]) -> None:
+        edit(self.tensors)
+        save_checkpoint(self.base, self.tensors)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path, tied_layout("bfloat16"), head=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_merge_is_bitwise_the_obvious_one(
+    tmp_path: Path, layout: Callable[[str], dict[str, TensorRecord]], dtype: str, shards: int
+) -> None:
+    case = Case(tmp_path, layout(dtype), shards=shards, scale=0.3)
+    report = merge(case.base, case.patch, case.out)
+    expected = slow_merge(case.tensors, case.adapter, 0.3)
+    assert_same_tensors(load_checkpoint(case.out), expected)
+    changed = [key for key in expected if expected[key].tobytes() != case.tensors[key].tobytes()]
+    assert report.tensors >= len(changed) > 0
+    assert report.entries == sum(delta.count for delta in case.adapter.deltas.values())
+    assert report.size_bytes == sum(f.stat().st_size for f in case.out.glob("*.safetensors"))
+    assert report.scale == 0.3
+    assert_same_tensors(load_checkpoint(case.base), case.tensors)
+
+
+@pytest.mark.parametrize("values_dtype", list(DTYPES))
+@pytest.mark.parametrize("scale", [1.0, -0.7, 0.0, 3.0])
+def test_the_requested_scale_multiplies_the_adapters_own(
+    tmp_path: Path, values_dtype: str, scale: float
+) -> None:
+    case = Case(tmp_path, plain_layout("bfloat16"), values_dtype=values_dtype, scale=0.3)
+    report = merge(case.base, case.patch, case.out, scale=scale)
+    assert report.scale == 0.3 * scale
+    expected = slow_merge(case.tensors, case.adapter, 0.3 * scale)
+    assert_same_tensors(load_checkpoint(case.out), expected)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_both_copies_of_a_tied_head_get_the_edit(tmp_path: Path, shards: int) -> None:
+    case = Case(tmp_path, tied_layout("bfloat16"), head=True, shards=shards)
+    report = merge(case.base, case.patch, case.out)
+    found = load_checkpoint(case.out)
+    assert_same_tensors(found, slow_merge(case.tensors, case.adapter, 1.0))
+    assert found["lm_head.weight"].tobytes() == found[EMBEDDINGS].tobytes()
+    assert report.tensors == 4
+
+
+def test_a_tied_copy_that_differs_from_the_base_is_refused_by_key(case: Case) -> None:
+    at = int(case.adapter.deltas[EMBEDDINGS].indices[0])
+    case.change_base(lambda tensors: tensors["lm_head.weight"].reshape(-1).__setitem__(at, 9))
+    with pytest.raises(BaseMismatchError, match=f"^{EMBEDDINGS}: expected in lm_head.weight of"):
+        merge(case.base, case.patch, case.out)
+
+
+def test_values_that_change_nothing_still_merge(tmp_path: Path) -> None:
+    case = Case(tmp_path, plain_layout("bfloat16"), scale=1e-30)
+    merge(case.base, case.patch, case.out)
+    assert_same_tensors(load_checkpoint(case.out), case.tensors)
+
+
+def test_a_merged_base_is_told_apart_from_a_foreign_one(case: Case, tmp_path: Path) -> None:
+    merge(case.base, case.patch, case.out)
+    with pytest.raises(AlreadyMergedError, match="found the adapter's values already merged"):
+        merge(case.out, case.patch, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_half_merged_base_is_refused(case: Case, tmp_path: Path) -> None:
+    merge(case.base, case.patch, case.out)
+    merged = load_checkpoint(case.out)
+    case.change_base(lambda tensors: tensors.update({UP: merged[UP]}))
+    with pytest.raises(BaseMismatchError, match=rf"^{UP}: .* use someone/tiny at revision 0123abc"):
+        merge(case.base, case.patch, tmp_path / "again")
+
+
+def test_another_base_is_refused_by_the_tensors_name_and_nothing_is_written(case: Case) -> None:
+    other = random_checkpoint(tied_layout("bfloat16"), seed=7)
+    case.change_base(lambda tensors: tensors.update({UP: other[UP]}))
+    with pytest.raises(BaseMismatchError, match=f"^{UP}: expected in {UP} of .*, found sha256:"):
+        merge(case.base, case.patch, case.out)
+    assert sorted(path.name for path in case.base.parent.iterdir()) == ["base", "patch"]
+
+
+def test_entries_that_the_patch_leaves_alone_may_differ(case: Case) -> None:
+    untouched = set(range(72)) - set(case.adapter.deltas[UP].indices.tolist())
+    case.change_base(lambda tensors: tensors[UP].reshape(-1).__setitem__(min(untouched), 5))
+    merge(case.base, case.patch, case.out)
+    assert_same_tensors(load_checkpoint(case.out), slow_merge(case.tensors, case.adapter, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(UP), f"^{UP}: expected a tensor {UP} in .*, found none"),
+        (
+            lambda t: t.update({UP: t[UP].astype(np.float32)}),
+            f"^{UP}: expected {UP} in .* as bfloat16 .*, found float32",
+        ),
+        (lambda t: t.update({UP: t[UP].astype(np.int8)}), "as bfloat16 .*, found int8"),
+        (lambda t: t.update({UP: t[UP].reshape(9, 8)}), r"bfloat16 \[8, 9\], found .* \[9, 8\]"),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:9]}),
+            r"lm_head.weight in .* as bfloat16 \[11, 8\], found bfloat16 \[9, 8\]",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused_by_key(
+    case: Case, edit: Callable[[Tensors], object], message: str
+) -> None:
+    case.change_base(edit)
+    with pytest.raises(BaseMismatchError, match=message):
+        merge(case.base, case.patch, case.out)
+
+
+def test_a_safety_map_is_refused(case: Case, tmp_path: Path) -> None:
+    write_map(tmp_path / "map", as_map(case.adapter))
+    with pytest.raises(MergeError, match="found a safety map, which has no values"):
+        merge(case.base, tmp_path / "map", case.out)
+
+
+def test_a_broken_adapter_is_refused_before_anything_is_written(case: Case) -> None:
+    file = case.patch / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptAdapterError, match="as its header says"):
+        merge(case.base, case.patch, case.out)
+    assert not case.out.exists()
+
+
+def test_an_adapter_whose_result_is_not_the_promised_one_is_refused(case: Case) -> None:
+    lie = "sha256:" + "0" * 64
+    edit_config(case.patch, lambda config: config["tensors"][UP].update(merged_digest=lie))
+    with pytest.raises(MergeError, match=rf"^{UP}: expected merged entries with digest {lie}"):
+        merge(case.base, case.patch, case.out)
+    assert sorted(path.name for path in case.base.parent.iterdir()) == ["base", "patch"]
+
+
+def test_a_merge_that_would_write_nan_is_refused(tmp_path: Path) -> None:
+    records = plain_layout("bfloat16")
+    tensors = random_checkpoint(records)
+    tensors[UP][:] = np.nan
+    case = Case(tmp_path, records)
+    case.change_base(lambda base: base.update({UP: tensors[UP]}))
+    write_adapter(case.patch, random_patch(records, tensors), overwrite=True)
+    with pytest.raises(MergeError, match=rf"^{UP}: expected numbers after merging, found NaN"):
+        merge(case.base, case.patch, case.out)
+    assert not case.out.exists()
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan, 1e300])
+def test_a_scale_must_be_finite_in_float32(case: Case, scale: float) -> None:
+    with pytest.raises(MergeError, match=r"^scale: expected a factor that is finite in float32"):
+        merge(case.base, case.patch, case.out, scale=scale)
+
+
+@pytest.mark.parametrize("out", ["base", "patch", "base/inner", "."])
+def test_the_inputs_are_never_replaced(case: Case, out: str) -> None:
+    with pytest.raises(MergeError, match=r"expected a directory apart from (base|adapter)_dir"):
+        merge(case.base, case.patch, case.base.parent / out, overwrite=True)
+    assert_same_tensors(load_checkpoint(case.base), case.tensors)
+    assert read_adapter(case.patch).metadata.selection["method"] == "esi"
+
+
+def test_an_existing_directory_is_replaced_only_when_asked(case: Case) -> None:
+    case.out.mkdir()
+    (case.out / "old").write_text("old")
+    with pytest.raises(MergeError, match="set overwrite to replace it"):
+        merge(case.base, case.patch, case.out)
+    merge(case.base, case.patch, case.out, overwrite=True)
+    assert not (case.out / "old").exists()
+
+
+def test_progress_is_told(case: Case) -> None:
+    told: list[tuple[int, int]] = []
+    merge(case.base, case.patch, case.out, progress=lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > 0
+
+
+def test_a_full_disk_leaves_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", no_space)
+    with pytest.raises(CheckpointError, match="No space left on device; free space"):
+        merge(case.base, case.patch, case.out)
+    assert sorted(path.name for path in case.base.parent.iterdir()) == ["base", "patch"]
+
+
+def test_a_merge_killed_while_patching_leaves_no_model(case: Case) -> None:
+    code = """
+import os, sys
+from safeweights_peft.checkpoint import CheckpointDraft
+from safeweights_peft.merge import merge
+CheckpointDraft.patch = lambda *_: os._exit(9)
+merge(*sys.argv[1:])
+"""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", code, str(case.base), str(case.patch), str(case.out)]
+    assert subprocess.run(command, check=False, cwd=root).returncode == 9
+    assert not case.out.exists()
+
+
+def test_entries_are_sorted_by_the_matrix_that_holds_them() -> None:
+    record = fused_experts("e", experts=2, inner=2, outer=3, dtype="float32")
+    found = entries_by_block(record, np.array([0, 7, 12, 23], np.int32))
+    assert {key: (a.tolist(), b.tolist()) for key, (a, b) in found.items()} == {
+        "e.0.w1.weight": ([0], [0]),
+        "e.0.w3.weight": ([1], [1]),
+        "e.1.w1.weight": ([2], [0]),
+        "e.1.w3.weight": ([3], [5]),
+    }
+
+
+def test_verify_tells_a_base_from_a_merged_model(case: Case) -> None:
+    merge(case.base, case.patch, case.out)
+    alone = verify(case.patch)
+    assert alone.ok
+    assert [check.name for check in alone.checks] == ["config", "tensors"]
+    assert verify(case.patch, case.base).checks[-1] == Check("base", True, "holds the base values")
+    merged = verify(case.patch, case.out)
+    assert merged.checks[-1] == Check("base", True, "holds the merged values")
+
+
+def test_verify_checks_a_map_against_its_base(case: Case, tmp_path: Path) -> None:
+    write_map(tmp_path / "map", as_map(case.adapter))
+    assert verify(tmp_path / "map", case.base).ok
+    merge(case.base, case.patch, case.out)
+    assert not verify(tmp_path / "map", case.out).ok
+
+
+def test_verify_reports_the_first_failure_instead_of_raising(case: Case, tmp_path: Path) -> None:
+    case.change_base(lambda tensors: tensors.pop(UP))
+    report = verify(case.patch, case.base)
+    assert [check.ok for check in report.checks] == [True, True, False]
+    assert f"expected a tensor {UP}" in report.checks[-1].detail
+    file = case.patch / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    report = verify(case.patch, case.base)
+    assert [(check.name, check.ok) for check in report.checks] == [
+        ("config", True),
+        ("tensors", False),
+    ]
+    assert not report.ok
+    assert [check.name for check in verify(tmp_path / "missing").checks] == ["config"]
+
+
+def test_every_refusal_is_one_line_of_the_one_tree(case: Case) -> None:
+    (case.base / "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(SafeWeightsError) as caught:
+        merge(case.base, case.patch, case.out)
+    assert "\n" not in str(caught.value)
+
+
+def test_these_rooms_start_without_torch() -> None:
+    code = """
+import json, sys
+import safeweights_peft.merge
+print(json.dumps(sorted(name.split(".")[0] for name in sys.modules)))
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=root
+    )
+    heavy = {"torch", "peft", "transformers", "click", "huggingface_hub", "matplotlib"}
+    assert not heavy & set(json.loads(done.stdout))
