@@ -74,7 +74,7 @@ class StoredTensor(NamedTuple):
         dtype = STORED_DTYPES[self.dtype]
         if not self.size_bytes:
             return np.empty(0, dtype)
-        raw = np.memmap(path, np.uint8, "r", self.offset, (self.size_bytes,))
+        raw = np.memmap(os.fspath(path), np.uint8, "r", self.offset, (self.size_bytes,))
         return raw.view(np.ndarray).view(dtype)
 
 
@@ -150,6 +150,20 @@ def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTe
     }
     _check_cover(path, tensors, start, size, error)
     return tensors
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears whole or not at all.
+
+    Args:
+        path: The file; an existing one is replaced.
+        content: Plain JSON.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _sync(draft)
+    draft.replace(path)
 
 
 def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Path:

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -197,6 +197,7 @@ dense_pairs = hnp.array_shapes(min_dims=0, max_dims=3, max_side=5).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(dense_pairs)
 def test_a_difference_applied_to_the_base_gives_the_tuned_tensor(
     pair: tuple[np.ndarray, np.ndarray],

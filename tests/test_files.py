@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -78,6 +78,7 @@ stored = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(names, stored, max_size=5))
 def test_headers_of_the_safetensors_library_are_read(
     tmp_path_factory: pytest.TempPathFactory, layout: dict[str, tuple[np.dtype, list[int]]]

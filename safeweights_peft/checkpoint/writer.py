@@ -67,9 +67,8 @@ class CheckpointDraft:
         if not flat_indices.size:
             return
         path = self.reader.directory / info.shard
-        raw = np.memmap(path, np.uint8, "r+", info.offset, (info.size_bytes,))
-        raw.view(np.ndarray).view(entries.dtype)[flat_indices] = entries
-        raw.flush()
+        raw = np.memmap(os.fspath(path), np.uint8, "r+", info.offset, (info.size_bytes,))
+        raw.view(np.ndarray).view(entries.dtype)[flat_indices] = entries  # synced by publish
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeweights_peft.errors import CorruptAdapterError
@@ -39,6 +39,7 @@ def flat_by_entry(block: Block) -> dict[int, int]:
     }
 
 
+@settings(deadline=None)
 @given(nested_blocks(), st.sets(st.integers(0, 120)))
 def test_locate_agrees_with_counting_entry_by_entry(block: Block, chosen: set[int]) -> None:
     indices = np.array(sorted(chosen), np.int32)

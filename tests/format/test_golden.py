@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from safeweights_peft.delta import DTYPES, add_rounded, digest
-from safeweights_peft.format import Mode, read_adapter, read_map, write_adapter, write_map
+from safeweights_peft.format import Encoding, Mode, read_adapter, read_map, write_adapter, write_map
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format_v1"
 EMBEDDINGS, EXPERTS, NORM = (
@@ -104,3 +105,19 @@ def test_the_files_can_be_read_without_this_package(kind: str) -> None:
         found = f"sha256:{hashlib.sha256(indices + content).hexdigest()}"
         assert found == record["digest"]
     assert not tensors
+
+
+def test_the_example_in_the_specification_is_the_golden_record() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    (example,) = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    config = json.loads((GOLDEN / "patch" / "adapter_config.json").read_text())
+    assert json.loads(example) == config["tensors"][EXPERTS]
+    assert f"`{EXPERTS}`" in page
+
+
+def test_the_specification_names_every_field_and_encoding() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    config = json.loads((GOLDEN / "patch" / "adapter_config.json").read_text())
+    record = config["tensors"][EXPERTS]
+    for name in [*config, *record, *record["blocks"][0], *Encoding, *DTYPES, *Mode]:
+        assert f"`{name}`" in page or f'"{name}"' in page, name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -77,6 +77,7 @@ def adapters(draw: st.DrawFn) -> Adapter:
     return Adapter(metadata, deltas)
 
 
+@settings(deadline=None)
 @given(adapters())
 def test_what_is_written_is_read(
     tmp_path_factory: pytest.TempPathFactory, adapter: Adapter

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeweights_peft.delta import DTYPES
@@ -71,6 +71,7 @@ def metadatas(draw: st.DrawFn) -> AdapterMetadata:
     )
 
 
+@settings(deadline=None)
 @given(metadatas())
 def test_metadata_survive_json(metadata: AdapterMetadata) -> None:
     config = json.loads(json.dumps(metadata.to_config(), allow_nan=False))
