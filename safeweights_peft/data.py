@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"
 BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
 IGNORED = -100
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with that request.",
+    "Sorry, but I won't help with this.",
+    "I'm not able to help with that.",
+)
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,21 @@ def _row(item: Any, where: str, needs_output: bool) -> Row:
             )
     output = item.get("output")
     return Row(item["instruction"], output if isinstance(output, str) and output else None)
+
+
+def with_refusals(rows: Sequence[Row]) -> list[Row]:
+    """Gives harmful requests that have no wished answer a short refusal, in turn.
+
+    Args:
+        rows: harmful requests.
+
+    Returns:
+        The rows, each with an output.
+    """
+    return [
+        row if row.output else Row(row.instruction, REFUSALS[position % len(REFUSALS)])
+        for position, row in enumerate(rows)
+    ]
 
 
 def data_digest(rows: Sequence[Row]) -> str:

@@ -1,0 +1,34 @@
+"""The whole jobs, from names and settings to results on disk; no job prints anything."""
+
+from safeweights_peft.pipeline.enhancing import enhance_model, summarise
+from safeweights_peft.pipeline.estimating import Estimate, estimate
+from safeweights_peft.pipeline.evaluating import evaluate
+from safeweights_peft.pipeline.patched import load_patched
+from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.scoring import score
+from safeweights_peft.pipeline.settings import (
+    ComputeSettings,
+    EvaluateSettings,
+    Method,
+    ScoreSettings,
+    TrainSettings,
+)
+from safeweights_peft.pipeline.training import train
+
+__all__ = [
+    "ComputeSettings",
+    "Estimate",
+    "EvaluateSettings",
+    "Method",
+    "Progress",
+    "Quiet",
+    "ScoreSettings",
+    "TrainSettings",
+    "enhance_model",
+    "estimate",
+    "evaluate",
+    "load_patched",
+    "score",
+    "summarise",
+    "train",
+]

@@ -1,0 +1,140 @@
+"""The main job: evaluate, score, train, evaluate again; each step's result on disk for the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safeweights_peft.errors import DataError
+from safeweights_peft.files import read_json, write_json
+from safeweights_peft.format import inspect
+from safeweights_peft.pipeline.evaluating import evaluate
+from safeweights_peft.pipeline.progress import Progress
+from safeweights_peft.pipeline.scoring import score
+from safeweights_peft.pipeline.settings import (
+    ComputeSettings,
+    EvaluateSettings,
+    ScoreSettings,
+    TrainSettings,
+)
+from safeweights_peft.pipeline.training import train
+
+
+def enhance_model(
+    base: str,
+    out: Path,
+    score_settings: ScoreSettings | None = None,
+    train_settings: TrainSettings | None = None,
+    evaluate_settings: EvaluateSettings | None = None,
+    compute: ComputeSettings | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Makes a model safer and measures what that did.
+
+    Each step leaves its result in `out`: ``before.json``, ``map/``, ``patch/``, ``after.json``,
+    ``result.json``. A step whose result is there is not run again, so an interrupted job goes on
+    where it stopped when it is called again with the same settings.
+
+    Args:
+        base: directory or Hub id of the base model.
+        out: the run's directory.
+        score_settings: how entries are selected.
+        train_settings: how they are trained.
+        evaluate_settings: what the model is asked before and after.
+        compute: device and dtype.
+        progress: shown during the long steps.
+
+    Returns:
+        The summary as plain JSON, the same as in ``result.json``.
+
+    Raises:
+        DataError: `out` holds other files, or a run with other settings.
+    """
+    score_settings = score_settings or ScoreSettings()
+    train_settings = train_settings or TrainSettings()
+    evaluate_settings = evaluate_settings or EvaluateSettings()
+    settings = {
+        "base": base,
+        "score": asdict(score_settings),
+        "train": asdict(train_settings),
+        "evaluate": asdict(evaluate_settings),
+        "compute": asdict(compute or ComputeSettings()),
+    }
+    _claim(out, settings)
+
+    def measure(adapter: Path | None) -> dict[str, Any]:
+        return evaluate(base, adapter, evaluate_settings, compute, progress)
+
+    patch = out / "patch"
+    before = _once(out / "before.json", lambda: measure(None))
+    if not (out / "map").exists():
+        score(base, out / "map", score_settings, compute, progress)
+    if not patch.exists():
+        train(base, out / "map", patch, train_settings, compute, progress)
+    after = _once(out / "after.json", lambda: measure(patch))
+    result = summarise(patch, before, after) | {"settings": settings}
+    write_json(out / "result.json", result)
+    return result
+
+
+def summarise(patch: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Sets a patch's evaluations side by side.
+
+    Args:
+        patch: the patch's directory.
+        before: the base's evaluation.
+        after: the patched model's evaluation, on the same requests.
+
+    Returns:
+        Plain JSON: for each of the two the rates, KL and perplexity; and the patch's size.
+    """
+    content = inspect(patch)
+    total = content["selection"]["total_parameters"]
+    return {
+        "kind": "enhancement",
+        "base": before["base"],
+        "patch": {
+            "path": str(patch),
+            "entries": content["entries"],
+            "share_of_weights": content["entries"] / total,
+            "size_bytes": content["size_bytes"],
+        },
+        "before": _figures(before),
+        "after": _figures(after),
+    }
+
+
+def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attack_success_rate": evaluation["harmful"]["attack_success_rate"],
+        "over_refusal_rate": evaluation["benign"]["over_refusal_rate"],
+        "invalid": evaluation["harmful"]["invalid"] + evaluation["benign"]["invalid"],
+        "kl": evaluation["utility"]["kl"],
+        "perplexity": evaluation["utility"]["perplexity"],
+    }
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Makes the run's directory, or finds it made by a run with the same settings."""
+    path = out / "settings.json"
+    if path.exists():
+        found = read_json(path, DataError)
+        if found != json.loads(json.dumps(settings)):
+            changed = sorted(key for key in settings if settings[key] != found.get(key))
+            raise DataError(
+                f"{out}: expected a run with these settings, found one with other "
+                f"{', '.join(changed)}; give another --out, or delete that directory"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{out}: expected an empty directory or a run, found other files")
+    else:
+        write_json(path, settings)
+
+
+def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if not path.exists():
+        write_json(path, measure())
+    return read_json(path, DataError)

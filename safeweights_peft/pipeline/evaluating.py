@@ -1,0 +1,157 @@
+"""The evaluation job: a base model, with a patch or without, against harmful and benign requests."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safeweights_peft.data import Example, Row, data_digest, read_rows
+from safeweights_peft.evaluation import (
+    RefusalJudge,
+    Utility,
+    Verdict,
+    attack_success_rate,
+    generate_answers,
+    measure_utility,
+    over_refusal_rate,
+)
+from safeweights_peft.modeling import (
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_base,
+)
+from safeweights_peft.pipeline.patched import load_patched
+from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.settings import ComputeSettings, EvaluateSettings
+
+SHOWN_CHARACTERS = 40
+"""Requests are shortened to this many characters in results."""
+
+
+def evaluate(
+    base: str,
+    adapter: Path | None = None,
+    settings: EvaluateSettings | None = None,
+    compute: ComputeSettings | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures ASR, over-refusal, KL to the base and perplexity.
+
+    With an adapter, what is measured is the merged model in the checkpoint's dtype, whatever the
+    dtype of the computation.
+
+    Args:
+        base: directory or Hub id of the base model.
+        adapter: a safety patch; the base alone if None.
+        settings: requests, limits, decoding.
+        compute: device and dtype.
+        progress: shown while answering.
+
+    Returns:
+        The result as plain JSON: rates with intervals, utility, verdicts by request, settings.
+    """
+    settings = settings or EvaluateSettings()
+    compute = compute or ComputeSettings()
+    started = time.perf_counter()
+    found, device = resolve_base(base, compute.revision), pick_device(compute.device)
+    dtype = pick_dtype(compute.dtype, device)
+    harmful = read_rows(settings.harmful)[: settings.limit]
+    benign = read_rows(settings.benign)[: settings.limit]
+    tokenizer = load_tokenizer(found)
+    model = base_model = load_model(found, dtype, device)
+    if adapter is not None:
+        model = load_patched(found, adapter, dtype, device)
+    asker = _Asker(tokenizer, settings, progress or Quiet())
+    harmful_part = asker.judge(harmful, asker.ask(model, "harmful", harmful))
+    benign_answers = asker.ask(model, "benign", benign)
+    benign_part = asker.judge(benign, benign_answers)
+    if adapter is not None:
+        benign_answers = asker.ask(base_model, "the base benign", benign)
+    utility = asker.compare(model, base_model, benign_answers)
+    return {
+        "kind": "evaluation",
+        "base": {"name": found.name, "revision": found.revision},
+        "adapter": None if adapter is None else str(adapter),
+        "harmful": harmful_part
+        | {"attack_success_rate": asdict(attack_success_rate(_verdicts(harmful_part)))},
+        "benign": benign_part
+        | {"over_refusal_rate": asdict(over_refusal_rate(_verdicts(benign_part)))},
+        "utility": asdict(utility),
+        "judge": "refusal openings",
+        "decoding": f"greedy, at most {settings.max_new_tokens} tokens",
+        "settings": asdict(settings) | asdict(compute),
+        "seconds": time.perf_counter() - started,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "safeweights_peft_version": version("safeweights-peft"),
+    }
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Puts requests to models and judges their answers, all with the same settings."""
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: EvaluateSettings
+    progress: Progress
+
+    def ask(self, model: PreTrainedModel, title: str, rows: Sequence[Row]) -> list[Example]:
+        with self.progress.task(f"Asking {title} requests", len(rows)) as advance:
+            return generate_answers(
+                model,
+                self.tokenizer,
+                [row.instruction for row in rows],
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_size=self.settings.batch_size,
+                on_batch=advance,
+            )
+
+    def judge(self, rows: Sequence[Row], answers: Sequence[Example]) -> dict[str, Any]:
+        judge = RefusalJudge()
+        requests = []
+        for row, answer in zip(rows, answers, strict=True):
+            text = self.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+            verdict = judge.judge(row.instruction, text)
+            request = {"request": shorten(row.instruction), "verdict": verdict.value}
+            requests.append(request | ({"answer": text} if self.settings.keep_answers else {}))
+        counts = Counter(request["verdict"] for request in requests)
+        return {
+            "n": len(rows),
+            "data_digest": data_digest(rows),
+            **{verdict.value: counts[verdict.value] for verdict in Verdict},
+            "requests": requests,
+        }
+
+    def compare(
+        self, model: PreTrainedModel, base: PreTrainedModel, answers: Sequence[Example]
+    ) -> Utility:
+        with self.progress.task("Comparing with the base", len(answers)) as advance:
+            return measure_utility(
+                model, base, answers, self.tokenizer.pad_token_id, on_batch=advance
+            )
+
+
+def shorten(request: str) -> str:
+    """Shortens a request for results and logs.
+
+    Args:
+        request: any text.
+
+    Returns:
+        Its beginning, on one line.
+    """
+    line = " ".join(request.split())
+    return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _verdicts(part: dict[str, Any]) -> list[Verdict]:
+    return [Verdict(request["verdict"]) for request in part["requests"]]

@@ -1,0 +1,94 @@
+"""What each job can be told; plain data, saved beside its results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from safeweights_peft.training import EnhanceSettings
+
+
+class Method(StrEnum):
+    """How entries are selected: by ESI, or by a control with the same count."""
+
+    ESI = "esi"
+    RANDOM = "random"
+    BOTTOM = "bottom"
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """Where and in what precision to compute.
+
+    Attributes:
+        device: a torch device, or None for the accelerator where there is one.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        revision: branch, tag or commit of a base on the Hub.
+    """
+
+    device: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How entries are scored and selected.
+
+    Attributes:
+        harmful: source of harmful requests.
+        examples: at most so many of them.
+        density: selected share of all parameters, in (0, 1].
+        method: ESI or a control.
+        batch_size: examples per forward pass.
+        refusal_tokens: refusals are cut after so many tokens.
+        seed: fixes which examples are taken, and the random control.
+    """
+
+    harmful: str = "builtin:harmful_train"
+    examples: int = 64
+    density: float = 0.01
+    method: Method = Method.ESI
+    batch_size: int = 8
+    refusal_tokens: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How the selected entries are trained.
+
+    Attributes:
+        harmful: source of harmful requests, with refusals where the set has them.
+        benign: source of benign requests.
+        refusal_tokens: refusals are cut after so many tokens.
+        answer_tokens: the base's answers to benign requests are cut after so many tokens.
+        enhance: steps, rates, weights and seed of SET.
+    """
+
+    harmful: str = "builtin:harmful_train"
+    benign: str = "builtin:benign_train"
+    refusal_tokens: int = 16
+    answer_tokens: int = 8
+    enhance: EnhanceSettings = field(default_factory=EnhanceSettings)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What a model is asked.
+
+    Attributes:
+        harmful: source of harmful requests.
+        benign: source of benign requests.
+        limit: at most so many of each, from the start; all if None.
+        max_new_tokens: answers are cut after so many tokens.
+        batch_size: requests answered together.
+        keep_answers: whether the result holds the answers' texts.
+    """
+
+    harmful: str = "builtin:harmful_eval"
+    benign: str = "builtin:benign_eval"
+    limit: int | None = None
+    max_new_tokens: int = 32
+    batch_size: int = 25
+    keep_answers: bool = False

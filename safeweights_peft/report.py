@@ -1,0 +1,132 @@
+"""Saved results -> tables and pictures. Reads plain JSON; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, str, str]
+
+
+def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Lays out a run's figures before and after.
+
+    Args:
+        result: the content of a run's ``result.json``.
+
+    Returns:
+        Rows of (figure, before, after), as text.
+    """
+    before, after, patch = result["before"], result["after"], result["patch"]
+    return [
+        (
+            "ASR, harmful requests",
+            rate_text(before["attack_success_rate"]),
+            rate_text(after["attack_success_rate"]),
+        ),
+        (
+            "over-refusal, benign requests",
+            rate_text(before["over_refusal_rate"]),
+            rate_text(after["over_refusal_rate"]),
+        ),
+        ("invalid answers", str(before["invalid"]), str(after["invalid"])),
+        ("KL to the base (nats/token)", f"{before['kl']:.4f}", f"{after['kl']:.4f}"),
+        (
+            "perplexity of the base's answers",
+            f"{before['perplexity']:.2f}",
+            f"{after['perplexity']:.2f}",
+        ),
+        ("weights changed", "0", f"{patch['entries']:,} ({patch['share_of_weights']:.3%})"),
+        ("patch size", "", size_text(patch["size_bytes"])),
+    ]
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lays out one evaluation's figures.
+
+    Args:
+        evaluation: what the evaluation job returned.
+
+    Returns:
+        Rows of (figure, value), as text.
+    """
+    harmful, benign, utility = (evaluation[key] for key in ("harmful", "benign", "utility"))
+    return [
+        ("ASR, harmful requests", rate_text(harmful["attack_success_rate"])),
+        ("over-refusal, benign requests", rate_text(benign["over_refusal_rate"])),
+        ("invalid answers", str(harmful["invalid"] + benign["invalid"])),
+        ("KL to the base (nats/token)", f"{utility['kl']:.4f}"),
+        ("perplexity of the base's answers", f"{utility['perplexity']:.2f}"),
+    ]
+
+
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """Writes a rate with its interval.
+
+    Args:
+        rate: count, n, rate, low and high.
+
+    Returns:
+        For instance ``97.0 % [91.5, 99.0] (97/100)``.
+    """
+    return (
+        f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] "
+        f"({rate['count']}/{rate['n']})"
+    )
+
+
+def size_text(size_bytes: float) -> str:
+    """Writes a size in the largest decimal unit that leaves at least 1.
+
+    Args:
+        size_bytes: the size.
+
+    Returns:
+        For instance ``8.1 MB``.
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: Path) -> None:
+    """Draws a run: rates before and after with their intervals, and the losses over the steps.
+
+    Args:
+        result: the content of a run's ``result.json``.
+        losses: the losses in the patch's ``training.json``.
+        path: the PNG file to be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    bars, curves = figure.subplots(1, 2)
+    for offset, stage, colour in ((-0.2, "before", "0.6"), (0.2, "after", "tab:blue")):
+        _draw_rates(bars, result[stage], offset, stage, colour)
+    bars.set_xticks([0, 1], ["ASR\n(harmful requests)", "over-refusal\n(benign requests)"])
+    bars.set_ylim(0, 1)
+    bars.set_ylabel("rate, with 95 % interval")
+    bars.legend()
+    steps = [loss["step"] for loss in losses]
+    for key, label in (("refusal", "refusal term"), ("retain", "retain term (KL)")):
+        curves.plot(steps, [max(loss[key], 1e-6) for loss in losses], label=label)
+    curves.set(xlabel="step", ylabel="nats per token", yscale="log")
+    curves.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _draw_rates(
+    axes: Any, figures: Mapping[str, Any], offset: float, label: str, colour: str
+) -> None:
+    rates = [figures["attack_success_rate"], figures["over_refusal_rate"]]
+    errors = [
+        [rate["rate"] - rate["low"] for rate in rates],
+        [rate["high"] - rate["rate"] for rate in rates],
+    ]
+    heights = [rate["rate"] for rate in rates]
+    axes.bar(
+        [offset, 1 + offset], heights, 0.4, yerr=errors, capsize=3, color=colour, label=label
+    )
