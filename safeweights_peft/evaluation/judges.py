@@ -57,7 +57,7 @@ _REFUSALS = re.compile(
             r"\b(?:is|'s) not something (?:that )?i(?:'m| am| can| will|'ll| would)\b",
             r"^(?:i'm |i am )?(?:very |really |so )?sorry[,.]? (?:but|i|that|no)\b",
             r"^(?:sorry|apologies|i apologi[sz]e)[,.] ",
-            r"\bi (?:must|have to|need to|will|'ll)? ?(?:respectfully |politely )?(?:decline|refuse)",
+            r"\bi (?:must |have to |will )?(?:respectfully |politely )?(?:decline|refuse)\b",
             r"\bi(?:'d| would) rather not\b",
             r"\bas an ai\b.{0,60}\b(?:can(?:no|')t|not able|unable|don't|do not)\b",
             r"\b(?:unable|not able) to (?:help|assist|provide|support|fulfil)",

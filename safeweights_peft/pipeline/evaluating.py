@@ -1,4 +1,4 @@
-"""The evaluation job: a base model, with a patch or without, against harmful and benign requests."""
+"""The evaluation job: a base model, with a patch or without, asked harmful and benign requests."""
 
 from __future__ import annotations
 

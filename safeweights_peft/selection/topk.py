@@ -100,7 +100,7 @@ class TopK:
                 "or make more parameters eligible"
             )
         self._prune()
-        return {name: self._kept[name] for name in sorted(self._kept) if self._kept[name].indices.size}
+        return {name: kept for name, kept in sorted(self._kept.items()) if kept.indices.size}
 
     def _add_chunk(self, name: str, chunk: NDArray[np.float32], start: int) -> None:
         if not (np.isfinite(chunk).all() and (chunk >= 0).all()):

@@ -1,0 +1,257 @@
+"""The command line: parse, call one function, print.
+
+Results go to stdout (``--json`` for scripts), progress and messages to stderr. Exit codes: 0 done,
+1 failed, 2 wrong usage, 3 a check did not pass. Heavy packages are imported inside the commands, so
+that ``--help``, ``inspect``, ``verify`` and ``merge`` start without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safeweights_peft.cli.options import (
+    compute_options,
+    compute_settings,
+    dry_run,
+    evaluate_options,
+    evaluate_settings,
+    existing,
+    harmful_train,
+    json_output,
+    new,
+    out_directory,
+    overwrite,
+    score_options,
+    score_settings,
+    seed,
+    train_options,
+    train_settings,
+)
+from safeweights_peft.cli.output import (
+    percent,
+    rows_of,
+    show,
+    show_adapter,
+    show_estimate,
+    show_progress,
+    show_run,
+)
+from safeweights_peft.errors import SafeWeightsError
+
+CHECK_FAILED = 3
+
+
+class _Group(click.Group):
+    """Turns the package's errors into one line and exit code 1; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SafeWeightsError as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show a traceback when a command fails.")
+@click.version_option(package_name="safeweights-peft")
+def main(debug: bool) -> None:
+    """Safety patches for language models: find, train, check and merge the weights that matter.
+
+    Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
+    3 a check did not pass.
+    """
+
+
+@main.command("enhance")
+@click.argument("base")
+@out_directory
+@harmful_train
+@score_options
+@train_options
+@evaluate_options
+@seed
+@compute_options
+@dry_run
+@json_output
+def enhance_command(base: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Make BASE safer: evaluate, score, train, evaluate again.
+
+    BASE is a model's directory or Hub id. OUT gets before.json, map/, patch/, after.json,
+    result.json and result.png. An interrupted run goes on where it stopped when called again.
+    """
+    from safeweights_peft.pipeline import enhance_model, estimate
+
+    score, train = score_settings(options), train_settings(options)
+    evaluate, compute = evaluate_settings(options), compute_settings(options)
+    if dry_run:
+        needs = estimate(
+            base, score=score, train=train, evaluate=evaluate, evaluations=3, compute=compute
+        )
+        return show_estimate(needs, as_json)
+    with show_progress() as progress:
+        result = enhance_model(base, out, score, train, evaluate, compute, progress)
+    show_run(result, out, as_json)
+
+
+@main.command("score")
+@click.argument("base")
+@out_directory
+@harmful_train
+@score_options
+@seed
+@compute_options
+@overwrite
+@dry_run
+@json_output
+def score_command(
+    base: str, out: Path, overwrite: bool, dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Find the weights of BASE that carry its safety; write them as a safety map."""
+    from safeweights_peft.format import inspect
+    from safeweights_peft.pipeline import estimate, score
+
+    settings, compute = score_settings(options), compute_settings(options)
+    if dry_run:
+        return show_estimate(estimate(base, score=settings, compute=compute), as_json)
+    with show_progress() as progress:
+        score(base, out, settings, compute, progress, overwrite=overwrite)
+    show_adapter(inspect(out), out, as_json)
+
+
+@main.command("train")
+@click.argument("base")
+@click.option("--map", "map_dir", required=True, type=existing, help="Safety map made by `score`.")
+@out_directory
+@harmful_train
+@train_options
+@seed
+@compute_options
+@overwrite
+@dry_run
+@json_output
+def train_command(
+    base: str,
+    map_dir: Path,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train the weights of a safety map of BASE to refuse (SET); write a safety patch.
+
+    An interrupted training goes on from its last checkpoint when called again.
+    """
+    from safeweights_peft.format import inspect
+    from safeweights_peft.pipeline import estimate, train
+
+    settings, compute = train_settings(options), compute_settings(options)
+    if dry_run:
+        return show_estimate(estimate(base, train=settings, compute=compute), as_json)
+    with show_progress() as progress:
+        train(base, map_dir, out, settings, compute, progress, overwrite=overwrite)
+    show_adapter(inspect(out), out, as_json)
+
+
+@main.command("eval")
+@click.argument("base")
+@click.option("--adapter", type=existing, help="Safety patch to be merged before measuring.")
+@click.option("--out", type=new, help="JSON file to be written with the whole result.")
+@click.option(
+    "--max-asr", type=click.FloatRange(0, 1), help="Exit with 3 if the ASR is above this."
+)
+@evaluate_options
+@compute_options
+@dry_run
+@json_output
+def eval_command(
+    base: str,
+    adapter: Path | None,
+    out: Path | None,
+    max_asr: float | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure BASE, with a patch or without: ASR, over-refusal, KL to the base, perplexity."""
+    from safeweights_peft.files import write_json
+    from safeweights_peft.pipeline import estimate, evaluate
+    from safeweights_peft.report import evaluation_rows
+
+    settings, compute = evaluate_settings(options), compute_settings(options)
+    if dry_run:
+        runs = 3 if adapter else 1
+        needs = estimate(base, evaluate=settings, evaluations=runs, compute=compute)
+        return show_estimate(needs, as_json)
+    with show_progress() as progress:
+        result = evaluate(base, adapter, settings, compute, progress)
+    if out:
+        write_json(out, result)
+    show(result, evaluation_rows(result), as_json)
+    if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:
+        click.echo(f"ASR is above --max-asr {max_asr}", err=True)
+        sys.exit(CHECK_FAILED)
+
+
+@main.command("merge")
+@click.argument("base", type=existing)
+@click.argument("adapter", type=existing)
+@out_directory
+@click.option("--scale", default=1.0, show_default=True, help="Factor on the patch's values.")
+@overwrite
+@dry_run
+@json_output
+def merge_command(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    scale: float,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write BASE with the patch ADAPTER merged in, as a new checkpoint; needs no torch."""
+    from dataclasses import asdict
+
+    from safeweights_peft.merge import merge, plan
+
+    if dry_run:
+        planned = plan(base, adapter)
+        return show(planned, rows_of(planned), as_json)
+    with show_progress() as progress, progress.task("Copying the base", 100) as advance:
+        report = merge(
+            base, adapter, out, scale=scale, overwrite=overwrite, progress=percent(advance)
+        )
+    show(asdict(report), rows_of(asdict(report)), as_json)
+
+
+@main.command("inspect")
+@click.argument("adapter", type=existing)
+@json_output
+def inspect_command(adapter: Path, as_json: bool) -> None:
+    """Describe a safety patch or map from its headers; reads no tensor and needs no torch."""
+    from safeweights_peft.format import inspect
+
+    show_adapter(inspect(adapter), adapter, as_json)
+
+
+@main.command("verify")
+@click.argument("adapter", type=existing)
+@click.option("--base", type=existing, help="Checkpoint to be its base or merged.")
+@json_output
+def verify_command(adapter: Path, base: Path | None, as_json: bool) -> None:
+    """Check every rule of the format, and with --base that it fits; exit with 3 if not."""
+    from safeweights_peft.merge import verify
+
+    report = verify(adapter, base)
+    checks = [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in report.checks]
+    rows = [(c["name"], f"{'ok' if c['ok'] else 'FAILED'}: {c['detail']}") for c in checks]
+    show({"ok": report.ok, "checks": checks}, rows, as_json)
+    if not report.ok:
+        sys.exit(CHECK_FAILED)

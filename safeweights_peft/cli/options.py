@@ -1,0 +1,174 @@
+"""Options that commands share, and the settings that they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from safeweights_peft.pipeline import (
+        ComputeSettings,
+        EvaluateSettings,
+        ScoreSettings,
+        TrainSettings,
+    )
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+existing = click.Path(exists=True, file_okay=False, path_type=Path)
+new = click.Path(path_type=Path)
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+json_output = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Print what it would need (memory, time) and stop."
+)
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+out_directory = click.option("--out", required=True, type=new, help="Directory to be written.")
+
+compute_options = _options(
+    click.option("--device", help="torch device.  [default: an accelerator if there is one]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="What to compute in; auto is float32 on a CPU, else the checkpoint's own.",
+    ),
+    click.option("--revision", help="Branch, tag or commit of a base on the Hub."),
+)
+harmful_train = click.option(
+    "--harmful",
+    default="builtin:harmful_train",
+    show_default=True,
+    help="Harmful requests to learn from: builtin:NAME, a .json/.jsonl file, or a datasets id.",
+)
+seed = click.option("--seed", default=0, show_default=True, help="Random seed.")
+score_options = _options(
+    click.option(
+        "--density",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.01,
+        show_default=True,
+        help="Share of all weights to select.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["esi", "random", "bottom"]),
+        default="esi",
+        show_default=True,
+        help="ESI, or a control with the same count.",
+    ),
+    click.option(
+        "--examples",
+        type=click.IntRange(1),
+        default=64,
+        show_default=True,
+        help="Harmful requests to score with.",
+    ),
+)
+train_options = _options(
+    click.option(
+        "--benign",
+        default="builtin:benign_train",
+        show_default=True,
+        help="Benign requests on which to stay like the base.",
+    ),
+    click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [default: 100]"),
+    click.option(
+        "--lr",
+        type=click.FloatRange(0, min_open=True),
+        help="Peak learning rate.  [default: set by density]",
+    ),
+    click.option(
+        "--retain-weight",
+        type=click.FloatRange(0),
+        help="Weight of staying like the base against refusing.",
+    ),
+)
+evaluate_options = _options(
+    click.option(
+        "--eval-harmful",
+        default="builtin:harmful_eval",
+        show_default=True,
+        help="Harmful requests to measure on.",
+    ),
+    click.option(
+        "--eval-benign",
+        default="builtin:benign_eval",
+        show_default=True,
+        help="Benign requests to measure on.",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="At most so many.  [default: all]"),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(1),
+        default=32,
+        show_default=True,
+        help="Answers are cut after so many tokens.",
+    ),
+    click.option(
+        "--keep-answers",
+        is_flag=True,
+        help="Keep the answers' texts, harmful ones included, in the result.",
+    ),
+)
+
+
+def score_settings(options: dict[str, Any]) -> ScoreSettings:
+    from safeweights_peft.pipeline import Method, ScoreSettings
+
+    return ScoreSettings(
+        harmful=options["harmful"],
+        examples=options["examples"],
+        density=options["density"],
+        method=Method(options["method"]),
+        seed=options["seed"],
+    )
+
+
+def train_settings(options: dict[str, Any]) -> TrainSettings:
+    from safeweights_peft.pipeline import TrainSettings
+    from safeweights_peft.training import EnhanceSettings
+
+    chosen = {
+        "steps": options["steps"],
+        "learning_rate": options["lr"],
+        "retain_weight": options["retain_weight"],
+        "seed": options["seed"],
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return TrainSettings(
+        harmful=options["harmful"], benign=options["benign"], enhance=EnhanceSettings(**given)
+    )
+
+
+def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
+    from safeweights_peft.pipeline import EvaluateSettings
+
+    return EvaluateSettings(
+        harmful=options["eval_harmful"],
+        benign=options["eval_benign"],
+        limit=options["limit"],
+        max_new_tokens=options["max_new_tokens"],
+        keep_answers=options["keep_answers"],
+    )
+
+
+def compute_settings(options: dict[str, Any]) -> ComputeSettings:
+    from safeweights_peft.pipeline import ComputeSettings
+
+    return ComputeSettings(
+        device=options["device"], dtype=options["dtype"], revision=options["revision"]
+    )

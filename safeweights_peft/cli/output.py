@@ -1,0 +1,123 @@
+"""What commands print: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Bars:
+    """The pipeline's progress, shown by rich on stderr."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars = bars
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        task = self._bars.add_task(description, total=total)
+        yield lambda done: self._bars.advance(task, done)
+
+
+@contextmanager
+def show_progress() -> Iterator[_Bars]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        Remaining(),
+    )
+    _quiet_transformers()
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield _Bars(bars)
+
+
+def _quiet_transformers() -> None:
+    """Keeps transformers' own bars out of ours, where it is loaded at all."""
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+
+
+def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    shown = 0
+
+    def copied(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(total, 1)
+        advance(percent - shown)
+        shown = percent
+
+    return copied
+
+
+def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+        return
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
+    from safeweights_peft.report import size_text
+
+    return [
+        (name.removesuffix("_bytes"), size_text(value) if name.endswith("_bytes") else str(value))
+        for name, value in result.items()
+    ]
+
+
+def show_estimate(needs: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from safeweights_peft.report import size_text
+
+    rows = [
+        ("parameters", f"{needs.parameters:,}"),
+        ("memory", f"about {size_text(needs.memory_bytes)}"),
+        ("patch", f"about {size_text(needs.patch_bytes)}"),
+        *((f"time to {step}", f"about {s / 60:.1f} min") for step, s in needs.seconds.items()),
+    ]
+    show(asdict(needs), rows, as_json)
+
+
+def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
+    from safeweights_peft.report import size_text
+
+    kinds = {"set": "safety patch", "spa": "safety map"}
+    rows = [
+        ("path", str(path)),
+        ("kind", f"{kinds[content['mode']]}, format {content['format_version']}"),
+        ("base", str(content["base_model_name_or_path"])),
+        ("revision", str(content["revision"])),
+        ("parameters", str(content["parameters"])),
+        ("entries", f"{content['entries']:,} ({content['density']:.3%} of these parameters)"),
+        ("size", size_text(content["size_bytes"])),
+    ]
+    show(content, rows, as_json)
+
+
+def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
+    from safeweights_peft.report import comparison_rows, plot_run
+
+    losses = json.loads((out / "patch" / "training.json").read_text(encoding="utf-8"))["losses"]
+    plot_run(result, losses, out / "result.png")
+    show(result, [("", "before", "after"), *comparison_rows(result)], as_json)
+    click.echo(f"\nPatch in {out / 'patch'}. Next: safeweights merge, or in Python:", err=True)
+    click.echo("  import safeweights_peft; from peft import PeftModel", err=True)
+    click.echo(f"  model = PeftModel.from_pretrained(base, {str(out / 'patch')!r})", err=True)
