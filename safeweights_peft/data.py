@@ -61,28 +61,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples laid side by side: prompts padded on the left, answers on the right.
+    """Examples laid side by side, so that all answers start in the same column.
+
+    A row is: the tokens with which all prompts begin (the template's system prompt), padding, the
+    rest of the prompt, the answer, padding.
 
     Attributes:
         input_ids: (B, P + A) token ids.
         attention_mask: (B, P + A), 1 where a token stands.
-        position_ids: (B, P + A), counted from each row's first token.
+        position_ids: (B, P + A), counted over each row's tokens.
         answer_ids: (B, A) token ids, `IGNORED` where an answer has ended.
+        shared: how many leading columns are the same in all rows.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     answer_ids: torch.Tensor
-
-    @property
-    def model_inputs(self) -> dict[str, torch.Tensor]:
-        """The keyword arguments of a model's forward pass."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-        }
+    shared: int
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch on another device.
@@ -91,9 +87,15 @@ class Batch:
             device: where the tensors go.
 
         Returns:
-            A batch whose four tensors are on `device`.
+            A batch whose tensors are on `device`.
         """
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.answer_ids.to(device),
+            self.shared,
+        )
 
 
 def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
@@ -292,15 +294,25 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     Returns:
         The batch, on the CPU.
     """
+    shared = _shared_start([example.prompt_ids for example in examples])
     width = max(len(example.prompt_ids) for example in examples)
     length = max(len(example.answer_ids) for example in examples)
     input_ids = torch.full((len(examples), width + length), pad_token_id)
     mask = torch.zeros_like(input_ids)
     answers = torch.full((len(examples), length), IGNORED)
     for row, example in enumerate(examples):
-        start, end = width - len(example.prompt_ids), width + len(example.answer_ids)
-        input_ids[row, start:end] = torch.tensor(example.prompt_ids + example.answer_ids)
-        mask[row, start:end] = 1
+        rest = example.prompt_ids[shared:] + example.answer_ids
+        start, end = width + shared - len(example.prompt_ids), width + len(example.answer_ids)
+        input_ids[row, :shared] = torch.tensor(example.prompt_ids[:shared])
+        input_ids[row, start:end] = torch.tensor(rest)
+        mask[row, :shared] = mask[row, start:end] = 1
         answers[row, : len(example.answer_ids)] = torch.tensor(example.answer_ids)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Batch(input_ids, mask, positions, answers)
+    return Batch(input_ids, mask, positions, answers, shared)
+
+
+def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
+    """Counts the leading tokens that all prompts share, and leaves each at least one of its own."""
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    differing = (n for n, tokens in enumerate(columns) if len(set(tokens)) > 1)
+    return next(differing, min(len(prompt) for prompt in prompts) - 1)

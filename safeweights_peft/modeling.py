@@ -7,15 +7,16 @@ transformers' weight conversion. It never sees an adapter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import revert_weight_conversion
 
 from safeweights_peft.checkpoint import CheckpointReader
@@ -292,9 +293,7 @@ def _block(name: str, key: str, positions: np.ndarray) -> Block:
     return Block(key=key, shape=positions.shape, offset=offset, strides=tuple(strides))
 
 
-def _on_disk(
-    model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader
-) -> Block:
+def _on_disk(model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader) -> Block:
     bare = block.key.removeprefix(f"{model.base_model_prefix}.")
     key = next((key for key in (block.key, bare) if key in reader), None)
     if key is None:
@@ -325,18 +324,52 @@ def _tied_names(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[s
     return tuple(other for other, value in everything if value is parameter and other != name)
 
 
-def answer_logits(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], length: int
-) -> torch.Tensor:
-    """Computes the logits that predict the last `length` tokens; others are never materialised.
+class AnswerBatch(Protocol):
+    """Prompts and answers side by side; `data.Batch` is one."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    answer_ids: torch.Tensor
+    shared: int
+
+
+def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
+    """Computes the logits that predict the answers; no others are materialised.
+
+    Columns that all rows share (a system prompt) are computed once, not once per row, where the
+    model keeps plain keys and values of its past; gradients flow through them all the same.
 
     Args:
         model: a causal language model, with or without adapters.
-        inputs: input_ids, attention_mask and position_ids, each (B, P + A).
-        length: A, the number of answer columns.
+        batch: B rows with answers of at most A tokens.
 
     Returns:
         (B, A, V) float32: column t predicts answer token t.
     """
-    output = model(**inputs, logits_to_keep=length + 1, use_cache=False)
+    past = _shared_past(model, batch) if batch.shared and len(batch.input_ids) > 1 else None
+    start = batch.shared if past else 0
+    output = model(
+        input_ids=batch.input_ids[:, start:],
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids[:, start:],
+        past_key_values=past,
+        use_cache=past is not None,
+        logits_to_keep=batch.answer_ids.shape[1] + 1,
+    )
     return output.logits[:, :-1].float()
+
+
+def _shared_past(model: nn.Module, batch: AnswerBatch) -> DynamicCache | None:
+    """Computes the shared columns once; None for a model with another kind of memory."""
+    columns = slice(0, batch.shared)
+    past = model(
+        input_ids=batch.input_ids[:1, columns],
+        position_ids=batch.position_ids[:1, columns],
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    if not isinstance(past, DynamicCache) or {type(each) for each in past.layers} != {DynamicLayer}:
+        return None
+    past.batch_repeat_interleave(len(batch.input_ids))
+    return past

@@ -127,6 +127,4 @@ def _draw_rates(
         [rate["high"] - rate["rate"] for rate in rates],
     ]
     heights = [rate["rate"] for rate in rates]
-    axes.bar(
-        [offset, 1 + offset], heights, 0.4, yerr=errors, capsize=3, color=colour, label=label
-    )
+    axes.bar([offset, 1 + offset], heights, 0.4, yerr=errors, capsize=3, color=colour, label=label)

@@ -61,8 +61,8 @@ def measure_utility(
     for batch in _batches(answers, pad_token_id, batch_size):
         batch = batch.to(model.device)
         scored = batch.answer_ids != IGNORED
-        log_p = F.log_softmax(_logits(base, batch)[scored], -1)
-        log_q = log_p if model is base else F.log_softmax(_logits(model, batch)[scored], -1)
+        log_p = F.log_softmax(answer_logits(base, batch)[scored], -1)
+        log_q = log_p if model is base else F.log_softmax(answer_logits(model, batch)[scored], -1)
         kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         loss += F.nll_loss(log_q, batch.answer_ids[scored], reduction="sum").item()
         tokens += int(scored.sum())
@@ -76,7 +76,3 @@ def _batches(answers: Sequence[Example], pad_token_id: int, size: int) -> Iterat
     ordered = sorted(answers, key=lambda example: len(example.prompt_ids))
     for start in range(0, len(ordered), size):
         yield collate(ordered[start : start + size], pad_token_id)
-
-
-def _logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    return answer_logits(model, batch.model_inputs, batch.answer_ids.shape[1])

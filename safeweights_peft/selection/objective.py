@@ -79,7 +79,7 @@ class ReferenceObjective:
         """
         for examples in self._batches:
             batch = collate(examples, self._pad_token_id).to(model.device)
-            logits = answer_logits(model, batch.model_inputs, batch.answer_ids.shape[1])
+            logits = answer_logits(model, batch)
             losses = F.cross_entropy(
                 logits.transpose(1, 2), batch.answer_ids, ignore_index=IGNORED, reduction="none"
             )

@@ -238,7 +238,7 @@ def refusal_loss(model: torch.nn.Module, batch: Batch, decay: float) -> torch.Te
     Returns:
         A scalar, nats per token.
     """
-    logits = answer_logits(model, batch.model_inputs, batch.answer_ids.shape[1])
+    logits = answer_logits(model, batch)
     losses = F.cross_entropy(
         logits.transpose(1, 2), batch.answer_ids, ignore_index=IGNORED, reduction="none"
     )
@@ -256,11 +256,10 @@ def retain_loss(model: PeftModel, batch: Batch, decay: float) -> torch.Tensor:
     Returns:
         A scalar, nats per token.
     """
-    length = batch.answer_ids.shape[1]
     scored = batch.answer_ids != IGNORED
     with torch.no_grad(), model.disable_adapter():
-        base = F.log_softmax(answer_logits(model, batch.model_inputs, length)[scored], -1)
-    tuned = F.log_softmax(answer_logits(model, batch.model_inputs, length)[scored], -1)
+        base = F.log_softmax(answer_logits(model, batch)[scored], -1)
+    tuned = F.log_softmax(answer_logits(model, batch)[scored], -1)
     divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
     return (divergence * token_weights(batch.answer_ids, decay)[scored]).sum()
 
