@@ -148,7 +148,7 @@ def _arguments(
 
 
 class _Steps(Dataset[tuple[Batch, Batch]]):
-    """The examples of each step: item i is step i's harmful and benign batch."""
+    """The examples of each step: item i is step i's whole batch, and its benign rows alone."""
 
     def __init__(
         self,
@@ -166,9 +166,10 @@ class _Steps(Dataset[tuple[Batch, Batch]]):
         return len(self._harmful)
 
     def __getitem__(self, step: int) -> tuple[Batch, Batch]:
+        benign = self._benign[step]
         return (
-            collate(self._harmful[step], self._pad_token_id),
-            collate(self._benign[step], self._pad_token_id),
+            collate(self._harmful[step] + benign, self._pad_token_id),
+            collate(benign, self._pad_token_id),
         )
 
 
@@ -187,8 +188,8 @@ def _deal(
 
 
 def _only(items: list[tuple[Batch, Batch]]) -> dict[str, Batch]:
-    ((harmful, benign),) = items
-    return {"harmful": harmful, "benign": benign}
+    ((whole, benign),) = items
+    return {"whole": whole, "benign": benign}
 
 
 class _EnhanceTrainer(Trainer):
@@ -208,13 +209,16 @@ class _EnhanceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
-        decay = self.settings.token_decay
-        device = self.args.device
-        refusal = refusal_loss(model, inputs["harmful"].to(device), decay)
-        retain = retain_loss(model, inputs["benign"].to(device), decay)
-        loss = refusal + self.settings.retain_weight * retain
+        decay, device = self.settings.token_decay, self.args.device
+        whole, benign = inputs["whole"].to(device), inputs["benign"].to(device)
+        with torch.no_grad(), model.disable_adapter():
+            base = answer_logits(model, benign)
+        logits = answer_logits(model, whole)
+        harmful = len(logits) - len(base)
+        refusal = refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
+        retain = retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
         self._report(refusal.item(), retain.item())
-        return loss
+        return refusal + self.settings.retain_weight * retain
 
     def _report(self, refusal: float, retain: float) -> None:
         step = StepLoss(self.state.global_step + 1, refusal, retain)
@@ -227,41 +231,42 @@ class _EnhanceTrainer(Trainer):
         self.on_step(step)
 
 
-def refusal_loss(model: torch.nn.Module, batch: Batch, decay: float) -> torch.Tensor:
-    """Computes the weighted negative log-likelihood of the batch's answers.
+def refusal_loss(logits: torch.Tensor, answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
+    """Computes the weighted negative log-likelihood of refusals.
 
     Args:
-        model: the model in training.
-        batch: harmful requests with refusals.
+        logits: (B, A, V) of the model in training.
+        answer_ids: (B, A) refusals, `IGNORED` where one has ended.
         decay: weight of an answer token relative to the one before it.
 
     Returns:
         A scalar, nats per token.
     """
-    logits = answer_logits(model, batch)
     losses = F.cross_entropy(
-        logits.transpose(1, 2), batch.answer_ids, ignore_index=IGNORED, reduction="none"
+        logits.transpose(1, 2), answer_ids, ignore_index=IGNORED, reduction="none"
     )
-    return (losses * token_weights(batch.answer_ids, decay)).sum()
+    return (losses * token_weights(answer_ids, decay)).sum()
 
 
-def retain_loss(model: PeftModel, batch: Batch, decay: float) -> torch.Tensor:
-    """Computes the weighted KL(base || model) over the batch's answers.
+def retain_loss(
+    logits: torch.Tensor, base_logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
+) -> torch.Tensor:
+    """Computes the weighted KL(base || model) over the base's own answers.
 
     Args:
-        model: the model in training; the base is the same model with its adapter disabled.
-        batch: benign requests with the base model's own answers.
+        logits: (B, A, V) of the model in training.
+        base_logits: (B, A, V) of the base.
+        answer_ids: (B, A) the base's answers, `IGNORED` where one has ended.
         decay: weight of an answer token relative to the one before it.
 
     Returns:
         A scalar, nats per token.
     """
-    scored = batch.answer_ids != IGNORED
-    with torch.no_grad(), model.disable_adapter():
-        base = F.log_softmax(answer_logits(model, batch)[scored], -1)
-    tuned = F.log_softmax(answer_logits(model, batch)[scored], -1)
+    scored = answer_ids != IGNORED
+    base = F.log_softmax(base_logits[scored], -1)
+    tuned = F.log_softmax(logits[scored], -1)
     divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
-    return (divergence * token_weights(batch.answer_ids, decay)[scored]).sum()
+    return (divergence * token_weights(answer_ids, decay)[scored]).sum()
 
 
 def token_weights(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
