@@ -18,8 +18,6 @@ from safeweights_peft.errors import SelectionError
 
 CHUNK = 1 << 16
 """Entries looked at together: temporary arrays stay this small."""
-SLACK = 8
-"""Candidates are pruned when they exceed k by one part in this many."""
 
 
 class Order(StrEnum):
@@ -43,7 +41,7 @@ class Selected:
 
 
 class TopK:
-    """Keeps the k best-scored entries of a stream of tensors.
+    """Keeps the k best-scored entries of a stream of tensors, and never more.
 
     Ties at the k-th score go to the smaller name, then to the smaller index.
     """
@@ -63,8 +61,12 @@ class TopK:
         self.k = k
         self.order = order
         self._kept: dict[str, Selected] = {}
-        self._count = 0
         self._bound = np.uint32(0)
+
+    @property
+    def count(self) -> int:
+        """How many entries are kept now."""
+        return sum(kept.indices.size for kept in self._kept.values())
 
     def add(self, name: str, scores: NDArray[np.float32]) -> None:
         """Offers all scores of one tensor.
@@ -78,12 +80,16 @@ class TopK:
         """
         if name in self._kept:
             raise SelectionError(f"{name}: expected to be scored once, found it twice")
-        flat = np.ascontiguousarray(scores, dtype=np.float32).reshape(-1)
-        self._kept[name] = Selected(np.empty(0, index_dtype(flat.size)), np.empty(0, np.float32))
-        for start in range(0, flat.size, CHUNK):
-            self._add_chunk(name, flat[start : start + CHUNK], start)
-            if self._count > self.k + self.k // SLACK:
-                self._prune()
+        offered = np.ascontiguousarray(scores, dtype=np.float32).reshape(-1)
+        _check_scores(name, offered)
+        if self.count + offered.size > self.k:
+            ties = self._raise_bound(name, offered)
+            for other, kept in self._kept.items():
+                self._kept[other] = self._shrink(kept, ties[other])
+            self._kept[name] = self._take(offered, ties[name])
+        else:
+            everything = np.arange(offered.size, dtype=index_dtype(offered.size))
+            self._kept[name] = Selected(everything, offered.copy())
 
     def result(self) -> dict[str, Selected]:
         """Ends the stream.
@@ -94,58 +100,73 @@ class TopK:
         Raises:
             SelectionError: fewer than k entries were offered.
         """
-        if self._count < self.k:
+        if self.count < self.k:
             raise SelectionError(
-                f"k: expected at most {self._count} entries, found {self.k}; lower the density "
+                f"k: expected at most {self.count} entries, found {self.k}; lower the density "
                 "or make more parameters eligible"
             )
-        self._prune()
         return {name: kept for name, kept in sorted(self._kept.items()) if kept.indices.size}
 
-    def _add_chunk(self, name: str, chunk: NDArray[np.float32], start: int) -> None:
-        if not (np.isfinite(chunk).all() and (chunk >= 0).all()):
+    def _raise_bound(self, name: str, offered: NDArray[np.float32]) -> dict[str, int]:
+        """Finds the k-th best key of all, and how many entries with that key each tensor keeps."""
+        scores = {other: kept.scores for other, kept in self._kept.items()} | {name: offered}
+
+        def all_keys() -> Iterator[NDArray[np.uint32]]:
+            return (keys for each in scores.values() for _, keys in self._pieces(each))
+
+        self._bound, above = kth_largest(all_keys, self.k)
+        free, ties = self.k - above, {}
+        for each in sorted(scores):
+            tied = sum(int((keys == self._bound).sum()) for _, keys in self._pieces(scores[each]))
+            ties[each] = min(tied, free)
+            free -= ties[each]
+        return ties
+
+    def _shrink(self, kept: Selected, ties: int) -> Selected:
+        """Drops kept entries below the bound, and ties beyond the first few."""
+        keep = np.empty(kept.scores.size, dtype=np.bool_)
+        for start, keys in self._pieces(kept.scores):
+            keep[start : start + CHUNK] = self._wanted(keys, ties)
+            ties -= int((keep[start : start + CHUNK] & (keys == self._bound)).sum())
+        return kept if keep.all() else Selected(kept.indices[keep], kept.scores[keep])
+
+    def _take(self, offered: NDArray[np.float32], ties: int) -> Selected:
+        """Copies a new tensor's entries above the bound, and its first ties."""
+        above = sum(int((keys > self._bound).sum()) for _, keys in self._pieces(offered))
+        indices = np.empty(above + ties, index_dtype(offered.size))
+        scores = np.empty(above + ties, np.float32)
+        end = 0
+        for start, keys in self._pieces(offered):
+            hits = np.nonzero(self._wanted(keys, ties))[0]
+            ties -= int((keys[hits] == self._bound).sum())
+            indices[end : end + hits.size] = hits + start
+            scores[end : end + hits.size] = offered[start : start + CHUNK][hits]
+            end += hits.size
+        return Selected(indices, scores)
+
+    def _wanted(self, keys: NDArray[np.uint32], ties: int) -> NDArray[np.bool_]:
+        wanted = keys > self._bound
+        wanted[np.nonzero(keys == self._bound)[0][:ties]] = True
+        return wanted
+
+    def _pieces(self, scores: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+        """Maps scores piece by piece to unsigned integers that grow with how wanted they are.
+
+        The bits of floats that are not negative order as the floats do; adding 0 turns -0 into 0.
+        """
+        for start in range(0, scores.size, CHUNK):
+            bits = (scores[start : start + CHUNK] + np.float32(0)).view(np.uint32)
+            yield start, bits if self.order is Order.TOP else ~bits
+
+
+def _check_scores(name: str, scores: NDArray[np.float32]) -> None:
+    for start in range(0, scores.size, CHUNK):
+        piece = scores[start : start + CHUNK]
+        if not (np.isfinite(piece).all() and (piece >= 0).all()):
             raise SelectionError(
                 f"{name}: expected finite scores of at least 0, found others; "
                 "check the model's gradients (a float16 overflow, or a NaN in a weight)"
             )
-        (hits,) = np.nonzero(self._keys(chunk) >= self._bound)
-        if not hits.size:
-            return
-        kept = self._kept[name]
-        indices = (hits + start).astype(kept.indices.dtype)
-        self._kept[name] = Selected(
-            np.concatenate([kept.indices, indices]), np.concatenate([kept.scores, chunk[hits]])
-        )
-        self._count += hits.size
-
-    def _keys(self, scores: NDArray[np.float32]) -> NDArray[np.uint32]:
-        """Maps scores to unsigned integers that grow with how much they are wanted.
-
-        The bits of floats that are not negative order as the floats do; adding 0 turns -0 into 0.
-        """
-        bits = (scores + np.float32(0)).view(np.uint32)
-        return bits if self.order is Order.TOP else ~bits
-
-    def _prune(self) -> None:
-        """Drops everything that ranks behind the k-th entry, ties included."""
-        if self._count <= self.k:
-            return
-        self._bound, above = kth_largest(self._chunks, self.k)
-        ties = self.k - above
-        for name in sorted(self._kept):
-            kept = self._kept[name]
-            keys = self._keys(kept.scores)
-            (tied,) = np.nonzero(keys == self._bound)
-            keep = keys > self._bound
-            keep[tied[:ties]] = True
-            ties -= min(ties, tied.size)
-            self._kept[name] = Selected(kept.indices[keep], kept.scores[keep])
-        self._count = self.k
-
-    def _chunks(self) -> Iterator[NDArray[np.uint32]]:
-        for kept in self._kept.values():
-            for start in range(0, kept.scores.size, CHUNK):
-                yield self._keys(kept.scores[start : start + CHUNK])
 
 
 def kth_largest(
@@ -160,8 +181,8 @@ def kth_largest(
     Returns:
         The k-th largest key, and how many keys are larger.
     """
-    high, above = _find_bin((keys >> 16 for keys in chunks()), k)
-    same_high = (keys[keys >> 16 == high] & 0xFFFF for keys in chunks())
+    high, above = _find_bin((keys >> np.uint32(16) for keys in chunks()), k)
+    same_high = (keys[keys >> np.uint32(16) == high] & np.uint32(0xFFFF) for keys in chunks())
     low, above_low = _find_bin(same_high, k - above)
     return np.uint32((high << 16) | low), above + above_low
 
