@@ -18,7 +18,7 @@ HEADER = """\
 # The command line
 
 Written by `make docs` from the commands' own `--help`: change the text there, in
-`safeweights_peft/cli.py`.
+`safeweights_peft/cli/`.
 """
 
 

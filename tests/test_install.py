@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "safeweights_peft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What inspecting, verifying and merging need, of all the dependencies.
-LIGHT = {"click", "ml_dtypes", "numpy", "safetensors", "wrapt"}
+LIGHT = {"click", "ml_dtypes", "numpy", "rich", "safetensors", "wrapt"}
 PARAMETER = "model.layers.1.mlp.up_proj.weight"
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,8 @@ def scripts(
     ]
     assert len(light) == len(LIGHT)
     pip = [commands / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "--no-deps", *light, wheel, cwd=folder)
+    run(*pip, *light, cwd=folder)
+    run(*pip, "--no-deps", wheel, cwd=folder)
     return commands
 
 
