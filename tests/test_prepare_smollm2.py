@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BASE = ROOT / "demo" / "base"
 
 
 @pytest.fixture
 def script() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "examples" / "prepare_smollm2.py"))
+
+
+@pytest.fixture
+def base() -> Path:
+    path = ROOT / "demo" / "base"
+    assert path.exists(), f"{path}: expected the demo's base, found none; run `make demo`"
+    return path
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
@@ -43,34 +49,34 @@ def test_a_directory_of_something_else_is_refused(script: dict[str, Any], tmp_pa
 
 
 @pytest.mark.real_model
-def test_generation_ends_and_pads_with_the_end_of_a_turn() -> None:
+def test_generation_ends_and_pads_with_the_end_of_a_turn(base: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    generation = GenerationConfig.from_pretrained(BASE)
+    generation = GenerationConfig.from_pretrained(base)
     assert [tokenizer.eos_token_id, tokenizer.pad_token_id] == [end, end]
     assert [generation.eos_token_id, generation.pad_token_id] == [end, end]
-    assert json.loads((BASE / "config.json").read_text())["eos_token_id"] == end
+    assert json.loads((base / "config.json").read_text())["eos_token_id"] == end
 
 
 @pytest.mark.real_model
-def test_the_tokenizer_splits_digits_and_writes_text_back_unchanged() -> None:
+def test_the_tokenizer_splits_digits_and_writes_text_back_unchanged(base: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     text = "In 12345 there were  3 naïve cats.\n\n  def f(x2): 日本"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.real_model
-def test_the_base_answers_a_question_and_ends_its_turn() -> None:
+def test_the_base_answers_a_question_and_ends_its_turn(base: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    model = AutoModelForCausalLM.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     assert model.dtype == torch.bfloat16
     turn = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
