@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from safeweights_peft.delta import index_dtype
 from safeweights_peft.errors import SelectionError
 
+NOTHING = np.empty(0, np.float32)
+SLACK = 32
+"""What ranks behind the k-th entry is dropped once it makes up one part in this many of k."""
 CHUNK = 1 << 16
 """Entries looked at together: temporary arrays stay this small."""
 
@@ -41,7 +44,7 @@ class Selected:
 
 
 class TopK:
-    """Keeps the k best-scored entries of a stream of tensors, and never more.
+    """Keeps the k best-scored entries of a stream of tensors, and hardly more on the way.
 
     Ties at the k-th score go to the smaller name, then to the smaller index.
     """
@@ -82,14 +85,10 @@ class TopK:
             raise SelectionError(f"{name}: expected to be scored once, found it twice")
         offered = np.ascontiguousarray(scores, dtype=np.float32).reshape(-1)
         _check_scores(name, offered)
-        if self.count + offered.size > self.k:
-            ties = self._raise_bound(name, offered)
-            for other, kept in self._kept.items():
-                self._kept[other] = self._shrink(kept, ties[other])
-            self._kept[name] = self._take(offered, ties[name])
-        else:
-            everything = np.arange(offered.size, dtype=index_dtype(offered.size))
-            self._kept[name] = Selected(everything, offered.copy())
+        wanted = sum(int((keys >= self._bound).sum()) for _, keys in self._pieces(offered))
+        if self.count + wanted > self.k + self.k // SLACK:
+            wanted = self._raise_bound(name, offered)
+        self._kept[name] = self._take(offered, ties=wanted)
 
     def result(self) -> dict[str, Selected]:
         """Ends the stream.
@@ -105,22 +104,30 @@ class TopK:
                 f"k: expected at most {self.count} entries, found {self.k}; lower the density "
                 "or make more parameters eligible"
             )
+        self._raise_bound()
         return {name: kept for name, kept in sorted(self._kept.items()) if kept.indices.size}
 
-    def _raise_bound(self, name: str, offered: NDArray[np.float32]) -> dict[str, int]:
-        """Finds the k-th best key of all, and how many entries with that key each tensor keeps."""
+    def _raise_bound(self, name: str = "", offered: NDArray[np.float32] = NOTHING) -> int:
+        """Drops kept entries that rank behind the k-th of all, those of a new tensor included.
+
+        Returns how many of the new tensor's entries with just the k-th key are to be kept.
+        """
         scores = {other: kept.scores for other, kept in self._kept.items()} | {name: offered}
 
         def all_keys() -> Iterator[NDArray[np.uint32]]:
             return (keys for each in scores.values() for _, keys in self._pieces(each))
 
         self._bound, above = kth_largest(all_keys, self.k)
-        free, ties = self.k - above, {}
+        free, new = self.k - above, 0
         for each in sorted(scores):
             tied = sum(int((keys == self._bound).sum()) for _, keys in self._pieces(scores[each]))
-            ties[each] = min(tied, free)
-            free -= ties[each]
-        return ties
+            ties = min(tied, free)
+            free -= ties
+            if each in self._kept:
+                self._kept[each] = self._shrink(self._kept[each], ties)
+            else:
+                new = ties
+        return new
 
     def _shrink(self, kept: Selected, ties: int) -> Selected:
         """Drops kept entries below the bound, and ties beyond the first few."""
@@ -132,17 +139,13 @@ class TopK:
 
     def _take(self, offered: NDArray[np.float32], ties: int) -> Selected:
         """Copies a new tensor's entries above the bound, and its first ties."""
-        above = sum(int((keys > self._bound).sum()) for _, keys in self._pieces(offered))
-        indices = np.empty(above + ties, index_dtype(offered.size))
-        scores = np.empty(above + ties, np.float32)
-        end = 0
+        indices, scores = [], []
         for start, keys in self._pieces(offered):
             hits = np.nonzero(self._wanted(keys, ties))[0]
             ties -= int((keys[hits] == self._bound).sum())
-            indices[end : end + hits.size] = hits + start
-            scores[end : end + hits.size] = offered[start : start + CHUNK][hits]
-            end += hits.size
-        return Selected(indices, scores)
+            indices.append((hits + start).astype(index_dtype(offered.size)))
+            scores.append(offered[start : start + CHUNK][hits])
+        return Selected(np.concatenate(indices), np.concatenate(scores))
 
     def _wanted(self, keys: NDArray[np.uint32], ties: int) -> NDArray[np.bool_]:
         wanted = keys > self._bound
