@@ -104,7 +104,7 @@ def train(
         safety_map.metadata, base_model_name_or_path=found.name, revision=found.revision
     )
     model = create_adapter(base_model, metadata, safety_map.indices)
-    record = {
+    record: dict[str, Any] = {
         "kind": "training",
         "map": str(map_dir),
         "settings": asdict(settings) | asdict(compute),
@@ -112,7 +112,7 @@ def train(
         "benign_digest": data_digest(benign_rows),
         "safeweights_peft_version": version("safeweights-peft"),
     }
-    digests = {name: each.digest for name, each in metadata.tensors.items()}
+    digests = {name: str(each.digest) for name, each in metadata.tensors.items()}
     work_dir = _work_dir(out, record | {"map_digests": digests})
     losses = _run(model, tokenizer, harmful, benign, settings, work_dir, progress)
     record["losses"] = [asdict(loss) for loss in losses]
@@ -153,6 +153,7 @@ def _run(
     work_dir: Path,
     progress: Progress,
 ) -> list[StepLoss]:
+    done = 0
     with progress.task("Training", settings.enhance.steps) as advance:
 
         def on_step(loss: StepLoss) -> None:
@@ -160,7 +161,6 @@ def _run(
             advance(loss.step - done)
             done = loss.step
 
-        done = 0
         return enhance(model, tokenizer, harmful, benign, settings.enhance, work_dir, on_step)
 
 

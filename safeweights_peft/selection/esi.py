@@ -54,7 +54,7 @@ def accumulate_gradients(
         hooks.append(parameter.register_post_accumulate_grad_hook(hook))
     try:
         for term in objective.terms(model):
-            term.backward()  # type: ignore[no-untyped-call]
+            term.backward()
             on_term()
     finally:
         for handle in hooks:

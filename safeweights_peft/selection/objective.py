@@ -30,7 +30,7 @@ class SafetyObjective(Protocol):
         Args:
             model: the model to be scored.
 
-        Yields:
+        Returns:
             One scalar per batch; each graph may be freed before the next is built.
         """
         ...
