@@ -7,15 +7,22 @@ model is PEFT's: see ``tuner``.
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, Progress, draft_copy
+from safeweights_peft.checkpoint import (
+    CheckpointDraft,
+    CheckpointReader,
+    Progress,
+    draft_copy,
+    files_to_copy,
+)
 from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, digest
 from safeweights_peft.errors import (
     AlreadyMergedError,
@@ -115,24 +122,14 @@ def merge(
 
     Raises:
         AlreadyMergedError: The base already holds the merged values.
+        BaseMismatchError: The adapter was made for another base.
         MergeError: The adapter is a safety map, the scale is not finite, or ``out_dir`` is in the
             way of an input.
     """
     started = time.perf_counter()
     _check_paths(out_dir, {"base_dir": base_dir, "adapter_dir": adapter_dir}, overwrite)
-    if read_metadata(adapter_dir).mode is Mode.SPA:
-        raise MergeError(
-            f"{adapter_dir}: expected a safety patch, found a safety map, which has no values; "
-            "train with it instead"
-        )
-    adapter = read_adapter(adapter_dir)
+    reader, adapter = _read_inputs(base_dir, adapter_dir)
     factor = _factor(adapter.metadata.scale, scale)
-    reader = CheckpointReader(base_dir)
-    if base_state(reader, adapter.metadata, _indices(adapter)) == "merged":
-        raise AlreadyMergedError(
-            f"{base_dir}: expected the base, found the adapter's values already merged into it; "
-            "use it as it is, or give the original base"
-        )
     with draft_copy(reader, out_dir, overwrite=overwrite, progress=progress) as draft:
         tensors = sum(
             _merge_parameter(reader, draft, adapter, name, factor, check=scale == 1.0)
@@ -147,6 +144,40 @@ def merge(
         size_bytes=sum((merged.directory / name).stat().st_size for name in merged.index.shards),
         seconds=time.perf_counter() - started,
     )
+
+
+def plan(base_dir: PathLike, adapter_dir: PathLike, out_dir: PathLike) -> dict[str, Any]:
+    """Tell what :func:`merge` would do and need, and write nothing.
+
+    Args:
+        base_dir: The base's checkpoint; it is checked as for a merge.
+        adapter_dir: The patch.
+        out_dir: Where the merged checkpoint would appear; it need not exist.
+
+    Returns:
+        Plain JSON: tensors and entries that change, bytes to be copied, bytes of memory (the patch
+        and the largest tensor that changes), bytes free at ``out_dir``, and whether that is enough.
+    """
+    reader, adapter = _read_inputs(base_dir, adapter_dir)
+    deltas = adapter.deltas
+    keys = {
+        key
+        for name, record in adapter.metadata.tensors.items()
+        for copy in _copies(reader, record)
+        for key, (_, local) in entries_by_block(copy, deltas[name].indices).items()
+        if local.size
+    }
+    largest = max((reader.info(key).size_bytes for key in keys), default=0)
+    copy_bytes = sum(files_to_copy(reader).values())
+    free_bytes = shutil.disk_usage(_existing_parent(Path(out_dir))).free
+    return {
+        "tensors": len(keys),
+        "entries": sum(delta.count for delta in deltas.values()),
+        "copy_bytes": copy_bytes,
+        "memory_bytes": largest + sum(delta.size_bytes for delta in deltas.values()),
+        "free_bytes": free_bytes,
+        "fits": copy_bytes <= free_bytes,
+    }
 
 
 def verify(adapter_dir: PathLike, base_dir: PathLike | None = None) -> VerifyReport:
@@ -243,6 +274,27 @@ def entries_by_block(record: TensorRecord, indices: Array) -> dict[str, tuple[Ar
     """
     flat = indices.astype(np.int64, copy=False)
     return {block.key: block.locate(flat) for block in record.blocks}
+
+
+def _read_inputs(base_dir: PathLike, adapter_dir: PathLike) -> tuple[CheckpointReader, Adapter]:
+    """Read a patch, and open the base that it was made for."""
+    if read_metadata(adapter_dir).mode is Mode.SPA:
+        raise MergeError(
+            f"{adapter_dir}: expected a safety patch, found a safety map, which has no values; "
+            "train with it instead"
+        )
+    adapter, reader = read_adapter(adapter_dir), CheckpointReader(base_dir)
+    if base_state(reader, adapter.metadata, _indices(adapter)) == "merged":
+        raise AlreadyMergedError(
+            f"{base_dir}: expected the base, found the adapter's values already merged into it; "
+            "use it as it is, or give the original base"
+        )
+    return reader, adapter
+
+
+def _existing_parent(path: Path) -> Path:
+    """Find the nearest directory that is there, to ask for its disk."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
 
 
 def _merge_parameter(

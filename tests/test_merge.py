@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from safeweights_peft.format import (
     write_adapter,
     write_map,
 )
-from safeweights_peft.merge import Check, entries_by_block, merge, verify
+from safeweights_peft.merge import Check, entries_by_block, merge, plan, verify
 from tests.tiny_files import (
     Tensors,
     as_map,
@@ -376,3 +377,39 @@ print(json.dumps(sorted(name.split(".")[0] for name in sys.modules)))
     )
     heavy = {"torch", "peft", "transformers", "click", "huggingface_hub", "matplotlib"}
     assert not heavy & set(json.loads(done.stdout))
+
+
+def test_a_plan_foretells_the_merge(case: Case) -> None:
+    planned = plan(case.base, case.patch, case.out)
+    report = merge(case.base, case.patch, case.out)
+    copied = sum(path.stat().st_size for path in case.out.rglob("*") if path.is_file())
+    assert (planned["tensors"], planned["entries"]) == (report.tensors, report.entries)
+    assert planned["copy_bytes"] == copied
+
+
+def test_a_plan_writes_nothing(case: Case) -> None:
+    before = sorted(case.base.parent.rglob("*"))
+    plan(case.base, case.patch, case.out)
+    assert sorted(case.base.parent.rglob("*")) == before
+
+
+def test_a_plan_counts_the_patch_and_the_largest_tensor_that_changes_as_memory(case: Case) -> None:
+    delta_bytes = sum(delta.size_bytes for delta in case.adapter.deltas.values())
+    largest = case.tensors[EMBEDDINGS].nbytes
+    planned = plan(case.base, case.patch, case.out)
+    assert planned["memory_bytes"] == largest + delta_bytes
+
+
+def test_a_plan_tells_whether_the_disk_has_room(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, fits in ((0, False), (10**9, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        planned = plan(case.base, case.patch, case.out / "deeper")
+        assert (planned["free_bytes"], planned["fits"]) == (free, fits)
+
+
+def test_a_plan_refuses_what_the_merge_refuses(case: Case) -> None:
+    merge(case.base, case.patch, case.out)
+    with pytest.raises(AlreadyMergedError):
+        plan(case.out, case.patch, case.out.with_name("again"))

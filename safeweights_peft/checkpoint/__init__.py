@@ -2,7 +2,7 @@
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
-from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
+from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy, files_to_copy
 
 __all__ = [
     "CheckpointDraft",
@@ -11,5 +11,6 @@ __all__ = [
     "Progress",
     "TensorInfo",
     "draft_copy",
+    "files_to_copy",
     "open_index",
 ]

@@ -98,11 +98,21 @@ def draft_copy(
         yield CheckpointDraft(directory)
 
 
+def files_to_copy(reader: CheckpointReader) -> dict[str, int]:
+    """List what :func:`draft_copy` copies.
+
+    Args:
+        reader: The checkpoint.
+
+    Returns:
+        Sizes in bytes by file name, relative to the directory; the shards first.
+    """
+    names = reader.index.shards + _side_files(reader.directory)
+    return {name: (reader.directory / name).stat().st_size for name in names}
+
+
 def _copy_files(reader: CheckpointReader, directory: Path, progress: Progress | None) -> None:
-    sizes = {
-        name: (reader.directory / name).stat().st_size
-        for name in reader.index.shards + _side_files(reader.directory)
-    }
+    sizes = files_to_copy(reader)
     done, total = 0, sum(sizes.values())
     for name, size in sizes.items():
         (directory / name).parent.mkdir(exist_ok=True)
