@@ -222,7 +222,7 @@ def merge_command(
     from safeweights_peft.merge import merge, plan
 
     if dry_run:
-        planned = plan(base, adapter)
+        planned = plan(base, adapter, out)
         return show(planned, rows_of(planned), as_json)
     with show_progress() as progress, progress.task("Copying the base", 100) as advance:
         report = merge(
@@ -251,7 +251,7 @@ def verify_command(adapter: Path, base: Path | None, as_json: bool) -> None:
 
     report = verify(adapter, base)
     checks = [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in report.checks]
-    rows = [(c["name"], f"{'ok' if c['ok'] else 'FAILED'}: {c['detail']}") for c in checks]
+    rows = [(c.name, f"{'ok' if c.ok else 'FAILED'}: {c.detail}") for c in report.checks]
     show({"ok": report.ok, "checks": checks}, rows, as_json)
     if not report.ok:
         sys.exit(CHECK_FAILED)
