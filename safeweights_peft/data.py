@@ -64,7 +64,7 @@ class Batch:
     """Examples laid side by side, so that all answers start in the same column.
 
     A row is: the tokens with which all prompts begin (the template's system prompt), padding, the
-    rest of the prompt, the answer, padding.
+    rest of the prompt (its last token at least), the answer, padding.
 
     Attributes:
         input_ids: (B, P + A) token ids.
@@ -126,8 +126,15 @@ def _read_raw(source: str) -> list[tuple[int, Any]]:
     if path.suffix in {".json", ".jsonl"}:
         if not path.is_file():
             raise DataError(f"{source}: expected a file, found none; check the path")
-        return _parse(path.read_text(encoding="utf-8"), source, lines=path.suffix == ".jsonl")
+        return _parse(_read_text(path), source, lines=path.suffix == ".jsonl")
     return _read_datasets(source)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8, found {error}; save the file as UTF-8") from error
 
 
 def _read_builtin(name: str) -> list[tuple[int, Any]]:
@@ -141,18 +148,23 @@ def _read_builtin(name: str) -> list[tuple[int, Any]]:
 
 
 def _parse(text: str, source: str, *, lines: bool) -> list[tuple[int, Any]]:
-    try:
-        if lines:
-            return [(n, json.loads(t)) for n, t in enumerate(text.splitlines(), 1) if t.strip()]
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: expected JSON, found {error}; correct the file") from error
+    if lines:  # at "\n" alone: JSON texts may hold the other line ends of Unicode as they are
+        numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [(n, _parse_json(line, f"{source}, row {n}")) for n, line in numbered]
+    rows = _parse_json(text, source)
     if not isinstance(rows, list):
         raise DataError(
             f"{source}: expected a list of objects, found {type(rows).__name__}; "
             "wrap the rows in a list, or use .jsonl with one object a line"
         )
     return list(enumerate(rows, 1))
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: expected JSON, found {error}; correct the file") from error
 
 
 def _read_datasets(source: str) -> list[tuple[int, Any]]:
@@ -180,7 +192,8 @@ def _row(item: Any, where: str, needs_output: bool) -> Row:
                 f"give every row the field '{field}'"
             )
     output = item.get("output")
-    return Row(item["instruction"], output if isinstance(output, str) and output else None)
+    has_output = isinstance(output, str) and output.strip()
+    return Row(item["instruction"], output if has_output else None)
 
 
 def with_refusals(rows: Sequence[Row]) -> list[Row]:

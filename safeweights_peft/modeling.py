@@ -97,15 +97,18 @@ def pick_device(device: str | None = None) -> torch.device:
         The device.
 
     Raises:
-        ModelError: `device` is not a device that torch knows.
+        ModelError: torch doesn't know `device`, or can't use it here.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"--device {device}: expected a torch device; {error}") from error
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise ModelError(
+            f"--device {device}: expected a torch device of this machine, found none: {error}; "
+            "choose another, or none for the best one here"
+        ) from error
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
@@ -118,10 +121,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
     Returns:
         A torch dtype, or "auto" for the checkpoint's own.
+
+    Raises:
+        ModelError: `dtype` is none of these.
     """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype: expected auto, {', '.join(DTYPES)}, found {dtype}; choose one")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def load_model(
@@ -177,21 +186,6 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Views a tensor as a numpy array; bfloat16 as ml_dtypes' bfloat16.
-
-    Args:
-        tensor: of any device and shape; copied only where it isn't contiguous on the CPU.
-
-    Returns:
-        An array of the same shape and dtype.
-    """
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
-    return tensor.numpy()
-
-
 def total_parameters(model: nn.Module) -> int:
     """Counts the entries of all parameters, tied ones once.
 
@@ -208,7 +202,8 @@ def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Lists the parameters that may carry selected entries.
 
     Embeddings (and an untied output head), norms, biases and routers are left out: norms and
-    biases are vectors, and moving embeddings or routers changes the model everywhere at once.
+    biases are vectors (one for each expert where experts are fused), and moving embeddings or
+    routers changes the model everywhere at once.
 
     Args:
         model: a causal language model without adapters.
@@ -216,20 +211,23 @@ def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     Returns:
         In-memory parameter names and parameters, in the model's order.
     """
-    embeddings = {
+    head = model.get_output_embeddings()
+    left_out = {
         id(module.weight)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        if module is not None
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is head
     }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in embeddings and not _is_router(name)
+        if parameter.ndim >= 2 and id(parameter) not in left_out and not _is_left_out(name)
     }
 
 
-def _is_router(name: str) -> bool:
-    return name.rpartition(".")[0].rpartition(".")[2] in ROUTER_NAMES
+def _is_left_out(name: str) -> bool:
+    """Tells routers by their module's name, and biases by their own."""
+    module, _, own = name.rpartition(".")
+    return module.rpartition(".")[2] in ROUTER_NAMES or own.endswith("bias")
 
 
 def describe(
@@ -247,11 +245,20 @@ def describe(
         One record per parameter, without count and digests: these depend on the indices.
 
     Raises:
-        ModelError: a parameter has no counterpart in the checkpoint, or one of another shape.
+        ModelError: the model has no such parameter, or the checkpoint has no counterpart of it, or
+            one of another shape.
     """
     reader = None if base_path is None else CheckpointReader(base_path)
     parameters = dict(model.named_parameters())
-    return {name: _describe_parameter(model, name, parameters[name], reader) for name in names}
+    records = {}
+    for name in names:
+        if name not in parameters:
+            raise ModelError(
+                f"{name}: expected a parameter of the model, found none; a tied one goes by its "
+                "first name, as in named_parameters()"
+            )
+        records[name] = _describe_parameter(model, name, parameters[name], reader)
+    return records
 
 
 def _describe_parameter(
@@ -281,7 +288,7 @@ def _block(name: str, key: str, positions: np.ndarray) -> Block:
     strides = []
     for axis, size in enumerate(positions.shape):
         step = tuple(int(i == axis) for i in range(positions.ndim))
-        strides.append(int(positions[step]) - offset if size > 1 else 0)
+        strides.append(int(positions[step]) - offset if size > 1 else 1)
     rebuilt = np.full((), offset, dtype=np.int64)
     for stride, size in zip(strides, positions.shape, strict=True):
         rebuilt = rebuilt[..., None] + stride * np.arange(size)
@@ -325,13 +332,18 @@ def _tied_names(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[s
 
 
 class AnswerBatch(Protocol):
-    """Prompts and answers side by side; `data.Batch` is one."""
+    """Prompts and answers side by side; `data.Batch` is one and explains them."""
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    answer_ids: torch.Tensor
-    shared: int
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+    @property
+    def attention_mask(self) -> torch.Tensor: ...
+    @property
+    def position_ids(self) -> torch.Tensor: ...
+    @property
+    def answer_ids(self) -> torch.Tensor: ...
+    @property
+    def shared(self) -> int: ...
 
 
 def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:

@@ -85,10 +85,13 @@ def size_text(size_bytes: float) -> str:
     Returns:
         For instance ``8.1 MB``.
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+    if size_bytes < 1000:
+        return f"{size_bytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
         size_bytes /= 1000
+        if size_bytes < 999.95:  # 999.95 and more are written as 1000.0
+            return f"{size_bytes:.1f} {unit}"
+    size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
 
 

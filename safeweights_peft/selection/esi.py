@@ -31,7 +31,7 @@ def accumulate_gradients(
     the accumulators are the only full-sized memory.
 
     Args:
-        model: the model to be scored; its weights are left as they are.
+        model: the model to be scored; left as it is, but for gradients that it held before.
         parameters: eligible parameters by name; only these get gradients.
         objective: what to differentiate.
         on_term: called after each term, for progress.
@@ -40,7 +40,7 @@ def accumulate_gradients(
         Float32 gradients by name, of each parameter's shape, on its device.
 
     Raises:
-        SelectionError: a parameter takes no part in the objective at all.
+        SelectionError: no parameter takes part in the objective.
     """
     gradients = {
         name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
@@ -48,20 +48,23 @@ def accumulate_gradients(
     }
     reached: set[str] = set()
     hooks = []
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
+        parameter.grad = None
         hook = _adding_hook(name, gradients[name], reached)
         hooks.append(parameter.register_post_accumulate_grad_hook(hook))
     try:
         for term in objective.terms(model):
-            term.backward()
+            if term.requires_grad:
+                term.backward()
             on_term()
     finally:
         for handle in hooks:
             handle.remove()
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for parameter, was_required in required.items():
+            parameter.requires_grad_(was_required)
     _check_reached(gradients, reached)
     return gradients
 

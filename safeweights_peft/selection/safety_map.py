@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 import transformers
 from transformers import PreTrainedModel
 
-from safeweights_peft.delta import digest
-from safeweights_peft.format import AdapterMetadata, Mode, SafetyMap
-from safeweights_peft.modeling import BaseModel, describe, to_numpy
+from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.delta import DTYPES, Array, digest
+from safeweights_peft.format import AdapterMetadata, Mode, SafetyMap, TensorRecord
+from safeweights_peft.modeling import BaseModel, describe
 from safeweights_peft.selection.topk import Selected
 
 
@@ -31,18 +32,13 @@ def build_map(
         selection: how they were chosen, plain JSON.
 
     Returns:
-        The map, with digests of the base's values at the indices in the checkpoint's dtype.
+        The map, with digests of the checkpoint's own entries at the indices.
     """
+    reader = CheckpointReader(base.path)
     records = describe(model, selected, base.path)
     for name, entries in selected.items():
-        record = records[name]
-        indices = torch.from_numpy(entries.indices).long()
-        values = model.get_parameter(name).detach().reshape(-1).cpu()[indices]
-        records[name] = replace(
-            record,
-            count=entries.indices.size,
-            base_digest=digest(to_numpy(values.to(getattr(torch, record.dtype)))),
-        )
+        found = _base_entries(reader, records[name], entries.indices)
+        records[name] = replace(records[name], count=found.size, base_digest=digest(found))
     metadata = AdapterMetadata(
         mode=Mode.SPA,
         base_model_name_or_path=base.name,
@@ -56,3 +52,12 @@ def build_map(
         {name: entries.indices for name, entries in selected.items()},
         {name: entries.scores for name, entries in selected.items()},
     )
+
+
+def _base_entries(reader: CheckpointReader, record: TensorRecord, indices: Array) -> Array:
+    """Reads entries from disk: the model in memory may hold them in a narrower dtype."""
+    entries = np.empty(indices.size, DTYPES[record.dtype])
+    for block in record.blocks:
+        positions, local = block.locate(indices)
+        entries[positions] = reader.gather(block.key, local)
+    return entries

@@ -139,7 +139,7 @@ class TopK:
 
     def _take(self, offered: NDArray[np.float32], ties: int) -> Selected:
         """Copies a new tensor's entries above the bound, and its first ties."""
-        indices, scores = [], []
+        indices, scores = [np.empty(0, index_dtype(offered.size))], [NOTHING]
         for start, keys in self._pieces(offered):
             hits = np.nonzero(self._wanted(keys, ties))[0]
             ties -= int((keys[hits] == self._bound).sum())
