@@ -10,7 +10,8 @@ Source: arXiv 2604.08297, section on SET, which has the refusal term only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ class EnhanceSettings:
     """
 
     steps: int = 100
-    learning_rate: float = 3e-4
-    retain_weight: float = 8.0
+    learning_rate: float = 7e-4
+    retain_weight: float = 14.0
     harmful_batch_size: int = 4
-    benign_batch_size: int = 8
-    token_decay: float = 0.8
+    benign_batch_size: int = 12
+    token_decay: float = 0.7
     warmup_steps: int = 5
     checkpoint_steps: int = 25
     seed: int = 0
@@ -97,7 +98,7 @@ def enhance(
         on_step: called after each step.
 
     Returns:
-        The losses of the steps run by this call: fewer than `settings.steps` after a resume.
+        The losses of all steps, those before an interruption included.
 
     Raises:
         TrainingError: there are no examples, or the loss is not finite.
@@ -114,11 +115,22 @@ def enhance(
     )
     trainer.settings = settings
     trainer.on_step = on_step
-    trainer.losses = []
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
+    with _exact_checkpoints(model):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
     model.eval()
-    return trainer.losses
+    return [StepLoss(**entry) for entry in trainer.state.log_history if "refusal" in entry]
+
+
+@contextmanager
+def _exact_checkpoints(model: PeftModel) -> Iterator[None]:
+    """Stores float32 values while training: rounded ones would not continue the same run."""
+    config = model.peft_config[model.active_adapter]
+    values_dtype, config.values_dtype = config.values_dtype, "float32"
+    try:
+        yield
+    finally:
+        config.values_dtype = values_dtype
 
 
 def _arguments(
@@ -197,7 +209,6 @@ class _EnhanceTrainer(Trainer):
 
     settings: EnhanceSettings
     on_step: Callable[[StepLoss], None]
-    losses: list[StepLoss]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -227,7 +238,7 @@ class _EnhanceTrainer(Trainer):
                 f"step {step.step}: expected a finite loss, found refusal {refusal}, "
                 f"retain {retain}; lower --lr"
             )
-        self.losses.append(step)
+        self.state.log_history.append(asdict(step))  # kept in checkpoints, unlike the trainer
         self.on_step(step)
 
 
