@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,17 +120,33 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Makes the run's directory, or finds it made by a run with the same settings."""
     path = out / "settings.json"
     if path.exists():
-        found = read_json(path, DataError)
-        if found != json.loads(json.dumps(settings)):
-            changed = sorted(key for key in settings if settings[key] != found.get(key))
+        found, wanted = _flatten(read_json(path, DataError)), _flatten(settings)
+        changed = [
+            f"{key} ({found.get(key)} there, {wanted.get(key)} here)"
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key)
+        ]
+        if changed:
             raise DataError(
                 f"{out}: expected a run with these settings, found one with other "
                 f"{', '.join(changed)}; give another --out, or delete that directory"
             )
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{out}: expected an empty directory or a run, found other files")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(
+            f"{out}: expected a run, an empty directory or nothing, found something else; "
+            "give another --out"
+        )
     else:
         write_json(path, settings)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Names nested settings by their path, such as ``score.density``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
 
 
 def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

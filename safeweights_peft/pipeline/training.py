@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.data import (
     Example,
     data_digest,
@@ -25,6 +26,7 @@ from safeweights_peft.errors import FormatError
 from safeweights_peft.evaluation import generate_answers
 from safeweights_peft.files import check_target, publish
 from safeweights_peft.format import AdapterMetadata, read_map
+from safeweights_peft.merge import base_state
 from safeweights_peft.modeling import (
     load_model,
     load_tokenizer,
@@ -84,6 +86,9 @@ def train(
 
     Returns:
         What was trained, as plain JSON; the same as in the patch's ``training.json``.
+
+    Raises:
+        BaseMismatchError: the map was made for another base.
     """
     settings, compute = settings or TrainSettings(), compute or ComputeSettings()
     progress = progress or Quiet()
@@ -92,6 +97,7 @@ def train(
     benign_rows = read_rows(settings.benign)
     safety_map = read_map(map_dir)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
+    base_state(CheckpointReader(found.path), safety_map.metadata, safety_map.indices)
     tokenizer = load_tokenizer(found)
     base_model = load_model(found, pick_dtype(compute.dtype, device), device)
     harmful = [
