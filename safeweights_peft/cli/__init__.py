@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from safeweights_peft.cli.options import (
+    FiniteRange,
     compute_options,
     compute_settings,
     dry_run,
@@ -22,7 +23,7 @@ from safeweights_peft.cli.options import (
     existing,
     harmful_train,
     json_output,
-    new,
+    new_file,
     out_directory,
     overwrite,
     score_options,
@@ -162,10 +163,8 @@ def train_command(
 @main.command("eval")
 @click.argument("base")
 @click.option("--adapter", type=existing, help="Safety patch to be merged before measuring.")
-@click.option("--out", type=new, help="JSON file to be written with the whole result.")
-@click.option(
-    "--max-asr", type=click.FloatRange(0, 1), help="Exit with 3 if the ASR is above this."
-)
+@click.option("--out", type=new_file, help="JSON file to be written with the whole result.")
+@click.option("--max-asr", type=FiniteRange(0, 1), help="Exit with 3 if the ASR is above this.")
 @evaluate_options
 @compute_options
 @dry_run
@@ -203,7 +202,13 @@ def eval_command(
 @click.argument("base", type=existing)
 @click.argument("adapter", type=existing)
 @out_directory
-@click.option("--scale", default=1.0, show_default=True, help="Factor on the patch's values.")
+@click.option(
+    "--scale",
+    type=FiniteRange(),
+    default=1.0,
+    show_default=True,
+    help="Factor on the patch's values.",
+)
 @overwrite
 @dry_run
 @json_output

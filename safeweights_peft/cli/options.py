@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,8 +18,23 @@ if TYPE_CHECKING:
     )
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without NaN, which click lets pass any bounds, and infinity."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 existing = click.Path(exists=True, file_okay=False, path_type=Path)
 new = click.Path(path_type=Path)
+new_file = click.Path(dir_okay=False, path_type=Path)
 
 
 def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -58,7 +74,7 @@ seed = click.option("--seed", default=0, show_default=True, help="Random seed.")
 score_options = _options(
     click.option(
         "--density",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=FiniteRange(0, 1, min_open=True),
         default=0.01,
         show_default=True,
         help="Share of all weights to select.",
@@ -88,12 +104,12 @@ train_options = _options(
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [default: 100]"),
     click.option(
         "--lr",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         help="Peak learning rate.  [default: set by density]",
     ),
     click.option(
         "--retain-weight",
-        type=click.FloatRange(0),
+        type=FiniteRange(0),
         help="Weight of staying like the base against refusing.",
     ),
 )
