@@ -68,8 +68,8 @@ class TrainSettings:
 
     harmful: str = "builtin:harmful_train"
     benign: str = "builtin:benign_train"
-    refusal_tokens: int = 16
-    answer_tokens: int = 8
+    refusal_tokens: int = 8
+    answer_tokens: int = 4
     enhance: EnhanceSettings = field(default_factory=EnhanceSettings)
 
 
