@@ -1,5 +1,8 @@
 """The PEFT method: nothing but PEFT, and everything that needs PEFT's internals."""
 
+# Whole, and before any module here: the package's hook on this import needs them all.
+import peft  # noqa: F401
+
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.content import create_adapter, round_values
 from safeweights_peft.tuner.layer import SafeWeightsLayer

@@ -300,7 +300,8 @@ def _sum_entries(
     indices = [to_numpy(each.indices[adapter]) for adapter, _ in terms]
     union = np.unique(np.concatenate(indices))
     total = np.zeros(union.shape, np.float32)
-    for own, (adapter, weight) in zip(indices, terms, strict=True):
-        factor = np.float32(weight * each.layer.scaling[adapter])
-        total[np.searchsorted(union, own)] += factor * to_numpy(each.values[adapter])
+    with np.errstate(over="ignore", invalid="ignore"):  # SparseDelta refuses what is not finite
+        for own, (adapter, weight) in zip(indices, terms, strict=True):
+            factor = np.float32(weight * each.layer.scaling[adapter])
+            total[np.searchsorted(union, own)] += factor * to_numpy(each.values[adapter])
     return SparseDelta(shape, union, total)

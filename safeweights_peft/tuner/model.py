@@ -264,7 +264,12 @@ def set_forward_mode(model: nn.Module, mode: ForwardMode | str) -> None:
     Args:
         model: The PeftModel, or a model into which an adapter was loaded.
         mode: "auto", "in_place" or "functional".
+
+    Raises:
+        ModelError: It is none of these.
     """
+    if mode not in list(ForwardMode):
+        raise ModelError(f"mode: expected auto, in_place or functional, found {mode!r}")
     for layer in layers(model):
         layer.restore_base()
         layer.forward_mode = ForwardMode(mode)

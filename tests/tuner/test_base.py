@@ -1,0 +1,180 @@
+"""Wherever the base is seen, saved, copied or moved, it is the base, though forwards write it."""
+
+import copy
+import io
+
+import pytest
+import torch
+from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
+
+from safeweights_peft import MergeError, ModelError, set_forward_mode
+from tests.tuner.patches import (
+    INPUT_IDS,
+    load_base,
+    logits,
+    patch_model,
+    same_weights,
+    save_patch,
+    twin,
+    values_of,
+)
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_tied_llama", "tiny_mixtral"])
+def base(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def used(base):
+    """A patched model that has run, so that its base is overwritten."""
+    model = patch_model(load_base(base), base)
+    logits(model)
+    return model
+
+
+def same_state(state, base):
+    plain = load_base(base).state_dict()
+    return state.keys() == plain.keys() and all(torch.equal(state[k], plain[k]) for k in plain)
+
+
+def test_the_state_dict_of_the_base_is_that_of_the_base(used, base):
+    assert same_state(get_base_model_state_dict(used), base)
+
+
+def test_a_forward_after_the_state_dict_uses_the_patch_again(used):
+    expected = logits(used)
+    used.state_dict()
+    assert torch.equal(logits(used), expected)
+
+
+def test_the_parameters_are_the_bases_while_adapters_are_disabled(used, base):
+    with used.disable_adapter():
+        live = {
+            name.replace(".base_layer", ""): parameter
+            for name, parameter in used.get_base_model().named_parameters()
+            if "safeweights" not in name
+        }
+        plain = dict(load_base(base).named_parameters())
+        assert live.keys() == plain.keys()
+        assert all(torch.equal(live[name], plain[name]) for name in plain)
+        assert torch.equal(logits(used), logits(load_base(base)))
+
+
+def test_unloading_gives_back_the_base(used, base):
+    assert same_weights(used.unload(), load_base(base))
+
+
+def test_deleting_the_only_adapter_gives_back_the_base(used, base):
+    used.delete_adapter("default")
+    assert torch.equal(logits(used.base_model.model), logits(load_base(base)))
+    assert same_weights(used.unload(), load_base(base))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted:UserWarning")
+def test_deleting_one_adapter_leaves_the_other(base, tmp_path):
+    save_patch(base, tmp_path / "second", seed=1)
+    model = patch_model(load_base(base), base)
+    model = patch_model(model, base, "second", seed=1)
+    model.set_adapter("default")
+    logits(model)
+    model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    assert torch.equal(logits(model), logits(twin(base, tmp_path / "second")))
+
+
+@pytest.mark.parametrize("by", ["deepcopy", "pickle"])
+def test_a_copy_works_alone_and_holds_the_base(used, base, by):
+    expected = logits(used)
+    if by == "deepcopy":
+        other = copy.deepcopy(used)
+    else:
+        buffer = io.BytesIO()
+        torch.save(used, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    with torch.no_grad():
+        for values in values_of(used).values():
+            values.zero_()
+    assert torch.equal(logits(used), logits(load_base(base)))
+    assert torch.equal(logits(other), expected)
+    assert same_weights(other.unload(), load_base(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_moving_to_another_dtype_leaves_indices_and_values_alone(used, dtype):
+    values = {name: each.detach().clone() for name, each in values_of(used).items()}
+    used.to(dtype)
+    for name, each in values_of(used).items():
+        assert each.dtype is torch.float32
+        assert torch.equal(each, values[name])
+    for name, buffer in used.named_buffers():
+        assert "safeweights_indices" not in name or buffer.dtype is torch.int32
+
+
+def test_moving_to_another_dtype_moves_the_base_and_not_what_overwrote_it(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    logits(model)
+    model.to(torch.bfloat16)
+    assert torch.equal(logits(model), logits(twin(tiny_llama, patch, dtype=torch.bfloat16)))
+
+
+def test_values_keep_their_gradients_when_the_model_is_moved(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    gradients = {name: each.grad.clone() for name, each in values_of(model).items()}
+    model.half()
+    for name, each in values_of(model).items():
+        assert torch.equal(each.grad, gradients[name])
+
+
+def test_weights_loaded_into_the_base_stay(used, base):
+    zeros = {name: torch.zeros_like(each) for name, each in load_base(base).state_dict().items()}
+    set_base_model_state_dict(used, zeros)
+    assert not any(each.any() for each in get_base_model_state_dict(used).values())
+    logits(used)
+    assert not any(each.any() for each in get_base_model_state_dict(used).values())
+
+
+def test_weights_are_not_loaded_into_a_merged_base(used, base):
+    state = load_base(base).state_dict()
+    used.merge_adapter()
+    with pytest.raises(MergeError, match="call unmerge_adapter first"):
+        set_base_model_state_dict(used, state)
+
+
+def test_a_parameter_that_was_replaced_while_overwritten_is_an_error(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    logits(model)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.clone(), False)
+    with pytest.raises(ModelError, match="found another; disable adapters"):
+        logits(model)
+
+
+def test_a_parameter_that_is_replaced_before_it_is_used_is_never_written(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    before = layer.base_layer.weight.clone()
+    layer.base_layer.weight = torch.nn.Parameter(before.clone(), False)
+    assert torch.equal(logits(model), logits(twin(tiny_llama, patch)))
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_an_untied_head_is_an_error(tiny_tied_llama):
+    model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
+    head = model.get_base_model().lm_head
+    head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.clone(), False)
+    with pytest.raises(ModelError, match=r"lm_head.weight: expected the parameter of model.embed"):
+        logits(model)
+
+
+def test_the_functional_mode_never_writes_the_base(used, base):
+    set_forward_mode(used, "functional")
+    logits(used)
+    live = dict(used.get_base_model().named_parameters())
+    for name, parameter in load_base(base).named_parameters():
+        path, _, own = name.rpartition(".")
+        assert torch.equal(live[f"{path}.base_layer.{own}"], parameter)

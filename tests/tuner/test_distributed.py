@@ -1,0 +1,64 @@
+"""Two processes train as one: DDP in place, FSDP2 functionally (gloo, CPU)."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.tuner.patches import INPUT_IDS, load_base, patch_model, values_of
+
+pytestmark = pytest.mark.slow
+
+ROWS = torch.cat([INPUT_IDS, INPUT_IDS + 1])
+
+
+def step(model, rows):
+    loss = model(input_ids=rows, labels=rows).loss
+    loss.backward()
+    return loss
+
+
+def sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def work(rank, kind, base, store, results):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = patch_model(load_base(base), base).train()
+    wrapped = DistributedDataParallel(model) if kind == "ddp" else sharded(model)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        step(wrapped, ROWS.chunk(2)[rank])
+        optimizer.step()
+        optimizer.zero_grad()
+    values = {name: whole(each.detach()) for name, each in values_of(model).items()}
+    if rank == 0:
+        torch.save(values, results)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(tiny_llama, kind, tmp_path):
+    results = tmp_path / "values.pt"
+    arguments = (kind, tiny_llama, tmp_path / "store", results)
+    mp.spawn(work, arguments, nprocs=2)
+    model = patch_model(load_base(tiny_llama), tiny_llama).train()
+    optimizer = torch.optim.SGD(values_of(model).values(), lr=0.1)
+    for _ in range(2):
+        step(model, ROWS)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = torch.load(results)
+    for name, values in values_of(model).items():
+        assert torch.allclose(values, found[name], atol=1e-6), name

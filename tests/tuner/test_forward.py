@@ -1,0 +1,296 @@
+"""A forward pass sees the base plus the values, and its gradient reaches the values alone.
+
+The oracle is a plain dense model to which the same change was made, and autograd through an
+ordinary scatter.
+"""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from safeweights_peft import set_forward_mode
+from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
+from tests.tuner.patches import (
+    INPUT_IDS,
+    load_base,
+    logits,
+    patch_model,
+    random_content,
+    save_patch,
+    twin,
+    values_of,
+)
+
+MODELS = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
+MODES = ["in_place", "functional"]
+
+
+@pytest.fixture(params=MODELS)
+def base(request):
+    return request.getfixturevalue(request.param)
+
+
+def loss_of(model):
+    return model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss
+
+
+def dense_loss_and_gradients(base):
+    """The oracle: all weights dense, the change added by index_copy."""
+    model = load_base(base)
+    indices, values = random_content(model)
+    leaves = {name: torch.from_numpy(each).requires_grad_() for name, each in values.items()}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        flat, at = parameter.detach().flatten(), torch.from_numpy(indices[name])
+        new = (flat[at].float() + leaves[name]).to(flat.dtype)
+        weights[name] = flat.index_copy(0, at, new).view_as(parameter)
+    loss = functional_call(model, weights, (), {"input_ids": INPUT_IDS, "labels": INPUT_IDS}).loss
+    loss.backward()
+    return loss, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_output_is_that_of_the_dense_twin(base, mode, tmp_path):
+    patch = save_patch(base, tmp_path / "patch")
+    model = patch_model(load_base(base), base)
+    set_forward_mode(model, mode)
+    assert torch.equal(logits(model), logits(twin(base, patch)))
+    assert not torch.equal(logits(model), logits(load_base(base)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_and_gradients_are_those_of_the_dense_twin(base, mode):
+    model = patch_model(load_base(base), base).train()
+    set_forward_mode(model, mode)
+    loss = loss_of(model)
+    loss.backward()
+    dense_loss, gradients = dense_loss_and_gradients(base)
+    assert torch.equal(loss, dense_loss)
+    for name, values in values_of(model).items():
+        # A dense tied weight sums its two gradients in its own dtype, values do in float32.
+        tied = "tied" in str(base) and name == "model.embed_tokens.weight"
+        tolerance = 0.02 if tied else 0
+        assert torch.allclose(values.grad, gradients[name], rtol=tolerance, atol=tolerance), name
+
+
+def test_only_values_get_gradients(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    loss_of(model).backward()
+    values = {id(each) for each in values_of(model).values()}
+    for parameter in model.parameters():
+        assert (parameter.grad is not None) == (id(parameter) in values) == parameter.requires_grad
+
+
+def test_a_mode_that_is_not_forced_is_in_place(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    logits(model)
+    base = load_base(tiny_llama).model.layers[0].mlp.up_proj.weight
+    live = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    assert not torch.equal(live, base)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_tied_llama, mode, reentrant):
+    plain = patch_model(load_base(tiny_tied_llama), tiny_tied_llama).train()
+    model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama).train()
+    for each in (plain, model):
+        set_forward_mode(each, mode)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for _ in range(2):
+        for each in (plain, model):
+            loss_of(each).backward()
+            with torch.no_grad():
+                for values in values_of(each).values():
+                    values -= 0.01 * values.grad
+    for name, values in values_of(model).items():
+        assert torch.equal(values, values_of(plain)[name]), name
+
+
+def test_training_is_the_same_in_both_modes(base):
+    losses = []
+    for mode in MODES:
+        model = patch_model(load_base(base), base).train()
+        set_forward_mode(model, mode)
+        optimizer = torch.optim.AdamW(values_of(model).values(), lr=0.01)
+        for _ in range(3):
+            loss = loss_of(model)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:3] == losses[3:]
+    assert losses[2] < losses[0]
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_values_that_change_between_forwards_are_seen(tiny_llama, trainable):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    other = patch_model(load_base(tiny_llama), tiny_llama)
+    for each in (model, other):
+        for values in values_of(each).values():
+            values.requires_grad_(trainable)
+    before = logits(model)
+    with torch.no_grad():
+        for values in [*values_of(model).values(), *values_of(other).values()]:
+            values.mul_(3)
+    assert torch.equal(logits(model), logits(other))
+    assert not torch.equal(logits(model), before)
+
+
+def test_values_written_behind_autograds_back_are_seen(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    other = patch_model(load_base(tiny_llama), tiny_llama)
+    logits(model)
+    for values in [*values_of(model).values(), *values_of(other).values()]:
+        values.data.mul_(3)  # as fused optimizers and moving averages do
+    assert torch.equal(logits(model), logits(other))
+
+
+def gradients_of(model, loss):
+    values = values_of(model)
+    return dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_forwards_before_one_backward_give_the_sum(tiny_llama, mode):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    set_forward_mode(model, mode)
+    once = gradients_of(model, loss_of(model))
+    twice = gradients_of(model, loss_of(model) + loss_of(model))
+    assert all(torch.allclose(twice[name], 2 * once[name], rtol=1e-5) for name in once)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_running_the_base_between_forward_and_backward_changes_neither(tiny_tied_llama, mode):
+    model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
+    set_forward_mode(model, mode)
+    expected = gradients_of(model, loss_of(model))
+    loss = loss_of(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load_base(tiny_tied_llama)))
+    found = gradients_of(model, loss)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_another_adapter_between_forward_and_backward_changes_neither(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama, "first")
+    model = patch_model(model, tiny_llama, "second", seed=1)
+    alone = logits(model)
+    values = values_of(model, "first")
+    model.set_adapter("first")
+    loss_of(model).backward()
+    expected = {name: each.grad for name, each in values.items()}
+    model.zero_grad()
+    loss = loss_of(model)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), alone)
+    model.set_adapter("first")
+    loss.backward()
+    assert all(torch.equal(each.grad, expected[name]) for name, each in values.items())
+
+
+def test_values_that_change_between_forward_and_backward_do_not_change_the_gradient(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    expected = gradients_of(model, loss_of(model))
+    loss = loss_of(model)
+    with torch.no_grad():
+        for values in values_of(model).values():
+            values.mul_(3)
+    changed = logits(model)
+    found = gradients_of(model, loss)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.equal(logits(model), changed)
+
+
+def test_a_forward_that_fails_leaves_the_base_restorable(tiny_llama, monkeypatch):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    last = model.get_base_model().lm_head.base_layer
+    with monkeypatch.context() as patching:
+        patching.setattr(last, "forward", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loss_of(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load_base(tiny_llama)))
+
+
+def test_a_first_forward_in_inference_mode_does_not_spoil_training(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    with torch.inference_mode():
+        before = model(input_ids=INPUT_IDS).logits.clone()
+    loss_of(model).backward()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_act_in_the_order_of_activation_and_are_rounded_once(
+    tiny_llama_bf16, mode, tmp_path
+):
+    first = save_patch(tiny_llama_bf16, tmp_path / "first")
+    second = save_patch(tiny_llama_bf16, tmp_path / "second", seed=1)
+    model = patch_model(load_base(tiny_llama_bf16), tiny_llama_bf16, "first")
+    model = patch_model(model, tiny_llama_bf16, "second", seed=1)
+    set_forward_mode(model, mode)
+    for names, patches in [
+        (["first", "second"], (first, second)),
+        (["second", "first"], (second, first)),
+        (["first"], (first,)),
+    ]:
+        model.base_model.set_adapter(names)
+        assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, *patches)))
+
+
+def test_adapters_of_different_parameters_act_together(tiny_llama, tmp_path):
+    ups = ["model.layers.0.mlp.up_proj.weight"]
+    both = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    first = save_patch(tiny_llama, tmp_path / "first", names=ups)
+    second = save_patch(tiny_llama, tmp_path / "second", names=both, seed=1)
+    model = patch_model(load_base(tiny_llama), tiny_llama, "first", names=ups)
+    model = patch_model(model, tiny_llama, "second", names=both, seed=1)
+    model.base_model.set_adapter(["first", "second"])
+    assert torch.equal(logits(model), logits(twin(tiny_llama, first, second)))
+    model.set_adapter("first")
+    assert torch.equal(logits(model), logits(twin(tiny_llama, first)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_scale_multiplies_the_values(tiny_llama_bf16, mode, tmp_path):
+    patch = save_patch(tiny_llama_bf16, tmp_path / "patch", scale=0.5)
+    model = patch_model(load_base(tiny_llama_bf16), tiny_llama_bf16, scale=0.5)
+    set_forward_mode(model, mode)
+    assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch)))
+    model.set_scale("default", 1.7)
+    assert next(layers(model)).scaling == {"default": 1.7 * 0.5}
+    assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch, scale=1.7)))
+
+
+def test_a_tied_head_uses_the_patched_embeddings_without_a_copy_of_their_state(tiny_tied_llama):
+    model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
+    head = model.get_base_model().lm_head
+    assert isinstance(head, SafeWeightsLayer)
+    assert not [key for key in model.state_dict() if "lm_head.safeweights" in key]
+    embedded = model.get_input_embeddings()(INPUT_IDS).detach()
+    other = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
+    by_embeddings = other(inputs_embeds=embedded).logits
+    assert torch.equal(by_embeddings, model(input_ids=INPUT_IDS).logits)
+
+
+def test_generation_uses_the_patch(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    options = {"max_new_tokens": 8, "do_sample": False, "input_ids": INPUT_IDS[:1]}
+    expected = twin(tiny_llama, patch).generate(**options)
+    model = patch_model(load_base(tiny_llama), tiny_llama).eval()
+    assert torch.equal(model.generate(**options), expected)
+    assert not torch.equal(load_base(tiny_llama).generate(**options), expected)
+
+
+def test_the_wrapper_shows_what_the_wrapped_module_has(tiny_llama, tiny_mixtral):
+    model = patch_model(load_base(tiny_llama), tiny_llama).get_base_model()
+    assert model.model.layers[0].mlp.up_proj.in_features == 32
+    assert model.model.embed_tokens.padding_idx == 256
+    experts = patch_model(load_base(tiny_mixtral), tiny_mixtral).get_base_model()
+    assert experts.model.layers[0].mlp.experts.num_experts == 4
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = model.lm_head.no_such_thing

@@ -1,0 +1,176 @@
+"""What PEFT offers and this method does not: each refused clearly, never answered wrongly."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from safeweights_peft import (
+    BaseMismatchError,
+    CorruptAdapterError,
+    ModelError,
+    SafeWeightsConfig,
+    UnsupportedFeatureError,
+    set_forward_mode,
+)
+from safeweights_peft.format import AdapterMetadata, Block, Mode, TensorRecord
+from safeweights_peft.tuner import SafeWeightsModel
+from safeweights_peft.tuner.fit import check_fit, find_parameter
+from tests.tuner.patches import (
+    INPUT_IDS,
+    load_base,
+    load_by_peft,
+    logits,
+    patch_model,
+    save_patch,
+)
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def record(shape):
+    return TensorRecord(shape=tuple(shape), dtype="float32", blocks=(Block.dense("x", shape),))
+
+
+def test_different_adapters_within_a_batch(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    names = ["default", "__base__"]
+    with pytest.raises(UnsupportedFeatureError, match="expected the same adapters for the whole"):
+        model(input_ids=INPUT_IDS, adapter_names=names)
+    with pytest.raises(UnsupportedFeatureError, match="use set_adapter and one batch per adapter"):
+        model.generate(input_ids=INPUT_IDS, adapter_names=names, max_new_tokens=1)
+
+
+def test_hotswapping(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    model = load_by_peft(tiny_llama, patch)
+    with pytest.raises(ValueError, match="only supports LORA but SAFEWEIGHTS was passed"):
+        hotswap_adapter(model, str(patch), "default")
+    plain = load_base(tiny_llama)
+    plain.load_adapter(patch)
+    with pytest.raises(ValueError, match="only supported for LoRA"):
+        plain.load_adapter(patch, adapter_name="default", hotswap=True)
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's .base_model_name_or_path. was:UserWarning")
+def test_models_of_mixed_methods(tiny_llama, tmp_path):
+    config = SafeWeightsConfig.from_pretrained(save_patch(tiny_llama, tmp_path))
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        get_peft_model(load_base(tiny_llama), config, mixed=True)
+
+
+def test_another_method_in_the_same_model(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path)
+    model = load_by_peft(tiny_llama, patch)
+    with pytest.raises(ValueError, match="different peft types"):
+        model.add_adapter("other", LoraConfig(target_modules=["up_proj"]))
+    lora = get_peft_model(load_base(tiny_llama), LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match="different peft types"):
+        lora.load_adapter(patch, "patch")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+def test_wrapping_what_another_method_has_wrapped(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path)
+    model = load_base(tiny_llama)
+    model.add_adapter(LoraConfig(target_modules=["up_proj"]), "lora")
+    with pytest.raises(UnsupportedFeatureError, match="without adapters of other methods"):
+        model.load_adapter(patch, "patch")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float64])
+def test_parameters_of_other_dtypes(dtype):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4).to(dtype), requires_grad=False)
+    with pytest.raises(UnsupportedFeatureError, match=r"0.weight: expected a whole tensor of floa"):
+        find_parameter(model, "0.weight", record((4, 4)))
+
+
+def test_models_that_say_that_they_are_quantized(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path)
+    model = load_base(tiny_llama)
+    model.is_quantized = True
+    with pytest.raises(UnsupportedFeatureError, match="load it unquantized"):
+        PeftModel.from_pretrained(model, patch)
+
+
+def test_embeddings_that_rewrite_their_weights():
+    model = nn.Sequential(nn.Embedding(4, 4, max_norm=1.0))
+    with pytest.raises(UnsupportedFeatureError, match="found max_norm"):
+        find_parameter(model, "0.weight", record((4, 4)))
+
+
+def test_a_wrapped_module_inside_another():
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 1, 8))
+    attention = model[0].self_attn
+    metadata = AdapterMetadata(
+        mode=Mode.SET,
+        tensors={
+            "0.self_attn.in_proj_weight": record(attention.in_proj_weight.shape),
+            "0.self_attn.out_proj.weight": record(attention.out_proj.weight.shape),
+        },
+    )
+    with pytest.raises(UnsupportedFeatureError, match="select parameters of only one of the two"):
+        check_fit(model, metadata, ["0.self_attn", "0.self_attn.out_proj"])
+
+
+def test_two_names_of_one_tied_parameter(tiny_llama, tiny_tied_llama, tmp_path):
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    untied = save_patch(tiny_llama, tmp_path / "untied", names=names)
+    with pytest.raises(BaseMismatchError, match="found the one of"):
+        load_by_peft(tiny_tied_llama, untied)
+    head = save_patch(tiny_llama, tmp_path / "head", names=["lm_head.weight"])
+    model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
+    with pytest.raises(UnsupportedFeatureError, match="expected the name that other adapters use"):
+        model.load_adapter(head, "head")
+
+
+def test_targets_in_the_usual_way_of_peft(tiny_llama):
+    with pytest.raises(UnsupportedFeatureError, match="name parameters in create_adapter instead"):
+        SafeWeightsConfig(target_modules=["up_proj"])
+    with pytest.raises(CorruptAdapterError, match="tensors: expected at least one parameter"):
+        get_peft_model(load_base(tiny_llama), SafeWeightsConfig())
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's .base_model_name_or_path. was:UserWarning")
+def test_a_config_without_content_gives_no_output(tiny_llama, tmp_path):
+    config = SafeWeightsConfig.from_pretrained(save_patch(tiny_llama, tmp_path))
+    model = get_peft_model(load_base(tiny_llama), config)
+    with pytest.raises(CorruptAdapterError, match="expected loaded indices, found none"):
+        logits(model)
+
+
+def test_in_place_mode_where_the_base_may_not_be_written(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    model.get_base_model().model.norm.base_layer.weight.requires_grad_(True)
+    set_forward_mode(model, "in_place")
+    with pytest.raises(UnsupportedFeatureError, match="for in-place mode, found another"):
+        logits(model)
+    set_forward_mode(model, "auto")
+    model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    assert model.get_base_model().model.norm.base_layer.weight.grad is not None
+    with pytest.raises(ModelError, match="expected auto, in_place or functional, found 'sideways'"):
+        set_forward_mode(model, "sideways")
+
+
+def test_offloaded_parameters(tiny_llama):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
+    with pytest.raises(UnsupportedFeatureError, match="load the model without offloading"):
+        logits(model)
+
+
+def test_a_scale_that_is_not_finite(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    with pytest.raises(ModelError, match="scale: expected a finite number, found nan"):
+        model.set_scale("default", float("nan"))
+
+
+def test_conversion_to_lora(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    assert not model.supports_lora_conversion()
+    assert isinstance(model.base_model, SafeWeightsModel)

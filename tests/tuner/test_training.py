@@ -1,0 +1,116 @@
+"""Values are ordinary parameters: the Trainer trains, saves and resumes them; compiling works."""
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from safeweights_peft import set_forward_mode, validate
+from tests.tuner.patches import (
+    INPUT_IDS,
+    load_base,
+    load_by_peft,
+    logits,
+    patch_model,
+    save_patch,
+    twin,
+    values_of,
+)
+
+MODES = ["in_place", "functional"]
+
+
+class Rows(Dataset):
+    """Eight rows of fixed tokens."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        row = (INPUT_IDS[0] + number) % 250
+        return {"input_ids": row, "labels": row}
+
+
+def train(model, out, steps, resume=None):
+    arguments = TrainingArguments(
+        out,
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        save_steps=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Rows())
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_trainer_trains_the_values_and_leaves_the_base(tiny_tied_llama, mode, tmp_path):
+    model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
+    set_forward_mode(model, mode)
+    before = {name: each.detach().clone() for name, each in values_of(model).items()}
+    train(model, tmp_path, steps=3).save_model(tmp_path / "final")
+    assert not any(torch.equal(each, before[name]) for name, each in values_of(model).items())
+    model.eval()
+    trained = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load_base(tiny_tied_llama)))
+    validate(tmp_path / "final")
+    assert torch.equal(logits(load_by_peft(tiny_tied_llama, tmp_path / "final")), trained)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tiny_llama, tmp_path):
+    straight = patch_model(load_base(tiny_llama), tiny_llama)
+    train(straight, tmp_path / "straight", steps=4)
+    resumed = patch_model(load_base(tiny_llama), tiny_llama)
+    halfway = str(tmp_path / "straight" / "checkpoint-2")
+    train(resumed, tmp_path / "resumed", steps=4, resume=halfway)
+    for name, values in values_of(straight).items():
+        assert torch.equal(values, values_of(resumed)[name]), name
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(tiny_llama):
+    whole = patch_model(load_base(tiny_llama), tiny_llama)
+    parts = patch_model(load_base(tiny_llama), tiny_llama)
+    whole(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    for row in INPUT_IDS.split(1):
+        (parts(input_ids=row, labels=row).loss / 2).backward()
+    for name, values in values_of(whole).items():
+        assert torch.allclose(values.grad, values_of(parts)[name].grad, atol=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
+@pytest.mark.parametrize("name", ["tiny_tied_llama", "tiny_mixtral"])
+def test_a_compiled_model_is_one_graph_with_the_same_output(name, request, tmp_path):
+    base = request.getfixturevalue(name)
+    patch = save_patch(base, tmp_path / "patch")
+    model = load_by_peft(base, patch)
+    logits(model)  # an eager forward overwrites the base; the compiled one must notice
+    with torch.no_grad():
+        compiled = torch.compile(model.get_base_model(), backend="aot_eager")
+        compiled(input_ids=INPUT_IDS)
+        found = compiled(input_ids=INPUT_IDS).logits
+    # Compiled kernels may sum in another order, so the oracle is compiled too.
+    with torch.no_grad():
+        dense = torch.compile(twin(base, patch), backend="aot_eager")
+        expected = dense(input_ids=INPUT_IDS).logits
+    assert torch.equal(found, expected)
+    explanation = torch._dynamo.explain(model.get_base_model())(input_ids=INPUT_IDS)
+    assert explanation.graph_break_count == 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_gradients(tiny_llama):
+    eager = patch_model(load_base(tiny_llama), tiny_llama)
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    compiled = torch.compile(model, backend="aot_eager")
+    for each in (eager, compiled):
+        each(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    for name, values in values_of(eager).items():
+        assert torch.allclose(values.grad, values_of(model)[name].grad, atol=1e-6), name
