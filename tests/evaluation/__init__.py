@@ -1,0 +1,1 @@
+"""Tests of what a model answers, how answers are judged, and what that amounts to."""
