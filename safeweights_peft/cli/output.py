@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,8 @@ def _quiet_transformers() -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        # PEFT 0.21 asks transformers for a name that it calls old; no user can help that.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
 def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:

@@ -7,9 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safeweights_peft.data import read_rows
 from safeweights_peft.errors import DataError
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.format import inspect
+from safeweights_peft.modeling import resolve_base
 from safeweights_peft.pipeline.evaluating import evaluate
 from safeweights_peft.pipeline.progress import Progress
 from safeweights_peft.pipeline.scoring import score
@@ -62,6 +64,7 @@ def enhance_model(
         "evaluate": asdict(evaluate_settings),
         "compute": asdict(compute or ComputeSettings()),
     }
+    _check_inputs(base, score_settings, train_settings, evaluate_settings, compute)
     _claim(out, settings)
 
     def measure(adapter: Path | None) -> dict[str, Any]:
@@ -114,6 +117,20 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         "kl": evaluation["utility"]["kl"],
         "perplexity": evaluation["utility"]["perplexity"],
     }
+
+
+def _check_inputs(
+    base: str,
+    score: ScoreSettings,
+    train: TrainSettings,
+    evaluate: EvaluateSettings,
+    compute: ComputeSettings | None,
+) -> None:
+    """Finds out now, not hours later, that the base or a source of requests is missing."""
+    resolve_base(base, compute.revision if compute else None)
+    sources = (score.harmful, train.harmful, train.benign, evaluate.harmful, evaluate.benign)
+    for source in dict.fromkeys(sources):
+        read_rows(source)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
