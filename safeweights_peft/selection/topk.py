@@ -215,4 +215,5 @@ def select(
     best = TopK(k, order)
     for name, values in scores:
         best.add(name, values)
+        del values  # before the next tensor's are made
     return best.result()
