@@ -1,0 +1,261 @@
+"""ESI, held to its formula written out: sigma of the tensor, times the gradient of S."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from safeweights_peft.data import REFUSALS, Example, encode_example
+from safeweights_peft.errors import SelectionError
+from safeweights_peft.modeling import (
+    eligible_parameters,
+    load_model,
+    load_tokenizer,
+    resolve_base,
+)
+from safeweights_peft.selection import (
+    ReferenceObjective,
+    accumulate_gradients,
+    esi_scores,
+    random_scores,
+    select,
+)
+
+PAD = 256
+REQUESTS = ["Forge a cheque.", "Pick a lock for me, please.", "Steal.", "Write a threat to Bob."]
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return load_model(resolve_base(str(path)), dtype)
+
+
+def refusals(path: Path) -> list[Example]:
+    """Requests and refusals of four lengths each, one of the refusals cut."""
+    tokenizer = load_tokenizer(resolve_base(str(path)))
+    return [
+        encode_example(tokenizer, request, refusal, 30)
+        for request, refusal in zip(REQUESTS, REFUSALS, strict=True)
+    ]
+
+
+def mean_log_likelihood(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
+    """S written out: one example at a time, one token at a time, no padding."""
+    total = torch.zeros(())
+    for example in examples:
+        ids = torch.tensor([example.prompt_ids + example.answer_ids])
+        log_p = F.log_softmax(model(ids).logits[0].float(), -1)
+        start, length = len(example.prompt_ids), len(example.answer_ids)
+        for t, token in enumerate(example.answer_ids):
+            total = total + log_p[start + t - 1, token] / length
+    return total / len(examples)
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> PreTrainedModel:
+    return load(tiny_llama)
+
+
+@pytest.fixture
+def examples(tiny_llama: Path) -> list[Example]:
+    return refusals(tiny_llama)
+
+
+def gradients_of(
+    model: PreTrainedModel, examples: list[Example], batch_size: int
+) -> dict[str, torch.Tensor]:
+    objective = ReferenceObjective(examples, PAD, batch_size)
+    return accumulate_gradients(model, eligible_parameters(model), objective)
+
+
+def test_the_terms_sum_to_the_mean_log_likelihood(model, examples) -> None:
+    total = sum(term.item() for term in ReferenceObjective(examples, PAD, 3).terms(model))
+    assert total == pytest.approx(mean_log_likelihood(model, examples).item(), rel=1e-5)
+
+
+def test_gradients_are_those_of_the_mean_log_likelihood_written_out(model, examples) -> None:
+    found = gradients_of(model, examples, batch_size=3)
+    parameters = eligible_parameters(model)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    loss = mean_log_likelihood(model, examples)
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    for (name, gradient), twin in zip(found.items(), expected, strict=True):
+        torch.testing.assert_close(gradient, twin, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+def test_the_batch_size_does_not_change_the_gradients(model, examples, batch_size: int) -> None:
+    found = gradients_of(model, examples, batch_size)
+    for name, expected in gradients_of(model, examples, 3).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_request_that_comes_twice_counts_twice(model, examples) -> None:
+    twice = [examples[0], examples[0], examples[1]]
+    total = sum(term.item() for term in ReferenceObjective(twice, PAD, 2).terms(model))
+    assert total == pytest.approx(mean_log_likelihood(model, twice).item(), rel=1e-5)
+
+
+def test_scores_are_sigma_times_gradient_without_a_sign(model, examples) -> None:
+    parameters = eligible_parameters(model)
+    gradients = gradients_of(model, examples, batch_size=4)
+    scores = dict(esi_scores(parameters, gradients))
+    assert list(scores) == list(parameters)
+    for name, parameter in parameters.items():
+        sigma = np.std(parameter.detach().double().numpy(), ddof=1)
+        expected = sigma * np.abs(gradients[name].numpy())
+        assert scores[name].dtype == np.float32
+        np.testing.assert_allclose(scores[name], expected, rtol=1e-5, atol=0)
+
+
+def test_the_gradient_predicts_how_far_a_small_move_of_one_entry_moves_safety(
+    model, examples
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    gradient = gradients_of(model, examples, batch_size=4)[name]
+    at = int(gradient.abs().argmax())
+    entry = model.get_parameter(name).detach().view(-1)[at]
+    safety = []
+    for step in (1e-2, -2e-2):
+        entry += step
+        safety.append(mean_log_likelihood(model, examples).item())
+    change = (safety[0] - safety[1]) / 2e-2
+    assert change == pytest.approx(gradient.view(-1)[at].item(), rel=0.01)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_bfloat16_models_gradients_are_summed_in_float32(
+    tiny_llama_bf16: Path, batch_size: int
+) -> None:
+    model, examples = load(tiny_llama_bf16, torch.bfloat16), refusals(tiny_llama_bf16)
+    found = gradients_of(model, examples, batch_size)
+    parameters = eligible_parameters(model)
+    expected = {name: torch.zeros(each.shape) for name, each in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for term in ReferenceObjective(examples, PAD, batch_size).terms(model):
+        own = torch.autograd.grad(term, list(parameters.values()))
+        for name, gradient in zip(parameters, own, strict=True):
+            assert gradient.dtype == torch.bfloat16
+            expected[name] += gradient.float()
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_scoring_leaves_the_model_as_it_was(model, examples, trainable: bool) -> None:
+    model.requires_grad_(trainable)
+    model.get_parameter("model.norm.weight").requires_grad_(not trainable)
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    required = {name: each.requires_grad for name, each in model.named_parameters()}
+    gradients_of(model, examples, batch_size=3)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.requires_grad == required[name], name
+        assert parameter.grad is None, name
+        assert not parameter._post_accumulate_grad_hooks, name
+
+
+def test_a_failing_objective_leaves_the_model_as_it_was_too(model, examples) -> None:
+    class Failing(ReferenceObjective):
+        def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
+            yield next(super().terms(model))
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        accumulate_gradients(model, eligible_parameters(model), Failing(examples, PAD, 2))
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+        assert not parameter._post_accumulate_grad_hooks, name
+
+
+def test_a_gradient_from_before_does_not_count(model, examples) -> None:
+    expected = gradients_of(model, examples, batch_size=4)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for name, gradient in gradients_of(model, examples, batch_size=4).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_an_expert_that_no_token_reaches_scores_zero(tiny_mixtral: Path) -> None:
+    model = load(tiny_mixtral)
+    router = model.get_parameter("model.layers.0.mlp.gate.weight").detach()
+    router[1:] = router[:1]  # a tie goes to the first experts, so the last two get no token
+    gradients = gradients_of(model, refusals(tiny_mixtral), batch_size=2)
+    scores = dict(esi_scores(eligible_parameters(model), gradients))
+    experts = scores["model.layers.0.mlp.experts.gate_up_proj"]
+    assert sorted(Counter(experts.reshape(4, -1).any(1).tolist()).items()) == [
+        (False, 2),
+        (True, 2),
+    ]
+
+
+def test_an_objective_that_does_not_depend_on_the_model_is_refused(model, examples) -> None:
+    class Constant(ReferenceObjective):
+        def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
+            yield torch.ones(())
+
+    objective = Constant(examples, PAD)
+    with pytest.raises(SelectionError, match="the objective doesn't depend on this model"):
+        accumulate_gradients(model, eligible_parameters(model), objective)
+
+
+def test_an_objective_needs_examples() -> None:
+    with pytest.raises(SelectionError, match="examples: expected at least one harmful request"):
+        ReferenceObjective([], PAD)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 9])
+def test_an_objective_has_as_many_terms_as_it_says_and_reports_each(
+    model, examples, batch_size: int
+) -> None:
+    objective, reported = ReferenceObjective(examples, PAD, batch_size), []
+    accumulate_gradients(model, eligible_parameters(model), objective, lambda: reported.append(1))
+    assert len(reported) == len(objective) == -(-len(examples) // batch_size)
+
+
+def parameters_of(*sizes: int) -> dict[str, nn.Parameter]:
+    return {f"layer {n}": nn.Parameter(torch.zeros(size, 10)) for n, size in enumerate(sizes)}
+
+
+def test_random_scores_are_fixed_by_seed_and_name_alone() -> None:
+    parameters = parameters_of(3, 4, 5)
+    scores = dict(random_scores(parameters, 7))
+    backwards = dict(random_scores(dict(reversed(parameters.items())), 7))
+    for name, parameter in parameters.items():
+        alone = dict(random_scores({name: parameter}, 7))[name]
+        assert np.array_equal(scores[name], alone)
+        assert np.array_equal(scores[name], backwards[name])
+
+
+def test_random_scores_differ_by_seed_and_by_name() -> None:
+    scores, others = (dict(random_scores(parameters_of(9, 9), seed)) for seed in (0, 1))
+    assert not np.array_equal(scores["layer 0"], others["layer 0"])
+    assert not np.array_equal(scores["layer 0"], scores["layer 1"])
+
+
+def test_random_scores_are_float32_of_the_parameters_shape_in_0_to_1() -> None:
+    ((_, scores),) = random_scores(parameters_of(500), 0)
+    assert (scores.dtype, scores.shape) == (np.float32, (500, 10))
+    assert scores.min() >= 0
+    assert scores.max() < 1
+
+
+def test_the_top_of_random_scores_is_a_uniform_choice() -> None:
+    parameters = parameters_of(1000, 3000, 6000)
+    k = 10_000
+    selected = select(random_scores(parameters, 0), k)
+    for name, parameter in parameters.items():
+        share = parameter.numel() / 100_000
+        spread = (k * share * (1 - share)) ** 0.5
+        assert selected[name].indices.size == pytest.approx(k * share, abs=4 * spread)
+        halves = selected[name].indices < parameter.numel() // 2
+        assert halves.mean() == pytest.approx(0.5, abs=2 / halves.size**0.5)
