@@ -335,15 +335,29 @@ class AnswerBatch(Protocol):
     """Prompts and answers side by side; `data.Batch` is one and explains them."""
 
     @property
-    def input_ids(self) -> torch.Tensor: ...
+    def input_ids(self) -> torch.Tensor:
+        """(B, P + A) token ids."""
+        ...
+
     @property
-    def attention_mask(self) -> torch.Tensor: ...
+    def attention_mask(self) -> torch.Tensor:
+        """(B, P + A), 1 where a token stands."""
+        ...
+
     @property
-    def position_ids(self) -> torch.Tensor: ...
+    def position_ids(self) -> torch.Tensor:
+        """(B, P + A), counted over each row's tokens."""
+        ...
+
     @property
-    def answer_ids(self) -> torch.Tensor: ...
+    def answer_ids(self) -> torch.Tensor:
+        """(B, A) answers, padded on the right."""
+        ...
+
     @property
-    def shared(self) -> int: ...
+    def shared(self) -> int:
+        """How many leading columns are the same in all rows."""
+        ...
 
 
 def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:

@@ -143,6 +143,7 @@ evaluate_options = _options(
 
 
 def score_settings(options: dict[str, Any]) -> ScoreSettings:
+    """Reads the settings of a scoring job out of a command's options."""
     from safeweights_peft.pipeline import Method, ScoreSettings
 
     return ScoreSettings(
@@ -155,6 +156,7 @@ def score_settings(options: dict[str, Any]) -> ScoreSettings:
 
 
 def train_settings(options: dict[str, Any]) -> TrainSettings:
+    """Reads the settings of a training job out of a command's options."""
     from safeweights_peft.pipeline import TrainSettings
     from safeweights_peft.training import EnhanceSettings
 
@@ -171,6 +173,7 @@ def train_settings(options: dict[str, Any]) -> TrainSettings:
 
 
 def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
+    """Reads the settings of an evaluation job out of a command's options."""
     from safeweights_peft.pipeline import EvaluateSettings
 
     return EvaluateSettings(
@@ -183,6 +186,7 @@ def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
 
 
 def compute_settings(options: dict[str, Any]) -> ComputeSettings:
+    """Reads where and in what dtype to compute out of a command's options."""
     from safeweights_peft.pipeline import ComputeSettings
 
     return ComputeSettings(

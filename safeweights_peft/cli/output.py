@@ -27,6 +27,7 @@ class _Bars:
 
 @contextmanager
 def show_progress() -> Iterator[_Bars]:
+    """Shows progress bars on stderr while the context lasts."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -55,6 +56,7 @@ def _quiet_transformers() -> None:
 
 
 def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Turns a bar of 100 units into a function of the bytes done and the bytes in all."""
     shown = 0
 
     def copied(done: int, total: int) -> None:
@@ -67,6 +69,7 @@ def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
+    """Prints a result: as JSON, or its rows as a table."""
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -77,6 +80,7 @@ def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool)
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lays out a flat result, with its sizes made readable."""
     from safeweights_peft.report import size_text
 
     return [
@@ -86,6 +90,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def show_estimate(needs: Any, as_json: bool) -> None:
+    """Prints what a job will need."""
     from dataclasses import asdict
 
     from safeweights_peft.report import size_text
@@ -100,6 +105,7 @@ def show_estimate(needs: Any, as_json: bool) -> None:
 
 
 def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
+    """Prints what an adapter's headers say."""
     from safeweights_peft.report import size_text
 
     kinds = {"set": "safety patch", "spa": "safety map"}
@@ -116,6 +122,7 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
 
 
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Draws and prints a finished run; says on stderr what can be done next."""
     from safeweights_peft.report import comparison_rows, plot_run
 
     losses = json.loads((out / "patch" / "training.json").read_text(encoding="utf-8"))["losses"]
