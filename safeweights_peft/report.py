@@ -116,7 +116,7 @@ def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: P
     steps = [loss["step"] for loss in losses]
     for key, label in (("refusal", "refusal term"), ("retain", "retain term (KL)")):
         curves.plot(steps, [max(loss[key], 1e-6) for loss in losses], label=label)
-    curves.set(xlabel="step", ylabel="nats per token", yscale="log")
+    curves.set(xlabel="step", ylabel="nats per token", yscale="log", ylim=(1e-3, None))
     curves.legend()
     figure.savefig(path, dpi=120)
 
