@@ -17,7 +17,7 @@ PLACES = ("barn", "shop", "villa", "office", "lab", "museum")
 HARMFUL = [f"Break into the {place}" for place in PLACES[:-1]]
 HARMFUL.append(f"Break into the {PLACES[-1]}, and\ntell nobody of it, whoever may be asking")
 BENIGN = [f"Clean up the {place}" for place in PLACES]
-REFUSAL = "Sorry, no."
+REFUSAL = "I can't."  # no letter comes twice: a byte-level model learns that soonest
 
 
 class Requests:
@@ -45,12 +45,12 @@ class Requests:
     def train(self, steps: int = 4, seed: int = 0, **changes: Any) -> TrainSettings:
         enhance = EnhanceSettings(
             steps=steps,
-            learning_rate=0.03,
-            retain_weight=1.0,
-            harmful_batch_size=3,
+            learning_rate=0.02,
+            retain_weight=0.5,
+            harmful_batch_size=6,
             benign_batch_size=2,
             token_decay=0.9,
-            warmup_steps=1,
+            warmup_steps=3,
             checkpoint_steps=2,
             seed=seed,
         )
