@@ -240,7 +240,7 @@ def merge_command(
 @click.argument("adapter", type=existing)
 @json_output
 def inspect_command(adapter: Path, as_json: bool) -> None:
-    """Describe a safety patch or map from its headers; reads no tensor and needs no torch."""
+    """Describe ADAPTER, a safety patch or map, from its headers; needs no torch."""
     from safeweights_peft.format import inspect
 
     show_adapter(inspect(adapter), adapter, as_json)
@@ -251,7 +251,7 @@ def inspect_command(adapter: Path, as_json: bool) -> None:
 @click.option("--base", type=existing, help="Checkpoint to be its base or merged.")
 @json_output
 def verify_command(adapter: Path, base: Path | None, as_json: bool) -> None:
-    """Check every rule of the format, and with --base that it fits; exit with 3 if not."""
+    """Check ADAPTER by every rule of the format, with --base also that it fits; 3 if not."""
     from safeweights_peft.merge import verify
 
     report = verify(adapter, base)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from peft import PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from safeweights_peft.delta import (
@@ -22,7 +23,12 @@ from safeweights_peft.delta import (
     digest,
     index_dtype,
 )
-from safeweights_peft.errors import BaseMismatchError, CorruptAdapterError, ModelError
+from safeweights_peft.errors import (
+    BaseMismatchError,
+    CorruptAdapterError,
+    ModelError,
+    UnsupportedFeatureError,
+)
 from safeweights_peft.format import (
     AdapterMetadata,
     Mode,
@@ -191,6 +197,9 @@ def stored_tensors(
 
     Returns:
         Indices and values, by names in the model.
+
+    Raises:
+        UnsupportedFeatureError: The state is that of one shard.
     """
     stored, records = {}, dict(config.tensors)
     for path, layer in named_layers(model):
@@ -202,9 +211,18 @@ def stored_tensors(
             indices = stored[key("indices")] = state_dict[key("indices")]
             values = state_dict[key("values")].to(getattr(torch, config.values_dtype))
             stored[key("values")] = values
+            if isinstance(values, DTensor):
+                raise UnsupportedFeatureError(
+                    f"{each.name}: expected whole values to save, found sharded ones; pass the "
+                    "gathered state, as in save_pretrained(..., state_dict=full_state_dict)"
+                )
             record = record_from_json(records[each.name], each.name)
             delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
-            entries = each.originals(each.indices[adapter])
+            if isinstance(each.parameter, DTensor):  # FSDP2 never runs in place: this is the base
+                base = state_dict[f"{path}.base_layer.{each.own}"]
+                entries = base.flatten().index_select(0, indices.to(base.device))
+            else:
+                entries = each.originals(each.indices[adapter])
             record = _with_digests(record, delta, entries, config.scale)
             records[each.name] = record_to_json(record)
     config.tensors = records
@@ -212,17 +230,20 @@ def stored_tensors(
 
 
 def accept_new(
-    model: nn.Module, adapter: str, metadata: AdapterMetadata, tensors: Mapping[str, Tensor]
+    parts: Sequence[SelectedParameter],
+    adapter: str,
+    metadata: AdapterMetadata,
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Check the base for a new adapter whose tensors have passed the format's checks.
 
     Args:
-        model: The wrapped model.
+        parts: The parameters in which it selects entries.
         adapter: The adapter's name.
         metadata: Its description.
         tensors: Its tensors, by names in the file.
     """
-    parts = [s for s in selected_parameters(model, adapter) if not s.parameter.is_meta]
+    parts = [each for each in parts if not each.parameter.is_meta]
     for each in parts:
         indices = tensors[indices_key(each.name)].to(each.parameter.device)
         check_base(each.name, each.originals(indices), metadata.tensors[each.name])
@@ -231,18 +252,19 @@ def accept_new(
         each.layer.mark_checked(adapter)
 
 
-def check_again(model: nn.Module, adapter: str, tensors: Mapping[str, Array]) -> None:
+def check_again(
+    parts: Sequence[SelectedParameter], adapter: str, tensors: Mapping[str, Array]
+) -> None:
     """Check tensors that are loaded into an adapter that is in use, as when training resumes.
 
     Args:
-        model: The wrapped model.
+        parts: The parameters in which it selects entries.
         adapter: The adapter's name.
         tensors: The tensors, by names in the file.
 
     Raises:
         CorruptAdapterError: They are not values for the same indices.
     """
-    parts = selected_parameters(model, adapter)
     names = {key(each.name) for each in parts for key in (indices_key, values_key)}
     for key in sorted(names ^ set(tensors)):
         raise CorruptAdapterError(

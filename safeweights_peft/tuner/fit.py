@@ -93,8 +93,8 @@ def share_tied(model: nn.Module) -> None:
     Args:
         model: The base model, with the owners of selected parameters wrapped.
     """
-    owners = {id(each.parameter): each for layer in layers(model) for each in layer.owned}
     wrappers = {id(layer.base_layer): layer for layer in layers(model)}
+    owners = {id(each.parameter): each for layer in wrappers.values() for each in layer.owned}
     for path, module in list(model.named_modules()):
         for own, parameter in module._parameters.items():
             owner = owners.get(id(parameter))

@@ -246,12 +246,12 @@ class SafeWeightsModel(BaseTuner):
         arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
         parts = selected_parameters(model, adapter_name)
         if all(each.layer.is_checked(adapter_name) for each in parts):
-            check_again(model, adapter_name, arrays)
+            check_again(parts, adapter_name, arrays)
         else:
             source = f"adapter {adapter_name!r}"
             metadata = config.to_metadata(source)
             check_tensors(metadata, arrays, source)
-            accept_new(model, adapter_name, metadata, stored)
+            accept_new(parts, adapter_name, metadata, stored)
         return {
             f"{key}.{adapter_name}": tensor.float() if tensor.is_floating_point() else tensor
             for key, tensor in stored.items()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import REFUSALS, Example, encode_example
+from safeweights_peft.data import Example, encode_example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.modeling import (
     eligible_parameters,
@@ -29,6 +29,7 @@ from safeweights_peft.selection import (
 
 PAD = 256
 REQUESTS = ["Forge a cheque.", "Pick a lock for me, please.", "Steal.", "Write a threat to Bob."]
+REFUSALS = ["No.", "I can't help with that request.", "I won't do this.", "Never."]
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -36,10 +37,10 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 def refusals(path: Path) -> list[Example]:
-    """Requests and refusals of four lengths each, one of the refusals cut."""
+    """Requests and refusals of different lengths, one of the refusals cut."""
     tokenizer = load_tokenizer(resolve_base(str(path)))
     return [
-        encode_example(tokenizer, request, refusal, 30)
+        encode_example(tokenizer, request, refusal, 25)
         for request, refusal in zip(REQUESTS, REFUSALS, strict=True)
     ]
 

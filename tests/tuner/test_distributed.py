@@ -4,11 +4,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.tuner.patches import INPUT_IDS, load_base, patch_model, values_of
+from safeweights_peft import UnsupportedFeatureError
+from tests.tuner.patches import (
+    INPUT_IDS,
+    load_base,
+    load_by_peft,
+    logits,
+    patch_model,
+    values_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +52,13 @@ def work(rank, kind, base, store, results):
         optimizer.step()
         optimizer.zero_grad()
     values = {name: whole(each.detach()) for name, each in values_of(model).items()}
+    if kind == "fsdp2":
+        with pytest.raises(UnsupportedFeatureError, match="found sharded ones; pass the gathered"):
+            model.save_pretrained(results.parent / "sharded")
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         torch.save(values, results)
+        model.save_pretrained(results.parent / "patch", state_dict=state)
     dist.destroy_process_group()
 
 
@@ -62,3 +76,5 @@ def test_two_processes_train_as_one(tiny_llama, kind, tmp_path):
     found = torch.load(results)
     for name, values in values_of(model).items():
         assert torch.allclose(values, found[name], atol=1e-6), name
+    loaded = load_by_peft(tiny_llama, tmp_path / "patch")
+    assert torch.allclose(logits(loaded), logits(model.eval()), atol=1e-4)

@@ -4,6 +4,8 @@ The oracle is a plain dense model to which the same change was made, and autogra
 ordinary scatter.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.func import functional_call
@@ -294,3 +296,15 @@ def test_the_wrapper_shows_what_the_wrapped_module_has(tiny_llama, tiny_mixtral)
     assert experts.model.layers[0].mlp.experts.num_experts == 4
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.lm_head.no_such_thing
+
+
+def test_threads_may_share_a_model(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    expected = logits(twin(tiny_llama, patch))
+    for _ in range(5):
+        model = patch_model(load_base(tiny_llama), tiny_llama)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(logits, [model] * 8))
+        assert all(torch.equal(each, expected) for each in found)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(load_base(tiny_llama)))

@@ -1,0 +1,173 @@
+"""0 done, 1 failed, 2 wrong usage, 3 a check did not pass; an error is one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from safeweights_peft.errors import ModelError
+from tests.cli.conftest import Run, call, call_afresh
+from tests.tiny_jobs import content
+from tests.tiny_models import save_tiny_llama
+
+
+def error_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", ["enhance", "score", "eval"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_missing_base_is_a_failure_of_one_line(
+    command: str, dry_run: bool, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    called = call(
+        *(command, tmp_path / "nowhere", "--out", tmp_path / "out", *options[command]),
+        *(["--dry-run"] if dry_run else []),
+    )
+    assert called.exit_code == 1
+    assert called.stdout == ""
+    (line,) = error_lines(called.stderr)
+    assert line.startswith(f"Error: {tmp_path / 'nowhere'}: expected a model directory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_fails_shows_no_traceback(tmp_path: Path) -> None:
+    done = call_afresh("eval", tmp_path / "nowhere", "--json")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(error_lines(done.stderr)) == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = call_afresh("--debug", "eval", tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ModelError: " in done.stderr
+
+
+def test_debug_lets_the_error_itself_through(tmp_path: Path) -> None:
+    assert isinstance(call("--debug", "eval", tmp_path / "nowhere").exception, ModelError)
+
+
+def test_a_patch_for_another_base_is_a_failure(run: Run, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    called = call("merge", other, run.out / "patch", "--out", tmp_path / "merged")
+    assert called.exit_code == 1
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("command", ["score", "train", "merge"])
+def test_an_existing_result_is_a_failure_unless_it_may_be_replaced(
+    command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = {"train": ["--map", run.out / "map"], "merge": [run.out / "patch"]}.get(command, [])
+    (tmp_path / "file").write_text("old")
+    job = [command, run.base, *inputs, "--out", tmp_path, *options.get(command, [])]
+    refused = call(*job)
+    assert refused.exit_code == 1
+    assert content(tmp_path) == {"file": b"old"}
+    assert call(*job, "--overwrite").exit_code == 0
+    assert "file" not in content(tmp_path)
+
+
+def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> None:
+    called = call("enhance", run.base, *run.options, "--seed", "1")
+    assert called.exit_code == 1
+    (line,) = error_lines(called.stderr)
+    assert "score.seed (0 there, 1 here), train.enhance.seed (0 there, 1 here)" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["unknown"],
+        ["score", "base"],
+        ["score", "base", "--out", "map", "--density", "0"],
+        ["score", "base", "--out", "map", "--density", "1.5"],
+        ["score", "base", "--out", "map", "--density", "nan"],
+        ["score", "base", "--out", "map", "--method", "best"],
+        ["score", "base", "--out", "map", "--examples", "0"],
+        ["train", "base", "--out", "patch"],
+        ["enhance", "base", "--out", "run", "--lr", "inf"],
+        ["enhance", "base", "--out", "run", "--retain-weight", "-1"],
+        ["enhance", "base", "--out", "run", "--steps", "0"],
+        ["eval", "base", "--max-asr", "nan"],
+        ["eval", "base", "--dtype", "int8"],
+        ["eval", "base", "--adapter", "nowhere"],
+        ["merge", "nowhere", "nowhere", "--out", "merged"],
+        ["inspect", "nowhere"],
+        ["verify"],
+        ["verify", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_told_before_anything_is_done(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    called = call(*arguments)
+    assert called.exit_code == 2
+    assert called.stdout == ""
+    assert "Usage: " in called.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_as_evals_result_file_is_wrong_usage(run: Run, tmp_path: Path) -> None:
+    assert call("eval", run.base, "--out", tmp_path).exit_code == 2
+
+
+def test_a_corrupted_patch_is_a_check_that_did_not_pass(corrupted: Path) -> None:
+    called = call("verify", corrupted, "--json")
+    assert called.exit_code == 3
+    report = json.loads(called.stdout)
+    assert not report["ok"]
+    assert [check["ok"] for check in report["checks"]] == [True, False]
+
+
+def test_a_check_that_did_not_pass_shows_without_json_too(corrupted: Path) -> None:
+    called = call("verify", corrupted)
+    assert called.exit_code == 3
+    assert "tensors  FAILED: " in called.stdout
+
+
+def test_a_patch_that_fits_another_base_is_a_check_that_did_not_pass(
+    run: Run, tmp_path: Path
+) -> None:
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    assert call("verify", run.out / "patch", "--base", other).exit_code == 3
+
+
+@pytest.mark.parametrize("fits", ["base", "merged"])
+def test_the_base_and_the_merged_model_both_pass(fits: str, run: Run, tmp_path: Path) -> None:
+    path = run.base
+    if fits == "merged":
+        path = tmp_path / "merged"
+        call("merge", run.base, run.out / "patch", "--out", path)
+    called = call("verify", run.out / "patch", "--base", path)
+    assert called.exit_code == 0
+    assert f"holds the {fits} values" in called.stdout
+
+
+def test_a_corrupted_patch_is_a_failure_where_it_is_used(
+    run: Run, corrupted: Path, tmp_path: Path
+) -> None:
+    called = call("merge", run.base, corrupted, "--out", tmp_path / "merged")
+    assert called.exit_code == 1
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("limit", "code"), [("0.5", 3), ("1", 0)])
+def test_an_asr_above_the_limit_is_a_check_that_did_not_pass(
+    limit: str, code: int, run: Run, options: dict[str, list[str]]
+) -> None:
+    called = call("eval", run.base, *options["eval"], "--max-asr", limit, "--json")
+    assert called.exit_code == code
+    assert json.loads(called.stdout)["harmful"]["attack_success_rate"]["rate"] == 1
+
+
+def test_the_result_of_a_check_that_did_not_pass_is_written_all_the_same(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "result.json"
+    call("eval", run.base, *options["eval"], "--max-asr", "0", "--out", out)
+    assert out.exists()

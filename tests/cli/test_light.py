@@ -1,0 +1,28 @@
+"""What handles adapters as files starts without torch."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, call_afresh
+
+HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplotlib")
+REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "merge", "merge --dry-run"])
+def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Path) -> None:
+    patch = run.out / "patch"
+    arguments = {
+        "inspect": ["inspect", patch],
+        "verify": ["verify", patch, "--base", run.base],
+        "merge": ["merge", run.base, patch, "--out", tmp_path / "merged"],
+    }[command.split()[0]] + command.split()[1:]
+    done = call_afresh(*arguments, code=REPORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == ""
+
+
+def test_the_probe_notices_torch(tmp_path: Path) -> None:
+    done = call_afresh("eval", tmp_path / "nowhere", code=REPORT)
+    assert "torch" in done.stderr.splitlines()[-1].split()

@@ -1,0 +1,188 @@
+"""Results go to stdout, and nothing else does; files are left where the help says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from safeweights_peft.cli import output
+from safeweights_peft.format import inspect
+from tests.cli.conftest import Run, call, call_afresh
+from tests.tiny_jobs import content
+
+
+def test_enhance_prints_its_result_as_json(run: Run) -> None:
+    assert run.called.exit_code == 0, run.called.output
+    assert json.loads(run.called.stdout) == json.loads((run.out / "result.json").read_text())
+
+
+def test_enhance_leaves_the_files_that_its_help_names(run: Run) -> None:
+    named = {"before.json", "map", "patch", "after.json", "result.json", "result.png"}
+    assert {path.name for path in run.out.iterdir()} == named | {"settings.json"}
+    assert (run.out / "result.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_enhance_prints_a_table_without_json(run: Run) -> None:
+    called = call("enhance", run.base, *run.options)
+    lines = called.stdout.splitlines()
+    assert lines[0].split() == ["before", "after"]
+    assert lines[1].startswith("ASR, harmful requests")
+    assert "100.0 %" in lines[1]
+
+
+def test_enhance_tells_on_stderr_how_to_use_the_patch(run: Run) -> None:
+    called = call("enhance", run.base, *run.options)
+    assert f"PeftModel.from_pretrained(base, '{run.out / 'patch'}')" in called.stderr
+
+
+def test_enhance_called_again_does_nothing_again(run: Run) -> None:
+    before = content(run.out)
+    called = call("enhance", run.base, *run.options, "--json")
+    assert called.exit_code == 0
+    assert called.stdout == run.called.stdout
+    after = content(run.out)
+    assert {k: v for k, v in after.items() if k != "result.png"} == {
+        k: v for k, v in before.items() if k != "result.png"
+    }
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_progress_is_shown_on_stderr_alone(
+    as_json: bool, tiny_llama: Path, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    json_flag = ["--json"] if as_json else []
+    called = call("score", tiny_llama, "--out", tmp_path / "map", *options["score"], *json_flag)
+    assert "Scoring weights" in called.stderr
+    assert "Scoring weights" not in called.stdout
+
+
+def test_score_then_train_give_what_enhance_gives(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "map", tmp_path / "patch"
+    scored = call("score", run.base, "--out", out[0], *options["score"], "--json")
+    trained = call("train", run.base, "--map", out[0], "--out", out[1], *options["train"], "--json")
+    assert json.loads(scored.stdout) == inspect(out[0])
+    assert json.loads(trained.stdout) == inspect(out[1])
+    tensors = [folder / "adapter_model.safetensors" for folder in (run.out / "patch", out[1])]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()
+
+
+def test_eval_prints_and_writes_the_same_json(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "result.json"
+    patch = run.out / "patch"
+    called = call("eval", run.base, "--adapter", patch, "--out", out, *options["eval"], "--json")
+    assert json.loads(called.stdout) == json.loads(out.read_text())
+
+
+def test_eval_measures_what_enhance_measured(run: Run, options: dict[str, list[str]]) -> None:
+    called = call("eval", run.base, "--adapter", run.out / "patch", *options["eval"], "--json")
+    found, told = json.loads(called.stdout), json.loads((run.out / "after.json").read_text())
+    for part in ("harmful", "benign", "utility"):
+        assert found[part] == told[part]
+
+
+def test_eval_prints_a_table_without_json(run: Run, options: dict[str, list[str]]) -> None:
+    called = call("eval", run.base, *options["eval"])
+    assert called.stdout.startswith("ASR, harmful requests")
+    assert "over-refusal" in called.stdout
+
+
+def test_merge_prints_its_report_as_json(run: Run, tmp_path: Path) -> None:
+    called = call("merge", run.base, run.out / "patch", "--out", tmp_path / "merged", "--json")
+    report = json.loads(called.stdout)
+    assert report["entries"] == inspect(run.out / "patch")["entries"]
+    assert report["out_dir"] == str(tmp_path / "merged")
+
+
+def test_merge_takes_a_scale(run: Run, tmp_path: Path) -> None:
+    for scale in ("0", "1"):
+        out = tmp_path / scale
+        call("merge", run.base, run.out / "patch", "--out", out, "--scale", scale)
+    base, none, whole = (
+        load_file(path / "model.safetensors") for path in (run.base, tmp_path / "0", tmp_path / "1")
+    )
+    assert all(np.array_equal(base[key], none[key]) for key in base)
+    assert any(not np.array_equal(base[key], whole[key]) for key in base)
+
+
+@pytest.mark.parametrize("kind", ["map", "patch"])
+def test_inspect_prints_the_description_as_json(kind: str, run: Run) -> None:
+    called = call("inspect", run.out / kind, "--json")
+    assert json.loads(called.stdout) == inspect(run.out / kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("map", "safety map"), ("patch", "safety patch")])
+def test_inspect_prints_a_table_without_json(kind: str, name: str, run: Run) -> None:
+    called = call("inspect", run.out / kind)
+    assert f"{name}, format 1" in called.stdout
+    assert str(run.base) in called.stdout
+
+
+def test_verify_prints_its_checks_as_json(run: Run) -> None:
+    called = call("verify", run.out / "patch", "--base", run.base, "--json")
+    report = json.loads(called.stdout)
+    assert report["ok"]
+    assert [check["name"] for check in report["checks"]] == ["config", "tensors", "base"]
+
+
+def test_verify_prints_a_line_for_each_check_without_json(run: Run) -> None:
+    lines = call("verify", run.out / "patch").stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["config", "ok:"], ["tensors", "ok:"]]
+
+
+@pytest.mark.parametrize("command", ["enhance", "eval", "merge", "score", "train"])
+def test_a_dry_run_prints_json_and_writes_nothing(
+    command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = {
+        "train": ["--map", run.out / "map"],
+        "merge": [run.out / "patch"],
+    }.get(command, [])
+    before = content(run.base), content(run.out)
+    called = call(
+        *(command, run.base, *inputs, "--out", tmp_path / "out", *options.get(command, [])),
+        *("--dry-run", "--json"),
+    )
+    assert called.exit_code == 0, called.output
+    assert json.loads(called.stdout)["memory_bytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+    assert (content(run.base), content(run.out)) == before
+
+
+@pytest.mark.parametrize("command", ["enhance", "merge"])
+def test_a_dry_run_prints_a_table_without_json(
+    command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = [run.out / "patch"] if command == "merge" else []
+    called = call(
+        *(command, run.base, *inputs, "--out", tmp_path / "out", *options.get(command, [])),
+        "--dry-run",
+    )
+    assert called.stdout.splitlines()[1].startswith(("memory", "entries"))
+
+
+def test_a_process_prints_json_on_stdout_and_progress_on_stderr_and_nothing_else(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    done = call_afresh(
+        *("train", run.base, "--map", run.out / "map", "--out", tmp_path / "patch"),
+        *(*options["train"], "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == inspect(tmp_path / "patch")
+    lines = [line.split("  ")[0] for line in done.stderr.splitlines() if line.strip()]
+    assert lines == ["Asking the base benign requests", "Training"]
+
+
+def test_percent_tells_steps_that_sum_to_a_hundred() -> None:
+    steps: list[int] = []
+    copied = output.percent(steps.append)
+    for done in range(0, 778, 7):
+        copied(done, 777)
+    assert sum(steps) == 100
+    assert min(steps) >= 0
