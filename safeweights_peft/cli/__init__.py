@@ -251,7 +251,7 @@ def inspect_command(adapter: Path, as_json: bool) -> None:
 @click.option("--base", type=existing, help="Checkpoint to be its base or merged.")
 @json_output
 def verify_command(adapter: Path, base: Path | None, as_json: bool) -> None:
-    """Check ADAPTER by every rule of the format, with --base also that it fits; 3 if not."""
+    """Check ADAPTER by the rules of the format, and its fit to --base; exit with 3 if not."""
     from safeweights_peft.merge import verify
 
     report = verify(adapter, base)
