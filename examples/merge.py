@@ -1,0 +1,63 @@
+"""Merges a patch into its base on disk, and undoes the same merge in memory; bit by bit.
+
+    safeweights enhance demo/base --out demo/small --steps 2 --examples 8 --limit 2
+    python examples/merge.py demo/base demo/small/patch demo/merged
+
+The first command makes a patch to try with; one that `make demo` left in demo/run/patch does too.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from safeweights_peft.merge import merge, plan, verify
+
+
+def main(base: str, patch: str, out: str) -> None:
+    """Merges twice, and checks each result.
+
+    Args:
+        base: the base model's directory.
+        patch: the patch's directory.
+        out: where the merged checkpoint goes.
+    """
+    # On disk: shards are copied and patched; neither torch nor transformers is needed.
+    needs = plan(base, patch, out)
+    print(f"copies {needs['copy_bytes']:,} bytes; {needs['free_bytes']:,} are free")
+    report = merge(base, patch, out, overwrite=True)
+    print(f"changed {report.entries:,} entries of {report.tensors} tensors")
+    for check in verify(patch, out).checks:
+        print(f"{check.name}: {check.detail}")
+
+    # In memory: PEFT merges and takes the merge back.
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    restored = same_weights(model.unload(), AutoModelForCausalLM.from_pretrained(base))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch)
+    merged = same_weights(model.merge_and_unload(), AutoModelForCausalLM.from_pretrained(out))
+    print(f"merged in memory as on disk: {merged}; unmerged as the base: {restored}")
+
+
+def same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+    """Compares two models.
+
+    Args:
+        left: a model.
+        right: another of the same architecture.
+
+    Returns:
+        Whether all their parameters hold the same bits.
+    """
+    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(f"usage: {sys.argv[0]} BASE PATCH OUT")
+    main(*sys.argv[1:])
