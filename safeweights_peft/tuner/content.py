@@ -201,32 +201,39 @@ def stored_tensors(
     Raises:
         UnsupportedFeatureError: The state is that of one shard.
     """
-    stored, records = {}, dict(config.tensors)
+    stored: dict[str, Tensor] = {}
+    records = dict(config.tensors)
     for path, layer in named_layers(model):
         layer.check([adapter])
         for each in layer.owned:
             if adapter not in each.values:
                 continue
             key = f"{path}.safeweights_{{}}__{each.own}.{adapter}".format
-            indices = stored[key("indices")] = state_dict[key("indices")]
-            values = state_dict[key("values")].to(getattr(torch, config.values_dtype))
-            stored[key("values")] = values
+            indices, values = state_dict[key("indices")], state_dict[key("values")]
+            values = values.to(getattr(torch, config.values_dtype))
             if isinstance(values, DTensor):
                 raise UnsupportedFeatureError(
                     f"{each.name}: expected whole values to save, found sharded ones; pass the "
                     "gathered state, as in save_pretrained(..., state_dict=full_state_dict)"
                 )
+            stored |= {key("indices"): indices, key("values"): values}
             record = record_from_json(records[each.name], each.name)
             delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
-            if isinstance(each.parameter, DTensor):  # FSDP2 never runs in place: this is the base
-                base = state_dict[f"{path}.base_layer.{each.own}"]
-                entries = base.flatten().index_select(0, indices.to(base.device))
-            else:
-                entries = each.originals(each.indices[adapter])
+            entries = _base_entries(each, adapter, state_dict, f"{path}.base_layer.{each.own}")
             record = _with_digests(record, delta, entries, config.scale)
             records[each.name] = record_to_json(record)
     config.tensors = records
     return stored
+
+
+def _base_entries(
+    each: SelectedParameter, adapter: str, state_dict: Mapping[str, Tensor], key: str
+) -> Tensor:
+    indices = each.indices[adapter]
+    if not isinstance(each.parameter, DTensor):
+        return each.originals(indices)
+    base = state_dict[key]  # gathered; a sharded parameter is never overwritten
+    return base.flatten().index_select(0, indices.to(base.device))
 
 
 def accept_new(

@@ -151,6 +151,18 @@ def test_values_written_behind_autograds_back_are_seen(tiny_llama):
     assert torch.equal(logits(model), logits(other))
 
 
+def test_mixed_precision_gives_the_same_in_both_modes(tiny_tied_llama):
+    found = []
+    for mode in MODES:
+        model = patch_model(load_base(tiny_tied_llama).float(), tiny_tied_llama)
+        set_forward_mode(model, mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model)
+        loss.backward()
+        found.append([loss, *(each.grad for each in values_of(model).values())])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
 def gradients_of(model, loss):
     values = values_of(model)
     return dict(zip(values, torch.autograd.grad(loss, list(values.values())), strict=True))
