@@ -31,8 +31,6 @@ KNOWN = "print(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING['SAFEWEIGHTS'].__name__)"
     [
         f"import safeweights_peft, peft; {KNOWN}",
         f"import peft, safeweights_peft; {KNOWN}",
-        f"import safeweights_peft, transformers, peft; {KNOWN}",
-        f"from safeweights_peft import create_adapter; import peft; {KNOWN}",
         f"import safeweights_peft.tuner.config; import peft; {KNOWN}",
     ],
 )
