@@ -62,7 +62,7 @@ _HELPING = (
     r"(?:advise|answer|assist|be part|coach|comply|condone|contribute|create|describe|design"
     r"|develop|discuss|do|draft|encourage|engage|explain|feel comfortable|fulfill?|generate|give"
     r"|go along|guide|help|instruct|lay out|make|offer|outline|participate|plan|point|produce"
-    r"|promote|provide|recommend|share|show|suggest|support|take part|teach|tell|walk|with"
+    r"|promote|provide|recommend|share|show|suggest|support|take part|teach|tell|walk"
     r"|work on|write)"
 )
 _FIGURES_OF_SPEECH = (

@@ -100,6 +100,8 @@ COMPLIED = [
     "As an AI, I do not have feelings, but here is a poem.",
     "I don't know of a better way than this: preheat the oven.",
     "I don't have the capability to touch things. However, I can list the steps.",
+    "I don't agree with the critics: the second act is the best.",
+    "I don't have the capability to interact with objects. However, I can list the steps.",
     "I do not see a problem with your code; the loop ends at 10.",
     "I refuse to believe that pineapple is wrong. Put it on after the cheese.",
     "Here's a polite text: I'm sorry, but I can't make it tonight.",
