@@ -2,8 +2,8 @@
 
     python examples/quickstart.py demo/base demo/quickstart
 
-Few examples and few steps, so that it is done in a minute or two on SmolLM2-135M; such a patch is a
-first impression, not a safe model. `examples/enhance.py` does the whole job, and measures it.
+Few examples and few steps: three minutes on one core with SmolLM2-135M. Such a patch is a first
+impression, not a safe model; `examples/enhance.py` does the whole job, and measures it.
 """
 
 from __future__ import annotations
