@@ -2,7 +2,7 @@
 
 Here live :class:`SparseDelta`, the checks on indices, and the digests. Files, checkpoints and
 models do not: see ``format``, ``checkpoint`` and ``modeling``. The torch twin of
-:func:`add_rounded` stands in ``tuner/layer.py``; a test holds the two bitwise equal.
+:func:`add_rounded` stands in ``tuner/entries.py``; a test holds the two bitwise equal.
 """
 
 import hashlib
