@@ -36,6 +36,7 @@ from safeweights_peft.format import (
     AdapterMetadata,
     Mode,
     TensorRecord,
+    entries_by_block,
     read_adapter,
     read_map,
     read_metadata,
@@ -254,26 +255,10 @@ def gather_entries(
     Returns:
         The entries, in the checkpoint's dtype; ``(count,)``.
     """
-    entries = np.empty(indices.shape, DTYPES[record.dtype])
     for block in record.blocks:
         _check_tensor(reader, name, block.key, block.shape, record.dtype)
-    for key, (positions, local) in entries_by_block(record, indices).items():
-        entries[positions] = reader.gather(key, local)
-    return entries
-
-
-def entries_by_block(record: TensorRecord, indices: Array) -> dict[str, tuple[Array, Array]]:
-    """Sort a parameter's entries by the checkpoint tensor that holds them.
-
-    Args:
-        record: The parameter's record.
-        indices: Its checked flat indices; ``(count,)``.
-
-    Returns:
-        For each block's key the positions into ``indices``, and the flat indices in that tensor.
-    """
-    flat = indices.astype(np.int64, copy=False)
-    return {block.key: block.locate(flat) for block in record.blocks}
+    pieces = entries_by_block(record, indices)
+    return reader.gather_pieces(pieces, indices.size, DTYPES[record.dtype])
 
 
 def _read_inputs(base_dir: PathLike, adapter_dir: PathLike) -> tuple[CheckpointReader, Adapter]:

@@ -6,7 +6,6 @@ transformers' weight conversion. It never sees an adapter.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,6 @@ from safeweights_peft.format import Block, TensorRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 

@@ -5,8 +5,10 @@ pages that are touched. Adapters do not.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +109,24 @@ class CheckpointReader:
         flat = self._open(key)
         check_bounds(key, flat_indices, flat.size)
         entries: Array = flat[flat_indices]
+        return entries
+
+    def gather_pieces(
+        self, pieces: Mapping[str, tuple[Array, Array]], count: int, dtype: np.dtype[Any]
+    ) -> Array:
+        """Read entries that lie in several tensors.
+
+        Args:
+            pieces: For each key, positions in the result and flat indices in that tensor.
+            count: Number of entries in all.
+            dtype: Their dtype on disk.
+
+        Returns:
+            The entries; ``(count,)``.
+        """
+        entries = np.empty(count, dtype)
+        for key, (positions, local) in pieces.items():
+            entries[positions] = self.gather(key, local)
         return entries
 
     def _open(self, key: str) -> Array:

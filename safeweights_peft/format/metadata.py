@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from safeweights_peft.delta import DTYPES, MAX_NUMEL
+from safeweights_peft.delta import DTYPES, MAX_NUMEL, Array
 from safeweights_peft.errors import CorruptAdapterError, FormatError, UnsupportedVersionError
 from safeweights_peft.format.blocks import Block, check_blocks
 from safeweights_peft.format.fields import Fields
@@ -25,6 +25,7 @@ __all__ = [
     "Encoding",
     "Mode",
     "TensorRecord",
+    "entries_by_block",
     "indices_key",
     "parse_key",
     "record_from_json",
@@ -244,6 +245,19 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
         )
     check_blocks(where, record.blocks, record.numel)
     return record
+
+
+def entries_by_block(record: TensorRecord, indices: Array) -> dict[str, tuple[Array, Array]]:
+    """Sort a parameter's entries by the checkpoint tensor that holds them.
+
+    Args:
+        record: The parameter's record.
+        indices: Its checked flat indices; ``(count,)``.
+
+    Returns:
+        For each block's key the positions into ``indices``, and the flat indices in that tensor.
+    """
+    return {block.key: block.locate(indices) for block in record.blocks}
 
 
 def indices_key(parameter: str) -> str:

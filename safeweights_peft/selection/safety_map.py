@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import transformers
 from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.delta import DTYPES, Array, digest
-from safeweights_peft.format import AdapterMetadata, Mode, SafetyMap, TensorRecord
+from safeweights_peft.delta import DTYPES, digest
+from safeweights_peft.format import AdapterMetadata, Mode, SafetyMap, entries_by_block
 from safeweights_peft.modeling import BaseModel, describe
 from safeweights_peft.selection.topk import Selected
 
@@ -37,8 +36,10 @@ def build_map(
     reader = CheckpointReader(base.path)
     records = describe(model, selected, base.path)
     for name, entries in selected.items():
-        found = _base_entries(reader, records[name], entries.indices)
-        records[name] = replace(records[name], count=found.size, base_digest=digest(found))
+        # From disk: the model in memory may hold the entries in a narrower dtype.
+        record, pieces = records[name], entries_by_block(records[name], entries.indices)
+        found = reader.gather_pieces(pieces, entries.indices.size, DTYPES[record.dtype])
+        records[name] = replace(record, count=found.size, base_digest=digest(found))
     metadata = AdapterMetadata(
         mode=Mode.SPA,
         base_model_name_or_path=base.name,
@@ -52,12 +53,3 @@ def build_map(
         {name: entries.indices for name, entries in selected.items()},
         {name: entries.scores for name, entries in selected.items()},
     )
-
-
-def _base_entries(reader: CheckpointReader, record: TensorRecord, indices: Array) -> Array:
-    """Reads entries from disk: the model in memory may hold them in a narrower dtype."""
-    entries = np.empty(indices.size, DTYPES[record.dtype])
-    for block in record.blocks:
-        positions, local = block.locate(indices)
-        entries[positions] = reader.gather(block.key, local)
-    return entries
