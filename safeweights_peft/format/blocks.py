@@ -59,6 +59,8 @@ class Block:
         first = int(np.searchsorted(flat, self.offset))
         stop = int(np.searchsorted(flat, self.last, side="right"))
         rest = flat[first:stop] - self.offset
+        if self.strides == row_major_strides(self.shape):
+            return np.arange(first, stop), rest
         inside = np.ones(rest.shape, bool)
         local = np.zeros(rest.shape, np.int64)
         steps = row_major_strides(self.shape)

@@ -120,32 +120,44 @@ class TopK:
         self._bound, above = kth_largest(all_keys, self.k)
         free, new = self.k - above, 0
         for each in sorted(scores):
-            tied = sum(int((keys == self._bound).sum()) for _, keys in self._pieces(scores[each]))
-            ties = min(tied, free)
+            ties = min(self._tied(scores[each]), free)
             free -= ties
             if each in self._kept:
-                self._kept[each] = self._shrink(self._kept[each], ties)
+                self._shrink(self._kept[each], ties)
             else:
                 new = ties
         return new
 
-    def _shrink(self, kept: Selected, ties: int) -> Selected:
-        """Drops kept entries below the bound, and ties beyond the first few."""
-        keep = np.empty(kept.scores.size, dtype=np.bool_)
+    def _shrink(self, kept: Selected, ties: int) -> None:
+        """Drops kept entries below the bound, and ties beyond the first few, without a copy."""
+        end = 0
         for start, keys in self._pieces(kept.scores):
-            keep[start : start + CHUNK] = self._wanted(keys, ties)
-            ties -= int((keep[start : start + CHUNK] & (keys == self._bound)).sum())
-        return kept if keep.all() else Selected(kept.indices[keep], kept.scores[keep])
+            wanted = self._wanted(keys, ties)
+            ties -= int((keys[wanted] == self._bound).sum())
+            stop = end + int(wanted.sum())
+            kept.indices[end:stop] = kept.indices[start : start + CHUNK][wanted]
+            kept.scores[end:stop] = kept.scores[start : start + CHUNK][wanted]
+            end = stop
+        kept.indices.resize(end, refcheck=False)
+        kept.scores.resize(end, refcheck=False)
 
     def _take(self, offered: NDArray[np.float32], ties: int) -> Selected:
         """Copies a new tensor's entries above the bound, and its first ties."""
-        indices, scores = [np.empty(0, index_dtype(offered.size))], [NOTHING]
+        above = sum(int((keys > self._bound).sum()) for _, keys in self._pieces(offered))
+        size = above + min(ties, self._tied(offered))
+        taken = Selected(np.empty(size, index_dtype(offered.size)), np.empty(size, np.float32))
+        end = 0
         for start, keys in self._pieces(offered):
             hits = np.nonzero(self._wanted(keys, ties))[0]
             ties -= int((keys[hits] == self._bound).sum())
-            indices.append((hits + start).astype(index_dtype(offered.size)))
-            scores.append(offered[start : start + CHUNK][hits])
-        return Selected(np.concatenate(indices), np.concatenate(scores))
+            stop = end + hits.size
+            taken.indices[end:stop] = hits + start
+            taken.scores[end:stop] = offered[start : start + CHUNK][hits]
+            end = stop
+        return taken
+
+    def _tied(self, scores: NDArray[np.float32]) -> int:
+        return sum(int((keys == self._bound).sum()) for _, keys in self._pieces(scores))
 
     def _wanted(self, keys: NDArray[np.uint32], ties: int) -> NDArray[np.bool_]:
         wanted = keys > self._bound

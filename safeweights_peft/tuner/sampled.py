@@ -24,7 +24,7 @@ class SampledWeight(Tensor):
     """
 
     entries: Tensor
-    indices: Tensor
+    at: Tensor
     graph: object
 
     @classmethod
@@ -41,7 +41,7 @@ class SampledWeight(Tensor):
             The same weight.
         """
         sampled = weight.as_subclass(cls)
-        sampled.entries, sampled.indices, sampled.graph = entries, indices, graph
+        sampled.entries, sampled.at, sampled.graph = entries, indices, graph
         return sampled
 
     @classmethod
@@ -80,7 +80,7 @@ def _is_sampled(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bo
 
 def _linear(input: Tensor, weight: SampledWeight, bias: Tensor | None = None) -> Tensor:
     return _SampledLinear.apply(
-        input, weight.entries, bias, weight.detach(), weight.indices, weight.graph
+        input, weight.entries, bias, weight.detach(), weight.at, weight.graph
     )
 
 
