@@ -1,5 +1,10 @@
-"""Training on `transformers.Trainer`: Safety Enhancement Tuning (SET)."""
+"""Training on `transformers.Trainer`.
+
+Safety Enhancement Tuning (SET) trains the selected entries, and Safety Preserving Adaptation (SPA)
+keeps them as they are while the others train.
+"""
 
 from safeweights_peft.training.enhance import EnhanceSettings, StepLoss, enhance
+from safeweights_peft.training.preserve import SafetyPreservingCallback, preserve
 
-__all__ = ["EnhanceSettings", "StepLoss", "enhance"]
+__all__ = ["EnhanceSettings", "SafetyPreservingCallback", "StepLoss", "enhance", "preserve"]
