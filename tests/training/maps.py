@@ -1,0 +1,79 @@
+"""Random safety maps of the tiny models, and whether a training has kept their entries."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from safeweights_peft import SafetyMap
+from safeweights_peft.modeling import BaseModel
+from safeweights_peft.selection.safety_map import build_map
+from safeweights_peft.selection.topk import Selected
+
+UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+BATCHES = torch.randint(250, (20, 2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def load(base: Path, **options: Any) -> PreTrainedModel:
+    """Load a tiny model as training does."""
+    return AutoModelForCausalLM.from_pretrained(base, **options)
+
+
+def make_map(base: Path, names: list[str] | None = None, seed: int = 0) -> SafetyMap:
+    """Select a tenth of all parameters, or of some, at random."""
+    random, model = np.random.default_rng(seed), load(base)
+    selected = {}
+    for name, each in model.named_parameters():
+        if names is None or name in names:
+            indices = random.choice(each.numel(), -(-each.numel() // 10), replace=False)
+            scores = np.ones(len(indices), np.float32)
+            selected[name] = Selected(np.sort(indices).astype(np.int32), scores)
+    return build_map(model, BaseModel(str(base), base, None), selected, {"method": "random"})
+
+
+def entries(model: nn.Module, safety_map: SafetyMap) -> dict[str, Tensor]:
+    """Copy a model's entries at a map's indices."""
+    return {
+        name: model.get_parameter(name).detach().flatten()[torch.from_numpy(indices)]
+        for name, indices in safety_map.indices.items()
+    }
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Tell whether tensors hold the same bits."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype
+        and torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
+        for name in left
+    )
+
+
+def kept(model: nn.Module, base: Path, safety_map: SafetyMap) -> bool:
+    """Tell whether a map's entries are still the base's."""
+    return same(entries(model, safety_map), entries(load(base), safety_map))
+
+
+def moved(model: nn.Module, base: Path) -> bool:
+    """Tell whether every parameter has moved somewhere."""
+    before = load(base)
+    return not any(torch.equal(e, before.get_parameter(n)) for n, e in model.named_parameters())
+
+
+def train(model: nn.Module, steps: int = 5) -> None:
+    """Train all parameters in a plain loop."""
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for rows in BATCHES[:steps]:
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def hooks(model: nn.Module) -> int:
+    """Count the hooks on optimizers and gradients."""
+    on_gradients = [each._post_accumulate_grad_hooks or {} for each in model.parameters()]
+    return len(_global_optimizer_post_hooks) + sum(len(each) for each in on_gradients)
