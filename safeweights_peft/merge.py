@@ -38,7 +38,7 @@ from safeweights_peft.format import (
     TensorRecord,
     entries_by_block,
     read_adapter,
-    read_map,
+    read_artifact,
     read_metadata,
 )
 
@@ -197,12 +197,12 @@ def verify(adapter_dir: PathLike, base_dir: PathLike | None = None) -> VerifyRep
         metadata = read_metadata(adapter_dir)
         checks.append(Check(step, True, f"{metadata.mode}, {len(metadata.tensors)} parameters"))
         step = "tensors"
-        metadata, indices = _read_indices(adapter_dir)
-        entries = sum(part.size for part in indices.values())
+        artifact = read_artifact(adapter_dir)
+        entries = sum(part.size for part in artifact.indices.values())
         checks.append(Check(step, True, f"{entries} entries, as the config says"))
         if base_dir is not None:
             step = "base"
-            state = base_state(CheckpointReader(base_dir), metadata, indices)
+            state = base_state(CheckpointReader(base_dir), metadata, artifact.indices)
             checks.append(Check(step, True, f"holds the {state} values"))
     except SafeWeightsError as reason:
         checks.append(Check(step, False, str(reason)))
@@ -269,7 +269,7 @@ def _read_inputs(base_dir: PathLike, adapter_dir: PathLike) -> tuple[CheckpointR
             "train with it instead"
         )
     adapter, reader = read_adapter(adapter_dir), CheckpointReader(base_dir)
-    if base_state(reader, adapter.metadata, _indices(adapter)) == "merged":
+    if base_state(reader, adapter.metadata, adapter.indices) == "merged":
         raise AlreadyMergedError(
             f"{base_dir}: expected the base, found the adapter's values already merged into it; "
             "use it as it is, or give the original base"
@@ -363,16 +363,3 @@ def _factor(own: float, requested: float) -> float:
             "give a smaller one"
         )
     return factor
-
-
-def _indices(adapter: Adapter) -> dict[str, Array]:
-    return {name: delta.indices for name, delta in adapter.deltas.items()}
-
-
-def _read_indices(adapter_dir: PathLike) -> tuple[AdapterMetadata, dict[str, Array]]:
-    """Read the metadata and the indices of an adapter of either mode."""
-    if read_metadata(adapter_dir).mode is Mode.SPA:
-        safety_map = read_map(adapter_dir)
-        return safety_map.metadata, safety_map.indices
-    adapter = read_adapter(adapter_dir)
-    return adapter.metadata, _indices(adapter)

@@ -106,12 +106,12 @@ def show_estimate(needs: Any, as_json: bool) -> None:
 
 def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
     """Prints what an adapter's headers say."""
+    from safeweights_peft.format import Mode
     from safeweights_peft.report import size_text
 
-    kinds = {"set": "safety patch", "spa": "safety map"}
     rows = [
         ("path", str(path)),
-        ("kind", f"{kinds[content['mode']]}, format {content['format_version']}"),
+        ("kind", f"{Mode(content['mode']).artifact}, format {content['format_version']}"),
         ("base", str(content["base_model_name_or_path"])),
         ("revision", str(content["revision"])),
         ("parameters", str(content["parameters"])),

@@ -57,6 +57,11 @@ class Adapter:
     metadata: AdapterMetadata
     deltas: dict[str, SparseDelta]
 
+    @property
+    def indices(self) -> dict[str, Array]:
+        """The flat indices of each parameter's entries, as a safety map has them; ``(count,)``."""
+        return {name: delta.indices for name, delta in self.deltas.items()}
+
 
 @dataclass(frozen=True, eq=False)
 class SafetyMap:
@@ -89,7 +94,6 @@ def write_adapter(path: PathLike, adapter: Adapter, *, overwrite: bool = False) 
     Raises:
         FormatError: The patch contradicts its own metadata.
     """
-    indices = {name: delta.indices for name, delta in adapter.deltas.items()}
     values = {name: delta.values for name, delta in adapter.deltas.items()}
     for name, delta in adapter.deltas.items():
         record = adapter.metadata.tensors.get(name)
@@ -98,7 +102,7 @@ def write_adapter(path: PathLike, adapter: Adapter, *, overwrite: bool = False) 
                 f"{path}: {name}: expected a delta of the recorded shape {list(record.shape)}, "
                 f"found {list(delta.shape)}; give the parameter's own shape"
             )
-    return _write(Path(path), adapter.metadata, Mode.SET, indices, values, overwrite)
+    return _write(Path(path), adapter.metadata, Mode.SET, adapter.indices, values, overwrite)
 
 
 def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False) -> AdapterMetadata:
@@ -151,6 +155,18 @@ def read_map(path: PathLike) -> SafetyMap:
     }
     scores = {name: tensors[scores_key(name)] for name in metadata.tensors}
     return SafetyMap(metadata, indices, scores)
+
+
+def read_artifact(path: PathLike) -> Adapter | SafetyMap:
+    """Read and fully check a safety patch or a safety map, whichever its mode says it is.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The patch or the map, held in memory.
+    """
+    return read_map(path) if read_metadata(path).mode is Mode.SPA else read_adapter(path)
 
 
 def validate(path: PathLike) -> AdapterMetadata:

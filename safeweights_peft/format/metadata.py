@@ -54,6 +54,11 @@ class Mode(StrEnum):
     SET = "set"
     SPA = "spa"
 
+    @property
+    def artifact(self) -> str:
+        """What messages call it."""
+        return {Mode.SET: "safety patch", Mode.SPA: "safety map"}[self]
+
 
 class Encoding(StrEnum):
     """How indices and values are laid out; closed: a reader refuses any other name."""

@@ -1,8 +1,9 @@
 """Safety Preserving Adaptation (SPA): a model learns something else, its safety entries stay.
 
-The entries of a safety map are frozen bit for bit while everything else trains, in any loop
-(`preserve`) or in `transformers.Trainer` and the trainers that build on it, such as TRL's
-(`SafetyPreservingCallback`). The hooks that do it live in ``freeze``; here a map meets a model.
+The entries of a safety map, or of a safety patch that has been merged, are frozen bit for bit
+while everything else trains, in any loop (`preserve`) or in `transformers.Trainer` and the trainers
+that build on it, such as TRL's (`SafetyPreservingCallback`). The hooks that do it live in
+``freeze``; here a map or a patch meets a model.
 
 Source: arXiv 2604.08297, section on SPA.
 """
@@ -24,18 +25,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import SafetyMap, TensorRecord, read_map
+from safeweights_peft.format import Adapter, Mode, SafetyMap, TensorRecord, read_artifact
 from safeweights_peft.training.freeze import FreezeGuard, FrozenEntries
-from safeweights_peft.tuner.entries import check_base, to_torch
+from safeweights_peft.tuner.entries import check_base, check_merged, to_torch
 
 logger = logging.getLogger(__name__)
+
+Artifact = SafetyMap | Adapter | str | os.PathLike[str]
+"""A safety map or a safety patch, or its directory."""
 
 _WHOLE = "train it whole, on one device or with DDP"
 
 
 @contextmanager
-def preserve(model: nn.Module, safety_map: SafetyMap | str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps the entries of a safety map bit for bit as they are while the model trains.
+def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
+    """Keeps the entries of a safety map or patch bit for bit as they are while the model trains.
 
     ::
 
@@ -54,20 +58,21 @@ def preserve(model: nn.Module, safety_map: SafetyMap | str | os.PathLike[str]) -
     its own, as DeepSpeed's do, moves entries unseen until the end. The entries are put back then.
 
     Args:
-        model: the map's base, or what an earlier run under the same map made of it; perhaps
-            wrapped in DDP or compiled.
-        safety_map: the map or its directory.
+        model: the map's base, or the patch's base with the patch merged in, or what an earlier run
+            under the same artifact made of it; perhaps wrapped in DDP or compiled.
+        artifact: the safety map or patch, or its directory.
 
     Yields:
         Nothing.
 
     Raises:
-        BaseMismatchError: the model's entries are not those that the map was made for.
+        BaseMismatchError: the model's entries are not those that the map was made for, or not the
+            patch's merged ones.
         ModelError: a parameter is missing or has another shape.
         UnsupportedFeatureError: the model has adapters, or a parameter is sharded, quantized, or
             without data.
     """
-    guard = _guard(model, safety_map)
+    guard = _guard(model, artifact)
     try:
         guard.attach()
         yield
@@ -76,25 +81,25 @@ def preserve(model: nn.Module, safety_map: SafetyMap | str | os.PathLike[str]) -
 
 
 class SafetyPreservingCallback(TrainerCallback):
-    """Keeps the entries of a safety map as they are in `transformers.Trainer`, as `preserve` does.
+    """Keeps entries as they are in `transformers.Trainer`, as `preserve` does in any loop.
 
     ::
 
         Trainer(model=model, ..., callbacks=[SafetyPreservingCallback("path/to/map")])
 
     It works from the start of a training to its end, resumed ones included: their checkpoints
-    hold the base's entries. Where training is broken off by an exception, the trainer tells no
+    hold the entries as they were. Where training is broken off by an exception, the trainer tells no
     callback: the entries stay protected until the same callback sees another training begin, or
     until `detach` is called.
     """
 
-    def __init__(self, safety_map: SafetyMap | str | os.PathLike[str]) -> None:
-        """Takes a map, which is checked when training begins.
+    def __init__(self, artifact: Artifact) -> None:
+        """Takes a map or a patch, which is checked when training begins.
 
         Args:
-            safety_map: the map or its directory.
+            artifact: the safety map or patch, or its directory.
         """
-        self._safety_map = safety_map
+        self._artifact = artifact
         self._guard: FreezeGuard | None = None
 
     def on_train_begin(
@@ -118,7 +123,7 @@ class SafetyPreservingCallback(TrainerCallback):
                 "args.deepspeed: expected none, found DeepSpeed, whose optimizer moves copies of "
                 f"the parameters; {_WHOLE}"
             )
-        self._guard = _guard(kwargs["model"], self._safety_map)
+        self._guard = _guard(kwargs["model"], self._artifact)
         self._guard.attach()
 
     def on_train_end(
@@ -144,24 +149,27 @@ class SafetyPreservingCallback(TrainerCallback):
             guard.detach()
 
 
-def _guard(model: nn.Module, safety_map: SafetyMap | str | os.PathLike[str]) -> FreezeGuard:
+def _guard(model: nn.Module, artifact: Artifact) -> FreezeGuard:
     """Makes a guard that is not attached yet, with all checks done."""
-    if not isinstance(safety_map, SafetyMap):
-        safety_map = read_map(safety_map)
-    model = _unwrap(model)
-    _check_model(model, next(iter(safety_map.indices), "safety map"))
+    if not isinstance(artifact, SafetyMap | Adapter):
+        artifact = read_artifact(artifact)
+    metadata, model = artifact.metadata, _unwrap(model)
+    kind = metadata.mode.artifact
+    _check_model(model, next(iter(artifact.indices), kind))
     # A tied parameter is found by each of its names.
     everything = model.named_parameters(remove_duplicate=False)
     parameters = {name.replace("_orig_mod.", ""): each for name, each in everything}
     entries = []
-    for name, indices in safety_map.indices.items():
-        record = safety_map.metadata.tensors[name]
+    for name, indices in artifact.indices.items():
+        record = metadata.tensors[name]
         check_indices(name, indices, record.shape)
-        parameter = _find(parameters, name, record)
-        frozen = FrozenEntries(name, parameter, to_torch(indices))
-        check_base(name, frozen.originals, record)
+        frozen = FrozenEntries(name, _find(parameters, name, record, kind), to_torch(indices))
+        if metadata.mode is Mode.SPA:
+            check_base(name, frozen.originals, record, kind)
+        else:
+            check_merged(name, frozen.originals, record, metadata.scale)
         entries.append(frozen)
-    _warn_of_untrained(entries)
+    _warn_of_untrained(entries, kind)
     return FreezeGuard(entries)
 
 
@@ -193,18 +201,20 @@ def _check_model(model: nn.Module, first: str) -> None:
         )
 
 
-def _find(parameters: dict[str, nn.Parameter], name: str, record: TensorRecord) -> nn.Parameter:
+def _find(
+    parameters: dict[str, nn.Parameter], name: str, record: TensorRecord, kind: str
+) -> nn.Parameter:
     parameter = parameters.get(name)
     if parameter is None:
         raise ModelError(
             f"{name}: expected a parameter of the model, found none; train the base that the "
-            "safety map was made for"
+            f"{kind} was made for"
         )
     _check_kind(parameter, name)
     if tuple(parameter.shape) != record.shape:
         raise ModelError(
             f"{name}: expected shape {list(record.shape)}, found {list(parameter.shape)}; train "
-            "the base that the safety map was made for"
+            f"the base that the {kind} was made for"
         )
     return parameter
 
@@ -228,13 +238,14 @@ def _check_kind(parameter: nn.Parameter, name: str) -> None:
         )
 
 
-def _warn_of_untrained(entries: Sequence[FrozenEntries]) -> None:
+def _warn_of_untrained(entries: Sequence[FrozenEntries], kind: str) -> None:
     untrained = [each.name for each in entries if not each.parameter.requires_grad]
     if untrained:
         logger.warning(
-            "%s: expected a parameter that requires gradients, found none; %d of the map's %d "
+            "%s: expected a parameter that requires gradients, found none; %d of the %s's %d "
             "parameters are not trained anyway",
             untrained[0],
             len(untrained),
+            kind,
             len(entries),
         )

@@ -1,7 +1,7 @@
 """Entries of a parameter: how values are added, how numpy sees them, and whose they are.
 
-Here live the torch twin of the arithmetic rule in ``delta``, and the check that a base is the one
-that an adapter was made for. Which entries a live model runs on is the matter of ``parameter``.
+Here live the torch twin of the arithmetic rule in ``delta``, and the checks that a base is the one
+that an adapter was made for, or that it has the adapter merged in. Which entries a live model runs on is the matter of ``parameter``.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safeweights_peft.delta import DTYPES, Array, digest
-from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError
+from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, FormatError
 from safeweights_peft.format import TensorRecord
 
 
@@ -59,19 +59,20 @@ def to_torch(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def check_base(name: str, entries: Tensor, record: TensorRecord) -> None:
+def check_base(name: str, entries: Tensor, record: TensorRecord, artifact: str = "adapter") -> None:
     """Check that a parameter is the one that an adapter was made for.
 
     Args:
         name: The parameter's name, for messages.
         entries: The base's entries at the adapter's checked indices; ``(count,)``.
         record: What the adapter says of the parameter, digests included.
+        artifact: What messages call the adapter.
 
     Raises:
         AlreadyMergedError: The parameter holds the adapter's merged entries.
         BaseMismatchError: It holds other entries.
     """
-    found = digest(to_numpy(entries.to(getattr(torch, record.dtype))))
+    found = _digest(entries, record)
     if found == record.base_digest:
         return
     if found == record.merged_digest:
@@ -79,10 +80,53 @@ def check_base(name: str, entries: Tensor, record: TensorRecord) -> None:
             f"{name}: expected the base's entries, found the adapter's merged ones; "
             "use the model as it is, or load the adapter onto the original base"
         )
+    raise BaseMismatchError(
+        f"{name}: expected the base that the {artifact} was made for (entries of digest "
+        f"{record.base_digest}), found another ({found}); load that base"
+        f"{_dtype_hint(entries, record)}"
+    )
+
+
+def check_merged(name: str, entries: Tensor, record: TensorRecord, scale: float) -> None:
+    """Check that a parameter has a safety patch merged in.
+
+    Args:
+        name: The parameter's name, for messages.
+        entries: The parameter's entries at the patch's checked indices; ``(count,)``.
+        record: What the patch says of the parameter, digests included.
+        scale: The patch's own scale, for messages.
+
+    Raises:
+        BaseMismatchError: The parameter holds the entries of the base alone, or others.
+        FormatError: The patch doesn't say what the merged entries are.
+    """
+    if record.merged_digest is None:
+        raise FormatError(
+            f"{name}: expected a merged_digest in the safety patch, found null; save the patch "
+            "with save_pretrained, which computes it, and give its directory"
+        )
+    found = _digest(entries, record)
+    if found == record.merged_digest:
+        return
+    if found == record.base_digest:
+        raise BaseMismatchError(
+            f"{name}: expected the base with the safety patch merged in, found the base without "
+            "it; merge the patch first"
+        )
+    raise BaseMismatchError(
+        f"{name}: expected the base with the safety patch merged in at its own scale {scale} "
+        f"(entries of digest {record.merged_digest}), found another ({found}); load that model"
+        f"{_dtype_hint(entries, record)}"
+    )
+
+
+def _digest(entries: Tensor, record: TensorRecord) -> str:
+    """Digest entries in the checkpoint's dtype, whatever they were loaded in."""
+    return digest(to_numpy(entries.to(getattr(torch, record.dtype))))
+
+
+def _dtype_hint(entries: Tensor, record: TensorRecord) -> str:
+    """Name the dtypes that keep the checkpoint's bits, where the entries have another."""
     dtype = str(entries.dtype).removeprefix("torch.")
     lossy = dtype not in ("float32", record.dtype)
-    hint = f" in {record.dtype} or float32, not {dtype}" if lossy else ""
-    raise BaseMismatchError(
-        f"{name}: expected the base that the adapter was made for (entries of digest "
-        f"{record.base_digest}), found another ({found}); load that base{hint}"
-    )
+    return f" in {record.dtype} or float32, not {dtype}" if lossy else ""

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from safeweights_peft import SafetyMap
+from safeweights_peft import Adapter, SafetyMap
 from safeweights_peft.modeling import BaseModel
 from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.topk import Selected
@@ -36,11 +36,11 @@ def make_map(base: Path, names: list[str] | None = None, seed: int = 0) -> Safet
     return build_map(model, BaseModel(str(base), base, None), selected, {"method": "random"})
 
 
-def entries(model: nn.Module, safety_map: SafetyMap) -> dict[str, Tensor]:
-    """Copy a model's entries at a map's indices."""
+def entries(model: nn.Module, artifact: SafetyMap | Adapter) -> dict[str, Tensor]:
+    """Copy a model's entries at the indices of a map or a patch."""
     return {
         name: model.get_parameter(name).detach().flatten()[torch.from_numpy(indices)]
-        for name, indices in safety_map.indices.items()
+        for name, indices in artifact.indices.items()
     }
 
 

@@ -150,7 +150,7 @@ def test_parameters_that_are_not_trained_are_counted_in_a_warning(
         train(model)
     (record,) = caplog.records
     assert record.message.startswith(f"{DOWN}: expected a parameter that requires gradients")
-    assert "1 of the map's 2 parameters" in record.message
+    assert "1 of the safety map's 2 parameters" in record.message
 
 
 def work(rank: int, base: Path, folder: Path, safety_map: SafetyMap) -> None:

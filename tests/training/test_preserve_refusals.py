@@ -60,7 +60,7 @@ def test_a_parameter_of_another_shape_is_refused_by_its_name(tiny_llama: Path) -
 def test_a_base_with_other_entries_is_refused_by_the_parameters_name(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     train(model, steps=1)
-    message = f"^{UP}: expected the base that the adapter was made for"
+    message = f"^{UP}: expected the base that the safety map was made for"
     refused(model, make_map(tiny_llama, [UP, DOWN]), BaseMismatchError, message)
 
 

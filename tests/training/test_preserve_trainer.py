@@ -143,5 +143,7 @@ def test_resuming_a_run_that_moved_the_entries_is_refused(tiny_llama: Path, tmp_
     unprotected.remove_callback(callback)
     unprotected.train()
     trainer = make_trainer(load(tiny_llama), callback, tmp_path)
-    with pytest.raises(BaseMismatchError, match="expected the base that the adapter was made for"):
+    with pytest.raises(
+        BaseMismatchError, match="expected the base that the safety map was made for"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
