@@ -88,8 +88,8 @@ class SafetyPreservingCallback(TrainerCallback):
         Trainer(model=model, ..., callbacks=[SafetyPreservingCallback("path/to/map")])
 
     It works from the start of a training to its end, resumed ones included: their checkpoints
-    hold the entries as they were. Where training is broken off by an exception, the trainer tells no
-    callback: the entries stay protected until the same callback sees another training begin, or
+    hold the entries as they were. Where training is broken off by an exception, the trainer tells
+    no callback: the entries stay protected until the same callback sees another training begin, or
     until `detach` is called.
     """
 

@@ -1,7 +1,8 @@
 """Entries of a parameter: how values are added, how numpy sees them, and whose they are.
 
 Here live the torch twin of the arithmetic rule in ``delta``, and the checks that a base is the one
-that an adapter was made for, or that it has the adapter merged in. Which entries a live model runs on is the matter of ``parameter``.
+that an adapter was made for, or has it merged in. Which entries a live model runs on is the matter
+of ``parameter``.
 """
 
 import numpy as np
