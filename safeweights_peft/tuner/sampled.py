@@ -121,15 +121,31 @@ class _SampledLinear(torch.autograd.Function):
 
 def _products(gradient: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """Compute ``(gradient.T @ input).flatten()[indices]``; rows are tokens."""
-    shape = gradient.shape[1], input.shape[1]
-    starts = torch.arange(0, (shape[0] + 1) * shape[1], shape[1], dtype=indices.dtype)
+    where = csr_pattern(indices, (gradient.shape[1], input.shape[1]))
+    return torch.sparse.sampled_addmm(where, gradient.T, input, beta=0.0).values()
+
+
+def csr_pattern(indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Lay entries of a matrix out as :func:`torch.sparse.sampled_addmm` wants to be told of them.
+
+    Args:
+        indices: Flat row-major indices, ascending; ``(count,)``.
+        shape: The matrix's shape.
+
+    Returns:
+        A sparse CSR matrix of float32 zeros, with indices of int32 where the given ones are. All
+        values are one zero in memory: to be read only.
+    """
+    rows, columns = shape
+    starts = torch.arange(
+        0, (rows + 1) * columns, columns, dtype=indices.dtype, device=indices.device
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        where = torch.sparse_csr_tensor(
+        return torch.sparse_csr_tensor(
             torch.searchsorted(indices, starts, out_int32=indices.dtype is torch.int32),
-            indices % shape[1],
-            torch.zeros(indices.shape),
+            indices % columns,
+            torch.zeros(1, device=indices.device).expand(indices.shape),
             size=shape,
             check_invariants=False,
         )
-    return torch.sparse.sampled_addmm(where, gradient.T, input, beta=0.0).values()
