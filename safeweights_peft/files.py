@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -189,6 +189,29 @@ def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> 
             error, path, "an empty directory or none", "files", hint="set overwrite to replace it"
         )
     return target
+
+
+def check_apart(
+    path: Path, inputs: Mapping[str, str | os.PathLike[str]], error: type[SafeWeightsError]
+) -> None:
+    """Check that a directory to be published neither holds an input nor lies in one.
+
+    Args:
+        path: The place.
+        inputs: Directories by what the message calls them.
+        error: What to raise if one shares the place.
+    """
+    target = Path(os.path.realpath(path))
+    for role, each in inputs.items():
+        source = Path(os.path.realpath(each))
+        if source.is_relative_to(target) or target.is_relative_to(source):
+            _refuse(
+                error,
+                path,
+                f"a directory apart from {role}",
+                f"one that shares {source}",
+                hint="give another path",
+            )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from safeweights_peft.errors import (
     MergeError,
     SafeWeightsError,
 )
-from safeweights_peft.files import check_target
+from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.format import (
     Adapter,
     AdapterMetadata,
@@ -128,7 +128,8 @@ def merge(
             way of an input.
     """
     started = time.perf_counter()
-    _check_paths(out_dir, {"base_dir": base_dir, "adapter_dir": adapter_dir}, overwrite)
+    check_target(Path(out_dir), overwrite, MergeError)
+    check_apart(Path(out_dir), {"base_dir": base_dir, "adapter_dir": adapter_dir}, MergeError)
     reader, adapter = _read_inputs(base_dir, adapter_dir)
     factor = _factor(adapter.metadata.scale, scale)
     with draft_copy(reader, out_dir, overwrite=overwrite, progress=progress) as draft:
@@ -164,7 +165,7 @@ def plan(base_dir: PathLike, adapter_dir: PathLike, out_dir: PathLike) -> dict[s
     keys = {
         key
         for name, record in adapter.metadata.tensors.items()
-        for copy in _copies(reader, record)
+        for copy in copies(reader, record)
         for key, (_, local) in entries_by_block(copy, deltas[name].indices).items()
         if local.size
     }
@@ -227,7 +228,7 @@ def base_state(
     """
     is_base = is_merged = True
     for name, record in metadata.tensors.items():
-        for copy in _copies(reader, record):
+        for copy in copies(reader, record):
             found = digest(gather_entries(reader, name, copy, indices[name]))
             is_base &= found == record.base_digest
             is_merged &= found == record.merged_digest
@@ -259,6 +260,22 @@ def gather_entries(
         _check_tensor(reader, name, block.key, block.shape, record.dtype)
     pieces = entries_by_block(record, indices)
     return reader.gather_pieces(pieces, indices.size, DTYPES[record.dtype])
+
+
+def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
+    """Give a record once for its blocks, and once for each tied key that is on disk.
+
+    Args:
+        reader: The checkpoint.
+        record: A parameter's record.
+
+    Returns:
+        The record, then its copies under other keys.
+    """
+    tied = [key for key in record.tied_keys if key in reader]
+    return [record] + [
+        replace(record, blocks=(replace(record.blocks[0], key=key),)) for key in tied
+    ]
 
 
 def _read_inputs(base_dir: PathLike, adapter_dir: PathLike) -> tuple[CheckpointReader, Adapter]:
@@ -301,7 +318,7 @@ def _merge_parameter(
         )
     expected = record.merged_digest if check else digest(merged)
     tensors = 0
-    for copy in _copies(reader, record):
+    for copy in copies(reader, record):
         tensors += _patch(draft, copy, delta, merged)
         found = digest(gather_entries(draft.reader, name, copy, delta.indices))
         if found != expected:
@@ -320,14 +337,6 @@ def _patch(draft: CheckpointDraft, record: TensorRecord, delta: SparseDelta, new
     return touched
 
 
-def _copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
-    """Give the record once for its blocks, and once for each tied key that is on disk."""
-    tied = [key for key in record.tied_keys if key in reader]
-    return [record] + [
-        replace(record, blocks=(replace(record.blocks[0], key=key),)) for key in tied
-    ]
-
-
 def _check_tensor(
     reader: CheckpointReader, name: str, key: str, shape: tuple[int, ...], dtype: str
 ) -> None:
@@ -342,17 +351,6 @@ def _check_tensor(
             f"{name}: expected {key} in {reader.directory} as {dtype} {list(shape)}, found "
             f"{info.dtype} {list(info.shape)}; use the base that the adapter was made for"
         )
-
-
-def _check_paths(out_dir: PathLike, inputs: Mapping[str, PathLike], overwrite: bool) -> None:
-    target = check_target(Path(out_dir), overwrite, MergeError)
-    for role, path in inputs.items():
-        source = Path(os.path.realpath(path))
-        if source.is_relative_to(target) or target.is_relative_to(source):
-            raise MergeError(
-                f"{out_dir}: expected a directory apart from {role}, found one that shares "
-                f"{source}; give another out_dir"
-            )
 
 
 def _factor(own: float, requested: float) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.pipeline import EvaluateSettings, ScoreSettings, TrainSettings
-from safeweights_peft.training import EnhanceSettings
+from safeweights_peft.training import EnhanceSettings, PreserveSettings
 
 PLACES = ("barn", "shop", "villa", "office", "lab", "museum")
 HARMFUL = [f"Break into the {place}" for place in PLACES[:-1]]
@@ -21,20 +21,25 @@ REFUSAL = "I can't."  # no letter comes twice: a byte-level model learns that so
 
 
 class Requests:
-    """Two files of requests.
+    """Three files of requests.
 
     Attributes:
         harmful: six harmful requests with a short refusal; the last one is long.
         benign: six benign requests.
+        lessons: six requests with answers of several lengths.
     """
 
     def __init__(self, folder: Path) -> None:
         self.harmful = str(folder / "harmful.json")
         self.benign = str(folder / "benign.jsonl")
+        self.lessons = str(folder / "lessons.json")
         rows = [{"instruction": text, "output": REFUSAL} for text in HARMFUL]
         Path(self.harmful).write_text(json.dumps(rows), encoding="utf-8")
         lines = [json.dumps({"instruction": text}) for text in BENIGN]
         Path(self.benign).write_text("\n".join(lines), encoding="utf-8")
+        answers = [{"instruction": f"Count to {n}", "output": "12345"[:n]} for n in range(1, 6)]
+        answers.append({"instruction": "Stop", "output": "I have stopped, and will not go on."})
+        Path(self.lessons).write_text(json.dumps(answers), encoding="utf-8")
 
     def score(self, **changes: Any) -> ScoreSettings:
         settings = ScoreSettings(
@@ -60,6 +65,19 @@ class Requests:
             refusal_tokens=12,
             answer_tokens=4,
             enhance=enhance,
+        )
+        return replace(settings, **changes)
+
+    def preserve(self, **changes: Any) -> PreserveSettings:
+        settings = PreserveSettings(
+            steps=7,  # of two examples: the second epoch begins after the third
+            learning_rate=0.01,
+            batch_size=2,
+            max_answer_tokens=12,
+            weight_decay=0.1,
+            warmup=0.2,
+            checkpoint_steps=2,
+            seed=0,
         )
         return replace(settings, **changes)
 

@@ -1,4 +1,4 @@
-"""Copy a checkpoint and change entries of its tensors in place.
+"""Copy a checkpoint and change its tensors in place, in some entries or whole.
 
 Here live the choice of the files to copy, and the draft that appears whole or not at all. What to
 change does not: see ``merge``.
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from safeweights_peft.checkpoint.index import INDEX_FILE
-from safeweights_peft.checkpoint.reader import CheckpointReader, check_bounds
+from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo, check_bounds
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import publish
@@ -57,18 +57,44 @@ class CheckpointDraft:
         Raises:
             CheckpointError: The dtype is not the tensor's.
         """
-        info = self.reader.info(key)
-        if entries.dtype.name != info.dtype:
+        info = self._check_dtype(key, entries)
+        check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
+        if flat_indices.size:
+            self._open(info).view(entries.dtype)[flat_indices] = entries  # synced by publish
+
+    def write(self, key: str, tensor: Array) -> None:
+        """Overwrite a tensor on disk whole.
+
+        Args:
+            key: The tensor's key.
+            tensor: What to write, in the tensor's own dtype and shape.
+
+        Raises:
+            CheckpointError: The dtype or the shape is not the tensor's.
+        """
+        info = self._check_dtype(key, tensor)
+        if tensor.shape != info.shape:
             raise CheckpointError(
-                f"{key}: expected entries of dtype {info.dtype}, found {entries.dtype.name}; "
+                f"{key}: expected shape {list(info.shape)}, found {list(tensor.shape)}; "
+                "write a tensor of the checkpoint's own shape"
+            )
+        if tensor.size:
+            self._open(info).view(tensor.dtype)[:] = tensor.reshape(-1)  # synced by publish
+
+    def _check_dtype(self, key: str, values: Array) -> TensorInfo:
+        info = self.reader.info(key)
+        if values.dtype.name != info.dtype:
+            raise CheckpointError(
+                f"{key}: expected entries of dtype {info.dtype}, found {values.dtype.name}; "
                 "round them to the checkpoint's dtype first"
             )
-        check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
-        if not flat_indices.size:
-            return
+        return info
+
+    def _open(self, info: TensorInfo) -> Array:
+        """Map a tensor's bytes for writing."""
         path = self.reader.directory / info.shard
         raw = np.memmap(os.fspath(path), np.uint8, "r+", info.offset, (info.size_bytes,))
-        raw.view(np.ndarray).view(entries.dtype)[flat_indices] = entries  # synced by publish
+        return raw.view(np.ndarray)
 
 
 @contextmanager

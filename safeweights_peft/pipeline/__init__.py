@@ -4,6 +4,7 @@ from safeweights_peft.pipeline.enhancing import enhance_model, summarise
 from safeweights_peft.pipeline.estimating import Estimate, estimate
 from safeweights_peft.pipeline.evaluating import evaluate
 from safeweights_peft.pipeline.patched import load_patched
+from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.progress import Progress, Quiet
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
@@ -28,6 +29,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "load_patched",
+    "preserve_model",
     "score",
     "summarise",
     "train",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from safeweights_peft.modeling import (
     resolve_base,
 )
 from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.resuming import work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings, TrainSettings
 from safeweights_peft.training import StepLoss, enhance
 from safeweights_peft.tuner import create_adapter, round_values
@@ -119,7 +119,7 @@ def train(
         "safeweights_peft_version": version("safeweights-peft"),
     }
     digests = {name: str(each.digest) for name, each in metadata.tensors.items()}
-    work_dir = _work_dir(out, record | {"map_digests": digests})
+    work_dir = work_dir_beside(out, record | {"map_digests": digests})
     losses = _run(model, tokenizer, harmful, benign, settings, work_dir, progress)
     record["losses"] = [asdict(loss) for loss in losses]
     _save(model, metadata, out, record, overwrite)
@@ -142,12 +142,6 @@ def _base_answers(
             max_new_tokens=settings.answer_tokens,
             on_batch=advance,
         )
-
-
-def _work_dir(out: Path, identity: dict[str, Any]) -> Path:
-    """Names the checkpoints' directory after everything that the result depends on."""
-    text = json.dumps(identity, sort_keys=True)
-    return out.with_name(f".{out.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.work")
 
 
 def _run(

@@ -5,6 +5,15 @@ keeps them as they are while the others train.
 """
 
 from safeweights_peft.training.enhance import EnhanceSettings, StepLoss, enhance
+from safeweights_peft.training.finetune import PreserveSettings, fine_tune
 from safeweights_peft.training.preserve import SafetyPreservingCallback, preserve
 
-__all__ = ["EnhanceSettings", "SafetyPreservingCallback", "StepLoss", "enhance", "preserve"]
+__all__ = [
+    "EnhanceSettings",
+    "PreserveSettings",
+    "SafetyPreservingCallback",
+    "StepLoss",
+    "enhance",
+    "fine_tune",
+    "preserve",
+]

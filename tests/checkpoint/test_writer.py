@@ -40,6 +40,36 @@ def test_only_the_patched_entries_change(tmp_path: Path, shards: int) -> None:
         assert size == len(before[name])
 
 
+@pytest.mark.parametrize("key", TENSORS)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_tensor_written_whole_changes_and_no_other(tmp_path: Path, shards: int, key: str) -> None:
+    base = save_checkpoint(tmp_path / "base", TENSORS, shards)
+    new = (TENSORS[key].astype(np.float32) - 7).astype(TENSORS[key].dtype)
+    with draft_copy(CheckpointReader(base), tmp_path / "out") as draft:
+        draft.write(key, new.T.copy().T)  # its rows need not be contiguous
+    for name, found in load_checkpoint(tmp_path / "out").items():
+        assert found.tobytes() == (new if name == key else TENSORS[name]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (np.zeros((3, 4), np.float16), "a: expected entries of dtype float32, found float16"),
+        (np.zeros((4, 3), np.float32), r"a: expected shape \[3, 4\], found \[4, 3\]"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_not_written(
+    tmp_path: Path, tensor: np.ndarray, message: str
+) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path / "base", TENSORS))
+    with (
+        pytest.raises(CheckpointError, match=message),
+        draft_copy(reader, tmp_path / "out") as draft,
+    ):
+        draft.write("a", tensor)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_loading_needs_comes_along_and_nothing_else(tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "base", TENSORS, shards=2)
     wanted = ["tokenizer.model.v3", "vocab.txt", "modeling_tiny.py", "preprocessor_config.json"]

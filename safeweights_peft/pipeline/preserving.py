@@ -1,0 +1,193 @@
+"""The preserving job: a base learns from rows of data, and its safety weights stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, draft_copy
+from safeweights_peft.data import data_digest, encode_example, read_rows
+from safeweights_peft.delta import digest
+from safeweights_peft.errors import CheckpointError, ModelError
+from safeweights_peft.files import check_apart, check_target
+from safeweights_peft.format import Adapter, SafetyMap, TensorRecord, read_artifact
+from safeweights_peft.merge import base_state, copies
+from safeweights_peft.modeling import (
+    describe,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_base,
+)
+from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.resuming import work_dir_beside
+from safeweights_peft.pipeline.settings import ComputeSettings
+from safeweights_peft.training import PreserveSettings, fine_tune
+from safeweights_peft.tuner.entries import to_numpy
+
+RECORD_FILE = "preserving.json"
+CARD = """---
+library_name: transformers
+tags: [safeweights]
+---
+
+# {base}, fine-tuned with its safety weights kept
+
+{count:,} weights in {tensors} tensors are bit for bit what they were, those of a {kind}; all others
+were trained (Safety Preserving Adaptation, arXiv 2604.08297). `preserving.json` tells the settings
+and the losses. To check it: `safeweights verify path/of/the/{short} --base path/of/this/model`.
+"""
+
+
+def preserve_model(
+    base: str,
+    map_dir: Path,
+    data: str,
+    out: Path,
+    settings: PreserveSettings | None = None,
+    compute: ComputeSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Fine-tunes a base in full, but for the entries of a safety map or patch; writes the model.
+
+    The weights are trained in float32 and written in the dtypes of the base's checkpoint. An
+    interrupted job goes on from its last checkpoint, kept beside `out` until the model is complete;
+    a changed setting starts it afresh.
+
+    Args:
+        base: directory or Hub id of the base model.
+        map_dir: a safety map made for that base, or a safety patch that is merged into it.
+        data: source of instructions with answers.
+        out: the model's directory, published whole or not at all.
+        settings: steps, rates, sizes.
+        compute: device, and the dtype of matrix products.
+        progress: shown while training.
+        overwrite: replace an existing directory.
+
+    Returns:
+        What was trained, as plain JSON; the same as in the model's ``preserving.json``.
+
+    Raises:
+        BaseMismatchError: the map was made for another base, or the patch is not merged.
+    """
+    settings, compute = settings or PreserveSettings(), compute or ComputeSettings()
+    check_target(out, overwrite, CheckpointError)
+    rows, artifact = read_rows(data, needs_output=True), read_artifact(map_dir)
+    found, device = resolve_base(base, compute.revision), pick_device(compute.device)
+    check_apart(out, {"the base": found.path, "the map": map_dir}, CheckpointError)
+    tokenizer, reader = load_tokenizer(found), CheckpointReader(found.path)
+    model = load_model(found, torch.float32, device)
+    layout = describe(model, [name for name, _ in model.named_parameters()], found.path)
+    dtype = _matrix_dtype(pick_dtype(compute.dtype, device), device, layout)
+    examples = [
+        encode_example(tokenizer, row.instruction, row.output or "", settings.max_answer_tokens)
+        for row in rows
+    ]
+    record: dict[str, Any] = {
+        "kind": "preserving",
+        "base": found.name,
+        "base_revision": found.revision,
+        "map": str(map_dir),
+        "artifact": artifact.metadata.mode.artifact,
+        "frozen_entries": sum(each.size for each in artifact.indices.values()),
+        "data": data,
+        "data_digest": data_digest(rows),
+        "settings": asdict(settings) | asdict(compute),
+        "safeweights_peft_version": version("safeweights-peft"),
+        "transformers_version": version("transformers"),
+        "torch_version": version("torch"),
+    }
+    work_dir = work_dir_beside(out, record | {"digests": _digests(model, artifact)})
+    with (progress or Quiet()).task("Fine-tuning", settings.steps) as advance:
+        record["losses"] = fine_tune(
+            model,
+            tokenizer.pad_token_id,
+            examples,
+            artifact,
+            settings,
+            work_dir,
+            dtype,
+            _ahead(advance),
+        )
+    _save(model, layout, artifact, reader, out, record, overwrite)
+    shutil.rmtree(work_dir)
+    return record
+
+
+def _matrix_dtype(
+    picked: torch.dtype | str, device: torch.device, layout: Mapping[str, TensorRecord]
+) -> torch.dtype:
+    """Reads "auto" as the dtype of the checkpoint's largest tensor, and refuses what can't run."""
+    largest = max(layout.values(), key=lambda each: each.numel)
+    dtype = picked if isinstance(picked, torch.dtype) else getattr(torch, largest.dtype)
+    if dtype is torch.float16 and device.type == "cpu":
+        raise ModelError(
+            "--dtype float16: expected an accelerator to train on, found a CPU; choose float32 or "
+            "bfloat16"
+        )
+    return dtype
+
+
+def _ahead(advance: Callable[[int], None]) -> Callable[[int, float], None]:
+    """Turns a progress into a function of the step reached; a resumed run begins with a leap."""
+    done = 0
+
+    def on_step(step: int, _loss: float) -> None:
+        nonlocal done
+        advance(step - done)
+        done = step
+
+    return on_step
+
+
+def _digests(model: nn.Module, artifact: SafetyMap | Adapter) -> list[str]:
+    """Names the weights to begin with and the entries to be frozen, for a run's identity."""
+    weights = [digest(to_numpy(each)) for each in model.parameters()]
+    return weights + [digest(each) for each in artifact.indices.values()]
+
+
+def _save(
+    model: nn.Module,
+    layout: Mapping[str, TensorRecord],
+    artifact: SafetyMap | Adapter,
+    reader: CheckpointReader,
+    out: Path,
+    record: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Publishes a copy of the base with the trained weights, once the frozen ones are checked."""
+    card = CARD.format(
+        base=Path(record["base"]).name,
+        count=record["frozen_entries"],
+        tensors=len(artifact.indices),
+        kind=record["artifact"],
+        short=record["artifact"].removeprefix("safety "),
+    )
+    with draft_copy(reader, out, overwrite=overwrite) as draft:
+        for name, each in layout.items():
+            _write_parameter(draft, model.get_parameter(name), each)
+        base_state(draft.reader, artifact.metadata, artifact.indices)
+        folder = draft.reader.directory
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_parameter(draft: CheckpointDraft, parameter: nn.Parameter, record: TensorRecord) -> None:
+    """Rounds a parameter once, to nearest even, into the tensors that hold it on disk."""
+    flat = parameter.detach().cpu().to(getattr(torch, record.dtype)).flatten()
+    for copy in copies(draft.reader, record):
+        for block in copy.blocks:
+            start = flat.storage_offset() + block.offset
+            tensor = flat.as_strided(block.shape, block.strides, start)
+            draft.write(block.key, to_numpy(tensor))

@@ -1,0 +1,215 @@
+"""Fine-tune a model in full while the entries of a safety map or patch stay as they are.
+
+The loop is `transformers.Trainer`'s, the protection ``preserve``'s. What is here lays instructions
+and answers out for them: only answers count, and rows of like length stand together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from safeweights_peft.data import IGNORED, Example
+from safeweights_peft.errors import TrainingError
+from safeweights_peft.training.preserve import Artifact, preserve
+
+BATCHES_SORTED = 16
+"""Batches sorted by length together; unsorted, a third or more of their tokens is padding."""
+
+
+@dataclass(frozen=True)
+class PreserveSettings:
+    """How a model is fine-tuned under protection.
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: peak learning rate of AdamW, reached after the warm-up, then cosine to 0.
+        batch_size: examples per step.
+        max_answer_tokens: answers are cut after so many tokens.
+        weight_decay: AdamW's, on matrices alone.
+        warmup: share of the steps over which the learning rate rises, in [0, 1].
+        checkpoint_steps: a checkpoint to resume from is written every so many steps; it has three
+            times the size of the weights in float32.
+        seed: fixes the order of examples.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 2e-5
+    batch_size: int = 8
+    max_answer_tokens: int = 256
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    checkpoint_steps: int = 200
+    seed: int = 0
+
+
+def fine_tune(
+    model: PreTrainedModel,
+    pad_token_id: int,
+    examples: Sequence[Example],
+    artifact: Artifact,
+    settings: PreserveSettings,
+    work_dir: Path,
+    dtype: torch.dtype = torch.float32,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Trains all weights of a model in place, but for the entries of a safety map or patch.
+
+    A run that was interrupted goes on from the last checkpoint in `work_dir`, and ends with the
+    weights that a straight run has.
+
+    Args:
+        model: float32 weights; see `preserve` for what they must be.
+        pad_token_id: what stands where no token does.
+        examples: instructions with answers; the loss is on the answers.
+        artifact: the safety map or patch, or its directory; checked before anything is written.
+        settings: steps, rates, sizes, seed.
+        work_dir: where checkpoints are kept; give each run its own.
+        dtype: what matrix products are computed in; the weights stay in float32.
+        on_step: called after each step with its number, from 1, and its loss.
+
+    Returns:
+        The loss of each step in nats per token, those before an interruption included.
+    """
+    model.requires_grad_(True)
+    with preserve(model, artifact):
+        trainer = Trainer(
+            model=model,
+            args=_arguments(settings, work_dir, model.device, dtype),
+            train_dataset=deal(examples, settings),
+            data_collator=lambda rows: collate_answers(rows, pad_token_id),
+            callbacks=[_StepWatch(on_step)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work_dir))
+    model.eval()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _last_checkpoint(work_dir: Path) -> str | None:
+    return get_last_checkpoint(str(work_dir)) if work_dir.is_dir() else None
+
+
+def _arguments(
+    settings: PreserveSettings, work_dir: Path, device: torch.device, dtype: torch.dtype
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy="sequential",  # they come as they were dealt
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=1.0,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=settings.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+    )
+
+
+class _StepWatch(TrainerCallback):
+    """Tells of each step, and breaks off where the loss is lost."""
+
+    def __init__(self, on_step: Callable[[int, float], None]) -> None:
+        self._on_step = on_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs:  # the trainer's summary at the end
+            return
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"step {state.global_step}: expected a finite loss, found {logs['loss']}; "
+                "lower --lr"
+            )
+        self._on_step(state.global_step, logs["loss"])
+
+
+def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Example]:
+    """Deals examples out for all steps: in random order, all of them before any comes again.
+
+    Within some batches they are then put in order of length, and these batches in random order.
+
+    Args:
+        examples: at least one.
+        settings: steps, batch size, seed.
+
+    Returns:
+        One example after the other, batch by batch.
+
+    Raises:
+        TrainingError: there are no examples.
+    """
+    if not examples:
+        raise TrainingError("examples: expected at least one, found none; give more data")
+    generator = torch.Generator().manual_seed(settings.seed)
+    size, total = settings.batch_size, settings.steps * settings.batch_size
+    order: list[int] = []
+    while len(order) < total:
+        order += torch.randperm(len(examples), generator=generator).tolist()
+    dealt: list[Example] = []
+    for start in range(0, total, BATCHES_SORTED * size):
+        chosen = [examples[i] for i in order[start : min(start + BATCHES_SORTED * size, total)]]
+        chosen.sort(key=lambda each: len(each.prompt_ids) + len(each.answer_ids))
+        for batch in torch.randperm(len(chosen) // size, generator=generator).tolist():
+            dealt += chosen[batch * size : (batch + 1) * size]
+    return dealt
+
+
+def collate_answers(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
+    """Lays examples out for a causal language model that computes its own loss.
+
+    Args:
+        examples: B of at most T tokens.
+        pad_token_id: what stands where no token does.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (B, T), padded on the right; ``logits_to_keep``, the
+        number L of last columns from which an answer is predicted; ``labels`` (B, L), `IGNORED`
+        where no answer stands.
+    """
+    rows = [torch.tensor(each.prompt_ids + each.answer_ids) for each in examples]
+    labels = [row.clone() for row in rows]
+    for each, label in zip(examples, labels, strict=True):
+        label[: len(each.prompt_ids)] = IGNORED
+    start = min(len(each.prompt_ids) for each in examples) - 1
+    padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, start:]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": padded,
+        "logits_to_keep": padded.shape[1],
+    }

@@ -1,0 +1,147 @@
+"""Full fine-tuning under protection: what is learnt from, in which order, and what stays."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from safeweights_peft.data import Example
+from safeweights_peft.errors import BaseMismatchError, TrainingError
+from safeweights_peft.training import PreserveSettings, fine_tune
+from safeweights_peft.training.finetune import collate_answers, deal
+from tests.tiny_jobs import Interrupted
+from tests.training.maps import entries, hooks, kept, load, make_map, moved, same, train
+
+PAD = 256
+LENGTHS = ((5, 3), (9, 1), (4, 6), (7, 7), (6, 2))
+EXAMPLES = [
+    Example(tuple(range(10, 10 + prompt)), tuple(range(90, 90 + answer)))
+    for prompt, answer in LENGTHS
+]
+SETTINGS = PreserveSettings(steps=5, learning_rate=0.01, batch_size=2, checkpoint_steps=2)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_answer_tokens_one_by_one(tiny_llama: Path) -> None:
+    model, losses = load(tiny_llama), []
+    for each in EXAMPLES:
+        logits = model(input_ids=torch.tensor([each.prompt_ids + each.answer_ids])).logits[0]
+        answers = torch.tensor(each.answer_ids)
+        losses += F.cross_entropy(logits[-len(answers) - 1 : -1], answers, reduction="none")
+    loss = model(**collate_answers(EXAMPLES, PAD)).loss
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+
+
+def test_logits_begin_where_the_first_answer_is_predicted() -> None:
+    batch = collate_answers(EXAMPLES, PAD)
+    width = batch["input_ids"].shape[1]
+    assert width == 14
+    assert batch["logits_to_keep"] == width - 3
+    assert batch["labels"].shape == (5, width - 3)
+
+
+def test_every_example_is_dealt_before_any_comes_again() -> None:
+    dealt = deal(EXAMPLES, PreserveSettings(steps=4, batch_size=5))
+    assert set(Counter(dealt).values()) == {4}
+
+
+def test_batches_are_dealt_for_every_step_however_few_examples_there_are() -> None:
+    settings = PreserveSettings(steps=40, batch_size=3)
+    assert len(deal(EXAMPLES[:2], settings)) == 120
+
+
+def test_rows_of_like_length_stand_in_one_batch() -> None:
+    examples = [Example((1,) * 5, (2,) * n) for n in range(1, 61)]
+    dealt = deal(examples, PreserveSettings(steps=10, batch_size=6))
+    lengths = [[len(each.answer_ids) for each in dealt[i : i + 6]] for i in range(0, 60, 6)]
+    assert all(max(batch) - min(batch) == 5 for batch in lengths)
+    assert lengths != sorted(lengths)
+
+
+def test_another_seed_deals_in_another_order() -> None:
+    settings = [PreserveSettings(steps=4, batch_size=5, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (deal(EXAMPLES, each) for each in settings)
+    assert first == again
+    assert first != other
+
+
+def test_all_weights_move_but_those_of_the_map(tiny_llama: Path, tmp_path: Path) -> None:
+    safety_map, model = make_map(tiny_llama), load(tiny_llama)
+    losses = fine_tune(model, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path / "work")
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert kept(model, tiny_llama, safety_map)
+    assert moved(model, tiny_llama)
+
+
+def test_weights_stay_in_float32_where_products_are_computed_in_bfloat16(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    safety_map, wide, narrow = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
+    fine_tune(wide, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path / "wide")
+    fine_tune(narrow, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path / "narrow", torch.bfloat16)
+    assert {each.dtype for each in narrow.parameters()} == {torch.float32}
+    assert not same(narrow.state_dict(), wide.state_dict())
+    assert kept(narrow, tiny_llama, safety_map)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_a_run_broken_off_anywhere_ends_bitwise_like_a_straight_one(
+    stop: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    safety_map, straight, resumed = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
+
+    def on_step(step: int, loss: float) -> None:
+        if step == stop:
+            raise Interrupted
+
+    job = PAD, EXAMPLES, safety_map, SETTINGS
+    losses = fine_tune(straight, *job, tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        fine_tune(load(tiny_llama), *job, tmp_path / "broken", on_step=on_step)
+    assert fine_tune(resumed, *job, tmp_path / "broken") == losses
+    assert same(resumed.state_dict(), straight.state_dict())
+
+
+def test_a_finished_run_called_again_trains_no_further(tiny_llama: Path, tmp_path: Path) -> None:
+    safety_map, first, second = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
+    losses = fine_tune(first, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path)
+    assert fine_tune(second, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path) == losses
+    assert same(first.state_dict(), second.state_dict())
+
+
+def test_no_hook_is_left_after_a_run_that_was_broken_off(tiny_llama: Path, tmp_path: Path) -> None:
+    safety_map, model = make_map(tiny_llama), load(tiny_llama)
+    before, frozen = hooks(model), entries(model, safety_map)
+
+    def on_step(step: int, loss: float) -> None:
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        fine_tune(model, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path, on_step=on_step)
+    assert hooks(model) == before
+    assert same(entries(model, safety_map), frozen)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    model = load(tiny_llama)
+    safety_map = make_map(tiny_llama, ["model.layers.0.mlp.up_proj.weight"])
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"^step 1: expected a finite loss, found nan; lower"):
+        fine_tune(model, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path)
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(TrainingError, match="expected at least one, found none"):
+        deal([], SETTINGS)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = load(tiny_llama)
+    train(model, steps=1)
+    with pytest.raises(BaseMismatchError, match="safety map was made for"):
+        fine_tune(model, PAD, EXAMPLES, make_map(tiny_llama), SETTINGS, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
