@@ -26,6 +26,8 @@ from safeweights_peft.cli.options import (
     new_file,
     out_directory,
     overwrite,
+    preserve_options,
+    preserve_settings,
     score_options,
     score_settings,
     seed,
@@ -38,6 +40,7 @@ from safeweights_peft.cli.output import (
     show,
     show_adapter,
     show_estimate,
+    show_preserved,
     show_progress,
     show_run,
 )
@@ -158,6 +161,50 @@ def train_command(
     with show_progress() as progress:
         train(base, map_dir, out, settings, compute, progress, overwrite=overwrite)
     show_adapter(inspect(out), out, as_json)
+
+
+@main.command("preserve")
+@click.argument("base")
+@click.option(
+    "--map",
+    "map_dir",
+    required=True,
+    type=existing,
+    help="Safety map of BASE, or safety patch that is merged into it.",
+)
+@click.option(
+    "--data",
+    required=True,
+    help="Requests with answers to learn: a .json/.jsonl file, a datasets id, or builtin:NAME.",
+)
+@out_directory
+@preserve_options
+@seed
+@compute_options
+@overwrite
+@json_output
+def preserve_command(
+    base: str,
+    map_dir: Path,
+    data: str,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fine-tune BASE, all weights but those of a safety map or patch (SPA); write the model.
+
+    Weights are trained in float32 and written in BASE's own dtypes, those of the map bit for bit as
+    they were. An interrupted training goes on from its last checkpoint when called again.
+    """
+    from safeweights_peft.pipeline import preserve_model
+
+    settings, compute = preserve_settings(options), compute_settings(options)
+    with show_progress() as progress:
+        record = preserve_model(
+            base, map_dir, data, out, settings, compute, progress, overwrite=overwrite
+        )
+    show_preserved(record, out, as_json)
 
 
 @main.command("eval")

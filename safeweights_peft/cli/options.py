@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         ScoreSettings,
         TrainSettings,
     )
+    from safeweights_peft.training import PreserveSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -114,6 +115,20 @@ train_options = _options(
         help="Weight of staying like the base against refusing.",
     ),
 )
+preserve_options = _options(
+    click.option("--steps", type=click.IntRange(1), help="Optimizer steps.  [default: 1000]"),
+    click.option(
+        "--lr",
+        type=FiniteRange(0, min_open=True),
+        help="Peak learning rate.  [default: 2e-5]",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), help="Rows per step.  [default: 8]"),
+    click.option(
+        "--weight-decay",
+        type=FiniteRange(0),
+        help="AdamW's weight decay; frozen weights get none.  [default: 0.1]",
+    ),
+)
 evaluate_options = _options(
     click.option(
         "--eval-harmful",
@@ -171,6 +186,20 @@ def train_settings(options: dict[str, Any]) -> TrainSettings:
     return TrainSettings(
         harmful=options["harmful"], benign=options["benign"], enhance=EnhanceSettings(**given)
     )
+
+
+def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
+    """Reads the settings of a preserving job out of a command's options."""
+    from safeweights_peft.training import PreserveSettings
+
+    chosen = {
+        "steps": options["steps"],
+        "learning_rate": options["lr"],
+        "batch_size": options["batch_size"],
+        "weight_decay": options["weight_decay"],
+        "seed": options["seed"],
+    }
+    return PreserveSettings(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:

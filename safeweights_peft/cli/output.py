@@ -121,6 +121,21 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
     show(content, rows, as_json)
 
 
+def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Prints what a preserving job did, its losses summed up."""
+    losses = record["losses"]
+    summary = {"path": str(out), **record, "first_loss": losses[0], "last_loss": losses[-1]}
+    del summary["losses"]
+    rows = [
+        ("path", str(out)),
+        ("base", str(record["base"])),
+        ("frozen", f"{record['frozen_entries']:,} entries of a {record['artifact']}"),
+        ("steps", str(len(losses))),
+        ("loss", f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last"),
+    ]
+    show(summary, rows, as_json)
+
+
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
     """Draws and prints a finished run; says on stderr what can be done next."""
     from safeweights_peft.report import comparison_rows, plot_run

@@ -63,11 +63,13 @@ def options(requests: Requests) -> dict[str, list[str]]:
     harmful = ["--harmful", requests.harmful]
     score = ["--examples", "4", "--density", "0.1"]
     train = ["--benign", requests.benign, "--steps", "2", "--lr", "0.01", "--retain-weight", "1"]
+    preserve = ["--data", requests.lessons, "--steps", "2", "--batch-size", "2", "--lr", "0.01"]
     evaluate = ["--eval-harmful", requests.harmful, "--eval-benign", requests.benign]
     evaluate += ["--limit", "3", "--max-new-tokens", "4"]
     return {
         "score": harmful + score,
         "train": harmful + train,
+        "preserve": preserve,
         "eval": evaluate,
         "enhance": harmful + score + train + evaluate,
     }

@@ -56,18 +56,31 @@ def test_a_patch_for_another_base_is_a_failure(run: Run, tmp_path: Path) -> None
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "train", "merge"])
+@pytest.mark.parametrize("command", ["score", "train", "preserve", "merge"])
 def test_an_existing_result_is_a_failure_unless_it_may_be_replaced(
     command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
-    inputs = {"train": ["--map", run.out / "map"], "merge": [run.out / "patch"]}.get(command, [])
+    safety_map = ["--map", run.out / "map"]
+    inputs = {"train": safety_map, "preserve": safety_map, "merge": [run.out / "patch"]}
     (tmp_path / "file").write_text("old")
-    job = [command, run.base, *inputs, "--out", tmp_path, *options.get(command, [])]
+    job = [command, run.base, *inputs.get(command, []), "--out", tmp_path]
+    job += options.get(command, [])
     refused = call(*job)
     assert refused.exit_code == 1
     assert content(tmp_path) == {"file": b"old"}
     assert call(*job, "--overwrite").exit_code == 0
     assert "file" not in content(tmp_path)
+
+
+def test_preserving_under_a_patch_that_is_not_merged_is_a_failure_of_one_line(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "patch", "--out", tmp_path / "model"]
+    called = call("preserve", run.base, *inputs, *options["preserve"])
+    assert called.exit_code == 1
+    assert called.stdout == ""
+    assert error_lines(called.stderr)[-1].endswith("merge the patch first")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> None:
@@ -88,6 +101,11 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["score", "base", "--out", "map", "--method", "best"],
         ["score", "base", "--out", "map", "--examples", "0"],
         ["train", "base", "--out", "patch"],
+        ["preserve", "base", "--map", ".", "--out", "model"],
+        ["preserve", "base", "--data", "rows.json", "--out", "model"],
+        ["preserve", "base", "--map", "nowhere", "--data", "rows.json", "--out", "model"],
+        ["preserve", "base", "--batch-size", "0"],
+        ["preserve", "base", "--weight-decay", "-1"],
         ["enhance", "base", "--out", "run", "--lr", "inf"],
         ["enhance", "base", "--out", "run", "--retain-weight", "-1"],
         ["enhance", "base", "--out", "run", "--steps", "0"],

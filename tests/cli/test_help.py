@@ -14,7 +14,7 @@ def options_of(command: click.Command) -> list[click.Option]:
 
 
 def test_the_commands_are_the_steps_of_the_work() -> None:
-    jobs = ["enhance", "eval", "inspect", "merge", "score", "train", "verify"]
+    jobs = ["enhance", "eval", "inspect", "merge", "preserve", "score", "train", "verify"]
     assert jobs == COMMANDS
 
 

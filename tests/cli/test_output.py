@@ -70,6 +70,53 @@ def test_score_then_train_give_what_enhance_gives(
     assert tensors[0].read_bytes() == tensors[1].read_bytes()
 
 
+def test_preserve_prints_a_summary_of_its_record_as_json(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "map", "--out", tmp_path / "model"]
+    called = call("preserve", run.base, *inputs, *options["preserve"], "--json")
+    assert called.exit_code == 0, called.output
+    summary = json.loads(called.stdout)
+    record = json.loads((tmp_path / "model" / "preserving.json").read_text())
+    assert summary.pop("path") == str(tmp_path / "model")
+    losses = record.pop("losses")
+    assert [summary.pop("first_loss"), summary.pop("last_loss")] == losses
+    assert summary == record
+    assert "Fine-tuning" in called.stderr
+
+
+def test_preserve_prints_a_table_without_json(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "map", "--out", tmp_path / "model"]
+    lines = call("preserve", run.base, *inputs, *options["preserve"]).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["path", "base", "frozen", "steps", "loss"]
+    assert "entries of a safety map" in lines[2]
+
+
+def test_preserve_passes_its_options_on(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    job = ["preserve", run.base, "--map", run.out / "map", "--out", tmp_path / "model"]
+    told = ["--weight-decay", "0.5", "--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
+    called = call(*job, *options["preserve"], *told, "--json")
+    wanted = {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "weight_decay": 0.5}
+    wanted |= {"seed": 3, "device": "cpu", "dtype": "bfloat16"}
+    settings = json.loads(called.stdout)["settings"]
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_enhance_then_merge_then_preserve_keeps_what_enhance_has_made(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    patch, merged, model = run.out / "patch", tmp_path / "merged", tmp_path / "model"
+    call("merge", run.base, patch, "--out", merged)
+    called = call("preserve", merged, "--map", patch, "--out", model, *options["preserve"])
+    assert "entries of a safety patch" in called.stdout
+    verified = call("verify", patch, "--base", model)
+    assert "holds the merged values" in verified.stdout
+
+
 def test_eval_prints_and_writes_the_same_json(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
