@@ -52,8 +52,8 @@ class EnhanceSettings:
     """
 
     steps: int = 100
-    learning_rate: float = 7e-4
-    retain_weight: float = 14.0
+    learning_rate: float = 6e-4
+    retain_weight: float = 16.0
     harmful_batch_size: int = 4
     benign_batch_size: int = 12
     token_decay: float = 0.7
