@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from safeweights_peft.merge import merge as merge
     from safeweights_peft.merge import verify as verify
     from safeweights_peft.training import SafetyPreservingCallback as SafetyPreservingCallback
-    from safeweights_peft.training import merge_preserved as merge_preserved
     from safeweights_peft.training import preserve as preserve
     from safeweights_peft.tuner import SafeWeightsConfig as SafeWeightsConfig
     from safeweights_peft.tuner import create_adapter as create_adapter
@@ -75,7 +74,7 @@ _ROOMS = {
         "write_map",
     ],
     "merge": ["merge", "verify"],
-    "training": ["SafetyPreservingCallback", "merge_preserved", "preserve"],
+    "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names}

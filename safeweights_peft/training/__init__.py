@@ -6,11 +6,7 @@ keeps them as they are while the others train.
 
 from safeweights_peft.training.enhance import EnhanceSettings, StepLoss, enhance
 from safeweights_peft.training.finetune import PreserveSettings, fine_tune
-from safeweights_peft.training.preserve import (
-    SafetyPreservingCallback,
-    merge_preserved,
-    preserve,
-)
+from safeweights_peft.training.preserve import SafetyPreservingCallback, preserve
 
 __all__ = [
     "EnhanceSettings",
@@ -19,6 +15,5 @@ __all__ = [
     "StepLoss",
     "enhance",
     "fine_tune",
-    "merge_preserved",
     "preserve",
 ]

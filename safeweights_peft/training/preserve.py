@@ -2,9 +2,8 @@
 
 The entries of a safety map, or of a safety patch that has been merged, are frozen bit for bit
 while everything else trains, in any loop (`preserve`) or in `transformers.Trainer` and the trainers
-that build on it, such as TRL's (`SafetyPreservingCallback`); under LoRA, the entries of the
-effective weights. The hooks that do it live in ``freeze`` and ``correction``; here a map or a patch
-meets a model.
+that build on it, such as TRL's (`SafetyPreservingCallback`). The hooks that do it live in
+``freeze``; here a map or a patch meets a model.
 
 Source: arXiv 2604.08297, section on SPA.
 """
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -26,13 +26,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.format import Adapter, Mode, SafetyMap, TensorRecord, read_artifact
-from safeweights_peft.training.adapters import (
-    check_adapters,
-    correct_lora,
-    has_adapters,
-    parameters_by_name,
-)
-from safeweights_peft.training.correction import LoraCorrection
 from safeweights_peft.training.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.tuner.entries import check_base, check_merged, to_torch
 
@@ -61,18 +54,12 @@ def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
     the same once more at the end, also after an exception. Everything is checked before anything
     is changed. Several maps may be nested. Beyond the model it takes 12 bytes per entry at most.
 
-    Under LoRA the effective weight W + s·BA stays W at the frozen entries: what an adapter adds
-    there is taken out of its output, in training and in generation. The adapter is saved as plain
-    LoRA, which moves the entries wherever it runs without `preserve`; `merge_preserved` makes plain
-    weights of it. A layer under LoRA can be preserved by one map at a time. Base weights that are
-    trained beside LoRA, such as `modules_to_save`, are protected as in full training.
-
     Enter it with the parameters that the optimizer trains: an optimizer that works on copies of
     its own, as DeepSpeed's do, moves entries unseen until the end. The entries are put back then.
 
     Args:
         model: the map's base, or the patch's base with the patch merged in, or what an earlier run
-            under the same artifact made of it; perhaps with LoRA, wrapped in DDP or compiled.
+            under the same artifact made of it; perhaps wrapped in DDP or compiled.
         artifact: the safety map or patch, or its directory.
 
     Yields:
@@ -82,10 +69,10 @@ def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
         BaseMismatchError: the model's entries are not those that the map was made for, or not the
             patch's merged ones.
         ModelError: a parameter is missing or has another shape.
-        UnsupportedFeatureError: the model has adapters other than plain LoRA on linear layers, or
-            merged ones, or a parameter is sharded, quantized, or without data.
+        UnsupportedFeatureError: the model has adapters, or a parameter is sharded, quantized, or
+            without data.
     """
-    guard = _Guard(model, artifact)
+    guard = _guard(model, artifact)
     try:
         guard.attach()
         yield
@@ -113,7 +100,7 @@ class SafetyPreservingCallback(TrainerCallback):
             artifact: the safety map or patch, or its directory.
         """
         self._artifact = artifact
-        self._guard: _Guard | None = None
+        self._guard: FreezeGuard | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -136,7 +123,7 @@ class SafetyPreservingCallback(TrainerCallback):
                 "args.deepspeed: expected none, found DeepSpeed, whose optimizer moves copies of "
                 f"the parameters; {_WHOLE}"
             )
-        self._guard = _Guard(kwargs["model"], self._artifact)
+        self._guard = _guard(kwargs["model"], self._artifact)
         self._guard.attach()
 
     def on_train_end(
@@ -162,82 +149,28 @@ class SafetyPreservingCallback(TrainerCallback):
             guard.detach()
 
 
-def merge_preserved(model: PeftModel, artifact: Artifact) -> nn.Module:
-    """Merges active LoRA adapters into the base, but for the entries of a safety map or patch.
-
-    The result is what `merge_and_unload` makes, with the base's own bits at the frozen entries: the
-    plain model that computes what the adapters did under `preserve`.
-
-    Args:
-        model: the base with LoRA adapters, as for `preserve`; used up, as by `merge_and_unload`.
-        artifact: the safety map or patch, or its directory.
-
-    Returns:
-        The plain model.
-
-    Raises:
-        UnsupportedFeatureError: the model is no PeftModel, or see `preserve`, whose other errors
-            come from here too.
-    """
-    if not isinstance(model, PeftModel):
-        raise UnsupportedFeatureError(
-            f"model: expected a PeftModel, found {type(model).__name__}; give the model that "
-            "get_peft_model or PeftModel.from_pretrained made"
-        )
-    entries = _frozen_entries(model, _read(artifact))
-    correct_lora(model, entries)  # refuses what `preserve` does
-    merged: nn.Module = model.merge_and_unload()
-    for each in entries:
-        each.restore()
-    return merged
-
-
-class _Guard:
-    """All hooks that protect one model, from ``attach`` to ``detach``."""
-
-    def __init__(self, model: nn.Module, artifact: Artifact) -> None:
-        """Does all checks and changes nothing."""
-        artifact, model = _read(artifact), _unwrap(model)
-        entries = _frozen_entries(model, artifact)
-        self._parts: list[FreezeGuard | LoraCorrection] = []
-        if has_adapters(model):
-            self._parts += correct_lora(model, entries)
-            entries = [each for each in entries if each.parameter.requires_grad]
-        else:
-            _warn_of_untrained(entries, artifact.metadata.mode.artifact)
-        self._parts.append(FreezeGuard(entries))
-
-    def attach(self) -> None:
-        for each in self._parts:
-            each.attach()
-
-    def detach(self) -> None:
-        for each in self._parts:
-            each.detach()
-
-
-def _read(artifact: Artifact) -> SafetyMap | Adapter:
-    return artifact if isinstance(artifact, SafetyMap | Adapter) else read_artifact(artifact)
-
-
-def _frozen_entries(model: nn.Module, artifact: SafetyMap | Adapter) -> list[FrozenEntries]:
-    """Finds the entries in a model, checked, of every parameter that stands for an artifact's."""
-    metadata = artifact.metadata
+def _guard(model: nn.Module, artifact: Artifact) -> FreezeGuard:
+    """Makes a guard that is not attached yet, with all checks done."""
+    if not isinstance(artifact, SafetyMap | Adapter):
+        artifact = read_artifact(artifact)
+    metadata, model = artifact.metadata, _unwrap(model)
     kind = metadata.mode.artifact
     _check_model(model, next(iter(artifact.indices), kind))
-    parameters = parameters_by_name(model)
+    # A tied parameter is found by each of its names.
+    everything = model.named_parameters(remove_duplicate=False)
+    parameters = {name.replace("_orig_mod.", ""): each for name, each in everything}
     entries = []
     for name, indices in artifact.indices.items():
         record = metadata.tensors[name]
         check_indices(name, indices, record.shape)
-        for parameter in _find(parameters, name, record, kind):
-            frozen = FrozenEntries(name, parameter, to_torch(indices))
-            if metadata.mode is Mode.SPA:
-                check_base(name, frozen.originals, record, kind)
-            else:
-                check_merged(name, frozen.originals, record, metadata.scale)
-            entries.append(frozen)
-    return entries
+        frozen = FrozenEntries(name, _find(parameters, name, record, kind), to_torch(indices))
+        if metadata.mode is Mode.SPA:
+            check_base(name, frozen.originals, record, kind)
+        else:
+            check_merged(name, frozen.originals, record, metadata.scale)
+        entries.append(frozen)
+    _warn_of_untrained(entries, kind)
+    return FreezeGuard(entries)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -252,9 +185,16 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _check_model(model: nn.Module, first: str) -> None:
-    if has_adapters(model):
-        check_adapters(model)
-    if any(isinstance(each, FullyShardedDataParallel) for each in model.modules()):
+    modules = list(model.modules())
+    if isinstance(model, PeftModel) or any(isinstance(each, BaseTunerLayer) for each in modules):
+        configs = getattr(model, "peft_config", {}).values()
+        kinds = ", ".join(sorted({str(each.peft_type.value) for each in configs})) or "PEFT"
+        raise UnsupportedFeatureError(
+            f"model: expected one without adapters, found {kinds}: under an adapter the base is "
+            "frozen already, and only its effective weights move, which is not prevented yet; "
+            "train the base itself, or merge the adapter first"
+        )
+    if any(isinstance(each, FullyShardedDataParallel) for each in modules):
         raise UnsupportedFeatureError(
             f"{first}: expected a whole parameter, found a model whose parameters FSDP has "
             f"flattened; {_WHOLE}"
@@ -262,21 +202,21 @@ def _check_model(model: nn.Module, first: str) -> None:
 
 
 def _find(
-    parameters: dict[str, list[nn.Parameter]], name: str, record: TensorRecord, kind: str
-) -> list[nn.Parameter]:
-    if name not in parameters:
+    parameters: dict[str, nn.Parameter], name: str, record: TensorRecord, kind: str
+) -> nn.Parameter:
+    parameter = parameters.get(name)
+    if parameter is None:
         raise ModelError(
             f"{name}: expected a parameter of the model, found none; train the base that the "
             f"{kind} was made for"
         )
-    for parameter in parameters[name]:
-        _check_kind(parameter, name)
-        if tuple(parameter.shape) != record.shape:
-            raise ModelError(
-                f"{name}: expected shape {list(record.shape)}, found {list(parameter.shape)}; "
-                f"train the base that the {kind} was made for"
-            )
-    return parameters[name]
+    _check_kind(parameter, name)
+    if tuple(parameter.shape) != record.shape:
+        raise ModelError(
+            f"{name}: expected shape {list(record.shape)}, found {list(parameter.shape)}; train "
+            f"the base that the {kind} was made for"
+        )
+    return parameter
 
 
 def _check_kind(parameter: nn.Parameter, name: str) -> None:
