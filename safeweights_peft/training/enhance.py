@@ -31,9 +31,6 @@ from safeweights_peft.data import IGNORED, Batch, Example, collate
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling import answer_logits
 
-ROWS_TOGETHER = 12
-"""Rows in a forward pass: of like length, so that little of it is padding."""
-
 
 @dataclass(frozen=True)
 class EnhanceSettings:
@@ -162,19 +159,8 @@ def _arguments(
     )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one forward pass, with the weight of each answer token in the step's loss."""
-
-    batch: Batch
-    weights: torch.Tensor
-
-    def to(self, device: torch.device) -> _Part:
-        return _Part(self.batch.to(device), self.weights.to(device))
-
-
-class _Steps(Dataset[tuple[list[_Part], list[_Part]]]):
-    """The examples of each step: item i is step i's harmful parts, and its benign ones."""
+class _Steps(Dataset[tuple[Batch, Batch]]):
+    """The examples of each step: item i is step i's whole batch, and its benign rows alone."""
 
     def __init__(
         self,
@@ -185,24 +171,18 @@ class _Steps(Dataset[tuple[list[_Part], list[_Part]]]):
     ) -> None:
         generator = torch.Generator().manual_seed(settings.seed)
         self._pad_token_id = pad_token_id
-        self._decay = settings.token_decay
         self._harmful = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
         self._benign = _deal(benign, settings.benign_batch_size, settings.steps, generator)
 
     def __len__(self) -> int:
         return len(self._harmful)
 
-    def __getitem__(self, step: int) -> tuple[list[_Part], list[_Part]]:
-        return self._parts(self._harmful[step]), self._parts(self._benign[step])
-
-    def _parts(self, examples: list[Example]) -> list[_Part]:
-        ordered = sorted(examples, key=lambda each: len(each.prompt_ids))
-        batches = [
-            collate(ordered[start : start + ROWS_TOGETHER], self._pad_token_id)
-            for start in range(0, len(ordered), ROWS_TOGETHER)
-        ]
-        weights = token_weights([batch.answer_ids for batch in batches], self._decay)
-        return [_Part(*pair) for pair in zip(batches, weights, strict=True)]
+    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
+        benign = self._benign[step]
+        return (
+            collate(self._harmful[step] + benign, self._pad_token_id),
+            collate(benign, self._pad_token_id),
+        )
 
 
 def _deal(
@@ -219,9 +199,9 @@ def _deal(
     return [[next(dealt) for _ in range(size)] for _ in range(steps)]
 
 
-def _only(items: list[tuple[list[_Part], list[_Part]]]) -> dict[str, list[_Part]]:
-    ((harmful, benign),) = items
-    return {"harmful": harmful, "benign": benign}
+def _only(items: list[tuple[Batch, Batch]]) -> dict[str, Batch]:
+    ((whole, benign),) = items
+    return {"whole": whole, "benign": benign}
 
 
 class _EnhanceTrainer(Trainer):
@@ -236,25 +216,18 @@ class _EnhanceTrainer(Trainer):
     def compute_loss(
         self,
         model: PeftModel,
-        inputs: dict[str, list[_Part]],
+        inputs: dict[str, Batch],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
-        harmful, benign = ([p.to(self.args.device) for p in parts] for parts in inputs.values())
+        decay, device = self.settings.token_decay, self.args.device
+        whole, benign = inputs["whole"].to(device), inputs["benign"].to(device)
         with torch.no_grad(), model.disable_adapter():
-            base = [answer_logits(model, part.batch) for part in benign]
-        refusal = torch.stack(
-            [
-                refusal_loss(answer_logits(model, part.batch), part.batch.answer_ids, part.weights)
-                for part in harmful
-            ]
-        ).sum()
-        retain = torch.stack(
-            [
-                retain_loss(answer_logits(model, part.batch), logits, part.weights)
-                for part, logits in zip(benign, base, strict=True)
-            ]
-        ).sum()
+            base = answer_logits(model, benign)
+        logits = answer_logits(model, whole)
+        harmful = len(logits) - len(base)
+        refusal = refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
+        retain = retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
         self._report(refusal.item(), retain.item())
         return refusal + self.settings.retain_weight * retain
 
@@ -269,15 +242,13 @@ class _EnhanceTrainer(Trainer):
         self.on_step(step)
 
 
-def refusal_loss(
-    logits: torch.Tensor, answer_ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def refusal_loss(logits: torch.Tensor, answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
     """Computes the weighted negative log-likelihood of refusals.
 
     Args:
         logits: (B, A, V) of the model in training.
         answer_ids: (B, A) refusals, `IGNORED` where one has ended.
-        weights: (B, A) from `token_weights`.
+        decay: weight of an answer token relative to the one before it.
 
     Returns:
         A scalar, nats per token.
@@ -285,39 +256,40 @@ def refusal_loss(
     losses = F.cross_entropy(
         logits.transpose(1, 2), answer_ids, ignore_index=IGNORED, reduction="none"
     )
-    return (losses * weights).sum()
+    return (losses * token_weights(answer_ids, decay)).sum()
 
 
 def retain_loss(
-    logits: torch.Tensor, base_logits: torch.Tensor, weights: torch.Tensor
+    logits: torch.Tensor, base_logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
 ) -> torch.Tensor:
     """Computes the weighted KL(base || model) over the base's own answers.
 
     Args:
         logits: (B, A, V) of the model in training.
         base_logits: (B, A, V) of the base.
-        weights: (B, A) from `token_weights`.
+        answer_ids: (B, A) the base's answers, `IGNORED` where one has ended.
+        decay: weight of an answer token relative to the one before it.
 
     Returns:
         A scalar, nats per token.
     """
-    scored = weights > 0
+    scored = answer_ids != IGNORED
     base = F.log_softmax(base_logits[scored], -1)
     tuned = F.log_softmax(logits[scored], -1)
     divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
-    return (divergence * weights[scored]).sum()
+    return (divergence * token_weights(answer_ids, decay)[scored]).sum()
 
 
-def token_weights(answers: Sequence[torch.Tensor], decay: float) -> list[torch.Tensor]:
+def token_weights(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
     """Weights answer tokens: geometrically less from each to the next, 1 in all.
 
     Args:
-        answers: the answers of one step's batches, each (B, A); `IGNORED` where one has ended.
+        answer_ids: (B, A), `IGNORED` where an answer has ended.
         decay: weight of a token relative to the one before it, in (0, 1].
 
     Returns:
-        (B, A) float32 for each batch, 0 where an answer has ended; together they sum to 1.
+        (B, A) float32 that sums to 1, 0 where an answer has ended.
     """
-    weights = [decay ** torch.arange(ids.shape[1]) * (ids != IGNORED) for ids in answers]
-    total = sum(each.sum() for each in weights)
-    return [each / total for each in weights]
+    steps = torch.arange(answer_ids.shape[1], device=answer_ids.device)
+    weights = decay**steps * (answer_ids != IGNORED)
+    return weights / weights.sum()

@@ -106,8 +106,7 @@ def test_the_refusal_loss_is_that_of_a_plain_loop_over_tokens() -> None:
                 odds = [math.exp(x) for x in logits[row, position].tolist()]
                 total -= decay**position * math.log(odds[token] / sum(odds))
                 weights += decay**position
-    (given,) = token_weights([ANSWERS], decay)
-    assert refusal_loss(logits, ANSWERS, given).item() == pytest.approx(total / weights, rel=1e-5)
+    assert refusal_loss(logits, ANSWERS, decay).item() == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
@@ -121,43 +120,24 @@ def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
                 kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
                 total += decay**position * kl
                 weights += decay**position
-    (given,) = token_weights([ANSWERS], decay)
-    assert retain_loss(logits, base, given).item() == pytest.approx(total / weights, rel=1e-5)
+    found = retain_loss(logits, base, ANSWERS, decay).item()
+    assert found == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_what_stands_after_an_answers_end_changes_no_loss() -> None:
     logits, base = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
-    (weights,) = token_weights([ANSWERS], 0.7)
-    before = refusal_loss(logits, ANSWERS, weights), retain_loss(logits, base, weights)
+    before = refusal_loss(logits, ANSWERS, 0.7), retain_loss(logits, base, ANSWERS, 0.7)
     logits[ANSWERS == IGNORED] = 1e4
     base[ANSWERS == IGNORED] = -1e4
-    after = refusal_loss(logits, ANSWERS, weights), retain_loss(logits, base, weights)
+    after = refusal_loss(logits, ANSWERS, 0.7), retain_loss(logits, base, ANSWERS, 0.7)
     assert after == before
 
 
-def test_token_weights_fall_by_the_decay_and_sum_to_one_over_all_batches() -> None:
-    answers = [ANSWERS, ANSWERS[1:, :2]]
-    weights = token_weights(answers, 0.5)
-    assert sum(each.sum().item() for each in weights) == pytest.approx(1.0)
-    for each, ids in zip(weights, answers, strict=True):
-        assert torch.equal(each > 0, ids != IGNORED)
-    assert torch.allclose(weights[0][0, 1:], weights[0][0, :-1] / 2)
-    assert torch.equal(weights[1], weights[0][1:, :2])
-
-
-def test_rows_in_several_forward_passes_train_as_in_one(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = []
-    for rows in (2, 100):
-        monkeypatch.setattr(sys.modules[enhance.__module__], "ROWS_TOGETHER", rows)
-        job = Job(tiny_llama)
-        runs.append((job.run(tmp_path / str(rows), harmful_batch_size=5), job.values()))
-    (losses, values), (other_losses, other_values) = runs
-    for loss, other in zip(losses, other_losses, strict=True):
-        assert dataclasses.astuple(loss) == pytest.approx(dataclasses.astuple(other), abs=1e-4)
-    for name, each in values.items():
-        assert torch.allclose(each, other_values[name], atol=1e-3), name
+def test_token_weights_fall_by_the_decay_and_sum_to_one() -> None:
+    weights = token_weights(ANSWERS, 0.5)
+    assert weights.sum().item() == pytest.approx(1.0)
+    assert torch.equal(weights > 0, ANSWERS != IGNORED)
+    assert torch.allclose(weights[0, 1:], weights[0, :-1] / 2)
 
 
 def test_the_first_steps_loss_is_the_base_models_own(tiny_llama: Path, tmp_path: Path) -> None:
@@ -297,11 +277,12 @@ def test_no_example_comes_again_before_all_have_come(
     job, seen = Job(tiny_llama), []
 
     def spy(examples: list[Example], pad_token_id: int) -> object:
-        seen.extend(examples)
+        if any(example in job.harmful for example in examples):  # the benign come alone as well
+            seen.extend(examples)
         return collate(examples, pad_token_id)
 
     monkeypatch.setattr(sys.modules[enhance.__module__], "collate", spy)
-    job.run(tmp_path, steps=8, harmful_batch_size=3, benign_batch_size=3)
+    job.run(tmp_path, steps=6, harmful_batch_size=4, benign_batch_size=4)
     for known in (job.harmful, job.benign):
         dealt = [example for example in seen if example in known]
         rounds = [dealt[start : start + len(known)] for start in range(0, len(dealt), len(known))]
