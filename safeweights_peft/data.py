@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -295,6 +295,21 @@ def encode_example(
     turn = conversation[len(prompt) :].rstrip("\n")
     ids = tokenizer(turn, add_special_tokens=False)["input_ids"]
     return Example(encode_prompt(tokenizer, instruction), tuple(ids[:max_answer_tokens]))
+
+
+def endless_shuffle(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
+    """Deals examples out in random order, all of them before any comes again.
+
+    Args:
+        examples: at least one.
+        generator: fixes the order; used as far as examples are asked for.
+
+    Yields:
+        Examples, without end.
+    """
+    while True:
+        for position in torch.randperm(len(examples), generator=generator).tolist():
+            yield examples[position]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

@@ -158,6 +158,11 @@ evaluate_options = _options(
 )
 
 
+def _given(**chosen: Any) -> dict[str, Any]:
+    """Drops options that were not given: their settings keep their defaults."""
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def score_settings(options: dict[str, Any]) -> ScoreSettings:
     """Reads the settings of a scoring job out of a command's options."""
     from safeweights_peft.pipeline import Method, ScoreSettings
@@ -176,15 +181,14 @@ def train_settings(options: dict[str, Any]) -> TrainSettings:
     from safeweights_peft.pipeline import TrainSettings
     from safeweights_peft.training import EnhanceSettings
 
-    chosen = {
-        "steps": options["steps"],
-        "learning_rate": options["lr"],
-        "retain_weight": options["retain_weight"],
-        "seed": options["seed"],
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
+    enhance = _given(
+        steps=options["steps"],
+        learning_rate=options["lr"],
+        retain_weight=options["retain_weight"],
+        seed=options["seed"],
+    )
     return TrainSettings(
-        harmful=options["harmful"], benign=options["benign"], enhance=EnhanceSettings(**given)
+        harmful=options["harmful"], benign=options["benign"], enhance=EnhanceSettings(**enhance)
     )
 
 
@@ -192,14 +196,14 @@ def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
     """Reads the settings of a preserving job out of a command's options."""
     from safeweights_peft.training import PreserveSettings
 
-    chosen = {
-        "steps": options["steps"],
-        "learning_rate": options["lr"],
-        "batch_size": options["batch_size"],
-        "weight_decay": options["weight_decay"],
-        "seed": options["seed"],
-    }
-    return PreserveSettings(**{name: value for name, value in chosen.items() if value is not None})
+    chosen = _given(
+        steps=options["steps"],
+        learning_rate=options["lr"],
+        batch_size=options["batch_size"],
+        weight_decay=options["weight_decay"],
+        seed=options["seed"],
+    )
+    return PreserveSettings(**chosen)
 
 
 def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, draft
 from safeweights_peft.data import data_digest, encode_example, read_rows
 from safeweights_peft.delta import digest
 from safeweights_peft.errors import CheckpointError, ModelError
-from safeweights_peft.files import check_apart, check_target
+from safeweights_peft.files import check_apart, check_target, write_json
 from safeweights_peft.format import Adapter, SafetyMap, TensorRecord, read_artifact
 from safeweights_peft.merge import base_state, copies
 from safeweights_peft.modeling import (
@@ -28,7 +27,7 @@ from safeweights_peft.modeling import (
     pick_dtype,
     resolve_base,
 )
-from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.resuming import work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings
 from safeweights_peft.training import PreserveSettings, fine_tune
@@ -110,6 +109,7 @@ def preserve_model(
     }
     work_dir = work_dir_beside(out, record | {"digests": _digests(model, artifact)})
     with (progress or Quiet()).task("Fine-tuning", settings.steps) as advance:
+        reach = advance_to(advance)
         record["losses"] = fine_tune(
             model,
             tokenizer.pad_token_id,
@@ -118,7 +118,7 @@ def preserve_model(
             settings,
             work_dir,
             dtype,
-            _ahead(advance),
+            lambda step, _loss: reach(step),
         )
     _save(model, layout, artifact, reader, out, record, overwrite)
     shutil.rmtree(work_dir)
@@ -137,18 +137,6 @@ def _matrix_dtype(
             "bfloat16"
         )
     return dtype
-
-
-def _ahead(advance: Callable[[int], None]) -> Callable[[int, float], None]:
-    """Turns a progress into a function of the step reached; a resumed run begins with a leap."""
-    done = 0
-
-    def on_step(step: int, _loss: float) -> None:
-        nonlocal done
-        advance(step - done)
-        done = step
-
-    return on_step
 
 
 def _digests(model: nn.Module, artifact: SafetyMap | Adapter) -> list[str]:
@@ -180,7 +168,7 @@ def _save(
         base_state(draft.reader, artifact.metadata, artifact.indices)
         folder = draft.reader.directory
         (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / RECORD_FILE, record)
 
 
 def _write_parameter(draft: CheckpointDraft, parameter: nn.Parameter, record: TensorRecord) -> None:

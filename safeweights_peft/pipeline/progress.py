@@ -23,6 +23,25 @@ class Progress(Protocol):
         ...
 
 
+def advance_to(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Turns a task's function of units done since into one of the unit reached.
+
+    Args:
+        advance: what a task gave.
+
+    Returns:
+        A function to be called with the unit reached; a resumed job begins with a leap.
+    """
+    done = 0
+
+    def reach(unit: int) -> None:
+        nonlocal done
+        advance(unit - done)
+        done = unit
+
+    return reach
+
+
 class Quiet:
     """Shows nothing."""
 

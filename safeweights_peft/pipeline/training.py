@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from safeweights_peft.data import (
 )
 from safeweights_peft.errors import FormatError
 from safeweights_peft.evaluation import generate_answers
-from safeweights_peft.files import check_target, publish
+from safeweights_peft.files import check_target, publish, write_json
 from safeweights_peft.format import AdapterMetadata, read_map
 from safeweights_peft.merge import base_state
 from safeweights_peft.modeling import (
@@ -33,7 +32,7 @@ from safeweights_peft.modeling import (
     pick_dtype,
     resolve_base,
 )
-from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.resuming import work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings, TrainSettings
 from safeweights_peft.training import StepLoss, enhance
@@ -153,15 +152,17 @@ def _run(
     work_dir: Path,
     progress: Progress,
 ) -> list[StepLoss]:
-    done = 0
     with progress.task("Training", settings.enhance.steps) as advance:
-
-        def on_step(loss: StepLoss) -> None:
-            nonlocal done
-            advance(loss.step - done)
-            done = loss.step
-
-        return enhance(model, tokenizer, harmful, benign, settings.enhance, work_dir, on_step)
+        reach = advance_to(advance)
+        return enhance(
+            model,
+            tokenizer,
+            harmful,
+            benign,
+            settings.enhance,
+            work_dir,
+            lambda loss: reach(loss.step),
+        )
 
 
 def _save(
@@ -179,7 +180,7 @@ def _save(
     with publish(out, overwrite, FormatError) as draft:
         model.save_pretrained(str(draft))
         (draft / "README.md").write_text(card, encoding="utf-8")
-        (draft / LOSSES_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(draft / LOSSES_FILE, record)
 
 
 def _storage_dtype(metadata: AdapterMetadata) -> str:

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from safeweights_peft.data import IGNORED, Batch, Example, collate
+from safeweights_peft.data import IGNORED, Batch, Example, collate, endless_shuffle
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling import answer_logits
 
@@ -188,14 +188,7 @@ class _Steps(Dataset[tuple[Batch, Batch]]):
 def _deal(
     examples: Sequence[Example], size: int, steps: int, generator: torch.Generator
 ) -> list[list[Example]]:
-    """Deals examples out in random order, all of them before any comes again."""
-
-    def endless() -> Iterator[Example]:
-        while True:
-            for position in torch.randperm(len(examples), generator=generator).tolist():
-                yield examples[position]
-
-    dealt = endless()
+    dealt = endless_shuffle(examples, generator)
     return [[next(dealt) for _ in range(size)] for _ in range(steps)]
 
 

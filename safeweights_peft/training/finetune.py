@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from safeweights_peft.data import IGNORED, Example
+from safeweights_peft.data import IGNORED, Example, endless_shuffle
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.training.preserve import Artifact, preserve
 
@@ -177,12 +178,10 @@ def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Exampl
         raise TrainingError("examples: expected at least one, found none; give more data")
     generator = torch.Generator().manual_seed(settings.seed)
     size, total = settings.batch_size, settings.steps * settings.batch_size
-    order: list[int] = []
-    while len(order) < total:
-        order += torch.randperm(len(examples), generator=generator).tolist()
+    order = list(islice(endless_shuffle(examples, generator), total))
     dealt: list[Example] = []
     for start in range(0, total, BATCHES_SORTED * size):
-        chosen = [examples[i] for i in order[start : min(start + BATCHES_SORTED * size, total)]]
+        chosen = order[start : start + BATCHES_SORTED * size]
         chosen.sort(key=lambda each: len(each.prompt_ids) + len(each.answer_ids))
         for batch in torch.randperm(len(chosen) // size, generator=generator).tolist():
             dealt += chosen[batch * size : (batch + 1) * size]
