@@ -378,9 +378,24 @@ def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
         position_ids=batch.position_ids[:, start:],
         past_key_values=past,
         use_cache=past is not None,
-        logits_to_keep=batch.answer_ids.shape[1] + 1,
+        logits_to_keep=last_columns(batch.answer_ids.shape[1] + 1)[:-1],
     )
-    return output.logits[:, :-1].float()
+    return output.logits.float()
+
+
+def last_columns(count: int) -> torch.Tensor:
+    """Names the last columns of a batch in the form in which a model computes their logits fastest.
+
+    Told a number instead, transformers takes a view of the hidden states, for which torch copies the
+    whole output matrix once per row: half of a short step's time.
+
+    Args:
+        count: how many columns.
+
+    Returns:
+        ``logits_to_keep`` for a model of transformers: (count,) int64, -count to -1.
+    """
+    return torch.arange(-count, 0)
 
 
 def _shared_past(model: nn.Module, batch: AnswerBatch) -> DynamicCache | None:
@@ -390,7 +405,7 @@ def _shared_past(model: nn.Module, batch: AnswerBatch) -> DynamicCache | None:
         input_ids=batch.input_ids[:1, columns],
         position_ids=batch.position_ids[:1, columns],
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last_columns(1),
     ).past_key_values
     if not isinstance(past, DynamicCache) or {type(each) for each in past.layers} != {DynamicLayer}:
         return None

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safeweights_peft.data import Example, collate, encode_prompt
 from safeweights_peft.errors import EvaluationError
+from safeweights_peft.modeling import last_columns
 
 
 def generate_answers(
@@ -69,7 +70,10 @@ def _answer(
 ) -> list[Example]:
     batch = collate(prompts, config.pad_token_id).to(model.device)
     output = model.generate(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        generation_config=config,
+        logits_to_keep=last_columns(1),
     )
     width = batch.input_ids.shape[1]
     ends = config.eos_token_id
