@@ -17,6 +17,7 @@ from typing import Any
 
 from safeweights_peft.files import write_json
 from safeweights_peft.pipeline import (
+    ComputeSettings,
     EvaluateSettings,
     Method,
     ScoreSettings,
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", type=Method, default=list(Method))
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3])
     parser.add_argument("--validation", type=int, default=50, help="validation requests of a kind")
+    parser.add_argument("--dtype", default="auto", help="computed in; scores always in float32")
     arguments = parser.parse_args()
     for density in arguments.densities:
         for method in arguments.methods:
@@ -69,6 +71,7 @@ def run_row(arguments: argparse.Namespace, method: Method, density: float) -> No
         arguments.base,
         row_dir / f"patch-{best}",
         EvaluateSettings(harmful=arguments.harmful, benign=arguments.benign, limit=100),
+        arguments.dtype,
     )
     validation = {str(rate): figures for rate, figures in validated.items()}
     row = {"method": method, "density": density, "rate": best, "validation": validation}
@@ -81,16 +84,18 @@ def validate(arguments: argparse.Namespace, row_dir: Path, rate: float) -> dict[
     saved = row_dir / f"validation-{rate}.json"
     if not patch.exists():
         settings = replace(RECIPE, enhance=replace(RECIPE.enhance, learning_rate=rate))
-        train(arguments.base, row_dir / "map", patch, settings)
+        train(
+            arguments.base, row_dir / "map", patch, settings, ComputeSettings(dtype=arguments.dtype)
+        )
     if not saved.exists():
         limit = EvaluateSettings(limit=arguments.validation)
-        write_json(saved, measure(arguments.base, patch, limit))
+        write_json(saved, measure(arguments.base, patch, limit, arguments.dtype))
     return json.loads(saved.read_text(encoding="utf-8"))
 
 
-def measure(base: str, patch: Path, settings: EvaluateSettings) -> dict[str, Any]:
+def measure(base: str, patch: Path, settings: EvaluateSettings, dtype: str) -> dict[str, Any]:
     """Evaluate a patch and keep its figures."""
-    result = evaluate(base, patch, settings)
+    result = evaluate(base, patch, settings, ComputeSettings(dtype=dtype))
     return {
         "attack_success_rate": result["harmful"]["attack_success_rate"],
         "over_refusal_rate": result["benign"]["over_refusal_rate"],

@@ -384,10 +384,10 @@ def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
 
 
 def last_columns(count: int) -> torch.Tensor:
-    """Names the last columns of a batch in the form in which a model computes their logits fastest.
+    """Names the last columns of a batch in the form for which a model computes logits fastest.
 
-    Told a number instead, transformers takes a view of the hidden states, for which torch copies the
-    whole output matrix once per row: half of a short step's time.
+    Told a number instead, transformers takes a view of the hidden states, for which torch copies
+    the whole output matrix once per row: half of a short step's time.
 
     Args:
         count: how many columns.

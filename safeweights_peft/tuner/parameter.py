@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from safeweights_peft.errors import MergeError, ModelError, UnsupportedFeatureError
 from safeweights_peft.tuner.entries import add_rounded
+from safeweights_peft.tuner.sampled import SampledWeight, can_sample
 
 if TYPE_CHECKING:
     from safeweights_peft.tuner.layer import SafeWeightsLayer
@@ -312,7 +313,10 @@ class SelectedParameter:
             return None
         graph = _Graph()
         patch.graphs.add(graph)
-        return _Overwritten.apply(entries, self.parameter, patch.indices, graph)
+        weight = _Overwritten.apply(entries, self.parameter, patch.indices, graph)
+        if can_sample(weight, len(entries)):
+            return SampledWeight.of(weight, entries, patch.indices, graph)
+        return weight
 
     def _frozen_state(self, adapters: tuple[str, ...]) -> tuple | None:
         """What tells that frozen values are unchanged; None where only comparing entries can.
