@@ -24,11 +24,12 @@ from safeweights_peft.format import (
     Adapter,
     Block,
     TensorRecord,
+    entries_by_block,
     read_adapter,
     write_adapter,
     write_map,
 )
-from safeweights_peft.merge import Check, entries_by_block, merge, plan, verify
+from safeweights_peft.merge import Check, merge, plan, verify
 from tests.tiny_files import (
     Tensors,
     as_map,

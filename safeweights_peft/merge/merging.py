@@ -1,18 +1,15 @@
-"""Merge a safety patch into a checkpoint, and check that an adapter fits one; no transformers.
+"""Merge a safety patch into a checkpoint as a new one.
 
-Here lives what needs both an adapter and a checkpoint. Files are copied as they are, then only the
-touched entries are overwritten, so memory stays at one parameter's entries. Merging inside a loaded
-model is PEFT's: see ``tuner``.
+Files are copied as they are, then only the touched entries are overwritten, so memory stays at one
+parameter's entries.
 """
 
 import math
-import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,26 +20,18 @@ from safeweights_peft.checkpoint import (
     draft_copy,
     files_to_copy,
 )
-from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, digest
-from safeweights_peft.errors import (
-    AlreadyMergedError,
-    BaseMismatchError,
-    MergeError,
-    SafeWeightsError,
-)
+from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
+from safeweights_peft.errors import AlreadyMergedError, MergeError
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.format import (
     Adapter,
-    AdapterMetadata,
     Mode,
     TensorRecord,
     entries_by_block,
     read_adapter,
-    read_artifact,
     read_metadata,
 )
-
-PathLike = str | os.PathLike[str]
+from safeweights_peft.merge.fit import PathLike, base_state, copies, gather_entries
 
 
 @dataclass(frozen=True)
@@ -64,37 +53,6 @@ class MergeReport:
     entries: int
     size_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Check:
-    """One result of :func:`verify`.
-
-    Attributes:
-        name: What was checked: "config", "tensors" or "base".
-        ok: Whether it holds.
-        detail: What was found.
-    """
-
-    name: str
-    ok: bool
-    detail: str
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The results of :func:`verify`, up to the first that does not hold.
-
-    Attributes:
-        checks: The results, in order.
-    """
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check holds."""
-        return all(check.ok for check in self.checks)
 
 
 def merge(
@@ -182,102 +140,6 @@ def plan(base_dir: PathLike, adapter_dir: PathLike, out_dir: PathLike) -> dict[s
     }
 
 
-def verify(adapter_dir: PathLike, base_dir: PathLike | None = None) -> VerifyReport:
-    """Check an adapter by itself, and against a checkpoint if one is given.
-
-    Args:
-        adapter_dir: A safety patch or a safety map.
-        base_dir: A checkpoint; the base and the merged model both pass, and the detail tells which.
-
-    Returns:
-        The results; a broken adapter is a result, not an exception.
-    """
-    checks: list[Check] = []
-    step = "config"
-    try:
-        metadata = read_metadata(adapter_dir)
-        checks.append(Check(step, True, f"{metadata.mode}, {len(metadata.tensors)} parameters"))
-        step = "tensors"
-        artifact = read_artifact(adapter_dir)
-        entries = sum(part.size for part in artifact.indices.values())
-        checks.append(Check(step, True, f"{entries} entries, as the config says"))
-        if base_dir is not None:
-            step = "base"
-            state = base_state(CheckpointReader(base_dir), metadata, artifact.indices)
-            checks.append(Check(step, True, f"holds the {state} values"))
-    except SafeWeightsError as reason:
-        checks.append(Check(step, False, str(reason)))
-    return VerifyReport(tuple(checks))
-
-
-def base_state(
-    reader: CheckpointReader, metadata: AdapterMetadata, indices: Mapping[str, Array]
-) -> Literal["base", "merged"]:
-    """Tell whether a checkpoint is an adapter's base, or already holds its merged values.
-
-    Args:
-        reader: The checkpoint.
-        metadata: The adapter's metadata.
-        indices: The checked flat indices of each parameter.
-
-    Returns:
-        "base" or "merged".
-
-    Raises:
-        BaseMismatchError: It is neither; the message names the first tensor that differs.
-    """
-    is_base = is_merged = True
-    for name, record in metadata.tensors.items():
-        for copy in copies(reader, record):
-            found = digest(gather_entries(reader, name, copy, indices[name]))
-            is_base &= found == record.base_digest
-            is_merged &= found == record.merged_digest
-            if not is_base and not is_merged:
-                raise BaseMismatchError(
-                    f"{name}: expected in {copy.keys[0]} of {reader.directory} the values with "
-                    f"digest {record.base_digest}, found {found}; use "
-                    f"{metadata.base_model_name_or_path or 'the base of the adapter'}"
-                    f"{f' at revision {metadata.revision}' if metadata.revision else ''}"
-                )
-    return "base" if is_base else "merged"
-
-
-def gather_entries(
-    reader: CheckpointReader, name: str, record: TensorRecord, indices: Array
-) -> Array:
-    """Read a parameter's entries from the checkpoint tensors that hold them.
-
-    Args:
-        reader: The checkpoint.
-        name: The parameter's name, for messages.
-        record: Its record; every block must be there, in the recorded dtype and shape.
-        indices: Its checked flat indices; ``(count,)``.
-
-    Returns:
-        The entries, in the checkpoint's dtype; ``(count,)``.
-    """
-    for block in record.blocks:
-        _check_tensor(reader, name, block.key, block.shape, record.dtype)
-    pieces = entries_by_block(record, indices)
-    return reader.gather_pieces(pieces, indices.size, DTYPES[record.dtype])
-
-
-def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
-    """Give a record once for its blocks, and once for each tied key that is on disk.
-
-    Args:
-        reader: The checkpoint.
-        record: A parameter's record.
-
-    Returns:
-        The record, then its copies under other keys.
-    """
-    tied = [key for key in record.tied_keys if key in reader]
-    return [record] + [
-        replace(record, blocks=(replace(record.blocks[0], key=key),)) for key in tied
-    ]
-
-
 def _read_inputs(base_dir: PathLike, adapter_dir: PathLike) -> tuple[CheckpointReader, Adapter]:
     """Read a patch, and open the base that it was made for."""
     if read_metadata(adapter_dir).mode is Mode.SPA:
@@ -335,22 +197,6 @@ def _patch(draft: CheckpointDraft, record: TensorRecord, delta: SparseDelta, new
         draft.patch(key, local, new[positions])
         touched += positions.size > 0
     return touched
-
-
-def _check_tensor(
-    reader: CheckpointReader, name: str, key: str, shape: tuple[int, ...], dtype: str
-) -> None:
-    if key not in reader:
-        raise BaseMismatchError(
-            f"{name}: expected a tensor {key} in {reader.directory}, found none; "
-            "use the base that the adapter was made for"
-        )
-    info = reader.info(key)
-    if (info.shape, info.dtype) != (shape, dtype):
-        raise BaseMismatchError(
-            f"{name}: expected {key} in {reader.directory} as {dtype} {list(shape)}, found "
-            f"{info.dtype} {list(info.shape)}; use the base that the adapter was made for"
-        )
 
 
 def _factor(own: float, requested: float) -> float:
