@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from safeweights_peft.format import write_adapter as write_adapter
     from safeweights_peft.format import write_map as write_map
     from safeweights_peft.merge import merge as merge
+    from safeweights_peft.merge import protect as protect
     from safeweights_peft.merge import verify as verify
     from safeweights_peft.training import SafetyPreservingCallback as SafetyPreservingCallback
     from safeweights_peft.training import preserve as preserve
@@ -73,7 +74,7 @@ _ROOMS = {
         "write_adapter",
         "write_map",
     ],
-    "merge": ["merge", "verify"],
+    "merge": ["merge", "protect", "verify"],
     "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],
 }

@@ -1,21 +1,25 @@
 """What needs both an adapter and a checkpoint, straight from disk to disk: numpy, no transformers.
 
-``fit`` finds an adapter's entries in a checkpoint, ``merging`` adds a patch, ``verifying`` checks.
+``fit`` finds an adapter's entries in a checkpoint, ``merging`` adds a patch, ``protecting`` puts a
+base's entries back into a tuned model, ``verifying`` checks.
 Merging inside a loaded model is PEFT's: see ``tuner``.
 """
 
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
 from safeweights_peft.merge.merging import MergeReport, merge, plan
+from safeweights_peft.merge.protecting import ProtectReport, protect
 from safeweights_peft.merge.verifying import Check, VerifyReport, verify
 
 __all__ = [
     "Check",
     "MergeReport",
+    "ProtectReport",
     "VerifyReport",
     "base_state",
     "copies",
     "gather_entries",
     "merge",
     "plan",
+    "protect",
     "verify",
 ]
