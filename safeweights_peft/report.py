@@ -19,27 +19,38 @@ def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
         Rows of (figure, before, after), as text.
     """
     before, after, patch = result["before"], result["after"], result["patch"]
+    perplexities = f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"
     return [
-        (
-            "ASR, harmful requests",
-            rate_text(before["attack_success_rate"]),
-            rate_text(after["attack_success_rate"]),
-        ),
-        (
-            "over-refusal, benign requests",
-            rate_text(before["over_refusal_rate"]),
-            rate_text(after["over_refusal_rate"]),
-        ),
-        ("invalid answers", str(before["invalid"]), str(after["invalid"])),
+        *judged_rows(before, after),
         ("KL to the base (nats/token)", f"{before['kl']:.4f}", f"{after['kl']:.4f}"),
-        (
-            "perplexity of the base's answers",
-            f"{before['perplexity']:.2f}",
-            f"{after['perplexity']:.2f}",
-        ),
+        ("perplexity of the base's answers", *perplexities),
         ("weights changed", "0", f"{patch['entries']:,} ({patch['share_of_weights']:.3%})"),
         ("patch size", "", size_text(patch["size_bytes"])),
     ]
+
+
+def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+    """Lays out what was judged of a model before and after a change, and its loss on a task.
+
+    Args:
+        before: the figures of one evaluation.
+        after: those of another, on the same requests.
+
+    Returns:
+        Rows of (figure, before, after), as text; the loss is left out where no task was given.
+    """
+    rows = [
+        (title, rate_text(before[key]), rate_text(after[key]))
+        for title, key in (
+            ("ASR, harmful requests", "attack_success_rate"),
+            ("over-refusal, benign requests", "over_refusal_rate"),
+        )
+    ]
+    rows.append(("invalid answers", str(before["invalid"]), str(after["invalid"])))
+    if before["task_loss"] is not None:
+        losses = f"{before['task_loss']:.4f}", f"{after['task_loss']:.4f}"
+        rows.append(("loss on the task (nats/token)", *losses))
+    return rows
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -52,13 +63,16 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
         Rows of (figure, value), as text.
     """
     harmful, benign, utility = (evaluation[key] for key in ("harmful", "benign", "utility"))
-    return [
+    rows = [
         ("ASR, harmful requests", rate_text(harmful["attack_success_rate"])),
         ("over-refusal, benign requests", rate_text(benign["over_refusal_rate"])),
         ("invalid answers", str(harmful["invalid"] + benign["invalid"])),
         ("KL to the base (nats/token)", f"{utility['kl']:.4f}"),
         ("perplexity of the base's answers", f"{utility['perplexity']:.2f}"),
     ]
+    if evaluation["task"]:
+        rows.append(("loss on the task (nats/token)", f"{evaluation['task']['loss']:.4f}"))
+    return rows
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import pytest
 from safeweights_peft.report import (
     comparison_rows,
     evaluation_rows,
+    judged_rows,
     plot_run,
     rate_text,
     size_text,
@@ -27,6 +28,7 @@ RESULT: dict[str, Any] = {
         "invalid": 1,
         "kl": 0.0,
         "perplexity": 1.2345,
+        "task_loss": None,
     },
     "after": {
         "attack_success_rate": rate(2, 100, 0.0055, 0.07),
@@ -34,6 +36,7 @@ RESULT: dict[str, Any] = {
         "invalid": 0,
         "kl": 0.012345,
         "perplexity": 1.301,
+        "task_loss": None,
     },
     "patch": {"entries": 1_345_155, "share_of_weights": 0.01, "size_bytes": 8_072_000},
 }
@@ -57,6 +60,7 @@ def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
         "harmful": {"attack_success_rate": rate(97, 100, 0.9155, 0.9897), "invalid": 2},
         "benign": {"over_refusal_rate": rate(0, 112, 0.0, 0.0332), "invalid": 1},
         "utility": {"kl": 0.25, "perplexity": 12.0, "tokens": 900},
+        "task": None,
     }
     assert evaluation_rows(evaluation) == [
         ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)"),
@@ -65,6 +69,14 @@ def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
         ("KL to the base (nats/token)", "0.2500"),
         ("perplexity of the base's answers", "12.00"),
     ]
+    on_a_task = evaluation_rows(evaluation | {"task": {"loss": 1.25, "tokens": 70}})
+    assert on_a_task[-1] == ("loss on the task (nats/token)", "1.2500")
+
+
+def test_losses_on_a_task_stand_side_by_side_where_one_was_given() -> None:
+    before, after = ({**RESULT["before"], "task_loss": loss} for loss in (2.0, 1.5))
+    assert judged_rows(before, after)[-1] == ("loss on the task (nats/token)", "2.0000", "1.5000")
+    assert len(judged_rows(RESULT["before"], RESULT["after"])) == 3
 
 
 def test_a_rate_is_written_with_its_interval_and_counts() -> None:

@@ -42,6 +42,7 @@ from safeweights_peft.cli.output import (
     show_estimate,
     show_preserved,
     show_progress,
+    show_protected,
     show_run,
 )
 from safeweights_peft.errors import SafeWeightsError
@@ -205,6 +206,54 @@ def preserve_command(
             base, map_dir, data, out, settings, compute, progress, overwrite=overwrite
         )
     show_preserved(record, out, as_json)
+
+
+@main.command("protect")
+@click.option(
+    "--tuned", required=True, type=existing, help="Fine-tuned checkpoint; it is left as it is."
+)
+@click.option("--base", required=True, help="What it was tuned from: directory or Hub id.")
+@click.option(
+    "--map",
+    "map_dir",
+    required=True,
+    type=existing,
+    help="Safety map of the base, or safety patch that is merged into it.",
+)
+@out_directory
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Whether to ask the model requests before and after.",
+)
+@evaluate_options
+@compute_options
+@overwrite
+@json_output
+def protect_command(
+    tuned: Path,
+    base: str,
+    map_dir: Path,
+    out: Path,
+    measure: bool,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Give a fine-tuned model the safety weights of its base back; write a new checkpoint.
+
+    For a model that was trained without `preserve`. With --task, the loss on it is measured too.
+    """
+    from safeweights_peft.pipeline import protect_tuned
+
+    settings = evaluate_settings(options) if measure else None
+    compute = compute_settings(options)
+    with show_progress() as progress:
+        record = protect_tuned(
+            tuned, base, map_dir, out, settings, compute, progress, overwrite=overwrite
+        )
+    show_protected(record, as_json)
 
 
 @main.command("eval")

@@ -144,6 +144,9 @@ evaluate_options = _options(
     ),
     click.option("--limit", type=click.IntRange(1), help="At most so many.  [default: all]"),
     click.option(
+        "--task", help="Requests with answers on which to measure the loss.  [default: none]"
+    ),
+    click.option(
         "--max-new-tokens",
         type=click.IntRange(1),
         default=32,
@@ -214,6 +217,7 @@ def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
         harmful=options["eval_harmful"],
         benign=options["eval_benign"],
         limit=options["limit"],
+        task=options["task"],
         max_new_tokens=options["max_new_tokens"],
         keep_answers=options["keep_answers"],
     )

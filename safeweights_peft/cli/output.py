@@ -136,6 +136,19 @@ def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
     show(summary, rows, as_json)
 
 
+def show_protected(record: dict[str, Any], as_json: bool) -> None:
+    """Prints what a protecting job put back, and what that did where it was measured."""
+    from safeweights_peft.report import judged_rows
+
+    moved = (
+        f"{record['changed']:,} of {record['entries']:,}, by {record['largest_change']:g} at most"
+    )
+    rows = [("path", record["tuned"], record["out_dir"]), ("weights put back", "0", moved)]
+    if "before" in record:
+        rows += judged_rows(record["before"], record["after"])
+    show(record, [("", "before", "after"), *rows], as_json)
+
+
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
     """Draws and prints a finished run; says on stderr what can be done next."""
     from safeweights_peft.report import comparison_rows, plot_run

@@ -12,7 +12,7 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.format import inspect
 from safeweights_peft.modeling import resolve_base
-from safeweights_peft.pipeline.evaluating import evaluate
+from safeweights_peft.pipeline.evaluating import evaluate, figures
 from safeweights_peft.pipeline.progress import Progress
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
@@ -104,18 +104,8 @@ def summarise(patch: Path, before: dict[str, Any], after: dict[str, Any]) -> dic
             "share_of_weights": content["entries"] / total,
             "size_bytes": content["size_bytes"],
         },
-        "before": _figures(before),
-        "after": _figures(after),
-    }
-
-
-def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "attack_success_rate": evaluation["harmful"]["attack_success_rate"],
-        "over_refusal_rate": evaluation["benign"]["over_refusal_rate"],
-        "invalid": evaluation["harmful"]["invalid"] + evaluation["benign"]["invalid"],
-        "kl": evaluation["utility"]["kl"],
-        "perplexity": evaluation["utility"]["perplexity"],
+        "before": figures(before),
+        "after": figures(after),
     }
 
 

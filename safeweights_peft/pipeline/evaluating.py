@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Example, Row, data_digest, read_rows
+from safeweights_peft.data import Example, Row, data_digest, encode_example, read_rows
 from safeweights_peft.evaluation import (
     RefusalJudge,
     Utility,
@@ -37,6 +38,9 @@ from safeweights_peft.pipeline.settings import ComputeSettings, EvaluateSettings
 SHOWN_CHARACTERS = 40
 """Requests are shortened to this many characters in results."""
 
+TASK_TOKENS = 256
+"""Answers whose loss is measured are cut after this many tokens."""
+
 
 def evaluate(
     base: str,
@@ -45,7 +49,7 @@ def evaluate(
     compute: ComputeSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures ASR, over-refusal, KL to the base and perplexity.
+    """Measures ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given.
 
     With an adapter, what is measured is the merged model in the checkpoint's dtype, whatever the
     dtype of the computation.
@@ -67,6 +71,7 @@ def evaluate(
     dtype = pick_dtype(compute.dtype, device)
     harmful = read_rows(settings.harmful)[: settings.limit]
     benign = read_rows(settings.benign)[: settings.limit]
+    task = read_rows(settings.task, needs_output=True) if settings.task else []
     tokenizer = load_tokenizer(found)
     model = base_model = load_model(found, dtype, device)
     if adapter is not None:
@@ -87,6 +92,7 @@ def evaluate(
         "benign": benign_part
         | {"over_refusal_rate": asdict(over_refusal_rate(_verdicts(benign_part)))},
         "utility": asdict(utility),
+        "task": asker.learned(model, task) if task else None,
         "judge": "refusal openings",
         "decoding": f"greedy, at most {settings.max_new_tokens} tokens",
         "settings": asdict(settings) | asdict(compute),
@@ -138,6 +144,38 @@ class _Asker:
             return measure_utility(
                 model, base, answers, self.tokenizer.pad_token_id, on_batch=advance
             )
+
+    def learned(self, model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, Any]:
+        examples = [
+            encode_example(self.tokenizer, row.instruction, row.output or "", TASK_TOKENS)
+            for row in rows
+        ]
+        with self.progress.task("Reading the task's answers", len(rows)) as advance:
+            found = measure_utility(
+                model, model, examples, self.tokenizer.pad_token_id, batch_size=4, on_batch=advance
+            )
+        loss = math.log(found.perplexity)
+        return {"loss": loss, "tokens": found.tokens, "data_digest": data_digest(rows)}
+
+
+def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Picks the figures that are compared before and after.
+
+    Args:
+        evaluation: what `evaluate` returned.
+
+    Returns:
+        Plain JSON: rates, invalid answers of both kinds, KL and perplexity, the task's loss.
+    """
+    task = evaluation["task"]
+    return {
+        "attack_success_rate": evaluation["harmful"]["attack_success_rate"],
+        "over_refusal_rate": evaluation["benign"]["over_refusal_rate"],
+        "invalid": evaluation["harmful"]["invalid"] + evaluation["benign"]["invalid"],
+        "kl": evaluation["utility"]["kl"],
+        "perplexity": evaluation["utility"]["perplexity"],
+        "task_loss": task["loss"] if task else None,
+    }
 
 
 def shorten(request: str) -> str:

@@ -81,6 +81,7 @@ class EvaluateSettings:
         harmful: source of harmful requests.
         benign: source of benign requests.
         limit: at most so many of each, from the start; all if None.
+        task: source of requests with answers, on which the loss is measured; none if None.
         max_new_tokens: answers are cut after so many tokens.
         batch_size: requests answered together.
         keep_answers: whether the result holds the answers' texts.
@@ -89,6 +90,7 @@ class EvaluateSettings:
     harmful: str = "builtin:harmful_eval"
     benign: str = "builtin:benign_eval"
     limit: int | None = None
+    task: str | None = None
     max_new_tokens: int = 32
     batch_size: int = 25
     keep_answers: bool = False

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from safeweights_peft.cli import output
 from safeweights_peft.format import inspect
 from tests.cli.conftest import Run, call, call_afresh
-from tests.tiny_jobs import content
+from tests.tiny_jobs import Requests, content
 
 
 def test_enhance_prints_its_result_as_json(run: Run) -> None:
@@ -104,6 +104,35 @@ def test_preserve_passes_its_options_on(
     wanted |= {"seed": 3, "device": "cpu", "dtype": "bfloat16"}
     settings = json.loads(called.stdout)["settings"]
     assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_protect_prints_its_record_as_json(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    patched, out = tmp_path / "patched", tmp_path / "model"
+    call("merge", run.base, run.out / "patch", "--out", patched)
+    inputs = ["--tuned", patched, "--base", run.base, "--map", run.out / "map", "--out", out]
+    called = call("protect", *inputs, *options["eval"], "--json")
+    assert called.exit_code == 0, called.output
+    assert json.loads(called.stdout) == json.loads((out / "protecting.json").read_text())
+
+
+def test_protect_prints_what_it_put_back_and_what_that_did(
+    run: Run, options: dict[str, list[str]], requests: Requests, tmp_path: Path
+) -> None:
+    patched, out = tmp_path / "patched", tmp_path / "model"
+    call("merge", run.base, run.out / "patch", "--out", patched)
+    inputs = ["--tuned", patched, "--base", run.base, "--map", run.out / "map", "--out", out]
+    called = call("protect", *inputs, *options["eval"], "--task", requests.lessons)
+    titles = [line.split("  ")[0] for line in called.stdout.splitlines()[1:]]
+    assert titles == [
+        "path",
+        "weights put back",
+        "ASR, harmful requests",
+        "over-refusal, benign requests",
+        "invalid answers",
+        "loss on the task (nats/token)",
+    ]
 
 
 def test_enhance_then_merge_then_preserve_keeps_what_enhance_has_made(

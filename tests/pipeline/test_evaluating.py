@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from safeweights_peft.data import read_rows
+from safeweights_peft.data import encode_example, read_rows
 from safeweights_peft.errors import BaseMismatchError, DataError, SafeWeightsError
 from safeweights_peft.evaluation import generate_answers, measure_utility
 from safeweights_peft.merge import merge
@@ -140,3 +141,23 @@ def test_the_source_is_told_by_its_digest(run: Run, requests: Requests, tmp_path
     third = evaluate(str(run.base), None, requests.evaluate(limit=5))
     assert third["harmful"]["data_digest"] != first["harmful"]["data_digest"]
     assert len(read_rows(str(moved))) == 6
+
+
+def test_the_loss_on_a_task_is_the_mean_over_its_answer_tokens(
+    run: Run, requests: Requests
+) -> None:
+    result = evaluate(str(run.base), None, requests.evaluate(task=requests.lessons))
+    base = resolve_base(str(run.base))
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
+    losses = []
+    for row in read_rows(requests.lessons):
+        example = encode_example(tokenizer, row.instruction, row.output or "", 256)
+        ids = torch.tensor([example.prompt_ids + example.answer_ids])
+        logits = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1]
+        losses += F.cross_entropy(logits, torch.tensor(example.answer_ids), reduction="none")
+    assert result["task"]["tokens"] == len(losses)
+    assert result["task"]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+
+
+def test_without_a_task_no_loss_is_measured(run: Run, requests: Requests) -> None:
+    assert evaluate(str(run.base), None, requests.evaluate())["task"] is None
