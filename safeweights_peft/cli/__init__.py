@@ -183,6 +183,7 @@ def train_command(
 @seed
 @compute_options
 @overwrite
+@dry_run
 @json_output
 def preserve_command(
     base: str,
@@ -190,6 +191,7 @@ def preserve_command(
     data: str,
     out: Path,
     overwrite: bool,
+    dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -198,9 +200,14 @@ def preserve_command(
     Weights are trained in float32 and written in BASE's own dtypes, those of the map bit for bit as
     they were. An interrupted training goes on from its last checkpoint when called again.
     """
-    from safeweights_peft.pipeline import preserve_model
+    from safeweights_peft.data import read_rows
+    from safeweights_peft.pipeline import estimate, preserve_model
 
     settings, compute = preserve_settings(options), compute_settings(options)
+    if dry_run:
+        lessons = read_rows(data, needs_output=True)
+        needs = estimate(base, preserve=settings, lessons=lessons, compute=compute)
+        return show_estimate(needs, as_json)
     with show_progress() as progress:
         record = preserve_model(
             base, map_dir, data, out, settings, compute, progress, overwrite=overwrite

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.data import read_rows
+from safeweights_peft.data import Row, read_rows
 from safeweights_peft.modeling import pick_device, pick_dtype, resolve_base
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
@@ -21,9 +22,12 @@ from safeweights_peft.pipeline.settings import (
     ScoreSettings,
     TrainSettings,
 )
+from safeweights_peft.training import PreserveSettings
 
 PROMPT_TOKENS = 48
 """Usual length of a rendered request; part of the guess."""
+TOKEN_CHARACTERS = 4
+"""Usual length of a token of text; part of the guess."""
 EFFICIENCY = 0.5
 """Share of a large matrix product's speed that a small model reaches; part of the guess."""
 
@@ -34,7 +38,8 @@ class Estimate:
 
     Attributes:
         parameters: entries in the checkpoint.
-        memory_bytes: the largest need of any step: weights, gradients, activations.
+        memory_bytes: the largest need of any step: weights, gradients, activations, and AdamW's
+            moments where all weights are trained.
         patch_bytes: size of the patch to be written, 0 where none is.
         seconds: guessed time of each step, by name.
     """
@@ -52,6 +57,8 @@ def estimate(
     train: TrainSettings | None = None,
     evaluate: EvaluateSettings | None = None,
     evaluations: int = 1,
+    preserve: PreserveSettings | None = None,
+    lessons: Sequence[Row] = (),
     compute: ComputeSettings | None = None,
 ) -> Estimate:
     """Estimates the steps for which settings are given.
@@ -62,6 +69,8 @@ def estimate(
         train: settings of the training step, if there is one.
         evaluate: settings of the evaluation steps, if there are any.
         evaluations: how many evaluation steps there are.
+        preserve: settings of the preserving step, if there is one.
+        lessons: what it is to learn, at least one row.
         compute: device and dtype.
 
     Returns:
@@ -72,17 +81,18 @@ def estimate(
     reader = CheckpointReader(found.path)
     infos = [reader.info(key) for key in reader.keys()]
     parameters = sum(math.prod(info.shape) for info in infos)
-    wide = pick_dtype(compute.dtype, device) == torch.float32
+    wide = preserve or pick_dtype(compute.dtype, device) == torch.float32
     weights = parameters * 4 if wide else sum(info.size_bytes for info in infos)
     speed = EFFICIENCY * _measure_speed(device)
-    seconds = {
-        step: 2 * parameters * tokens / speed
-        for step, tokens in _tokens(score, train, evaluate, evaluations).items()
-    }
+    tokens = _tokens(score, train, evaluate, evaluations)
+    if preserve:
+        tokens["preserve"] = _tokens_of_lessons(preserve, lessons)
+    seconds = {step: 2 * parameters * count / speed for step, count in tokens.items()}
     extra = max(
         parameters * 4 if score else 0,
         parameters // 4 if train else 0,
         weights if evaluations > 1 else 0,
+        parameters * 12 if preserve else 0,
     )
     return Estimate(
         parameters=parameters,
@@ -111,6 +121,12 @@ def _tokens(
         benign = train.enhance.benign_batch_size * (PROMPT_TOKENS + train.answer_tokens)
         tokens["train"] = train.enhance.steps * (3 * harmful + 4 * benign)
     return tokens
+
+
+def _tokens_of_lessons(preserve: PreserveSettings, lessons: Sequence[Row]) -> float:
+    answers = [len(row.output or "") / TOKEN_CHARACTERS for row in lessons]
+    usual = sum(min(each, preserve.max_answer_tokens) for each in answers) / len(answers)
+    return 3 * preserve.steps * preserve.batch_size * (PROMPT_TOKENS + usual)
 
 
 def _measure_speed(device: torch.device, size: int = 1024) -> float:

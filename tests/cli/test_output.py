@@ -211,12 +211,13 @@ def test_verify_prints_a_line_for_each_check_without_json(run: Run) -> None:
     assert [line.split()[:2] for line in lines] == [["config", "ok:"], ["tensors", "ok:"]]
 
 
-@pytest.mark.parametrize("command", ["enhance", "eval", "merge", "score", "train"])
+@pytest.mark.parametrize("command", ["enhance", "eval", "merge", "preserve", "score", "train"])
 def test_a_dry_run_prints_json_and_writes_nothing(
     command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     inputs = {
         "train": ["--map", run.out / "map"],
+        "preserve": ["--map", run.out / "map"],
         "merge": [run.out / "patch"],
     }.get(command, [])
     before = content(run.base), content(run.out)

@@ -1,11 +1,13 @@
 """The estimate: right where it can be, from the files' headers alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from safeweights_peft.data import read_rows
 from safeweights_peft.errors import ModelError
 from safeweights_peft.pipeline import ComputeSettings, estimate
 from tests.pipeline.conftest import Run
@@ -53,6 +55,29 @@ def test_only_the_steps_that_are_asked_for_are_timed(tiny_llama: Path, requests:
     needs = estimate(str(tiny_llama), score=requests.score(), train=requests.train())
     assert set(needs.seconds) == {"score", "train"}
     assert all(seconds > 0 for seconds in needs.seconds.values())
+
+
+def test_preserving_needs_weights_gradients_and_two_moments_in_float32(
+    tiny_llama_bf16: Path, requests: Requests
+) -> None:
+    lessons = read_rows(requests.lessons)
+    needs = estimate(str(tiny_llama_bf16), preserve=requests.preserve(), lessons=lessons)
+    assert needs.memory_bytes == needs.parameters * 16
+    assert set(needs.seconds) == {"preserve"}
+
+
+@pytest.mark.usefixtures("same_speed")
+def test_preserving_takes_longer_with_more_steps_and_longer_answers(
+    tiny_llama: Path, requests: Requests
+) -> None:
+    rows = read_rows(requests.lessons)
+    longer = [replace(row, output=(row.output or "") * 2) for row in rows]
+    once, twice, wordy = (
+        estimate(str(tiny_llama), preserve=requests.preserve(steps=n), lessons=lessons)
+        for n, lessons in ((4, rows), (8, rows), (4, longer))
+    )
+    assert twice.seconds["preserve"] == pytest.approx(2 * once.seconds["preserve"])
+    assert wordy.seconds["preserve"] > once.seconds["preserve"]
 
 
 @pytest.mark.usefixtures("same_speed")
