@@ -55,10 +55,16 @@ def resolve_base(base: str, revision: str | None = None) -> BaseModel:
         The local directory and, for a Hub id, the commit that it holds.
 
     Raises:
-        ModelError: there is no such directory or repository, or it has no config.json.
+        ModelError: there is no such directory or repository, it has no config.json, or a revision
+            of a directory is asked for.
     """
     path = Path(base)
     commit = None
+    if path.is_dir() and revision is not None:
+        raise ModelError(
+            f"--revision {revision}: expected a base on the Hub, found the directory {base}, which "
+            "has no revisions; leave it out"
+        )
     if not path.is_dir():
         path = _download(base, revision)
         commit = path.name

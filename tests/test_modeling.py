@@ -71,6 +71,11 @@ def test_a_directory_is_its_own_base_without_a_revision(tiny_llama: Path) -> Non
     assert resolve_base(str(tiny_llama)) == BaseModel(str(tiny_llama), tiny_llama, None)
 
 
+def test_a_revision_of_a_directory_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match="--revision main: expected a base on the Hub, found the"):
+        resolve_base(str(tiny_llama), "main")
+
+
 def test_a_directory_without_a_config_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a Hugging Face model with config\.json") as e:
         resolve_base(str(tmp_path))

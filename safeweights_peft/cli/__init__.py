@@ -45,19 +45,22 @@ from safeweights_peft.cli.output import (
     show_protected,
     show_run,
 )
-from safeweights_peft.errors import SafeWeightsError
+from safeweights_peft.errors import EvaluationError, SafeWeightsError
 
 CHECK_FAILED = 3
 
 
 class _Group(click.Group):
-    """Turns the package's errors into one line and exit code 1; ``--debug`` shows the traceback."""
+    """Turns the package's errors and the system's into one line and exit code 1.
+
+    ``--debug`` shows the traceback.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SafeWeightsError as error:
-            if ctx.params.get("debug"):
+        except (SafeWeightsError, OSError) as error:  # the system's: a full disk, no permission
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(str(error)) from error
 
@@ -266,7 +269,7 @@ def protect_command(
 @main.command("eval")
 @click.argument("base")
 @click.option("--adapter", type=existing, help="Safety patch to be merged before measuring.")
-@click.option("--out", type=new_file, help="JSON file to be written with the whole result.")
+@click.option("--out", type=new_file, help="New JSON file to be written with the whole result.")
 @click.option("--max-asr", type=FiniteRange(0, 1), help="Exit with 3 if the ASR is above this.")
 @evaluate_options
 @compute_options
@@ -287,6 +290,8 @@ def eval_command(
     from safeweights_peft.report import evaluation_rows
 
     settings, compute = evaluate_settings(options), compute_settings(options)
+    if out and out.exists():
+        raise EvaluationError(f"{out}: expected no file there, found one; give --out another name")
     if dry_run:
         runs = 3 if adapter else 1
         needs = estimate(base, evaluate=settings, evaluations=runs, compute=compute)

@@ -1,6 +1,8 @@
 """0 done, 1 failed, 2 wrong usage, 3 a check did not pass; an error is one line."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,28 @@ def test_a_process_that_fails_shows_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(error_lines(done.stderr)) == 1
+
+
+def test_a_full_disk_is_a_failure_of_one_line(
+    run: Run, options: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("safeweights_peft.files.write_json", full)
+    called = call("eval", run.base, *options["eval"], "--out", tmp_path / "result.json")
+    assert called.exit_code == 1
+    assert error_lines(called.stderr)[-1] == "Error: [Errno 28] No space left on device"
+
+
+def test_eval_never_writes_over_a_file(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "result.json").write_text("precious")
+    called = call("eval", run.base, *options["eval"], "--out", tmp_path / "result.json")
+    assert called.exit_code == 1
+    assert "result.json: expected no file there, found one" in called.stderr
+    assert (tmp_path / "result.json").read_text() == "precious"
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
