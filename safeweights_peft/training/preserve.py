@@ -210,18 +210,25 @@ class _Guard:
         _warn_of_untrained(entries, corrected, artifact.metadata.mode.artifact)
         if adapted:  # no optimizer holds the rest of the base
             entries = [e for e in entries if e.parameter.requires_grad or is_copy(e.name)]
-        corrections = [LoraCorrection(each) for each in layers]
-        self._parts: list[FreezeGuard | LoraCorrection] = [*corrections, FreezeGuard(entries)]
+        self._corrections = [LoraCorrection(each) for each in layers]
+        self._freeze = FreezeGuard(entries)
 
     def attach(self) -> None:
-        torch.compiler.reset()  # compiled code doesn't notice hooks that come or go
-        for each in self._parts:
+        self._forget_compiled()
+        for each in self._corrections:
             each.attach()
+        self._freeze.attach()
 
     def detach(self) -> None:
-        torch.compiler.reset()
-        for each in self._parts:
+        self._forget_compiled()
+        for each in self._corrections:
             each.detach()
+        self._freeze.detach()
+
+    def _forget_compiled(self) -> None:
+        """Compiled code doesn't notice hooks on modules that come or go."""
+        if self._corrections:
+            torch.compiler.reset()
 
 
 def _read(artifact: Artifact) -> SafetyMap | Adapter:
