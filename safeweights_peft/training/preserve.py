@@ -64,12 +64,12 @@ def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
     is changed. Several maps may be nested. Beyond the model it takes 12 bytes per entry at most.
 
     Under LoRA on linear layers, with any number of adapters, the effective weight W + s·BA stays W
-    at the frozen entries, whatever runs the model meanwhile: what each adapter would add there is
-    taken out of its output. What is trained beside LoRA, `modules_to_save` included, is protected
-    as in full training. The layers of one model can be protected by one map at a time. Add
-    adapters before, and merge none meanwhile: hooks set at the beginning don't see it. The adapter
-    is saved as plain LoRA, which moves the entries wherever it runs without `preserve`;
-    `lora_correction` tells by how much.
+    at the frozen entries whenever the model runs: what each adapter would add there is taken out of
+    its output. What is trained beside LoRA, `modules_to_save` included, is protected as in full
+    training. One map at a time can protect a LoRA layer. Add adapters before, and merge none
+    meanwhile: the hooks set at the beginning don't see it. The adapter is saved as plain LoRA,
+    which moves the entries wherever it runs without `preserve`; `training.lora_correction` tells by
+    how much.
 
     Enter it with the parameters that the optimizer trains: an optimizer that works on copies of
     its own, as DeepSpeed's do, moves entries unseen until the end. The entries are put back then.
@@ -107,7 +107,8 @@ class SafetyPreservingCallback(TrainerCallback):
     It works from the start of a training to its end, resumed ones included: their checkpoints
     hold the entries as they were. Where training is broken off by an exception, the trainer tells
     no callback: the entries stay protected until the same callback sees another training begin, or
-    until `detach` is called.
+    until `detach` is called. Under LoRA the model runs as plain LoRA again when training has ended;
+    to evaluate what was trained, use `preserve`.
     """
 
     def __init__(self, artifact: Artifact) -> None:

@@ -4,24 +4,19 @@ The oracle is a dense masked twin: the same model, whose LoRA layers make W + s�
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from safeweights_peft import (
@@ -32,14 +27,12 @@ from safeweights_peft import (
     read_adapter,
 )
 from safeweights_peft.training import lora_correction
-from safeweights_peft.training.lora import FrozenLayer, FrozenPattern, LoraCorrection
 from tests.tiny_jobs import Interrupted
 from tests.training.maps import BATCHES, DOWN, UP, entries, hooks, kept, load, make_map, same
 from tests.training.test_preserve_trainer import make_trainer
+from tests.training.twins import adapted, config, effective, layers, logits, twin
 from tests.tuner.patches import save_patch
 
-LINEAR = r".*\.(?:q|k|v|o|up|down|gate)_proj"
-Masks = dict[str, Tensor]
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -47,78 +40,6 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adafactor": lambda p: Adafactor(p, lr=0.01, weight_decay=0.1),
 }
-
-
-def config(**options: Any) -> LoraConfig:
-    """Adapters that move every linear layer from the start."""
-    defaults = {"r": 4, "target_modules": LINEAR, "init_lora_weights": False}
-    return LoraConfig(**defaults | options)
-
-
-def adapted(base: Path, dtype: torch.dtype | str = "auto", **options: Any) -> PeftModel:
-    torch.manual_seed(3)
-    return get_peft_model(load(base, dtype=dtype), config(**options))
-
-
-def layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Finds the LoRA layers, by the plain model's names of their weights."""
-    prefix = "base_model.model." if isinstance(model, PeftModel) else ""
-    return {
-        f"{name.removeprefix(prefix)}.weight": each
-        for name, each in model.named_modules()
-        if isinstance(each, LoraLinear)
-    }
-
-
-def masks(model: nn.Module, safety_map: SafetyMap) -> Masks:
-    """Makes dense masks of the map's entries in LoRA layers, and empty ones of other layers."""
-    dense = {}
-    for name, layer in layers(model).items():
-        dense[name] = torch.zeros_like(layer.base_layer.weight, dtype=torch.bool)
-        indices = safety_map.indices.get(name, np.empty(0, np.int32))
-        dense[name].view(-1)[torch.from_numpy(indices)] = True
-    return dense
-
-
-def masked_delta(layer: LoraLinear, adapter: str, mask: Tensor) -> Tensor:
-    delta = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
-    return torch.where(mask, 0, delta) * layer.scaling[adapter]
-
-
-def twin(model: nn.Module, safety_map: SafetyMap) -> nn.Module:
-    """Lets LoRA layers do the same with dense masks, in the slow, obvious way."""
-    dense = masks(model, safety_map)
-    for name, layer in layers(model).items():
-
-        def forward(x: Tensor, layer: LoraLinear = layer, mask: Tensor = dense[name]) -> Tensor:
-            output = layer.base_layer(x)
-            for adapter in [each for each in layer.active_adapters if each in layer.lora_A]:
-                source = layer.lora_dropout[adapter](x.to(layer.lora_A[adapter].weight.dtype))
-                output = output + F.linear(source, masked_delta(layer, adapter, mask))
-                if layer.lora_bias[adapter]:
-                    output = output + layer.lora_B[adapter].bias * layer.scaling[adapter]
-            return output.to(x.dtype)
-
-        layer.forward = forward
-    return model
-
-
-def effective(model: PeftModel, base: Path, safety_map: SafetyMap) -> nn.Module:
-    """Makes the plain model of weights W + s·(M⊙BA)."""
-    plain, dense = load(base), masks(model, safety_map)
-    with torch.no_grad():
-        for name, layer in layers(model).items():
-            weight = plain.get_parameter(name)
-            weight += masked_delta(layer, "default", dense[name]).to(weight.dtype)
-    return plain
-
-
-def logits(model: nn.Module) -> Tensor:
-    mode = model.training
-    with torch.no_grad():
-        result = model.eval()(input_ids=BATCHES[-1]).logits
-    model.train(mode)
-    return result
 
 
 def lora_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -263,78 +184,6 @@ def test_a_head_tied_to_the_embedding_is_corrected_at_the_embeddings_entries(
         torch.testing.assert_close(logits(model), logits(other))
 
 
-@contextmanager
-def corrected(layer: LoraLinear, indices: Tensor) -> Iterator[None]:
-    """Corrects a layer by itself."""
-    pattern = FrozenPattern.lay_out(indices, tuple(layer.base_layer.weight.shape))
-    correction = LoraCorrection(FrozenLayer("layer", layer, pattern))
-    correction.attach()
-    yield
-    correction.detach()
-
-
-@pytest.fixture(params=[torch.int32, torch.int64])
-def indices(request: pytest.FixtureRequest) -> Tensor:
-    """The first and the last entry of 40 x 60, and some rows and columns without any."""
-    return torch.tensor([0, 1, 59, 60, 777, 1200, 1201, 2399], dtype=request.param)
-
-
-@pytest.fixture
-def layer() -> LoraLinear:
-    torch.manual_seed(0)
-    return LoraLinear(nn.Linear(60, 40), "default", config(), r=3)
-
-
-@pytest.mark.parametrize("shape", [(60,), (1, 60), (7, 60), (2, 3, 60), (0, 60)])
-def test_inputs_of_any_shape_and_rows_without_entries_are_no_exception(
-    shape: tuple[int, ...], indices: Tensor, layer: LoraLinear
-) -> None:
-    mask = torch.zeros(40, 60, dtype=torch.bool)
-    mask.view(-1)[indices.long()] = True
-    input = torch.randn(shape)
-    expected = layer.base_layer(input) + F.linear(input, masked_delta(layer, "default", mask))
-    with corrected(layer, indices):
-        torch.testing.assert_close(layer(input), expected)
-
-
-class LargestResult(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation gives."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.is_sparse_csr:
-            self.largest = max(self.largest, result.numel())
-        return result
-
-
-def test_no_operation_makes_a_tensor_as_large_as_the_weight(
-    indices: Tensor, layer: LoraLinear
-) -> None:
-    input = torch.randn(2, 60, requires_grad=True)
-    with corrected(layer, indices), LargestResult() as seen:
-        layer.lora_B["default"](layer.lora_A["default"](input)).sum().backward()
-    assert input.grad is not None
-    assert 0 < seen.largest < 40 * 60 / 4
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.int32, 8), (torch.int64, 16)])
-def test_a_correction_holds_eight_bytes_per_entry_and_four_per_row_and_column(
-    dtype: torch.dtype, expected: int
-) -> None:
-    indices = torch.arange(0, 1_000_000, 100, dtype=dtype)
-    pattern = FrozenPattern.lay_out(indices, (500, 2000))
-    parts = [
-        part
-        for each in (pattern.by_row, pattern.by_column)
-        for part in (each.crow_indices(), each.col_indices(), each.values())
-    ]
-    storages = [each.untyped_storage() for each in parts]
-    held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
-    assert held <= expected * len(indices) + expected / 2 * (500 + 2000 + 2) + 2 * 4
-
-
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_training_leaves_the_effective_weights_at_the_maps_entries(
     make: MakeOptimizer, tiny_llama: Path
@@ -396,6 +245,34 @@ def test_modules_that_are_saved_beside_lora_keep_the_maps_entries(tiny_llama: Pa
         assert torch.equal(copy.flatten()[frozen], before.flatten()[frozen])
         assert (copy != before).float().mean() > 0.5
     assert torch.equal(copy.flatten()[frozen], before.flatten()[frozen])
+
+
+def test_copies_of_an_adapter_that_is_made_active_later_keep_the_maps_entries(
+    tiny_llama: Path,
+) -> None:
+    safety_map, name = make_map(tiny_llama), "lm_head.weight"
+    model = adapted(tiny_llama, modules_to_save=["lm_head"])
+    model.add_adapter("second", config(modules_to_save=["lm_head"]))
+    copy = model.base_model.model.lm_head.modules_to_save["second"].weight
+    before, frozen = copy.detach().clone(), torch.from_numpy(safety_map.indices[name])
+    with preserve(model, safety_map):
+        model.set_adapter("second")
+        train(model, steps=5)
+    assert torch.equal(copy.flatten()[frozen], before.flatten()[frozen])
+    assert not torch.equal(copy, before)
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie:UserWarning")
+def test_a_copy_of_a_tied_head_keeps_the_embeddings_entries(tiny_tied_llama: Path) -> None:
+    safety_map = make_map(tiny_tied_llama, ["model.embed_tokens.weight"])
+    model = adapted(tiny_tied_llama, dtype=torch.float32, modules_to_save=["lm_head"])
+    copy = model.base_model.model.lm_head.modules_to_save["default"].weight
+    frozen = torch.from_numpy(safety_map.indices["model.embed_tokens.weight"])
+    before = copy.detach().clone()
+    with preserve(model, safety_map):
+        train(model, steps=5)
+    assert torch.equal(copy.flatten()[frozen], before.flatten()[frozen])
+    assert not torch.equal(copy, before)
 
 
 def test_base_weights_that_train_beside_lora_keep_the_maps_entries(tiny_llama: Path) -> None:
