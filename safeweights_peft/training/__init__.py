@@ -6,7 +6,11 @@ keeps them as they are while the others train.
 
 from safeweights_peft.training.enhance import EnhanceSettings, StepLoss, enhance
 from safeweights_peft.training.finetune import PreserveSettings, fine_tune
-from safeweights_peft.training.preserve import SafetyPreservingCallback, preserve
+from safeweights_peft.training.preserve import (
+    SafetyPreservingCallback,
+    lora_correction,
+    preserve,
+)
 
 __all__ = [
     "EnhanceSettings",
@@ -15,5 +19,6 @@ __all__ = [
     "StepLoss",
     "enhance",
     "fine_tune",
+    "lora_correction",
     "preserve",
 ]

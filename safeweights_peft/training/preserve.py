@@ -2,8 +2,9 @@
 
 The entries of a safety map, or of a safety patch that has been merged, are frozen bit for bit
 while everything else trains, in any loop (`preserve`) or in `transformers.Trainer` and the trainers
-that build on it, such as TRL's (`SafetyPreservingCallback`). The hooks that do it live in
-``freeze``; here a map or a patch meets a model.
+that build on it, such as TRL's (`SafetyPreservingCallback`); under LoRA, those of the effective
+weights. The hooks that do it live in ``freeze`` and ``lora``, what adapters a model may have is
+told in ``adapters``; here a map or a patch meets a model.
 
 Source: arXiv 2604.08297, section on SPA.
 """
@@ -16,8 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -26,7 +26,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.format import Adapter, Mode, SafetyMap, TensorRecord, read_artifact
+from safeweights_peft.training.adapters import (
+    check_adapters,
+    has_adapters,
+    is_copy,
+    lora_layers,
+    parameters_by_name,
+    plain_name,
+)
 from safeweights_peft.training.freeze import FreezeGuard, FrozenEntries
+from safeweights_peft.training.lora import LoraCorrection, frozen_part
 from safeweights_peft.tuner.entries import check_base, check_merged, to_torch
 
 logger = logging.getLogger(__name__)
@@ -54,12 +63,20 @@ def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
     the same once more at the end, also after an exception. Everything is checked before anything
     is changed. Several maps may be nested. Beyond the model it takes 12 bytes per entry at most.
 
+    Under LoRA on linear layers, with any number of adapters, the effective weight W + s·BA stays W
+    at the frozen entries whenever the model runs: what each adapter would add there is taken out of
+    its output. What is trained beside LoRA, `modules_to_save` included, is protected as in full
+    training. One map at a time can protect a LoRA layer. Add adapters before, and merge none
+    meanwhile: the hooks set at the beginning don't see it. The adapter is saved as plain LoRA,
+    which moves the entries wherever it runs without `preserve`; `training.lora_correction` tells by
+    how much.
+
     Enter it with the parameters that the optimizer trains: an optimizer that works on copies of
     its own, as DeepSpeed's do, moves entries unseen until the end. The entries are put back then.
 
     Args:
         model: the map's base, or the patch's base with the patch merged in, or what an earlier run
-            under the same artifact made of it; perhaps wrapped in DDP or compiled.
+            under the same artifact made of it; perhaps with LoRA, wrapped in DDP, or compiled.
         artifact: the safety map or patch, or its directory.
 
     Yields:
@@ -69,10 +86,10 @@ def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
         BaseMismatchError: the model's entries are not those that the map was made for, or not the
             patch's merged ones.
         ModelError: a parameter is missing or has another shape.
-        UnsupportedFeatureError: the model has adapters, or a parameter is sharded, quantized, or
-            without data.
+        UnsupportedFeatureError: the model has adapters other than plain LoRA on linear layers, or
+            merged ones, or a parameter is sharded, quantized, or without data.
     """
-    guard = _guard(model, artifact)
+    guard = _Guard(model, artifact)
     try:
         guard.attach()
         yield
@@ -90,7 +107,8 @@ class SafetyPreservingCallback(TrainerCallback):
     It works from the start of a training to its end, resumed ones included: their checkpoints
     hold the entries as they were. Where training is broken off by an exception, the trainer tells
     no callback: the entries stay protected until the same callback sees another training begin, or
-    until `detach` is called.
+    until `detach` is called. Under LoRA the model runs as plain LoRA again when training has ended;
+    to evaluate what was trained, use `preserve`.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -100,7 +118,7 @@ class SafetyPreservingCallback(TrainerCallback):
             artifact: the safety map or patch, or its directory.
         """
         self._artifact = artifact
-        self._guard: FreezeGuard | None = None
+        self._guard: _Guard | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,7 +141,7 @@ class SafetyPreservingCallback(TrainerCallback):
                 "args.deepspeed: expected none, found DeepSpeed, whose optimizer moves copies of "
                 f"the parameters; {_WHOLE}"
             )
-        self._guard = _guard(kwargs["model"], self._artifact)
+        self._guard = _Guard(kwargs["model"], self._artifact)
         self._guard.attach()
 
     def on_train_end(
@@ -149,28 +167,93 @@ class SafetyPreservingCallback(TrainerCallback):
             guard.detach()
 
 
-def _guard(model: nn.Module, artifact: Artifact) -> FreezeGuard:
-    """Makes a guard that is not attached yet, with all checks done."""
-    if not isinstance(artifact, SafetyMap | Adapter):
-        artifact = read_artifact(artifact)
-    metadata, model = artifact.metadata, _unwrap(model)
+def lora_correction(
+    model: nn.Module, artifact: Artifact, adapter: str = "default"
+) -> dict[str, Tensor]:
+    """Tells what takes a LoRA adapter's part at the entries of a safety map or patch out again.
+
+    Added to the merged weights, or to the base beside the adapter, it makes of the effective weight
+    W + s·BA what `preserve` made of it in training.
+
+    Args:
+        model: as for `preserve`, with LoRA.
+        artifact: the safety map or patch, or its directory.
+        adapter: the adapter's name.
+
+    Returns:
+        For each parameter of the artifact that the adapter moves, -s·BA at the entries, float32 on
+        the CPU, in the order of the artifact's indices; ``(count,)``.
+
+    Raises:
+        ModelError: there is no such adapter, or see `preserve`, whose other errors come from here
+            too.
+    """
+    artifact, model = _read(artifact), _unwrap(model)
+    if adapter not in getattr(model, "peft_config", {}):
+        raise ModelError(f"model: expected an adapter {adapter!r}, found none; name one it has")
+    correction = {}
+    for each in _frozen_entries(model, artifact):
+        for found in lora_layers(model, [each]):
+            if adapter in found.layer.lora_A:
+                correction[each.name] = -frozen_part(found, adapter).cpu()
+    return correction
+
+
+class _Guard:
+    """All hooks that protect one model, from ``attach`` to ``detach``."""
+
+    def __init__(self, model: nn.Module, artifact: Artifact) -> None:
+        """Does all checks, and changes nothing yet."""
+        artifact, model = _read(artifact), _unwrap(model)
+        entries, adapted = _frozen_entries(model, artifact), has_adapters(model)
+        layers = lora_layers(model, entries) if adapted else []
+        corrected = {each.layer.get_base_layer().weight for each in layers}
+        _warn_of_untrained(entries, corrected, artifact.metadata.mode.artifact)
+        if adapted:  # no optimizer holds the rest of the base
+            entries = [e for e in entries if e.parameter.requires_grad or is_copy(e.name)]
+        self._corrections = [LoraCorrection(each) for each in layers]
+        self._freeze = FreezeGuard(entries)
+
+    def attach(self) -> None:
+        self._forget_compiled()
+        for each in self._corrections:
+            each.attach()
+        self._freeze.attach()
+
+    def detach(self) -> None:
+        self._forget_compiled()
+        for each in self._corrections:
+            each.detach()
+        self._freeze.detach()
+
+    def _forget_compiled(self) -> None:
+        """Compiled code doesn't notice hooks on modules that come or go."""
+        if self._corrections:
+            torch.compiler.reset()
+
+
+def _read(artifact: Artifact) -> SafetyMap | Adapter:
+    return artifact if isinstance(artifact, SafetyMap | Adapter) else read_artifact(artifact)
+
+
+def _frozen_entries(model: nn.Module, artifact: SafetyMap | Adapter) -> list[FrozenEntries]:
+    """Finds the entries of whatever stands for an artifact's parameters in a model, all checked."""
+    metadata = artifact.metadata
     kind = metadata.mode.artifact
     _check_model(model, next(iter(artifact.indices), kind))
-    # A tied parameter is found by each of its names.
-    everything = model.named_parameters(remove_duplicate=False)
-    parameters = {name.replace("_orig_mod.", ""): each for name, each in everything}
+    parameters = parameters_by_name(model)
     entries = []
     for name, indices in artifact.indices.items():
         record = metadata.tensors[name]
         check_indices(name, indices, record.shape)
-        frozen = FrozenEntries(name, _find(parameters, name, record, kind), to_torch(indices))
-        if metadata.mode is Mode.SPA:
-            check_base(name, frozen.originals, record, kind)
-        else:
-            check_merged(name, frozen.originals, record, metadata.scale)
-        entries.append(frozen)
-    _warn_of_untrained(entries, kind)
-    return FreezeGuard(entries)
+        for label, parameter in _find(parameters, name, record, kind).items():
+            frozen = FrozenEntries(label, parameter, to_torch(indices))
+            if metadata.mode is Mode.SPA:
+                check_base(label, frozen.originals, record, kind)
+            else:
+                check_merged(label, frozen.originals, record, metadata.scale)
+            entries.append(frozen)
+    return entries
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -185,16 +268,9 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _check_model(model: nn.Module, first: str) -> None:
-    modules = list(model.modules())
-    if isinstance(model, PeftModel) or any(isinstance(each, BaseTunerLayer) for each in modules):
-        configs = getattr(model, "peft_config", {}).values()
-        kinds = ", ".join(sorted({str(each.peft_type.value) for each in configs})) or "PEFT"
-        raise UnsupportedFeatureError(
-            f"model: expected one without adapters, found {kinds}: under an adapter the base is "
-            "frozen already, and only its effective weights move, which is not prevented yet; "
-            "train the base itself, or merge the adapter first"
-        )
-    if any(isinstance(each, FullyShardedDataParallel) for each in modules):
+    if has_adapters(model):
+        check_adapters(model)
+    if any(isinstance(each, FullyShardedDataParallel) for each in model.modules()):
         raise UnsupportedFeatureError(
             f"{first}: expected a whole parameter, found a model whose parameters FSDP has "
             f"flattened; {_WHOLE}"
@@ -202,21 +278,21 @@ def _check_model(model: nn.Module, first: str) -> None:
 
 
 def _find(
-    parameters: dict[str, nn.Parameter], name: str, record: TensorRecord, kind: str
-) -> nn.Parameter:
-    parameter = parameters.get(name)
-    if parameter is None:
+    parameters: dict[str, dict[str, nn.Parameter]], name: str, record: TensorRecord, kind: str
+) -> dict[str, nn.Parameter]:
+    if name not in parameters:
         raise ModelError(
             f"{name}: expected a parameter of the model, found none; train the base that the "
             f"{kind} was made for"
         )
-    _check_kind(parameter, name)
-    if tuple(parameter.shape) != record.shape:
-        raise ModelError(
-            f"{name}: expected shape {list(record.shape)}, found {list(parameter.shape)}; train "
-            f"the base that the {kind} was made for"
-        )
-    return parameter
+    for label, parameter in parameters[name].items():
+        _check_kind(parameter, label)
+        if tuple(parameter.shape) != record.shape:
+            raise ModelError(
+                f"{label}: expected shape {list(record.shape)}, found {list(parameter.shape)}; "
+                f"train the base that the {kind} was made for"
+            )
+    return parameters[name]
 
 
 def _check_kind(parameter: nn.Parameter, name: str) -> None:
@@ -238,14 +314,22 @@ def _check_kind(parameter: nn.Parameter, name: str) -> None:
         )
 
 
-def _warn_of_untrained(entries: Sequence[FrozenEntries], kind: str) -> None:
-    untrained = [each.name for each in entries if not each.parameter.requires_grad]
+def _warn_of_untrained(
+    entries: Sequence[FrozenEntries], corrected: set[nn.Parameter], kind: str
+) -> None:
+    trained = {
+        plain_name(each.name)
+        for each in entries
+        if each.parameter.requires_grad or each.parameter in corrected or is_copy(each.name)
+    }
+    names = list(dict.fromkeys(plain_name(each.name) for each in entries))
+    untrained = [name for name in names if name not in trained]
     if untrained:
         logger.warning(
-            "%s: expected a parameter that requires gradients, found none; %d of the %s's %d "
+            "%s: expected a parameter that requires gradients, found none; %s of the %s's %d "
             "parameters are not trained anyway",
             untrained[0],
-            len(untrained),
+            len(untrained) if trained else "all",
             kind,
-            len(entries),
+            len(names),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from safeweights_peft.tuner.csr import csr_pattern, sampled_product
+from safeweights_peft.tuner.csr import columns_of_tokens, csr_pattern, sampled_product
 
 DENSEST = 0.1
 """Above this density the whole product is faster on a CPU."""
@@ -112,7 +112,7 @@ class _SampledLinear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             gradient @ ctx.weight if to_input else None,
-            _products(rows, input.reshape(-1, input.shape[-1]), ctx.indices),
+            _products(gradient, input, ctx.indices),
             rows.sum(0) if to_bias else None,
             None,
             None,
@@ -122,5 +122,5 @@ class _SampledLinear(torch.autograd.Function):
 
 def _products(gradient: Tensor, input: Tensor, indices: Tensor) -> Tensor:
     """Compute ``(gradient.T @ input).flatten()[indices]``; rows are tokens."""
-    pattern = csr_pattern(indices, (gradient.shape[1], input.shape[1]))
-    return sampled_product(pattern, gradient.T, input.T).values()
+    pattern = csr_pattern(indices, (gradient.shape[-1], input.shape[-1]))
+    return sampled_product(pattern, columns_of_tokens(gradient), columns_of_tokens(input)).values()

@@ -74,6 +74,8 @@ def train(model: nn.Module, steps: int = 5) -> None:
 
 
 def hooks(model: nn.Module) -> int:
-    """Count the hooks on optimizers and gradients."""
+    """Count the hooks on optimizers, gradients and modules."""
     on_gradients = [each._post_accumulate_grad_hooks or {} for each in model.parameters()]
-    return len(_global_optimizer_post_hooks) + sum(len(each) for each in on_gradients)
+    on_modules = [e for m in model.modules() for e in (m._forward_hooks, m._forward_pre_hooks)]
+    counts = [len(each) for each in (*on_gradients, *on_modules)]
+    return len(_global_optimizer_post_hooks) + sum(counts)

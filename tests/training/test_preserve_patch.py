@@ -131,7 +131,7 @@ def test_a_patch_that_lacks_a_merged_digest_is_refused(patch: Path, merged: Path
 
 def test_a_model_whose_patch_is_not_merged_yet_is_refused(tiny_llama: Path, patch: Path) -> None:
     model = PeftModel.from_pretrained(load(tiny_llama), patch)
-    refused(model, patch, UnsupportedFeatureError, "found SAFEWEIGHTS: .*merge the adapter first")
+    refused(model, patch, UnsupportedFeatureError, "found SAFEWEIGHTS, .*merge the adapter first")
 
 
 def test_a_missing_parameter_is_told_as_the_safety_patchs(merged: Path, patch: Path) -> None:

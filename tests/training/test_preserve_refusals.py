@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from transformers.pytorch_utils import Conv1D
 
 from safeweights_peft import (
     BaseMismatchError,
@@ -22,6 +24,9 @@ from safeweights_peft import (
     create_adapter,
     preserve,
 )
+from safeweights_peft.training import lora_correction
+from safeweights_peft.training.adapters import lora_layers
+from safeweights_peft.training.freeze import FrozenEntries
 from tests.training.maps import DOWN, UP, hooks, kept, load, make_map, train
 
 
@@ -121,10 +126,20 @@ def with_lora(base: Path) -> nn.Module:
     return peft.get_peft_model(load(base), peft.LoraConfig(target_modules=["up_proj"]))
 
 
-def with_lora_injected(base: Path) -> nn.Module:
+def with_ia3(base: Path) -> nn.Module:
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    return peft.get_peft_model(load(base), config)
+
+
+def with_loha(base: Path) -> nn.Module:
     model = load(base)
-    model.add_adapter(peft.LoraConfig(target_modules=["up_proj"]))
+    model.add_adapter(peft.LoHaConfig(target_modules=["up_proj"]))
     return model
+
+
+def with_a_mixture(base: Path) -> nn.Module:
+    config = peft.LoraConfig(target_modules=["up_proj"])
+    return peft.get_peft_model(load(base), config, mixed=True)
 
 
 def with_a_patch(base: Path) -> nn.Module:
@@ -140,17 +155,132 @@ def with_a_prompt(base: Path) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "kind"),
     [
-        (with_lora, "LORA"),
-        (with_lora_injected, "LORA"),
+        (with_ia3, "IA3"),
+        (with_loha, "LOHA"),
+        (with_a_mixture, "PeftMixedModel"),
         (with_a_patch, "SAFEWEIGHTS"),
         (with_a_prompt, "PROMPT_TUNING"),
     ],
 )
-def test_a_model_with_an_adapter_is_refused_by_the_adapters_kind(
+def test_an_adapter_other_than_lora_is_refused_by_its_kind(
     wrap: Callable[[Path], nn.Module], kind: str, tiny_llama: Path
 ) -> None:
-    message = f"^model: expected one without adapters, found {kind}: under an adapter the base is"
+    message = f"^model: expected LoRA or no adapter, found {kind}, .*merge the adapter first$"
     refused(wrap(tiny_llama), make_map(tiny_llama, [UP]), UnsupportedFeatureError, message)
+
+
+def test_lora_that_is_merged_is_refused_by_the_layers_name(tiny_llama: Path) -> None:
+    model = with_lora(tiny_llama)
+    model.merge_adapter()
+    message = f"^{UP[:-7]}: expected adapters that are not merged, found default.*; unmerge first$"
+    refused(model, make_map(tiny_llama, [UP]), UnsupportedFeatureError, message)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "found"),
+    [
+        ({"target_modules": ["up_proj"], "use_dora": True}, UP, "Dora in adapter default"),
+        ({"target_modules": ["embed_tokens"]}, EMBEDDING, "Embedding on Embedding"),
+        (
+            {"target_modules": ["up_proj"], "trainable_token_indices": [3]},
+            EMBEDDING,
+            "TrainableTokensLayer on Embedding",
+        ),
+        (
+            {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
+            UP,
+            "ParamWrapper on Linear",
+        ),
+    ],
+)
+def test_lora_that_is_more_than_a_product_in_a_linear_layer_is_refused_by_the_layers_name(
+    options: dict[str, Any], name: str, found: str, tiny_llama: Path
+) -> None:
+    model = peft.get_peft_model(load(tiny_llama), peft.LoraConfig(**options))
+    message = f"^{name[:-7]}.*: expected plain LoRA on a linear layer .*, found {found}; leave"
+    refused(model, make_map(tiny_llama, [name]), UnsupportedFeatureError, message)
+
+
+def test_lora_on_fused_experts_that_hold_frozen_entries_is_refused(tiny_mixtral: Path) -> None:
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
+    model = peft.get_peft_model(load(tiny_mixtral), config)
+    message = r"^model\.layers\.0\.mlp\.experts: .*found ParamWrapper on MixtralExperts; leave"
+    refused(model, make_map(tiny_mixtral, [name]), UnsupportedFeatureError, message)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_lora_on_transformers_own_conv1d_is_refused_by_the_layers_name(tiny_llama: Path) -> None:
+    model = load(tiny_llama)
+    layer = Conv1D(32, 48)  # as in GPT-2; its weight lies the other way round
+    layer.weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj = layer
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["layers.0.mlp.up_proj"]))
+    message = f"^{UP[:-7]}: expected plain LoRA on a linear layer .*, found LoRA on Conv1D; leave"
+    refused(model, make_map(tiny_llama, [UP]), UnsupportedFeatureError, message)
+
+
+def test_lora_beside_a_map_of_other_layers_may_be_of_any_form(tiny_llama: Path) -> None:
+    config = peft.LoraConfig(target_modules=["up_proj", "embed_tokens"], use_dora=True)
+    model = peft.get_peft_model(load(tiny_llama), config)
+    with preserve(model, make_map(tiny_llama, [DOWN])):
+        pass
+
+
+def test_a_bias_of_loras_own_is_refused_where_the_layers_bias_holds_frozen_entries() -> None:
+    base = nn.Sequential(nn.Linear(6, 5))
+    config = peft.LoraConfig(target_modules=["0"], lora_bias=True)
+    model = peft.get_peft_model(base, config)
+    bias = model.base_model.model[0].base_layer.bias
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"^0: .*found lora_bias, with frozen entries"
+    ):
+        lora_layers(model, [FrozenEntries("0.bias", bias, torch.tensor([1]))])
+
+
+def test_a_second_map_over_the_same_lora_layer_is_refused(tiny_llama: Path) -> None:
+    model = with_lora(tiny_llama)
+    with preserve(model, make_map(tiny_llama, [UP])):
+        message = f"^{UP[:-7]}: expected a LoRA layer that no other map or patch protects"
+        second = make_map(tiny_llama, [UP], seed=1)
+        refused(model, second, UnsupportedFeatureError, message)
+
+
+def test_the_base_under_lora_is_checked_as_ever(tiny_llama: Path) -> None:
+    model = with_lora(tiny_llama)
+    layer = model.get_submodule(f"base_model.model.{UP[:-7]}")
+    before = layer.base_layer.weight.detach().clone()
+    layer.base_layer.weight.data += 1
+    message = f"^{UP}: expected the base that the safety map was made for"
+    refused(model, make_map(tiny_llama, [UP]), BaseMismatchError, message)
+    layer.base_layer.weight.data = before[:40]
+    message = rf"^{UP}: expected shape \[48, 32\], found \[40, 32\]; train the base"
+    refused(model, make_map(tiny_llama, [UP]), ModelError, message)
+
+
+def test_a_copy_that_is_trained_in_full_beside_lora_is_checked_by_its_own_name(
+    tiny_llama: Path,
+) -> None:
+    config = peft.LoraConfig(target_modules=["up_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(load(tiny_llama), config)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data += 1
+    message = r"^lm_head\.modules_to_save\.default\.weight: expected the base that the safety map"
+    refused(model, make_map(tiny_llama, ["lm_head.weight"]), BaseMismatchError, message)
+
+
+def test_a_parameter_that_the_adapted_model_lacks_is_refused_by_its_name(tiny_llama: Path) -> None:
+    model = with_lora(tiny_llama)
+    del model.base_model.model.model.layers[1]
+    message = f"^{DOWN}: expected a parameter of the model, found none; train the base"
+    refused(model, make_map(tiny_llama, [DOWN]), ModelError, message)
+
+
+def test_the_correction_of_an_adapter_that_the_model_lacks_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"^model: expected an adapter 'other', found none"):
+        lora_correction(with_lora(tiny_llama), make_map(tiny_llama, [UP]), adapter="other")
 
 
 def test_a_model_whose_adapter_was_merged_away_is_no_longer_refused(tiny_llama: Path) -> None:

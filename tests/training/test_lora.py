@@ -1,0 +1,86 @@
+"""One LoRA layer is corrected at frozen entries, and nothing as large as its weight is made."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from safeweights_peft.training.lora import FrozenLayer, FrozenPattern, LoraCorrection
+from tests.training.twins import config, masked_delta
+
+
+@contextmanager
+def corrected(layer: LoraLinear, indices: Tensor) -> Iterator[None]:
+    """Corrects a layer by itself."""
+    pattern = FrozenPattern.lay_out(indices, tuple(layer.base_layer.weight.shape))
+    correction = LoraCorrection(FrozenLayer("layer", layer, pattern))
+    correction.attach()
+    yield
+    correction.detach()
+
+
+@pytest.fixture(params=[torch.int32, torch.int64])
+def indices(request: pytest.FixtureRequest) -> Tensor:
+    """The first and the last entry of 40 x 60, and some rows and columns without any."""
+    return torch.tensor([0, 1, 59, 60, 777, 1200, 1201, 2399], dtype=request.param)
+
+
+@pytest.fixture
+def layer() -> LoraLinear:
+    torch.manual_seed(0)
+    return LoraLinear(nn.Linear(60, 40), "default", config(), r=3)
+
+
+@pytest.mark.parametrize("shape", [(60,), (1, 60), (7, 60), (2, 3, 60), (0, 60)])
+def test_inputs_of_any_shape_and_rows_without_entries_are_no_exception(
+    shape: tuple[int, ...], indices: Tensor, layer: LoraLinear
+) -> None:
+    mask = torch.zeros(40, 60, dtype=torch.bool)
+    mask.view(-1)[indices.long()] = True
+    input = torch.randn(shape)
+    expected = layer.base_layer(input) + F.linear(input, masked_delta(layer, "default", mask))
+    with corrected(layer, indices):
+        torch.testing.assert_close(layer(input), expected)
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation gives."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not result.is_sparse_csr:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_no_operation_makes_a_tensor_as_large_as_the_weight(
+    indices: Tensor, layer: LoraLinear
+) -> None:
+    input = torch.randn(2, 60, requires_grad=True)
+    with corrected(layer, indices), LargestResult() as seen:
+        layer.lora_B["default"](layer.lora_A["default"](input)).sum().backward()
+    assert input.grad is not None
+    assert 0 < seen.largest < 40 * 60 / 4
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.int32, 8), (torch.int64, 16)])
+def test_a_correction_holds_eight_bytes_per_entry_and_four_per_row_and_column(
+    dtype: torch.dtype, expected: int
+) -> None:
+    indices = torch.arange(0, 1_000_000, 100, dtype=dtype)
+    pattern = FrozenPattern.lay_out(indices, (500, 2000))
+    parts = [
+        part
+        for each in (pattern.by_row, pattern.by_column)
+        for part in (each.crow_indices(), each.col_indices(), each.values())
+    ]
+    storages = [each.untyped_storage() for each in parts]
+    held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    assert held <= expected * len(indices) + expected / 2 * (500 + 2000 + 2) + 2 * 4
