@@ -220,9 +220,10 @@ def preserve_command(
 
 @main.command("protect")
 @click.option(
-    "--tuned", required=True, type=existing, help="Fine-tuned checkpoint; it is left as it is."
+    "--tuned", type=existing, help="Fine-tuned checkpoint, all its weights; it is left as it is."
 )
-@click.option("--base", required=True, help="What it was tuned from: directory or Hub id.")
+@click.option("--lora", help="LoRA that was trained on the base, in place of --tuned: path or id.")
+@click.option("--base", help="What was tuned: directory or Hub id.  [default: what --lora names]")
 @click.option(
     "--map",
     "map_dir",
@@ -231,6 +232,9 @@ def preserve_command(
     help="Safety map of the base, or safety patch that is merged into it.",
 )
 @out_directory
+@click.option(
+    "--merged", is_flag=True, help="With --lora: write a merged model, not LoRA and correction."
+)
 @click.option(
     "--measure/--no-measure",
     default=True,
@@ -242,27 +246,43 @@ def preserve_command(
 @overwrite
 @json_output
 def protect_command(
-    tuned: Path,
-    base: str,
+    tuned: Path | None,
+    lora: str | None,
+    base: str | None,
     map_dir: Path,
     out: Path,
+    merged: bool,
     measure: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Give a fine-tuned model the safety weights of its base back; write a new checkpoint.
+    """Give a fine-tuned model the safety weights of its base back; nothing is trained.
 
-    For a model that was trained without `preserve`. With --task, the loss on it is measured too.
+    For what was trained without `preserve`. With --task, the loss on it is measured too.
     """
-    from safeweights_peft.pipeline import protect_tuned
+    from safeweights_peft.pipeline import protect_lora, protect_tuned
 
-    settings = evaluate_settings(options) if measure else None
-    compute = compute_settings(options)
+    settings, compute = evaluate_settings(options) if measure else None, compute_settings(options)
     with show_progress() as progress:
-        record = protect_tuned(
-            tuned, base, map_dir, out, settings, compute, progress, overwrite=overwrite
-        )
+        if tuned and base and not lora and not merged:
+            record = protect_tuned(
+                tuned, base, map_dir, out, settings, compute, progress, overwrite=overwrite
+            )
+        elif lora and not tuned:
+            record = protect_lora(
+                lora,
+                map_dir,
+                out,
+                base,
+                settings,
+                compute,
+                progress,
+                merged=merged,
+                overwrite=overwrite,
+            )
+        else:
+            raise click.UsageError("Give --tuned and --base, or --lora, to which --merged belongs.")
     show_protected(record, as_json)
 
 

@@ -120,8 +120,16 @@ preserve_options = _options(
     click.option(
         "--lr",
         type=FiniteRange(0, min_open=True),
-        help="Peak learning rate.  [default: 2e-5]",
+        help="Peak learning rate.  [default: 2e-5; 2e-4 for LoRA]",
     ),
+    click.option(
+        "--method",
+        type=click.Choice(["full", "lora"]),
+        default="full",
+        show_default=True,
+        help="Train all other weights, or LoRA on all linear layers.",
+    ),
+    click.option("--rank", type=click.IntRange(1), help="LoRA's rank.  [default: 16]"),
     click.option("--batch-size", type=click.IntRange(1), help="Rows per step.  [default: 8]"),
     click.option(
         "--weight-decay",
@@ -197,9 +205,11 @@ def train_settings(options: dict[str, Any]) -> TrainSettings:
 
 def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
     """Reads the settings of a preserving job out of a command's options."""
-    from safeweights_peft.training import PreserveSettings
+    from safeweights_peft.training import PreserveMethod, PreserveSettings
 
     chosen = _given(
+        method=PreserveMethod(options["method"]),
+        rank=options["rank"],
         steps=options["steps"],
         learning_rate=options["lr"],
         batch_size=options["batch_size"],

@@ -143,10 +143,12 @@ def show_protected(record: dict[str, Any], as_json: bool) -> None:
     moved = (
         f"{record['changed']:,} of {record['entries']:,}, by {record['largest_change']:g} at most"
     )
-    rows = [("path", record["tuned"], record["out_dir"]), ("weights put back", "0", moved)]
+    source = record["lora"] if "lora" in record else record["tuned"]
+    rows = [("", "before", "after"), ("path", source, record["out_dir"])]
+    rows.append(("weights put back", "0", moved))
     if "before" in record:
         rows += judged_rows(record["before"], record["after"])
-    show(record, [("", "before", "after"), *rows], as_json)
+    show(record, rows, as_json)
 
 
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -7,7 +7,7 @@ Merging inside a loaded model is PEFT's: see ``tuner``.
 
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
 from safeweights_peft.merge.merging import MergeReport, merge, plan
-from safeweights_peft.merge.protecting import ProtectReport, protect
+from safeweights_peft.merge.protecting import ProtectReport, protect, put_back
 from safeweights_peft.merge.verifying import Check, VerifyReport, verify
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "merge",
     "plan",
     "protect",
+    "put_back",
     "verify",
 ]

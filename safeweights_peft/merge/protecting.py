@@ -106,6 +106,18 @@ def protect(
     )
 
 
+def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: SafetyMap | Adapter) -> None:
+    """Overwrite an artifact's entries in a changed copy of its base with the base's own.
+
+    Args:
+        base: The base, which holds the artifact's safety.
+        draft: The copy.
+        artifact: The safety map or patch.
+    """
+    for name, record in artifact.metadata.tensors.items():
+        _put_back(base, draft, artifact, name, copies(base, record))
+
+
 def _open(directory: PathLike) -> CheckpointReader:
     return CheckpointReader(directory)
 

@@ -6,7 +6,7 @@ from safeweights_peft.pipeline.evaluating import evaluate
 from safeweights_peft.pipeline.patched import load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.progress import Progress, Quiet
-from safeweights_peft.pipeline.protecting import protect_tuned
+from safeweights_peft.pipeline.protecting import protect_lora, protect_tuned
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate",
     "load_patched",
     "preserve_model",
+    "protect_lora",
     "protect_tuned",
     "score",
     "summarise",

@@ -22,7 +22,7 @@ from safeweights_peft.pipeline.settings import (
     ScoreSettings,
     TrainSettings,
 )
-from safeweights_peft.training import PreserveSettings
+from safeweights_peft.training import PreserveMethod, PreserveSettings
 
 PROMPT_TOKENS = 48
 """Usual length of a rendered request; part of the guess."""
@@ -92,7 +92,7 @@ def estimate(
         parameters * 4 if score else 0,
         parameters // 4 if train else 0,
         weights if evaluations > 1 else 0,
-        parameters * 12 if preserve else 0,
+        parameters * 12 if preserve and preserve.method is PreserveMethod.FULL else 0,
     )
     return Estimate(
         parameters=parameters,
@@ -126,7 +126,8 @@ def _tokens(
 def _tokens_of_lessons(preserve: PreserveSettings, lessons: Sequence[Row]) -> float:
     answers = [len(row.output or "") / TOKEN_CHARACTERS for row in lessons]
     usual = sum(min(each, preserve.max_answer_tokens) for each in answers) / len(answers)
-    return 3 * preserve.steps * preserve.batch_size * (PROMPT_TOKENS + usual)
+    passes = 3 if preserve.method is PreserveMethod.FULL else 2  # LoRA's own are small
+    return passes * preserve.steps * preserve.batch_size * (PROMPT_TOKENS + usual)
 
 
 def _measure_speed(device: torch.device, size: int = 1024) -> float:

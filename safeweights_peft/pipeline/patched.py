@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from safeweights_peft.modeling import BaseModel, load_model
+from safeweights_peft.pipeline.adapting import CORRECTION
 
 
 def load_patched(
@@ -18,13 +19,16 @@ def load_patched(
 
     Args:
         base: the base model.
-        adapter: the patch's directory.
+        adapter: directory of the patch, or of a LoRA, which may have a correction.
         dtype: what to compute in; "auto" is the checkpoint's own.
         device: where the model goes.
 
     Returns:
         The merged model, whose weights are those of a merged checkpoint.
     """
-    model = PeftModel.from_pretrained(load_model(base, "auto", device), str(adapter))
-    merged = model.merge_and_unload()
-    return merged if dtype == "auto" else merged.to(dtype)
+    model = load_model(base, "auto", device)
+    correction = adapter / CORRECTION
+    parts = [correction, adapter] if correction.is_dir() else [adapter]
+    for part in parts:
+        model = PeftModel.from_pretrained(model, str(part)).merge_and_unload()
+    return model if dtype == "auto" else model.to(dtype)

@@ -1,9 +1,12 @@
-"""The preserving job: a base learns from rows of data, and its safety weights stay."""
+"""The preserving job: a base learns from rows of data, and its safety weights stay.
+
+In full it becomes a new model; by LoRA, an adapter with a correction.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +16,14 @@ import torch
 from torch import nn
 
 from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, draft_copy
-from safeweights_peft.data import data_digest, encode_example, read_rows
+from safeweights_peft.data import Row, data_digest, encode_example, read_rows
 from safeweights_peft.delta import digest
 from safeweights_peft.errors import CheckpointError, ModelError
-from safeweights_peft.files import check_apart, check_target, write_json
+from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import Adapter, SafetyMap, TensorRecord, read_artifact
 from safeweights_peft.merge import base_state, copies
 from safeweights_peft.modeling import (
+    BaseModel,
     describe,
     load_model,
     load_tokenizer,
@@ -27,10 +31,11 @@ from safeweights_peft.modeling import (
     pick_dtype,
     resolve_base,
 )
+from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.resuming import work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings
-from safeweights_peft.training import PreserveSettings, fine_tune
+from safeweights_peft.training import PreserveMethod, PreserveSettings, add_lora, fine_tune
 from safeweights_peft.tuner.entries import to_numpy
 
 RECORD_FILE = "preserving.json"
@@ -58,9 +63,10 @@ def preserve_model(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tunes a base in full, but for the entries of a safety map or patch; writes the model.
+    """Fine-tunes a base, but for the entries of a safety map or patch; writes model or adapter.
 
-    The weights are trained in float32 and written in the dtypes of the base's checkpoint. An
+    In full, weights are trained in float32 and written in the dtypes of the base's checkpoint. By
+    LoRA, what is written is the adapter and a correction; see `pipeline.adapting`. An
     interrupted job goes on from its last checkpoint, kept beside `out` until the model is complete;
     a changed setting starts it afresh.
 
@@ -68,14 +74,14 @@ def preserve_model(
         base: directory or Hub id of the base model.
         map_dir: a safety map made for that base, or a safety patch that is merged into it.
         data: source of instructions with answers.
-        out: the model's directory, published whole or not at all.
-        settings: steps, rates, sizes.
+        out: the directory of the model or adapter, published whole or not at all.
+        settings: method, steps, rates, sizes.
         compute: device, and the dtype of matrix products.
         progress: shown while training.
         overwrite: replace an existing directory.
 
     Returns:
-        What was trained, as plain JSON; the same as in the model's ``preserving.json``.
+        What was trained, as plain JSON; the same as in ``preserving.json`` there.
 
     Raises:
         BaseMismatchError: the map was made for another base, or the patch is not merged.
@@ -93,21 +99,14 @@ def preserve_model(
         encode_example(tokenizer, row.instruction, row.output or "", settings.max_answer_tokens)
         for row in rows
     ]
-    record: dict[str, Any] = {
-        "kind": "preserving",
-        "base": found.name,
-        "base_revision": found.revision,
-        "map": str(map_dir),
-        "artifact": artifact.metadata.mode.artifact,
-        "frozen_entries": sum(each.size for each in artifact.indices.values()),
-        "data": data,
-        "data_digest": data_digest(rows),
-        "settings": asdict(settings) | asdict(compute),
-        "safeweights_peft_version": version("safeweights-peft"),
-        "transformers_version": version("transformers"),
-        "torch_version": version("torch"),
+    record = _describe(found, map_dir, artifact, data, rows) | {
+        "settings": asdict(settings) | asdict(compute)
     }
     work_dir = work_dir_beside(out, record | {"digests": _digests(model, artifact)})
+    by_lora = settings.method is PreserveMethod.LORA
+    if by_lora:
+        model = add_lora(model, settings)
+        correct(model, artifact)  # refused now, not after the training
     with (progress or Quiet()).task("Fine-tuning", settings.steps) as advance:
         reach = advance_to(advance)
         record["losses"] = fine_tune(
@@ -120,9 +119,37 @@ def preserve_model(
             dtype,
             lambda step, _loss: reach(step),
         )
-    _save(model, layout, artifact, reader, out, record, overwrite)
+    if by_lora:
+        with publish(out, overwrite, CheckpointError) as draft:
+            write_corrected(draft, model, found, artifact)
+            write_json(draft / RECORD_FILE, record)
+    else:
+        _save(model, layout, artifact, reader, out, record, overwrite)
     shutil.rmtree(work_dir)
     return record
+
+
+def _describe(
+    base: BaseModel,
+    map_dir: Path,
+    artifact: SafetyMap | Adapter,
+    data: str,
+    rows: Sequence[Row],
+) -> dict[str, Any]:
+    """Records what the job works on, and with what versions."""
+    return {
+        "kind": "preserving",
+        "base": base.name,
+        "base_revision": base.revision,
+        "map": str(map_dir),
+        "artifact": artifact.metadata.mode.artifact,
+        "frozen_entries": sum(each.size for each in artifact.indices.values()),
+        "data": data,
+        "data_digest": data_digest(rows),
+        "safeweights_peft_version": version("safeweights-peft"),
+        "transformers_version": version("transformers"),
+        "torch_version": version("torch"),
+    }
 
 
 def _matrix_dtype(
@@ -163,12 +190,25 @@ def _save(
         short=record["artifact"].removeprefix("safety "),
     )
     with draft_copy(reader, out, overwrite=overwrite) as draft:
-        for name, each in layout.items():
-            _write_parameter(draft, model.get_parameter(name), each)
+        write_parameters(draft, model, layout)
         base_state(draft.reader, artifact.metadata, artifact.indices)
         folder = draft.reader.directory
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_json(folder / RECORD_FILE, record)
+
+
+def write_parameters(
+    draft: CheckpointDraft, model: nn.Module, layout: Mapping[str, TensorRecord]
+) -> None:
+    """Writes all weights of a model into a copy of its base, rounded to the base's dtypes.
+
+    Args:
+        draft: the copy.
+        model: the model, without adapters.
+        layout: where each parameter is on disk; see `modeling.describe`.
+    """
+    for name, record in layout.items():
+        _write_parameter(draft, model.get_parameter(name), record)
 
 
 def _write_parameter(draft: CheckpointDraft, parameter: nn.Parameter, record: TensorRecord) -> None:

@@ -1,17 +1,41 @@
-"""The protecting job: a tuned model gets its base's safety weights back, and both are measured."""
+"""The protecting job: what was tuned without protection gets its base's safety weights back.
+
+A tuned checkpoint is given them on disk; a LoRA is given a correction, or is merged around them.
+What that does is measured before and after.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from safeweights_peft.checkpoint import CheckpointReader, draft_copy
 from safeweights_peft.data import read_rows
-from safeweights_peft.files import write_json
-from safeweights_peft.merge import protect
-from safeweights_peft.modeling import resolve_base
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import CheckpointError, ModelError
+from safeweights_peft.files import check_apart, check_target, publish, write_json
+from safeweights_peft.format import Adapter, SafetyMap, read_artifact
+from safeweights_peft.merge import protect, put_back
+from safeweights_peft.modeling import (
+    BaseModel,
+    describe,
+    load_model,
+    pick_device,
+    resolve_base,
+)
+from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.evaluating import evaluate, figures
+from safeweights_peft.pipeline.preserving import write_parameters
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.settings import ComputeSettings, EvaluateSettings
 
@@ -74,6 +98,130 @@ def protect_tuned(
         record["settings"] = asdict(settings) | asdict(compute)
     write_json(out / RECORD_FILE, record)
     return record
+
+
+def protect_lora(
+    lora: str,
+    map_dir: Path,
+    out: Path,
+    base: str | None = None,
+    settings: EvaluateSettings | None = None,
+    compute: ComputeSettings | None = None,
+    progress: Progress | None = None,
+    *,
+    merged: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Keeps a LoRA that was trained without protection from moving safety weights; no training.
+
+    Written is a copy of the LoRA with a correction (see `pipeline.adapting`), or the base with the
+    LoRA merged in, in float32 and rounded once, and its safety weights bit for bit as they were.
+
+    Args:
+        lora: directory or Hub id of the LoRA.
+        map_dir: a safety map of the base, or a safety patch that is merged into it.
+        out: the result's directory, published whole or not at all.
+        base: directory or Hub id of the base; what the LoRA names if None.
+        settings: what the model is asked before and after, and the task whose loss is measured;
+            nothing if None.
+        compute: device; dtype of the measuring; revision of the base.
+        progress: shown while measuring.
+        merged: whether to write a merged model.
+        overwrite: replace an existing directory.
+
+    Returns:
+        What was protected, and the figures before and after, as plain JSON; the same as in
+        ``protecting.json`` there.
+
+    Raises:
+        BaseMismatchError: the map was made for another base.
+        ModelError: the LoRA can't be loaded, or touches none of the map's tensors.
+    """
+    compute, progress = compute or ComputeSettings(), progress or Quiet()
+    check_target(out, overwrite, CheckpointError)
+    if settings:
+        _check_sources(settings)
+    artifact = read_artifact(map_dir)
+    folder, named = _find_lora(lora)
+    found, device = resolve_base(base or named, compute.revision), pick_device(compute.device)
+    inputs = {"the base": found.path, "the map": map_dir, "the LoRA": folder}
+    check_apart(out, inputs, CheckpointError)
+    model = load_model(found, torch.float32, device)
+    layout = describe(model, [name for name, _ in model.named_parameters()], found.path)
+    adapted = _load_lora(model, folder)
+    record = _describe(lora, found, map_dir, out, artifact, correct(adapted, artifact))
+    if merged:
+        reader = CheckpointReader(found.path)
+        with draft_copy(reader, out, overwrite=overwrite) as draft:
+            write_parameters(draft, adapted.merge_and_unload(), layout)
+            put_back(reader, draft, artifact)
+    else:
+        with publish(out, overwrite, CheckpointError) as draft_dir:
+            write_corrected(draft_dir, adapted, found, artifact)
+    if settings:
+        before = evaluate(found.name, folder, settings, compute, progress)
+        if merged:
+            after = evaluate(str(out), None, settings, replace(compute, revision=None), progress)
+        else:
+            after = evaluate(found.name, out, settings, compute, progress)
+        record |= {"before": figures(before), "after": figures(after)}
+        record["settings"] = asdict(settings) | asdict(compute)
+    write_json(out / RECORD_FILE, record)
+    return record
+
+
+def _describe(
+    lora: str,
+    base: BaseModel,
+    map_dir: Path,
+    out: Path,
+    artifact: SafetyMap | Adapter,
+    correction: Mapping[str, Array],
+) -> dict[str, Any]:
+    """Records what a LoRA was protected from doing: which entries it would move, and how far."""
+    return {
+        "kind": "protection",
+        "lora": lora,
+        "base": base.name,
+        "base_revision": base.revision,
+        "map": str(map_dir),
+        "out_dir": str(out),
+        "tensors": len(correction),
+        "entries": sum(each.size for each in artifact.indices.values()),
+        "changed": sum(int(np.count_nonzero(each)) for each in correction.values()),
+        "largest_change": max(float(np.abs(each).max()) for each in correction.values()),
+        "safeweights_peft_version": version("safeweights-peft"),
+    }
+
+
+def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: expected an adapter for {model.name_or_path}, found one that PEFT can't "
+            f"load into it ({error}); give --base, the model that it was trained on"
+        ) from error
+
+
+def _find_lora(lora: str) -> tuple[Path, str]:
+    """Finds a LoRA's directory, downloaded if need be, and the base that it names."""
+    folder = Path(lora)
+    try:
+        if not folder.is_dir():
+            patterns = ["adapter_config.json", "adapter_model.safetensors"]
+            folder = Path(snapshot_download(lora, allow_patterns=patterns))
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"{lora}: expected a LoRA's directory or Hub id, found neither ({error}); check the "
+            "spelling, the network and your access"
+        ) from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{lora}: expected adapter_model.safetensors, found none; save the LoRA as safetensors"
+        )
+    return folder, config.base_model_name_or_path or ""
 
 
 def _check_sources(settings: EvaluateSettings) -> None:

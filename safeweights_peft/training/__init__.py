@@ -5,7 +5,12 @@ keeps them as they are while the others train.
 """
 
 from safeweights_peft.training.enhance import EnhanceSettings, StepLoss, enhance
-from safeweights_peft.training.finetune import PreserveSettings, fine_tune
+from safeweights_peft.training.finetune import (
+    PreserveMethod,
+    PreserveSettings,
+    add_lora,
+    fine_tune,
+)
 from safeweights_peft.training.preserve import (
     SafetyPreservingCallback,
     lora_correction,
@@ -14,9 +19,11 @@ from safeweights_peft.training.preserve import (
 
 __all__ = [
     "EnhanceSettings",
+    "PreserveMethod",
     "PreserveSettings",
     "SafetyPreservingCallback",
     "StepLoss",
+    "add_lora",
     "enhance",
     "fine_tune",
     "lora_correction",

@@ -1,4 +1,4 @@
-"""Fine-tune a model in full while the entries of a safety map or patch stay as they are.
+"""Fine-tune a model, in full or by LoRA, while the entries of a safety map or patch stay.
 
 The loop is `transformers.Trainer`'s, the protection ``preserve``'s. What is here lays instructions
 and answers out for them: only answers count, and rows of like length stand together.
@@ -7,13 +7,16 @@ and answers out for them: only answers count, and rows of like length stand toge
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
@@ -34,13 +37,27 @@ BATCHES_SORTED = 16
 """Batches sorted by length together; unsorted, a third or more of their tokens is padding."""
 
 
+class PreserveMethod(StrEnum):
+    """What is trained: all weights that are not frozen, or LoRA on all linear layers."""
+
+    FULL = "full"
+    LORA = "lora"
+
+
+LEARNING_RATES = {PreserveMethod.FULL: 2e-5, PreserveMethod.LORA: 2e-4}
+"""Peak learning rates where none is given."""
+
+
 @dataclass(frozen=True)
 class PreserveSettings:
     """How a model is fine-tuned under protection.
 
     Attributes:
+        method: all weights, or LoRA.
+        rank: LoRA's; its factor on BA is 2.
         steps: optimizer steps.
-        learning_rate: peak learning rate of AdamW, reached after the warm-up, then cosine to 0.
+        learning_rate: peak learning rate of AdamW, reached after the warm-up, then cosine to 0;
+            that of `LEARNING_RATES` if None.
         batch_size: examples per step.
         max_answer_tokens: answers are cut after so many tokens.
         weight_decay: AdamW's, on matrices alone.
@@ -50,8 +67,10 @@ class PreserveSettings:
         seed: fixes the order of examples.
     """
 
+    method: PreserveMethod = PreserveMethod.FULL
+    rank: int = 16
     steps: int = 1000
-    learning_rate: float = 2e-5
+    learning_rate: float | None = None
     batch_size: int = 8
     max_answer_tokens: int = 256
     weight_decay: float = 0.1
@@ -61,7 +80,7 @@ class PreserveSettings:
 
 
 def fine_tune(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     pad_token_id: int,
     examples: Sequence[Example],
     artifact: Artifact,
@@ -70,13 +89,14 @@ def fine_tune(
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
-    """Trains all weights of a model in place, but for the entries of a safety map or patch.
+    """Trains a model in place, but for the entries of a safety map or patch.
 
-    A run that was interrupted goes on from the last checkpoint in `work_dir`, and ends with the
-    weights that a straight run has.
+    What is trained is the model's LoRA where it has one, else all weights. A run that was
+    interrupted goes on from the last checkpoint in `work_dir`, and ends with the weights that a
+    straight run has.
 
     Args:
-        model: float32 weights; see `preserve` for what they must be.
+        model: float32 weights, plain or under `add_lora`; see `preserve` for what they must be.
         pad_token_id: what stands where no token does.
         examples: instructions with answers; the loss is on the answers.
         artifact: the safety map or patch, or its directory; checked before anything is written.
@@ -88,8 +108,9 @@ def fine_tune(
     Returns:
         The loss of each step in nats per token, those before an interruption included.
     """
-    model.requires_grad_(True)
-    with preserve(model, artifact):
+    if not isinstance(model, PeftModel):
+        model.requires_grad_(True)
+    with preserve(model, artifact), _contiguous_logits(model):
         trainer = Trainer(
             model=model,
             args=_arguments(settings, work_dir, model.device, dtype),
@@ -101,6 +122,43 @@ def fine_tune(
         trainer.train(resume_from_checkpoint=_last_checkpoint(work_dir))
     model.eval()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
+    """Wraps a model in LoRA on all linear layers but the output.
+
+    Args:
+        model: the base model.
+        settings: rank and seed; the same seed gives the same start.
+
+    Returns:
+        The model, of which only the adapter is to be trained.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules="all-linear",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _contiguous_logits(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Hands the output layer a copy of the last columns; see `modeling.last_columns`.
+
+    Not its tensor of columns: torch's DataParallel would share that out over devices.
+    """
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    hook = plain.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].contiguous(),)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _last_checkpoint(work_dir: Path) -> str | None:
@@ -115,7 +173,7 @@ def _arguments(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         train_sampling_strategy="sequential",  # they come as they were dealt
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,

@@ -135,6 +135,19 @@ def test_protect_prints_what_it_put_back_and_what_that_did(
     ]
 
 
+def test_preserve_by_lora_then_protect_merges_it_and_keeps_the_maps_weights(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs, out = ["--map", run.out / "map"], [tmp_path / "lora", tmp_path / "model"]
+    told = ["--method", "lora", "--rank", "3", "--out", out[0]]
+    called = call("preserve", run.base, *inputs, *options["preserve"], *told, "--json")
+    assert called.exit_code == 0, called.output
+    assert json.loads(called.stdout)["settings"]["rank"] == 3
+    called = call("protect", "--lora", out[0], *inputs, "--merged", "--no-measure", "--out", out[1])
+    assert called.exit_code == 0, called.output
+    assert call("verify", run.out / "map", "--base", out[1]).exit_code == 0
+
+
 def test_enhance_then_merge_then_preserve_keeps_what_enhance_has_made(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from safeweights_peft.data import read_rows
 from safeweights_peft.errors import ModelError
 from safeweights_peft.pipeline import ComputeSettings, estimate
+from safeweights_peft.training import PreserveMethod
 from tests.pipeline.conftest import Run
 from tests.tiny_jobs import Requests
 
@@ -64,6 +65,17 @@ def test_preserving_needs_weights_gradients_and_two_moments_in_float32(
     needs = estimate(str(tiny_llama_bf16), preserve=requests.preserve(), lessons=lessons)
     assert needs.memory_bytes == needs.parameters * 16
     assert set(needs.seconds) == {"preserve"}
+
+
+@pytest.mark.usefixtures("same_speed")
+def test_preserving_by_lora_needs_less_of_both(tiny_llama: Path, requests: Requests) -> None:
+    lessons = read_rows(requests.lessons)
+    full, lora = (
+        estimate(str(tiny_llama), preserve=requests.preserve(method=each), lessons=lessons)
+        for each in PreserveMethod
+    )
+    assert lora.memory_bytes < full.memory_bytes
+    assert lora.seconds["preserve"] < full.seconds["preserve"]
 
 
 @pytest.mark.usefixtures("same_speed")

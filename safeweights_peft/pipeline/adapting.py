@@ -1,0 +1,130 @@
+"""A LoRA that leaves safety weights alone, on disk: the adapter, and a correction beside it.
+
+The correction is a safety patch like any other: added to the base, it takes out at the frozen
+entries what the LoRA adds there. So base, correction and LoRA together are what was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from peft import PeftModel
+
+from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
+from safeweights_peft.errors import ModelError
+from safeweights_peft.format import Adapter, Mode, SafetyMap, write_adapter
+from safeweights_peft.merge import gather_entries
+from safeweights_peft.modeling import BaseModel
+from safeweights_peft.training import lora_correction
+from safeweights_peft.tuner.entries import to_numpy
+
+CORRECTION = "correction"
+"""The correction's directory in that of the LoRA."""
+
+CARD = """---
+library_name: peft
+tags: [safeweights]
+---
+
+# LoRA for {base} that keeps its safety weights
+
+Trained or corrected so that {count:,} weights in {tensors} tensors stay what they are in the base,
+those of a {kind} (Safety Preserving Adaptation, arXiv 2604.08297). Load both parts:
+
+```python
+import safeweights_peft  # tells PEFT of the correction's method
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, "path/of/this/correction").merge_and_unload()
+model = PeftModel.from_pretrained(model, "path/of/this")
+```
+
+Without the correction the LoRA moves those weights. `safeweights protect --lora path/of/this
+--map ... --merged --out ...` writes one model, in which they are the base's bit for bit.
+"""
+
+
+def correct(model: PeftModel, artifact: SafetyMap | Adapter) -> dict[str, Array]:
+    """Computes what takes a LoRA's part at frozen entries out again.
+
+    Args:
+        model: the base, or the base with a patch merged in, with one LoRA adapter.
+        artifact: the safety map or patch.
+
+    Returns:
+        The values by parameter, float32; see `training.lora_correction`.
+
+    Raises:
+        ModelError: the LoRA changes no tensor in which entries are frozen.
+    """
+    values = lora_correction(model, artifact)
+    if not values:
+        raise ModelError(
+            f"model: expected a LoRA on tensors of the {artifact.metadata.mode.artifact}, found "
+            "one that changes none of them; it needs no protection"
+        )
+    return {name: to_numpy(each) for name, each in values.items()}
+
+
+def write_corrected(
+    folder: Path,
+    model: PeftModel,
+    base: BaseModel,
+    artifact: SafetyMap | Adapter,
+) -> None:
+    """Writes a LoRA, its correction and a card into a folder.
+
+    Args:
+        folder: an empty folder.
+        model: see `correct`.
+        base: where the base came from.
+        artifact: the safety map or patch.
+    """
+    correction = build_correction(CheckpointReader(base.path), artifact, correct(model, artifact))
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    model.save_pretrained(str(folder))
+    write_adapter(folder / CORRECTION, correction)
+    card = CARD.format(
+        base=base.name,
+        count=sum(each.size for each in artifact.indices.values()),
+        tensors=len(artifact.indices),
+        kind=artifact.metadata.mode.artifact,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def build_correction(
+    reader: CheckpointReader, artifact: SafetyMap | Adapter, values: Mapping[str, Array]
+) -> Adapter:
+    """Makes a safety patch of values at an artifact's entries.
+
+    Args:
+        reader: the checkpoint to be corrected, in which a patch is merged.
+        artifact: the safety map or patch.
+        values: float32 by parameter, in the order of the artifact's indices; ``(count,)``.
+
+    Returns:
+        The patch, which knows the checkpoint's own entries as its base.
+    """
+    records, deltas = {}, {}
+    for name, each in values.items():
+        record, indices = artifact.metadata.tensors[name], artifact.indices[name]
+        entries = gather_entries(reader, name, record, indices)
+        corrected = digest(add_rounded(entries, each, 1.0))
+        records[name] = replace(record, base_digest=digest(entries), merged_digest=corrected)
+        deltas[name] = SparseDelta(record.shape, indices, each)
+    metadata = replace(
+        artifact.metadata,
+        mode=Mode.SET,
+        values_dtype="float32",
+        scale=1.0,
+        selection=artifact.metadata.selection | {"correction_of": "a LoRA beside it"},
+        tensors=records,
+    )
+    return Adapter(metadata, deltas)
