@@ -50,9 +50,9 @@ class EnhanceSettings:
 
     steps: int = 100
     learning_rate: float = 6e-4
-    retain_weight: float = 16.0
-    harmful_batch_size: int = 4
-    benign_batch_size: int = 12
+    retain_weight: float = 14.0
+    harmful_batch_size: int = 8
+    benign_batch_size: int = 24
     token_decay: float = 0.7
     warmup_steps: int = 5
     checkpoint_steps: int = 25
