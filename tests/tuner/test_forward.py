@@ -69,8 +69,8 @@ def test_loss_and_gradients_are_those_of_the_dense_twin(base, mode):
     dense_loss, gradients = dense_loss_and_gradients(base)
     assert torch.equal(loss, dense_loss)
     for name, values in values_of(model).items():
-        # A dense tied weight sums its two gradients in its own dtype, values do in float32. In place,
-        # where few entries are trained, tokens are summed in another order.
+        # A dense tied weight sums its two gradients in its own dtype, values do in float32.
+        # In place, where few entries are trained, tokens are summed in another order.
         tied = "tied" in str(base) and name == "model.embed_tokens.weight"
         tolerance = 0.02 if tied else 0 if mode == "functional" else 1e-6
         assert torch.allclose(values.grad, gradients[name], rtol=tolerance, atol=tolerance), name
