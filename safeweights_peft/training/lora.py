@@ -118,8 +118,6 @@ class LoraCorrection:
     @torch.compiler.disable  # compiled code knows no sparse tensors
     def _correct(self, second: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         input, first = vars(args[0]).pop(_NOTE)
-        if not output.numel():  # an expert that was sent no token
-            return output
         pattern = self._patterns.get(output.device)
         if pattern is None:  # the model was moved, or this is one of `DataParallel`'s copies
             pattern = next(iter(self._patterns.values())).to(output.device)

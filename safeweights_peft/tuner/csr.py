@@ -76,9 +76,9 @@ def transposed(matrix: Tensor) -> Tensor:
     Returns:
         ``(columns, rows)``, contiguous.
     """
-    if matrix.device.type != "cpu":
-        return matrix.T.contiguous()
     rows, columns = matrix.shape
     count = matrix.numel()
+    if matrix.device.type != "cpu" or not count:  # an expert may be sent no token
+        return matrix.T.contiguous()
     channels = matrix.as_strided((1, count, 1, 1), (count, 1, count, count))
     return F.channel_shuffle(channels, rows).view(columns, rows)

@@ -45,7 +45,7 @@ def dense_gradients(sampled, input, bias=None):
     return output, weight.grad.flatten()[list(SELECTED)], leaf.grad
 
 
-@pytest.mark.parametrize("shape", [(7, IN), (3, 5, IN), (IN,), (1, IN)])
+@pytest.mark.parametrize("shape", [(7, IN), (3, 5, IN), (IN,), (1, IN), (0, IN)])
 def test_gradients_are_the_dense_ones_gathered(sampled, shape):
     input = torch.randn(shape, requires_grad=True)
     output = F.linear(input, sampled)
