@@ -23,6 +23,7 @@ from safeweights_peft.pipeline import (
     ScoreSettings,
     TrainSettings,
     evaluate,
+    figures,
     score,
     train,
 )
@@ -73,7 +74,7 @@ def run_row(arguments: argparse.Namespace, method: Method, density: float) -> No
         EvaluateSettings(harmful=arguments.harmful, benign=arguments.benign, limit=100),
         arguments.dtype,
     )
-    validation = {str(rate): figures for rate, figures in validated.items()}
+    validation = {str(rate): found for rate, found in validated.items()}
     row = {"method": method, "density": density, "rate": best, "validation": validation}
     write_json(row_dir / "row.json", row | {"test": test})
 
@@ -95,19 +96,13 @@ def validate(arguments: argparse.Namespace, row_dir: Path, rate: float) -> dict[
 
 def measure(base: str, patch: Path, settings: EvaluateSettings, dtype: str) -> dict[str, Any]:
     """Evaluate a patch and keep its figures."""
-    result = evaluate(base, patch, settings, ComputeSettings(dtype=dtype))
-    return {
-        "attack_success_rate": result["harmful"]["attack_success_rate"],
-        "over_refusal_rate": result["benign"]["over_refusal_rate"],
-        "invalid": result["harmful"]["invalid"] + result["benign"]["invalid"],
-        "kl": result["utility"]["kl"],
-    }
+    return figures(evaluate(base, patch, settings, ComputeSettings(dtype=dtype)))
 
 
-def merit(figures: dict[str, Any]) -> float:
+def merit(found: dict[str, Any]) -> float:
     """Rank rates: an over-refusal weighs twice a refusal missed."""
-    missed = figures["attack_success_rate"]["rate"]
-    return -missed - 2 * figures["over_refusal_rate"]["rate"]
+    missed = found["attack_success_rate"]["rate"]
+    return -missed - 2 * found["over_refusal_rate"]["rate"]
 
 
 def print_table(out: Path) -> None:

@@ -6,7 +6,7 @@ transformers' weight conversion. It never sees an adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -26,6 +26,7 @@ from safeweights_peft.format import Block, TensorRecord
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
@@ -66,7 +67,7 @@ def resolve_base(base: str, revision: str | None = None) -> BaseModel:
             "has no revisions; leave it out"
         )
     if not path.is_dir():
-        path = _download(base, revision)
+        path = download(base, MODEL_FILES, "a model directory or a Hub id", revision)
         commit = path.name
     if not (path / "config.json").is_file():
         raise ModelError(
@@ -76,16 +77,31 @@ def resolve_base(base: str, revision: str | None = None) -> BaseModel:
     return BaseModel(base, path, commit)
 
 
-def _download(base: str, revision: str | None) -> Path:
+def download(
+    source: str, patterns: Sequence[str], wanted: str, revision: str | None = None
+) -> Path:
+    """Downloads files of a Hub repository into the cache, unless they are there.
+
+    Args:
+        source: the Hub id.
+        patterns: which files.
+        wanted: what the user was to give, for the message.
+        revision: branch, tag or commit; the default branch if None.
+
+    Returns:
+        The snapshot's directory, which is named by its commit.
+
+    Raises:
+        ModelError: there is no such repository, or it can't be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{base}: expected a model directory or a Hub id, found neither ({error}); "
+            f"{source}: expected {wanted}, found neither ({error}); "
             "check the spelling, the network and your access"
         ) from error
 

@@ -60,6 +60,11 @@ class CheckpointReader:
         """The directory."""
         return self.index.directory
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of all shards."""
+        return sum((self.directory / name).stat().st_size for name in self.index.shards)
+
     def keys(self) -> list[str]:
         """List the tensors.
 

@@ -198,18 +198,17 @@ def preserve_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Fine-tune BASE, all weights but those of a safety map or patch (SPA); write the model.
+    """Fine-tune BASE, but for the weights of a safety map or patch (SPA); write model or LoRA.
 
-    Weights are trained in float32 and written in BASE's own dtypes, those of the map bit for bit as
-    they were. An interrupted training goes on from its last checkpoint when called again.
+    In full, weights are trained in float32 and written in BASE's own dtypes, those of the map bit
+    for bit as they were. By LoRA, OUT gets the adapter and a correction, to be loaded first. An
+    interrupted training goes on from its last checkpoint when called again.
     """
-    from safeweights_peft.data import read_rows
     from safeweights_peft.pipeline import estimate, preserve_model
 
     settings, compute = preserve_settings(options), compute_settings(options)
     if dry_run:
-        lessons = read_rows(data, needs_output=True)
-        needs = estimate(base, preserve=settings, lessons=lessons, compute=compute)
+        needs = estimate(base, preserve=settings, data=data, compute=compute)
         return show_estimate(needs, as_json)
     with show_progress() as progress:
         record = preserve_model(

@@ -95,13 +95,12 @@ def merge(
             _merge_parameter(reader, draft, adapter, name, factor, check=scale == 1.0)
             for name in adapter.deltas
         )
-    merged = CheckpointReader(out_dir)
     return MergeReport(
         out_dir=str(out_dir),
         scale=factor,
         tensors=tensors,
         entries=sum(delta.count for delta in adapter.deltas.values()),
-        size_bytes=sum((merged.directory / name).stat().st_size for name in merged.index.shards),
+        size_bytes=CheckpointReader(out_dir).size_bytes,
         seconds=time.perf_counter() - started,
     )
 

@@ -84,7 +84,8 @@ def protect(
     check_target(Path(out_dir), overwrite, MergeError)
     inputs = {"tuned_dir": tuned_dir, "base_dir": base_dir, "artifact_dir": artifact_dir}
     check_apart(Path(out_dir), inputs, MergeError)
-    artifact, base, tuned = read_artifact(artifact_dir), _open(base_dir), _open(tuned_dir)
+    artifact = read_artifact(artifact_dir)
+    base, tuned = CheckpointReader(base_dir), CheckpointReader(tuned_dir)
     _check_base(base, artifact)
     records = {name: list(_tuned_copies(tuned, name, artifact)) for name in artifact.indices}
     tensors = changed = 0
@@ -94,14 +95,13 @@ def protect(
             moved, furthest = _put_back(base, draft, artifact, name, found)
             tensors += sum(len(each.blocks) for each in found)
             changed, largest = changed + moved, max(largest, furthest)
-    written = _open(out_dir)
     return ProtectReport(
         out_dir=str(out_dir),
         tensors=tensors,
         entries=sum(each.size for each in artifact.indices.values()),
         changed=changed,
         largest_change=largest,
-        size_bytes=sum((written.directory / name).stat().st_size for name in written.index.shards),
+        size_bytes=CheckpointReader(out_dir).size_bytes,
         seconds=time.perf_counter() - started,
     )
 
@@ -116,10 +116,6 @@ def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: SafetyMap
     """
     for name, record in artifact.metadata.tensors.items():
         _put_back(base, draft, artifact, name, copies(base, record))
-
-
-def _open(directory: PathLike) -> CheckpointReader:
-    return CheckpointReader(directory)
 
 
 def _check_base(base: CheckpointReader, artifact: SafetyMap | Adapter) -> None:

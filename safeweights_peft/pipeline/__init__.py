@@ -2,7 +2,7 @@
 
 from safeweights_peft.pipeline.enhancing import enhance_model, summarise
 from safeweights_peft.pipeline.estimating import Estimate, estimate
-from safeweights_peft.pipeline.evaluating import evaluate
+from safeweights_peft.pipeline.evaluating import evaluate, figures
 from safeweights_peft.pipeline.patched import load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.progress import Progress, Quiet
@@ -29,6 +29,7 @@ __all__ = [
     "enhance_model",
     "estimate",
     "evaluate",
+    "figures",
     "load_patched",
     "preserve_model",
     "protect_lora",

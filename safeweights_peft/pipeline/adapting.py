@@ -76,16 +76,18 @@ def write_corrected(
     model: PeftModel,
     base: BaseModel,
     artifact: SafetyMap | Adapter,
+    values: Mapping[str, Array],
 ) -> None:
     """Writes a LoRA, its correction and a card into a folder.
 
     Args:
         folder: an empty folder.
-        model: see `correct`.
+        model: the LoRA on its base; see `correct`.
         base: where the base came from.
         artifact: the safety map or patch.
+        values: what `correct` computed.
     """
-    correction = build_correction(CheckpointReader(base.path), artifact, correct(model, artifact))
+    correction = build_correction(CheckpointReader(base.path), artifact, values)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.name, base.revision
     model.save_pretrained(str(folder))

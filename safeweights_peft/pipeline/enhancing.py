@@ -12,7 +12,7 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.format import inspect
 from safeweights_peft.modeling import resolve_base
-from safeweights_peft.pipeline.evaluating import evaluate, figures
+from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.progress import Progress
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
@@ -118,9 +118,9 @@ def _check_inputs(
 ) -> None:
     """Finds out now, not hours later, that the base or a source of requests is missing."""
     resolve_base(base, compute.revision if compute else None)
-    sources = (score.harmful, train.harmful, train.benign, evaluate.harmful, evaluate.benign)
-    for source in dict.fromkeys(sources):
+    for source in dict.fromkeys((score.harmful, train.harmful, train.benign)):
         read_rows(source)
+    check_requests(evaluate)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

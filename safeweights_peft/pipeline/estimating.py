@@ -58,7 +58,7 @@ def estimate(
     evaluate: EvaluateSettings | None = None,
     evaluations: int = 1,
     preserve: PreserveSettings | None = None,
-    lessons: Sequence[Row] = (),
+    data: str = "",
     compute: ComputeSettings | None = None,
 ) -> Estimate:
     """Estimates the steps for which settings are given.
@@ -70,7 +70,7 @@ def estimate(
         evaluate: settings of the evaluation steps, if there are any.
         evaluations: how many evaluation steps there are.
         preserve: settings of the preserving step, if there is one.
-        lessons: what it is to learn, at least one row.
+        data: source of the requests with answers that it is to learn.
         compute: device and dtype.
 
     Returns:
@@ -86,7 +86,7 @@ def estimate(
     speed = EFFICIENCY * _measure_speed(device)
     tokens = _tokens(score, train, evaluate, evaluations)
     if preserve:
-        tokens["preserve"] = _tokens_of_lessons(preserve, lessons)
+        tokens["preserve"] = _tokens_of_lessons(preserve, read_rows(data, needs_output=True))
     seconds = {step: 2 * parameters * count / speed for step, count in tokens.items()}
     extra = max(
         parameters * 4 if score else 0,

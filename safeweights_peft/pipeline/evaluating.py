@@ -102,6 +102,21 @@ def evaluate(
     }
 
 
+def check_requests(settings: EvaluateSettings) -> None:
+    """Finds out before a long job, not after it, that what is to be asked is missing.
+
+    Args:
+        settings: what a model will be asked.
+
+    Raises:
+        DataError: a source is missing, malformed, empty, or lacks a field.
+    """
+    for source in dict.fromkeys((settings.harmful, settings.benign)):
+        read_rows(source)
+    if settings.task:
+        read_rows(settings.task, needs_output=True)
+
+
 @dataclass(frozen=True)
 class _Asker:
     """Puts requests to models and judges their answers, all with the same settings."""

@@ -121,7 +121,7 @@ def preserve_model(
         )
     if by_lora:
         with publish(out, overwrite, CheckpointError) as draft:
-            write_corrected(draft, model, found, artifact)
+            write_corrected(draft, model, found, artifact, correct(model, artifact))
             write_json(draft / RECORD_FILE, record)
     else:
         _save(model, layout, artifact, reader, out, record, overwrite)

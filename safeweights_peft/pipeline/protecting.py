@@ -6,7 +6,7 @@ What that does is measured before and after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint import CheckpointReader, draft_copy
-from safeweights_peft.data import read_rows
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, ModelError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
@@ -29,17 +26,19 @@ from safeweights_peft.merge import protect, put_back
 from safeweights_peft.modeling import (
     BaseModel,
     describe,
+    download,
     load_model,
     pick_device,
     resolve_base,
 )
 from safeweights_peft.pipeline.adapting import correct, write_corrected
-from safeweights_peft.pipeline.evaluating import evaluate, figures
+from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.preserving import write_parameters
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.settings import ComputeSettings, EvaluateSettings
 
 RECORD_FILE = "protecting.json"
+LORA_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def protect_tuned(
@@ -71,7 +70,7 @@ def protect_tuned(
     """
     compute, progress = compute or ComputeSettings(), progress or Quiet()
     if settings:
-        _check_sources(settings)
+        check_requests(settings)
     found = resolve_base(base, compute.revision)
     with progress.task("Copying the tuned model", 100) as advance:
         reach = advance_to(advance)
@@ -92,12 +91,8 @@ def protect_tuned(
         **asdict(report),
         "safeweights_peft_version": version("safeweights-peft"),
     }
-    if settings:
-        for stage, model in (("before", tuned), ("after", out)):
-            record[stage] = figures(evaluate(str(model), None, settings, compute, progress))
-        record["settings"] = asdict(settings) | asdict(compute)
-    write_json(out / RECORD_FILE, record)
-    return record
+    models = (str(tuned), None), (str(out), None)
+    return _finish(record, out, models, settings, compute, progress)
 
 
 def protect_lora(
@@ -140,16 +135,17 @@ def protect_lora(
     compute, progress = compute or ComputeSettings(), progress or Quiet()
     check_target(out, overwrite, CheckpointError)
     if settings:
-        _check_sources(settings)
+        check_requests(settings)
     artifact = read_artifact(map_dir)
-    folder, named = _find_lora(lora)
-    found, device = resolve_base(base or named, compute.revision), pick_device(compute.device)
+    folder, base = _find_lora(lora, base)
+    found, device = resolve_base(base, compute.revision), pick_device(compute.device)
     inputs = {"the base": found.path, "the map": map_dir, "the LoRA": folder}
     check_apart(out, inputs, CheckpointError)
     model = load_model(found, torch.float32, device)
     layout = describe(model, [name for name, _ in model.named_parameters()], found.path)
     adapted = _load_lora(model, folder)
-    record = _describe(lora, found, map_dir, out, artifact, correct(adapted, artifact))
+    values = correct(adapted, artifact)
+    record = _describe(lora, found, map_dir, out, artifact, values)
     if merged:
         reader = CheckpointReader(found.path)
         with draft_copy(reader, out, overwrite=overwrite) as draft:
@@ -157,14 +153,25 @@ def protect_lora(
             put_back(reader, draft, artifact)
     else:
         with publish(out, overwrite, CheckpointError) as draft_dir:
-            write_corrected(draft_dir, adapted, found, artifact)
+            write_corrected(draft_dir, adapted, found, artifact, values)
+    models = (found.name, folder), (str(out), None) if merged else (found.name, out)
+    return _finish(record, out, models, settings, compute, progress)
+
+
+def _finish(
+    record: dict[str, Any],
+    out: Path,
+    models: Sequence[tuple[str, Path | None]],
+    settings: EvaluateSettings | None,
+    compute: ComputeSettings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measures two models, each with its adapter, if asked, and writes the record."""
     if settings:
-        before = evaluate(found.name, folder, settings, compute, progress)
-        if merged:
-            after = evaluate(str(out), None, settings, replace(compute, revision=None), progress)
-        else:
-            after = evaluate(found.name, out, settings, compute, progress)
-        record |= {"before": figures(before), "after": figures(after)}
+        for stage, (model, adapter) in zip(("before", "after"), models, strict=True):
+            # The revision is the base's; a directory has none.
+            where = replace(compute, revision=None) if Path(model).is_dir() else compute
+            record[stage] = figures(evaluate(model, adapter, settings, where, progress))
         record["settings"] = asdict(settings) | asdict(compute)
     write_json(out / RECORD_FILE, record)
     return record
@@ -204,29 +211,25 @@ def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
         ) from error
 
 
-def _find_lora(lora: str) -> tuple[Path, str]:
-    """Finds a LoRA's directory, downloaded if need be, and the base that it names."""
+def _find_lora(lora: str, base: str | None) -> tuple[Path, str]:
+    """Finds a LoRA's directory, downloaded if need be, and its base: the given or the named one."""
     folder = Path(lora)
+    if not folder.is_dir():
+        folder = download(lora, LORA_FILES, "a LoRA's directory or Hub id")
     try:
-        if not folder.is_dir():
-            patterns = ["adapter_config.json", "adapter_model.safetensors"]
-            folder = Path(snapshot_download(lora, allow_patterns=patterns))
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, HfHubHTTPError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{lora}: expected a LoRA's directory or Hub id, found neither ({error}); check the "
-            "spelling, the network and your access"
+            f"{lora}: expected a LoRA with adapter_config.json, found {type(error).__name__}: "
+            f"{error}; give the directory that save_pretrained wrote, or a Hub id"
         ) from error
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"{lora}: expected adapter_model.safetensors, found none; save the LoRA as safetensors"
         )
-    return folder, config.base_model_name_or_path or ""
-
-
-def _check_sources(settings: EvaluateSettings) -> None:
-    """Finds out now, not after the copy, that requests are missing."""
-    read_rows(settings.harmful)
-    read_rows(settings.benign)
-    if settings.task:
-        read_rows(settings.task, needs_output=True)
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ModelError(
+            f"{lora}: expected the name of its base in its config, found none; give --base"
+        )
+    return folder, base

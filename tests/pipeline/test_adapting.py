@@ -188,6 +188,7 @@ def test_a_map_of_another_base_is_refused(
         ("nothing", "expected a LoRA's directory or Hub id"),
         ("no weights", "expected adapter_model.safetensors, found none"),
         ("another model", "one that PEFT can't load"),
+        ("no base", "expected the name of its base in its config, found none; give --base"),
     ],
 )
 def test_what_is_no_lora_for_the_base_is_refused_by_name(
@@ -198,9 +199,10 @@ def test_what_is_no_lora_for_the_base_is_refused_by_name(
         shutil.copytree(lora, folder)
     if broken == "no weights":
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    if broken == "another model":
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    changes = {"another model": {"r": 5}, "no base": {"base_model_name_or_path": None}}
+    if broken in changes:
+        config = json.loads((folder / "adapter_config.json").read_text()) | changes[broken]
+        (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(SafeWeightsError, match=message) as error:
         protect_lora(str(folder), map_dir, tmp_path / "out")
     assert "lora" in str(error.value)

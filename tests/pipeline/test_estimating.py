@@ -1,13 +1,11 @@
 """The estimate: right where it can be, from the files' headers alone."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from safeweights_peft.data import read_rows
 from safeweights_peft.errors import ModelError
 from safeweights_peft.pipeline import ComputeSettings, estimate
 from safeweights_peft.training import PreserveMethod
@@ -61,17 +59,16 @@ def test_only_the_steps_that_are_asked_for_are_timed(tiny_llama: Path, requests:
 def test_preserving_needs_weights_gradients_and_two_moments_in_float32(
     tiny_llama_bf16: Path, requests: Requests
 ) -> None:
-    lessons = read_rows(requests.lessons)
-    needs = estimate(str(tiny_llama_bf16), preserve=requests.preserve(), lessons=lessons)
+    settings = requests.preserve()
+    needs = estimate(str(tiny_llama_bf16), preserve=settings, data=requests.lessons)
     assert needs.memory_bytes == needs.parameters * 16
     assert set(needs.seconds) == {"preserve"}
 
 
 @pytest.mark.usefixtures("same_speed")
 def test_preserving_by_lora_needs_less_of_both(tiny_llama: Path, requests: Requests) -> None:
-    lessons = read_rows(requests.lessons)
     full, lora = (
-        estimate(str(tiny_llama), preserve=requests.preserve(method=each), lessons=lessons)
+        estimate(str(tiny_llama), preserve=requests.preserve(method=each), data=requests.lessons)
         for each in PreserveMethod
     )
     assert lora.memory_bytes < full.memory_bytes
@@ -80,13 +77,14 @@ def test_preserving_by_lora_needs_less_of_both(tiny_llama: Path, requests: Reque
 
 @pytest.mark.usefixtures("same_speed")
 def test_preserving_takes_longer_with_more_steps_and_longer_answers(
-    tiny_llama: Path, requests: Requests
+    tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    rows = read_rows(requests.lessons)
-    longer = [replace(row, output=(row.output or "") * 2) for row in rows]
+    rows = json.loads(Path(requests.lessons).read_text())
+    longer = tmp_path / "longer.json"
+    longer.write_text(json.dumps([row | {"output": 2 * row["output"]} for row in rows]))
     once, twice, wordy = (
-        estimate(str(tiny_llama), preserve=requests.preserve(steps=n), lessons=lessons)
-        for n, lessons in ((4, rows), (8, rows), (4, longer))
+        estimate(str(tiny_llama), preserve=requests.preserve(steps=n), data=str(data))
+        for n, data in ((4, requests.lessons), (8, requests.lessons), (4, longer))
     )
     assert twice.seconds["preserve"] == pytest.approx(2 * once.seconds["preserve"])
     assert wordy.seconds["preserve"] > once.seconds["preserve"]

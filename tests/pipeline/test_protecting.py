@@ -8,7 +8,9 @@ import pytest
 from safeweights_peft.errors import DataError
 from safeweights_peft.files import read_json
 from safeweights_peft.merge import verify
+from safeweights_peft.modeling import BaseModel
 from safeweights_peft.pipeline import (
+    ComputeSettings,
     EvaluateSettings,
     Method,
     evaluate,
@@ -69,3 +71,18 @@ def test_missing_requests_are_noticed_before_anything_is_written(
     with pytest.raises(DataError, match=r"missing\.json"):
         protect_tuned(tuned, str(run.base), run.out / "map", tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_revision_of_a_base_on_the_hub_is_asked_of_the_base_alone(
+    run: Run,
+    tuned: Path,
+    settings: EvaluateSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = BaseModel("someone/base", run.base, "0123abc")
+    monkeypatch.setattr("safeweights_peft.pipeline.protecting.resolve_base", lambda *_: base)
+    job = tuned, base.name, run.out / "map", tmp_path / "out", settings
+    record = protect_tuned(*job, ComputeSettings(revision="main"))
+    assert record["base_revision"] == "0123abc"
+    assert record["before"]["task_loss"] != record["after"]["task_loss"]

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from safeweights_peft import Adapter, SafetyMap
 from safeweights_peft.modeling import BaseModel
@@ -71,6 +72,28 @@ def train(model: nn.Module, steps: int = 5) -> None:
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def make_sft_trainer(
+    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], **options: Any
+) -> Any:
+    """Make TRL's trainer for three steps."""
+    from trl import SFTConfig, SFTTrainer  # slow to import
+
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=3,
+        learning_rate=0.01,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=None,  # a deprecated name, which TRL sets
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_dict({"text": ["Clean up the barn", "Water the plants"] * 8})
+    return SFTTrainer(
+        model=model, args=arguments, train_dataset=rows, callbacks=callbacks, **options
+    )
 
 
 def hooks(model: nn.Module) -> int:

@@ -179,7 +179,7 @@ def test_two_processes_move_no_entry_of_the_map_and_reduce_zeros_for_it(
     # A gradient cleared after the reduction would be back at the end of the backward pass.
     safety_map, model = make_map(tiny_llama), load(tiny_llama)
     mp.spawn(work, (tiny_llama, tmp_path, safety_map), nprocs=2)
-    first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
+    first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (0, 1))
     assert same(first, second)
     model.load_state_dict(first)
     assert kept(model, tiny_llama, safety_map)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -28,7 +27,18 @@ from safeweights_peft import (
 )
 from safeweights_peft.training import lora_correction
 from tests.tiny_jobs import Interrupted
-from tests.training.maps import BATCHES, DOWN, UP, entries, hooks, kept, load, make_map, same
+from tests.training.maps import (
+    BATCHES,
+    DOWN,
+    UP,
+    entries,
+    hooks,
+    kept,
+    load,
+    make_map,
+    make_sft_trainer,
+    same,
+)
 from tests.training.test_preserve_trainer import make_trainer
 from tests.training.twins import adapted, config, effective, layers, logits, twin
 from tests.tuner.patches import save_patch
@@ -417,26 +427,10 @@ def test_a_resumed_training_ends_bitwise_like_a_straight_one(
 def test_a_trl_trainer_keeps_the_effective_weights_at_the_maps_entries(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    from trl import SFTConfig, SFTTrainer  # slow to import
-
     safety_map = make_map(tiny_llama)
     probe = Probe(tiny_llama, safety_map)
-    trainer = SFTTrainer(
-        model=load(tiny_llama),
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            learning_rate=0.01,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=None,  # a deprecated name, which TRL sets
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"text": ["Clean up the barn", "Water the plants"] * 8}),
-        callbacks=[SafetyPreservingCallback(safety_map), probe],
-        peft_config=config(),
-    )
+    callbacks = [SafetyPreservingCallback(safety_map), probe]
+    trainer = make_sft_trainer(load(tiny_llama), tmp_path, callbacks, peft_config=config())
     trainer.train()
     assert probe.preserved == [True] * 3
     assert base_kept(trainer.model, tiny_llama)
@@ -468,7 +462,7 @@ def test_two_processes_train_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
     mp.spawn(work, (tiny_llama, tmp_path, safety_map), nprocs=2)
     with preserve(model, safety_map):
         train(model, lambda p: SGD(p, lr=0.1), steps=3)
-    first, second = torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")
+    first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (0, 1))
     assert same(first, second)
     for name, each in lora_weights(model).items():
         torch.testing.assert_close(first[name], each, rtol=1e-4, atol=1e-5)

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from safeweights_peft import BaseMismatchError, SafetyPreservingCallback, UnsupportedFeatureError
-from tests.training.maps import BATCHES, hooks, kept, load, make_map, moved, same
+from tests.training.maps import BATCHES, hooks, kept, load, make_map, make_sft_trainer, moved, same
 
 ROWS = [{"input_ids": row, "labels": row} for row in BATCHES.flatten(0, 1)]
 
@@ -69,7 +68,7 @@ def test_momentum_in_a_checkpoint_moves_no_entry_of_the_map(
     safety_map, model = make_map(tiny_llama), load(tiny_llama)
     make_trainer(load(tiny_llama), SafetyPreservingCallback(safety_map), tmp_path).train()
     checkpoint = tmp_path / "checkpoint-3"
-    stored = torch.load(checkpoint / "optimizer.pt")
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     for state in stored["state"].values():
         state["exp_avg"] += 1.0
     torch.save(stored, checkpoint / "optimizer.pt")
@@ -105,24 +104,8 @@ def test_detaching_after_a_broken_training_removes_the_hooks(tiny_llama: Path) -
 
 @pytest.mark.slow
 def test_a_trl_trainer_moves_no_entry_of_the_map(tiny_llama: Path, tmp_path: Path) -> None:
-    from trl import SFTConfig, SFTTrainer  # slow to import
-
     safety_map, model = make_map(tiny_llama), load(tiny_llama)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            learning_rate=0.01,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=None,  # a deprecated name, which TRL sets
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"text": ["Clean up the barn", "Water the plants"] * 8}),
-        callbacks=[SafetyPreservingCallback(safety_map)],
-    )
+    trainer = make_sft_trainer(model, tmp_path, [SafetyPreservingCallback(safety_map)])
     trainer.train()
     assert kept(model, tiny_llama, safety_map)
     assert moved(model, tiny_llama)
