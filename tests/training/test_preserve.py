@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -28,6 +26,7 @@ from tests.training.maps import (
     same,
     train,
 )
+from tests.two_processes import run_in_two_processes
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -154,8 +153,6 @@ def test_parameters_that_are_not_trained_are_counted_in_a_warning(
 
 
 def work(rank: int, base: Path, folder: Path, safety_map: SafetyMap) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = load(base)
     wrapped = DistributedDataParallel(model)
     optimizer = AdamW(wrapped.parameters(), lr=0.01, weight_decay=0.1)
@@ -169,7 +166,6 @@ def work(rank: int, base: Path, folder: Path, safety_map: SafetyMap) -> None:
             optimizer.step()
             optimizer.zero_grad()
     torch.save(model.state_dict(), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -178,7 +174,7 @@ def test_two_processes_move_no_entry_of_the_map_and_reduce_zeros_for_it(
 ) -> None:
     # A gradient cleared after the reduction would be back at the end of the backward pass.
     safety_map, model = make_map(tiny_llama), load(tiny_llama)
-    mp.spawn(work, (tiny_llama, tmp_path, safety_map), nprocs=2)
+    run_in_two_processes(work, tmp_path, tiny_llama, tmp_path, safety_map)
     first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (0, 1))
     assert same(first, second)
     model.load_state_dict(first)

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -42,6 +40,7 @@ from tests.training.maps import (
 from tests.training.test_preserve_trainer import make_trainer
 from tests.training.twins import adapted, config, effective, layers, logits, twin
 from tests.tuner.patches import save_patch
+from tests.two_processes import run_in_two_processes
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -441,8 +440,6 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def work(rank: int, base: Path, folder: Path, safety_map: SafetyMap) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = adapted(base)
     wrapped = DistributedDataParallel(model)
     optimizer = SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
@@ -453,13 +450,12 @@ def work(rank: int, base: Path, folder: Path, safety_map: SafetyMap) -> None:
             optimizer.step()
             optimizer.zero_grad()
     torch.save(lora_weights(model), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(tiny_llama: Path, tmp_path: Path) -> None:
     safety_map, model = make_map(tiny_llama), adapted(tiny_llama)
-    mp.spawn(work, (tiny_llama, tmp_path, safety_map), nprocs=2)
+    run_in_two_processes(work, tmp_path, tiny_llama, tmp_path, safety_map)
     with preserve(model, safety_map):
         train(model, lambda p: SGD(p, lr=0.1), steps=3)
     first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (0, 1))

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +16,7 @@ from tests.tuner.patches import (
     patch_model,
     values_of,
 )
+from tests.two_processes import run_in_two_processes
 
 pytestmark = pytest.mark.slow
 
@@ -41,9 +40,7 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def work(rank, kind, base, store, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank, kind, base, results):
     model = patch_model(load_base(base), base).train()
     wrapped = DistributedDataParallel(model) if kind == "ddp" else sharded(model)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
@@ -59,14 +56,12 @@ def work(rank, kind, base, store, results):
     if rank == 0:
         torch.save(values, results)
         model.save_pretrained(results.parent / "patch", state_dict=state)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(tiny_llama, kind, tmp_path):
     results = tmp_path / "values.pt"
-    arguments = (kind, tiny_llama, tmp_path / "store", results)
-    mp.spawn(work, arguments, nprocs=2)
+    run_in_two_processes(work, tmp_path, kind, tiny_llama, results)
     model = patch_model(load_base(tiny_llama), tiny_llama).train()
     optimizer = torch.optim.SGD(values_of(model).values(), lr=0.1)
     for _ in range(2):
