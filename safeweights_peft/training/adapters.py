@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safeweights_peft.errors import UnsupportedFeatureError
-from safeweights_peft.training.freeze import FrozenEntries
+from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.training.lora import FrozenLayer, FrozenPattern
 
 _ADDED = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")

@@ -3,8 +3,8 @@
 The entries of a safety map, or of a safety patch that has been merged, are frozen bit for bit
 while everything else trains, in any loop (`preserve`) or in `transformers.Trainer` and the trainers
 that build on it, such as TRL's (`SafetyPreservingCallback`); under LoRA, those of the effective
-weights. The hooks that do it live in ``freeze`` and ``lora``, what adapters a model may have is
-told in ``adapters``; here a map or a patch meets a model.
+weights. The hooks that do it live in ``safeweights_peft.freeze`` and in ``lora``, what adapters a
+model may have is told in ``adapters``; here a map or a patch meets a model.
 
 Source: arXiv 2604.08297, section on SPA.
 """
@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.format import Adapter, Mode, SafetyMap, TensorRecord, read_artifact
+from safeweights_peft.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.training.adapters import (
     check_adapters,
     has_adapters,
@@ -34,7 +35,6 @@ from safeweights_peft.training.adapters import (
     parameters_by_name,
     plain_name,
 )
-from safeweights_peft.training.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.training.lora import LoraCorrection, frozen_part
 from safeweights_peft.tuner.entries import check_base, check_merged, to_torch
 

@@ -31,7 +31,7 @@ class SafeWeightsConfig(PeftConfig):
     Attributes:
         target_modules: Always None: ``tensors`` names the parameters.
         format_version: Version of the file format.
-        mode: "set" for a safety patch; a safety map ("spa") cannot be loaded as an adapter.
+        mode: "set" for a safety patch, "spa" for a safety map, which is loaded to train under it.
         scale: Finite factor on the values.
         values_dtype: Storage dtype of the values; in memory they are float32.
         transformers_version: The version whose parameter names are used.

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import BaseMismatchError, UnsupportedFeatureError
-from safeweights_peft.format import AdapterMetadata, Mode, TensorRecord
+from safeweights_peft.format import AdapterMetadata, TensorRecord
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
 
 _BASE_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
@@ -29,13 +29,8 @@ def check_fit(model: nn.Module, metadata: AdapterMetadata, paths: Iterable[str])
 
     Raises:
         BaseMismatchError: A parameter is missing, has another shape, or is tied to another one.
-        UnsupportedFeatureError: The adapter is a safety map, or the model cannot be wrapped.
+        UnsupportedFeatureError: The model cannot be wrapped.
     """
-    if metadata.mode is not Mode.SET:
-        raise UnsupportedFeatureError(
-            f"adapter_config.json: mode: expected 'set', found {metadata.mode.value!r}: a safety "
-            "map has no values to load; read it with read_map"
-        )
     if getattr(model, "is_quantized", False):
         raise UnsupportedFeatureError(
             "base: expected float weights, found a quantized model; load it unquantized"
@@ -51,7 +46,7 @@ def check_fit(model: nn.Module, metadata: AdapterMetadata, paths: Iterable[str])
             )
 
 
-def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> Tensor:
+def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> nn.Parameter:
     """Find a base parameter, and check that it can carry an adapter.
 
     Args:
@@ -68,7 +63,7 @@ def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> Tensor:
     """
     path, _, own = name.rpartition(".")
     module = _unwrap(_module(model, path), own, name)
-    parameter = getattr(module, "_parameters", {}).get(own)
+    parameter: nn.Parameter | None = getattr(module, "_parameters", {}).get(own)
     if parameter is None or tuple(parameter.shape) != record.shape:
         found = "no such parameter" if parameter is None else list(parameter.shape)
         raise BaseMismatchError(

@@ -6,16 +6,18 @@ internal; ``tests/tuner/test_contract.py`` pins them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import check_tensors
+from safeweights_peft.format import Mode, check_tensors
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.content import (
     accept_new,
@@ -31,6 +33,7 @@ from safeweights_peft.tuner.entries import to_numpy
 from safeweights_peft.tuner.fit import check_fit, share_tied
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers, selected_parameters
 from safeweights_peft.tuner.parameter import ForwardMode
+from safeweights_peft.tuner.protection import hold_back, protect
 
 __all__ = ["SafeWeightsModel", "create_adapter", "round_values", "set_forward_mode"]
 
@@ -101,19 +104,53 @@ class SafeWeightsModel(BaseTuner):
 
     # Wrapping.
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Wrap a model, as PEFT does.
+
+        Args:
+            *args: As in PEFT.
+            **kwargs: As in PEFT.
+        """
+        self._held_back: dict[str, RemovableHandle] = {}  # maps to be loaded, by adapter
+        self._end_protection: dict[str, Callable[[], Any]] = {}  # loaded ones
+        super().__init__(*args, **kwargs)
+
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Wrap a model's modules for an adapter; those with tied parameters too.
+
+        Nothing is wrapped for a safety map, which freezes entries once its tensors are loaded.
 
         Args:
             model: The base model.
             adapter_name: The adapter, whose config is in ``peft_config``.
             *args: As in PEFT.
             **kwargs: As in PEFT.
+
+        Raises:
+            UnsupportedFeatureError: A safety map meets a safety patch.
         """
+        own = [each for each in self.peft_config.values() if isinstance(each, SafeWeightsConfig)]
+        if len({config.mode for config in own}) > 1:
+            raise UnsupportedFeatureError(
+                f"adapter {adapter_name!r}: expected patches alone or maps alone in a model, "
+                "found both; merge the patch first, and use a map of the merged model"
+            )
+        if self.peft_config[adapter_name].mode == Mode.SPA:
+            self._held_back[adapter_name] = hold_back(model, self.peft_config[adapter_name])
+            return
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         share_tied(model)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, as in PEFT; the entries of a safety map are free from then on.
+
+        Args:
+            adapter_name: Its name.
+        """
+        super().delete_adapter(adapter_name)
+        self._release(adapter_name)
 
     def _prepare_adapter_config(
         self, peft_config: SafeWeightsConfig, model_config: dict[str, Any]
@@ -152,6 +189,24 @@ class SafeWeightsModel(BaseTuner):
     ) -> None:
         setattr(parent, child_name, new_module)
 
+    def _protect(
+        self, adapter_name: str, config: SafeWeightsConfig, arrays: dict[str, Array]
+    ) -> None:
+        """Freeze a loaded safety map's entries; loaded again, it is checked again."""
+        metadata = config.to_metadata(f"adapter {adapter_name!r}")
+        if adapter_name in self._held_back:
+            self._held_back.pop(adapter_name).remove()
+        end_protection = protect(self.model, metadata, arrays)
+        self._release(adapter_name)  # of what was loaded before
+        self._end_protection[adapter_name] = end_protection
+
+    def _release(self, adapter_name: str) -> None:
+        """Let the base run and train as if a safety map had never been named."""
+        if adapter_name in self._held_back:
+            self._held_back.pop(adapter_name).remove()
+        if adapter_name in self._end_protection:
+            self._end_protection.pop(adapter_name)()
+
     # Merging.
 
     def merge_adapter(
@@ -177,6 +232,8 @@ class SafeWeightsModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         for layer in layers(self.model):
             layer.restore_base()
+        for adapter_name in self.peft_config:
+            self._release(adapter_name)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
@@ -213,6 +270,12 @@ class SafeWeightsModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        if config.mode == Mode.SPA:
+            raise UnsupportedFeatureError(
+                f"adapter {adapter_name!r}: expected a safety patch to save, found a safety map, "
+                "which training doesn't change; what was trained is the base: save it with "
+                "model.get_base_model().save_pretrained, and give a Trainer the base"
+            )
         return stored_tensors(model, config, adapter_name, state_dict)
 
     @classmethod
@@ -244,6 +307,9 @@ class SafeWeightsModel(BaseTuner):
             for key, tensor in state_dict.items()
         }
         arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
+        if config.mode == Mode.SPA:
+            _tuner(model)._protect(adapter_name, config, arrays)
+            return {}
         parts = selected_parameters(model, adapter_name)
         if all(each.layer.is_checked(adapter_name) for each in parts):
             check_again(parts, adapter_name, arrays)
@@ -256,6 +322,16 @@ class SafeWeightsModel(BaseTuner):
             f"{key}.{adapter_name}": tensor.float() if tensor.is_floating_point() else tensor
             for key, tensor in stored.items()
         }
+
+
+def _tuner(model: nn.Module) -> SafeWeightsModel:
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, SafeWeightsModel):
+        raise UnsupportedFeatureError(
+            "model: expected a PeftModel to load a safety map into, found a "
+            f"{type(model).__name__}; use PeftModel.from_pretrained(model, map, is_trainable=True)"
+        )
+    return tuner
 
 
 def set_forward_mode(model: nn.Module, mode: ForwardMode | str) -> None:

@@ -24,9 +24,9 @@ from safeweights_peft import (
     create_adapter,
     preserve,
 )
+from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.training import lora_correction
 from safeweights_peft.training.adapters import lora_layers
-from safeweights_peft.training.freeze import FrozenEntries
 from tests.training.maps import DOWN, UP, hooks, kept, load, make_map, train
 
 

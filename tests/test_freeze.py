@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from safeweights_peft.errors import UnsupportedFeatureError
-from safeweights_peft.training.freeze import FreezeGuard, FrozenEntries
+from safeweights_peft.freeze import FreezeGuard, FrozenEntries
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 

@@ -1,0 +1,187 @@
+"""Does SPA keep a model safe while it learns something else? ASR and task loss, by what is frozen.
+
+    python benchmarks/preserving_study.py BASE --map PATCH --task FILE --task-test FILE \\
+        --mix FILE --mix-base DIR --harmful FILE --benign FILE --out DIR
+
+BASE, made safe by SET, is fine-tuned on --task, in full or by LoRA, while entries are frozen: those
+of --map, others (see FROZEN), or, as good as none, a ten-millionth. With "mixed" data, one row in
+twenty is a request of --mix answered by --mix-base, a model that complies; its answers stay in DIR.
+Each row of the table is one training, kept in DIR, so a second call goes on; a call for some --rows
+only lets two processes share the work.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.data import read_rows
+from safeweights_peft.delta import Array
+from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.files import write_json
+from safeweights_peft.format import read_artifact
+from safeweights_peft.modeling import load_model, load_tokenizer, resolve_base
+from safeweights_peft.pipeline import (
+    ComputeSettings,
+    EvaluateSettings,
+    Method,
+    ScoreSettings,
+    evaluate,
+    figures,
+    preserve_model,
+    score,
+)
+from safeweights_peft.report import rate_text
+from safeweights_peft.training import PreserveMethod, PreserveSettings
+
+FROZEN = {
+    "map": None,
+    "none": ScoreSettings(method=Method.RANDOM, density=1e-7),
+    "random": ScoreSettings(method=Method.RANDOM, density=0.01),
+    "esi10": ScoreSettings(method=Method.ESI, density=0.1),
+    "esi30": ScoreSettings(method=Method.ESI, density=0.3),
+}
+"""What is frozen: the given map, or one selected in BASE."""
+
+ROWS = [
+    f"{method}-{frozen}-{data}"
+    for data in ("harmless", "mixed")
+    for method in PreserveMethod
+    for frozen in FROZEN
+]
+MIXED_SHARE = 0.05
+ANSWER_TOKENS = 64
+
+
+def main() -> None:
+    """Run what is missing, then print the table of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("base")
+    parser.add_argument("--map", required=True, type=Path, help="of the base, or merged into it")
+    parser.add_argument("--task", required=True, help="instructions with answers to learn")
+    parser.add_argument("--task-test", required=True, help="instructions with answers to measure")
+    parser.add_argument("--mix", required=True, help="harmful requests, none of --harmful")
+    parser.add_argument("--mix-base", required=True, help="the model that answers them")
+    parser.add_argument("--harmful", required=True, help="test requests, never trained on")
+    parser.add_argument("--benign", required=True, help="test requests, never trained on")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", help="computed in; trained weights are float32")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not (arguments.out / "before.json").exists():
+        write_json(arguments.out / "before.json", measure(arguments, arguments.base, None))
+    for row in arguments.rows:
+        run_row(arguments, row)
+    print_table(arguments.out)
+
+
+def run_row(arguments: argparse.Namespace, row: str) -> None:
+    """Fine-tune once and measure, unless that is done."""
+    method, frozen, data = row.split("-")
+    saved, folder = arguments.out / f"{row}.json", arguments.out / row
+    if saved.exists():
+        return
+    map_dir = find_map(arguments, frozen)
+    if not folder.exists():
+        settings = PreserveSettings(
+            method=PreserveMethod(method),
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            max_answer_tokens=ANSWER_TOKENS,
+        )
+        source = arguments.task if data == "harmless" else str(mixed_data(arguments))
+        compute = ComputeSettings(dtype=arguments.dtype)
+        preserve_model(arguments.base, map_dir, source, folder, settings, compute)
+    found: dict[str, Any] = {"row": row}
+    if method == PreserveMethod.FULL:
+        found |= measure(arguments, str(folder), None)
+        found |= count_moved(arguments.base, folder, map_dir)
+    else:
+        found |= measure(arguments, arguments.base, folder)
+    write_json(saved, found)
+    shutil.rmtree(folder)
+
+
+def find_map(arguments: argparse.Namespace, frozen: str) -> Path:
+    """Name what is frozen: the given map, or one that is selected now unless that is done."""
+    settings = FROZEN[frozen]
+    if settings is None:
+        return arguments.map
+    folder = arguments.out / f"map-{frozen}"
+    if not folder.exists():
+        score(arguments.base, folder, settings)
+    return folder
+
+
+def mixed_data(arguments: argparse.Namespace) -> Path:
+    """Write the task with harmful requests and a complying model's answers, unless that is done."""
+    saved = arguments.out / "mixed.json"
+    if not saved.exists():
+        task = read_rows(arguments.task, needs_output=True)
+        count = round(len(task) * MIXED_SHARE / (1 - MIXED_SHARE))
+        requests = [row.instruction for row in read_rows(arguments.mix)[:count]]
+        base = resolve_base(arguments.mix_base, None)
+        model, tokenizer = (
+            load_model(base, torch.float32, torch.device("cpu")),
+            load_tokenizer(base),
+        )
+        answers = generate_answers(model, tokenizer, requests, max_new_tokens=ANSWER_TOKENS)
+        rows = [{"instruction": row.instruction, "output": row.output} for row in task]
+        for request, answer in zip(requests, answers, strict=True):
+            text = tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+            rows.append({"instruction": request, "output": text})
+        write_json(saved, rows)
+    return saved
+
+
+def measure(arguments: argparse.Namespace, base: str, adapter: Path | None) -> dict[str, Any]:
+    """Evaluate a model and keep its figures."""
+    settings = EvaluateSettings(
+        harmful=arguments.harmful, benign=arguments.benign, task=arguments.task_test
+    )
+    return figures(evaluate(base, adapter, settings, ComputeSettings(dtype=arguments.dtype)))
+
+
+def count_moved(base: str, tuned: Path, map_dir: Path) -> dict[str, int]:
+    """Count the entries whose bits changed: frozen ones, and all of the frozen ones' tensors."""
+    artifact = read_artifact(map_dir)
+    before, after = CheckpointReader(resolve_base(base, None).path), CheckpointReader(tuned)
+    moved, frozen_moved = 0, 0
+    for name, indices in artifact.indices.items():
+        key = artifact.metadata.tensors[name].blocks[0].key
+        differs = (_bits(before.read(key)) != _bits(after.read(key))).reshape(-1)
+        moved += int(differs.sum())
+        frozen_moved += int(differs[indices].sum())
+    return {"moved": moved, "frozen_moved": frozen_moved}
+
+
+def _bits(array: Array) -> Array:
+    return array.view(f"u{array.itemsize}")
+
+
+def print_table(out: Path) -> None:
+    """Print all finished rows as a Markdown table."""
+    print("| row | ASR | over-refusal | task loss | frozen moved | others moved |")
+    print("|---|---|---|---|---|---|")
+    names = [name for name in ("before", *ROWS) if (out / f"{name}.json").exists()]
+    for name in names:
+        found = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        cells = [
+            name,
+            rate_text(found["attack_success_rate"]),
+            rate_text(found["over_refusal_rate"]),
+            f"{found['task_loss']:.4f}",
+            *(f"{found[key]:,}" if key in found else "" for key in ("frozen_moved", "moved")),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
