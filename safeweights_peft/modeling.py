@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -168,11 +174,40 @@ def load_model(
     Raises:
         ModelError: transformers can't load it, or its weights are quantized.
     """
+    return _load(AutoModelForCausalLM, "causal language model", base, dtype, device)
+
+
+def load_classifier(
+    base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Loads a sequence classifier for inference: evaluation mode, no gradients.
+
+    Args:
+        base: the resolved classifier.
+        dtype: what to load the weights in; "auto" is the checkpoint's own.
+        device: where the model goes.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: transformers can't load it, or its weights are quantized.
+    """
+    return _load(AutoModelForSequenceClassification, "sequence classifier", base, dtype, device)
+
+
+def _load(
+    loader: Any,
+    kind: str,
+    base: BaseModel,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+        model: PreTrainedModel = loader.from_pretrained(base.path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{base.name}: expected a causal language model that transformers can load, "
+            f"{base.name}: expected a {kind} that transformers can load, "
             f"found {type(error).__name__}: {error}"
         ) from error
     if getattr(model, "is_quantized", False):

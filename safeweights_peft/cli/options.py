@@ -95,6 +95,46 @@ score_options = _options(
         show_default=True,
         help="Harmful requests to score with.",
     ),
+    click.option("--guard", help="Guard model that judges the model's own answers: path or id."),
+    click.option("--guard-profile", help="How to ask it: a built-in profile, or a JSON file."),
+    click.option("--classifier", help="Sequence classifier as the judge: path or id."),
+    click.option("--classifier-label", help="What a label of it means: safe=LABEL, unsafe=LABEL."),
+    click.option(
+        "--answer-tokens",
+        type=click.IntRange(1),
+        help="Answers to be judged are cut after so many tokens.  [default: 64]",
+    ),
+    click.option(
+        "--temperature",
+        type=FiniteRange(0, min_open=True),
+        help="Of the soft tokens by which a judge's gradient reaches the model.  [default: 0.3]",
+    ),
+    click.option(
+        "--samples", type=click.IntRange(1), help="Draws of noise per answer.  [default: 4]"
+    ),
+    click.option(
+        "--paper-exact",
+        is_flag=True,
+        help="Take the guard's gradient as the published code does, for comparison.",
+    ),
+    click.option(
+        "--aggregation",
+        type=click.Choice(["abs-of-mean", "mean-of-abs"]),
+        default="abs-of-mean",
+        show_default=True,
+        help="Size of the mean gradient over requests, or mean of its sizes.",
+    ),
+    click.option("--contrast", help="Benign requests; what matters for their answers is left out."),
+    click.option(
+        "--contrast-density",
+        type=FiniteRange(0, 1, min_open=True),
+        help="Share of all weights that is left out so.  [default: 0.01]",
+    ),
+    click.option(
+        "--layers-per-pass",
+        type=click.IntRange(1),
+        help="Score so many layers at once: less memory, more time.  [default: all]",
+    ),
 )
 train_options = _options(
     click.option(
@@ -177,13 +217,29 @@ def _given(**chosen: Any) -> dict[str, Any]:
 def score_settings(options: dict[str, Any]) -> ScoreSettings:
     """Reads the settings of a scoring job out of a command's options."""
     from safeweights_peft.pipeline import Method, ScoreSettings
+    from safeweights_peft.selection import Aggregation
 
+    chosen = _given(
+        guard=options["guard"],
+        profile=options["guard_profile"],
+        classifier=options["classifier"],
+        label=options["classifier_label"],
+        answer_tokens=options["answer_tokens"],
+        temperature=options["temperature"],
+        samples=options["samples"],
+        contrast=options["contrast"],
+        contrast_density=options["contrast_density"],
+        layers_per_pass=options["layers_per_pass"],
+    )
     return ScoreSettings(
         harmful=options["harmful"],
         examples=options["examples"],
         density=options["density"],
         method=Method(options["method"]),
         seed=options["seed"],
+        paper_exact=options["paper_exact"],
+        aggregation=Aggregation(options["aggregation"]),
+        **chosen,
     )
 
 

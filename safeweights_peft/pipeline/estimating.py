@@ -15,13 +15,14 @@ import torch
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.data import Row, read_rows
-from safeweights_peft.modeling import pick_device, pick_dtype, resolve_base
+from safeweights_peft.modeling import BaseModel, pick_device, pick_dtype, resolve_base
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
     EvaluateSettings,
     ScoreSettings,
     TrainSettings,
 )
+from safeweights_peft.selection import layer_groups
 from safeweights_peft.training import PreserveMethod, PreserveSettings
 
 PROMPT_TOKENS = 48
@@ -78,35 +79,71 @@ def estimate(
     """
     compute = compute or ComputeSettings()
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
-    reader = CheckpointReader(found.path)
-    infos = [reader.info(key) for key in reader.keys()]
-    parameters = sum(math.prod(info.shape) for info in infos)
-    wide = preserve or pick_dtype(compute.dtype, device) == torch.float32
-    weights = parameters * 4 if wide else sum(info.size_bytes for info in infos)
+    weights_of = _read_sizes(found, bool(preserve), compute.dtype, device)
+    parameters = sum(weights_of.counts.values())
     speed = EFFICIENCY * _measure_speed(device)
-    tokens = _tokens(score, train, evaluate, evaluations)
+    tokens = _tokens(train, evaluate, evaluations)
+    scoring_bytes = 0
+    if score:
+        judge = _Sizes({}, 0)
+        if name := score.guard or score.classifier:
+            judge = _read_sizes(resolve_base(name), False, compute.dtype, device)
+        tokens["score"] = _tokens_of_scoring(score, judge, weights_of)
+        scoring_bytes = judge.memory_bytes + 4 * _accumulated(score, weights_of)
     if preserve:
         tokens["preserve"] = _tokens_of_lessons(preserve, read_rows(data, needs_output=True))
     seconds = {step: 2 * parameters * count / speed for step, count in tokens.items()}
     extra = max(
-        parameters * 4 if score else 0,
+        scoring_bytes,
         parameters // 4 if train else 0,
-        weights if evaluations > 1 else 0,
+        weights_of.memory_bytes if evaluations > 1 else 0,
         parameters * 12 if preserve and preserve.method is PreserveMethod.FULL else 0,
     )
     return Estimate(
         parameters=parameters,
-        memory_bytes=weights + extra,
+        memory_bytes=weights_of.memory_bytes + extra,
         patch_bytes=round(6 * score.density * parameters) if score and train else 0,
         seconds=seconds,
     )
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Entries of each tensor of a checkpoint, and what all of them take in memory."""
+
+    counts: dict[str, int]
+    memory_bytes: int
+
+
+def _read_sizes(base: BaseModel, is_trained: bool, dtype: str, device: torch.device) -> _Sizes:
+    reader = CheckpointReader(base.path)
+    infos = {key: reader.info(key) for key in reader.keys()}
+    counts = {key: math.prod(info.shape) for key, info in infos.items()}
+    if is_trained or pick_dtype(dtype, device) == torch.float32:
+        return _Sizes(counts, 4 * sum(counts.values()))
+    return _Sizes(counts, sum(info.size_bytes for info in infos.values()))
+
+
+def _accumulated(score: ScoreSettings, base: _Sizes) -> int:
+    """Counts the entries whose gradients are summed at once."""
+    passes = layer_groups(base.counts, score.layers_per_pass)
+    return max(sum(base.counts[key] for key in keys) for keys in passes)
+
+
+def _tokens_of_scoring(score: ScoreSettings, judge: _Sizes, base: _Sizes) -> float:
+    """Counts the model's tokens, a judge's in proportion to its size."""
+    passes = len(layer_groups(base.counts, score.layers_per_pass))
+    answer = score.answer_tokens if judge.counts else score.refusal_tokens
+    own: float = 3 * passes * (PROMPT_TOKENS + answer)
+    if judge.counts:
+        share = sum(judge.counts.values()) / sum(base.counts.values())
+        own += PROMPT_TOKENS + answer + 3 * passes * share * (2 * PROMPT_TOKENS + answer)
+    contrast = 3 * passes + 1 if score.contrast else 0
+    return score.examples * (own + contrast * (PROMPT_TOKENS + score.answer_tokens))
+
+
 def _tokens(
-    score: ScoreSettings | None,
-    train: TrainSettings | None,
-    evaluate: EvaluateSettings | None,
-    evaluations: int,
+    train: TrainSettings | None, evaluate: EvaluateSettings | None, evaluations: int
 ) -> dict[str, float]:
     """Counts tokens of forward passes; a backward pass costs as much as two."""
     tokens: dict[str, float] = {}
@@ -114,8 +151,6 @@ def _tokens(
         rows = len(read_rows(evaluate.harmful)[: evaluate.limit])
         rows += len(read_rows(evaluate.benign)[: evaluate.limit])
         tokens["evaluate"] = evaluations * rows * (PROMPT_TOKENS + evaluate.max_new_tokens)
-    if score:
-        tokens["score"] = 3 * score.examples * (PROMPT_TOKENS + score.refusal_tokens)
     if train:
         harmful = train.enhance.harmful_batch_size * (PROMPT_TOKENS + train.refusal_tokens)
         benign = train.enhance.benign_batch_size * (PROMPT_TOKENS + train.answer_tokens)

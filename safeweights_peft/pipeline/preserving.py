@@ -33,7 +33,7 @@ from safeweights_peft.modeling import (
 )
 from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
-from safeweights_peft.pipeline.resuming import work_dir_beside
+from safeweights_peft.pipeline.resuming import digests_of, work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings
 from safeweights_peft.training import PreserveMethod, PreserveSettings, add_lora, fine_tune
 from safeweights_peft.tuner.entries import to_numpy
@@ -168,8 +168,7 @@ def _matrix_dtype(
 
 def _digests(model: nn.Module, artifact: SafetyMap | Adapter) -> list[str]:
     """Names the weights to begin with and the entries to be frozen, for a run's identity."""
-    weights = [digest(to_numpy(each)) for each in model.parameters()]
-    return weights + [digest(each) for each in artifact.indices.values()]
+    return digests_of(model) + [digest(each) for each in artifact.indices.values()]
 
 
 def _save(

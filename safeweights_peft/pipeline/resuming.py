@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from safeweights_peft.delta import Array, digest
+from safeweights_peft.tuner.entries import to_numpy
 
 
 def work_dir_beside(out: Path, identity: dict[str, Any]) -> Path:
@@ -20,3 +28,40 @@ def work_dir_beside(out: Path, identity: dict[str, Any]) -> Path:
     """
     text = json.dumps(identity, sort_keys=True)
     return out.with_name(f".{out.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.work")
+
+
+def digests_of(model: nn.Module) -> list[str]:
+    """Names a model's weights, for a job's identity.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The digest of each parameter.
+    """
+    return [digest(to_numpy(each)) for each in model.parameters()]
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Leaves arrays for a job that goes on; the file appears whole or not at all.
+
+    Args:
+        path: a safetensors file; an existing one is replaced.
+        arrays: by name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    save_file(dict(arrays), str(draft))
+    draft.replace(path)
+
+
+def load_arrays(path: Path) -> dict[str, Array] | None:
+    """Reads what `save_arrays` left.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays, or None if there are none.
+    """
+    return load_file(str(path)) if path.exists() else None

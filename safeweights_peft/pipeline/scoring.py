@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from safeweights_peft.data import Row, data_digest, encode_example, read_rows, with_refusals
+from safeweights_peft.data import Row, data_digest, read_rows
 from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.files import check_target
 from safeweights_peft.format import SafetyMap, write_map
@@ -27,17 +29,37 @@ from safeweights_peft.modeling import (
     resolve_base,
     total_parameters,
 )
-from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.objectives import (
+    check_judges,
+    safety_objective,
+    utility_objective,
+)
+from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
+from safeweights_peft.pipeline.resuming import (
+    digests_of,
+    load_arrays,
+    save_arrays,
+    work_dir_beside,
+)
 from safeweights_peft.pipeline.settings import ComputeSettings, Method, ScoreSettings
 from safeweights_peft.selection import (
+    Accumulated,
+    JudgedObjective,
     Order,
-    ReferenceObjective,
+    SafetyObjective,
+    Selected,
+    TopK,
     accumulate_gradients,
     build_map,
     esi_scores,
+    layer_groups,
     random_scores,
     select,
 )
+from safeweights_peft.tuner.entries import to_numpy
+
+SAVE_SECONDS = 60
+"""The sum of gradients is left on disk this often; it is as large as the scored weights."""
 
 
 def score(
@@ -68,29 +90,46 @@ def score(
     settings, compute = settings or ScoreSettings(), compute or ComputeSettings()
     started = time.perf_counter()
     check_target(out, overwrite, FormatError)
-    rows = _sample(with_refusals(read_rows(settings.harmful)), settings)
+    rows = _sample(read_rows(settings.harmful), settings)
+    benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
+    check_judges(settings)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
-    model = load_model(found, pick_dtype(compute.dtype, device), device)
+    dtype = pick_dtype(compute.dtype, device)
+    model, tokenizer = load_model(found, dtype, device), load_tokenizer(found)
     parameters = eligible_parameters(model)
-    total = total_parameters(model)
-    k = _count(settings.density, total, parameters)
-    if settings.method is Method.RANDOM:
-        scores = random_scores(parameters, settings.seed)
-    else:
-        tokenizer = load_tokenizer(found)
-        scores = _scores(model, tokenizer, parameters, rows, settings, progress or Quiet())
-    order = Order.BOTTOM if settings.method is Method.BOTTOM else Order.TOP
-    selected = select(scores, k, order)
+    k, spared = _counts(model, parameters, settings)
     selection = asdict(settings) | {
-        "objective": "reference",
-        "total_parameters": total,
+        "objective": _objective_name(settings),
+        "total_parameters": total_parameters(model),
         "data_digest": data_digest(rows),
-        "seconds": round(time.perf_counter() - started, 1),
         "safeweights_peft_version": version("safeweights-peft"),
     }
+    identity = selection | asdict(compute) | {"digests": digests_of(model)}
+    work_dir = work_dir_beside(out, identity | {"contrast_digest": data_digest(benign)})
+    scoring = _Scoring(model, parameters, settings, work_dir, progress or Quiet())
+    if settings.method is Method.RANDOM:
+        selected = select(random_scores(parameters, settings.seed), k)
+    else:
+        left_out: Mapping[str, Selected] = {}
+        if benign:
+            utility = utility_objective(model, tokenizer, benign, settings, scoring.progress)
+            left_out = scoring.select("usefulness", utility, spared)
+        order = Order.BOTTOM if settings.method is Method.BOTTOM else Order.TOP
+        safety = safety_objective(model, tokenizer, rows, settings, dtype, scoring.progress)
+        selected = scoring.select("safety", safety, k, order, left_out)
+        if isinstance(safety, JudgedObjective) and safety.scores:
+            selection["mean_safety"] = sum(safety.scores.values()) / len(safety.scores)
+    selection["seconds"] = round(time.perf_counter() - started, 1)
     safety_map = build_map(model, found, selected, selection)
     write_map(out, safety_map, overwrite=overwrite)
+    shutil.rmtree(work_dir, ignore_errors=True)
     return safety_map
+
+
+def _objective_name(settings: ScoreSettings) -> str:
+    if settings.guard:
+        return "guard"
+    return "classifier" if settings.classifier else "reference"
 
 
 def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
@@ -98,30 +137,102 @@ def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
     return random.Random(settings.seed).sample(rows, count)
 
 
-def _count(density: float, total: int, parameters: dict[str, nn.Parameter]) -> int:
-    k = round(density * total)
+def _counts(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], settings: ScoreSettings
+) -> tuple[int, int]:
+    """How many entries to select, and how many to leave out before."""
+    total = total_parameters(model)
     eligible = sum(parameter.numel() for parameter in parameters.values())
-    if not 1 <= k <= eligible:
+    spared = round(settings.contrast_density * total) if settings.contrast else 0
+    if settings.contrast and (settings.method is not Method.ESI or spared < 1):
         raise SelectionError(
-            f"density: expected 1 to {eligible} entries of {total} (the eligible ones), "
-            f"found {k}; choose a density of at most {eligible / total:.3f}"
+            f"--contrast: expected --method esi and a --contrast-density of at least one entry, "
+            f"found {settings.method} and {spared} entries; leave --contrast out, or correct them"
         )
-    return k
+    k, most = round(settings.density * total), eligible - spared
+    if not 1 <= k <= most:
+        raise SelectionError(
+            f"density: expected 1 to {most} entries of {total} (the eligible ones), "
+            f"found {k}; choose a density of at most {most / total:.3f}"
+        )
+    return k, spared
 
 
-def _scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    parameters: dict[str, nn.Parameter],
-    rows: list[Row],
-    settings: ScoreSettings,
-    progress: Progress,
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    examples = [
-        encode_example(tokenizer, row.instruction, row.output or "", settings.refusal_tokens)
-        for row in rows
-    ]
-    objective = ReferenceObjective(examples, tokenizer.pad_token_id, settings.batch_size)
-    with progress.task("Scoring weights", len(objective)) as advance:
-        gradients = accumulate_gradients(model, parameters, objective, lambda: advance(1))
-    return esi_scores(parameters, gradients)
+@dataclass(frozen=True)
+class _Scoring:
+    """One model's scores, streamed into selections; where it was interrupted, it goes on."""
+
+    model: PreTrainedModel
+    parameters: Mapping[str, nn.Parameter]
+    settings: ScoreSettings
+    work_dir: Path
+    progress: Progress
+
+    def select(
+        self,
+        what: str,
+        objective: SafetyObjective,
+        k: int,
+        order: Order = Order.TOP,
+        left_out: Mapping[str, Selected] = MappingProxyType({}),
+    ) -> dict[str, Selected]:
+        """Scores all entries pass by pass, and keeps the k first."""
+        passes = layer_groups(self.parameters, self.settings.layers_per_pass)
+        best, kept = TopK(k, order), self.work_dir / f"{what}.safetensors"
+        arrays = load_arrays(kept) or {"passes": np.zeros(1, np.int64)}
+        done = int(arrays.pop("passes")[0])
+        if done:
+            best.restore(arrays)
+        with self.progress.task(f"Scoring {what}", len(objective) * len(passes)) as advance:
+            reach = advance_to(advance)
+            for number in range(done, len(passes)):
+                group = {name: self.parameters[name] for name in passes[number]}
+                gradients = self._accumulate(group, objective, number, reach)
+                for name, scores in esi_scores(group, gradients):
+                    if name in left_out:
+                        scores.reshape(-1)[left_out[name].indices] = 0
+                    best.add(name, scores)
+                del gradients
+                save_arrays(kept, best.state() | {"passes": np.array([number + 1])})
+                self._accumulator(number).unlink(missing_ok=True)
+        return best.result()
+
+    def _accumulate(
+        self,
+        group: Mapping[str, nn.Parameter],
+        objective: SafetyObjective,
+        number: int,
+        reach: Callable[[int], None],
+    ) -> dict[str, torch.Tensor]:
+        """Sums one pass's gradients, and leaves the sum on disk now and then."""
+        path, saved_at = self._accumulator(number), time.monotonic()
+
+        def on_term(so_far: Accumulated) -> None:
+            nonlocal saved_at
+            reach(number * len(objective) + so_far.terms)
+            if time.monotonic() - saved_at >= SAVE_SECONDS:
+                arrays = {name: to_numpy(each) for name, each in so_far.gradients.items()}
+                save_arrays(path, arrays | {"terms": np.array([so_far.terms])})
+                saved_at = time.monotonic()
+
+        return accumulate_gradients(
+            self.model,
+            group,
+            objective,
+            on_term,
+            aggregation=self.settings.aggregation,
+            so_far=self._interrupted(group, path),
+        )
+
+    def _interrupted(self, group: Mapping[str, nn.Parameter], path: Path) -> Accumulated | None:
+        arrays = load_arrays(path)
+        if arrays is None:
+            return None
+        gradients = {
+            name: torch.from_numpy(arrays[name]).to(parameter.device)
+            for name, parameter in group.items()
+        }
+        return Accumulated(gradients, int(arrays["terms"][0]))
+
+    def _accumulator(self, number: int) -> Path:
+        return self.work_dir / f"gradients-{number}.safetensors"

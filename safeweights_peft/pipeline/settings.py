@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from safeweights_peft.selection import Aggregation
 from safeweights_peft.training import EnhanceSettings
 
 
@@ -35,6 +36,9 @@ class ComputeSettings:
 class ScoreSettings:
     """How entries are scored and selected.
 
+    The safety is that of refusals (neither `guard` nor `classifier` given), or of the model's own
+    answers as a guard or a classifier sees it.
+
     Attributes:
         harmful: source of harmful requests.
         examples: at most so many of them.
@@ -42,7 +46,20 @@ class ScoreSettings:
         method: ESI or a control.
         batch_size: examples per forward pass.
         refusal_tokens: refusals are cut after so many tokens.
-        seed: fixes which examples are taken, and the random control.
+        seed: fixes which examples are taken, the noise of soft tokens, and the random control.
+        guard: directory or Hub id of a guard model.
+        profile: the guard's profile; see `selection.read_profile`.
+        classifier: directory or Hub id of a sequence classifier.
+        label: ``safe=LABEL`` or ``unsafe=LABEL``: what a label of the classifier means.
+        answer_tokens: the model's own answers are cut after so many tokens.
+        temperature: of the soft tokens.
+        samples: draws of noise per answer.
+        paper_exact: whether the guard's gradient is that of the published code, for comparison.
+        aggregation: how the gradients of requests make one score.
+        contrast: source of benign requests; entries that matter for the answers to them are left
+            out. None leaves out nothing.
+        contrast_density: share of all parameters that is left out so.
+        layers_per_pass: layers scored together; fewer need less memory and more time. None is all.
     """
 
     harmful: str = "builtin:harmful_train"
@@ -52,6 +69,18 @@ class ScoreSettings:
     batch_size: int = 8
     refusal_tokens: int = 32
     seed: int = 0
+    guard: str | None = None
+    profile: str | None = None
+    classifier: str | None = None
+    label: str | None = None
+    answer_tokens: int = 64
+    temperature: float = 0.3
+    samples: int = 4
+    paper_exact: bool = False
+    aggregation: Aggregation = Aggregation.ABS_OF_MEAN
+    contrast: str | None = None
+    contrast_density: float = 0.01
+    layers_per_pass: int | None = None
 
 
 @dataclass(frozen=True)

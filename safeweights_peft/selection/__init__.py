@@ -1,12 +1,33 @@
 """From gradients to indices: safety objectives, ESI, exact top-k, safety maps."""
 
-from safeweights_peft.selection.esi import accumulate_gradients, esi_scores, random_scores
+from safeweights_peft.selection.esi import (
+    Accumulated,
+    Aggregation,
+    accumulate_gradients,
+    esi_scores,
+    layer_groups,
+    random_scores,
+)
+from safeweights_peft.selection.guards import PROFILES, GuardProfile, read_profile
+from safeweights_peft.selection.judged import Answered, JudgedObjective
 from safeweights_peft.selection.objective import ReferenceObjective, SafetyObjective
+from safeweights_peft.selection.published import PublishedObjective
 from safeweights_peft.selection.safety_map import build_map
+from safeweights_peft.selection.scorers import AnswerScorer, ClassifierScorer, GuardScorer
 from safeweights_peft.selection.topk import Order, Selected, TopK, select
 
 __all__ = [
+    "PROFILES",
+    "Accumulated",
+    "Aggregation",
+    "AnswerScorer",
+    "Answered",
+    "ClassifierScorer",
+    "GuardProfile",
+    "GuardScorer",
+    "JudgedObjective",
     "Order",
+    "PublishedObjective",
     "ReferenceObjective",
     "SafetyObjective",
     "Selected",
@@ -14,6 +35,8 @@ __all__ = [
     "accumulate_gradients",
     "build_map",
     "esi_scores",
+    "layer_groups",
     "random_scores",
+    "read_profile",
     "select",
 ]

@@ -6,8 +6,12 @@ deviation of the tensor that holds theta_i.
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,11 +23,37 @@ from safeweights_peft.errors import SelectionError
 from safeweights_peft.selection.objective import SafetyObjective
 
 
+class Aggregation(StrEnum):
+    """How the objective's terms make one gradient: the size of their sum, or sum of their sizes.
+
+    In the sum, terms that pull an entry in opposite directions cancel, as in the paper.
+    """
+
+    ABS_OF_MEAN = "abs-of-mean"
+    MEAN_OF_ABS = "mean-of-abs"
+
+
+@dataclass
+class Accumulated:
+    """What has been summed up to now.
+
+    Attributes:
+        gradients: float32 by name, of each parameter's shape, on its device.
+        terms: of how many terms.
+    """
+
+    gradients: dict[str, torch.Tensor]
+    terms: int = 0
+
+
 def accumulate_gradients(
     model: PreTrainedModel,
     parameters: Mapping[str, nn.Parameter],
     objective: SafetyObjective,
-    on_term: Callable[[], None] = lambda: None,
+    on_term: Callable[[Accumulated], None] = lambda _: None,
+    *,
+    aggregation: Aggregation = Aggregation.ABS_OF_MEAN,
+    so_far: Accumulated | None = None,
 ) -> dict[str, torch.Tensor]:
     """Computes dS/dtheta, summed over the objective's terms in float32 whatever the model's dtype.
 
@@ -34,51 +64,70 @@ def accumulate_gradients(
         model: the model to be scored; left as it is, but for gradients that it held before.
         parameters: eligible parameters by name; only these get gradients.
         objective: what to differentiate.
-        on_term: called after each term, for progress.
+        on_term: called after each term.
+        aggregation: how terms are summed.
+        so_far: what an interrupted call had; it is added to.
 
     Returns:
         Float32 gradients by name, of each parameter's shape, on its device.
 
     Raises:
-        SelectionError: no parameter takes part in the objective.
+        SelectionError: no parameter takes part in the objective, or its gradient is not finite.
     """
-    gradients = {
-        name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-        for name, parameter in parameters.items()
-    }
-    reached: set[str] = set()
+    if so_far is None:
+        so_far = Accumulated(
+            {
+                name: torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+                for name, parameter in parameters.items()
+            }
+        )
+    reached = {name for name, gradient in so_far.gradients.items() if gradient.any()}
     hooks = []
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
         parameter.grad = None
-        hook = _adding_hook(name, gradients[name], reached)
+        hook = _adding_hook(name, so_far.gradients[name], reached, aggregation)
         hooks.append(parameter.register_post_accumulate_grad_hook(hook))
     try:
-        for term in objective.terms(model):
+        for term in objective.terms(model, so_far.terms):
             if term.requires_grad:
                 term.backward()
-            on_term()
+            so_far.terms += 1
+            if so_far.terms == 1:
+                _check_finite(so_far.gradients)
+            on_term(so_far)
     finally:
         for handle in hooks:
             handle.remove()
         for parameter, was_required in required.items():
             parameter.requires_grad_(was_required)
-    _check_reached(gradients, reached)
-    return gradients
+    _check_reached(so_far.gradients, reached)
+    return so_far.gradients
 
 
 def _adding_hook(
-    name: str, gradient: torch.Tensor, reached: set[str]
+    name: str, gradient: torch.Tensor, reached: set[str], aggregation: Aggregation
 ) -> Callable[[torch.Tensor], None]:
     def add(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            gradient.add_(parameter.grad)
+            is_signed = aggregation is Aggregation.ABS_OF_MEAN
+            gradient.add_(parameter.grad if is_signed else parameter.grad.abs())
             parameter.grad = None
             reached.add(name)
 
     return add
+
+
+def _check_finite(gradients: Mapping[str, torch.Tensor]) -> None:
+    """Looks at the first term's gradients, before hours are spent on the others."""
+    for name, gradient in gradients.items():
+        if not gradient.isfinite().all():
+            raise SelectionError(
+                f"{name}: expected a finite gradient, found NaN or infinity; check the model's "
+                "weights, or compute in float32 or bfloat16"
+            )
 
 
 def _check_reached(gradients: Mapping[str, torch.Tensor], reached: set[str]) -> None:
@@ -88,6 +137,27 @@ def _check_reached(gradients: Mapping[str, torch.Tensor], reached: set[str]) -> 
             f"{missed[0]}: expected a gradient, found none, nor for any other parameter; "
             "the objective doesn't depend on this model"
         )
+
+
+def layer_groups(names: Iterable[str], layers_per_pass: int | None) -> list[list[str]]:
+    """Shares parameters out over passes, a few layers in each.
+
+    Args:
+        names: parameter names in the model's order, those of a layer after each other.
+        layers_per_pass: how many layers' accumulators to hold at once; all if None.
+
+    Returns:
+        The names, pass by pass. What belongs to no numbered layer counts as one.
+    """
+    layers = [list(each) for _, each in groupby(names, _layer)]
+    size = layers_per_pass or len(layers)
+    passes = (layers[start : start + size] for start in range(0, len(layers), size))
+    return [[name for layer in each for name in layer] for each in passes]
+
+
+def _layer(name: str) -> str | None:
+    found = re.search(r"\.\d+\.", name)
+    return name[: found.end()] if found else None
 
 
 def esi_scores(

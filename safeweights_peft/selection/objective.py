@@ -24,11 +24,12 @@ class SafetyObjective(Protocol):
         """Counts the terms that `terms` yields."""
         ...
 
-    def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
-        """Yields scalars with gradients whose sum is S(theta).
+    def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yields scalars whose gradients sum to that of S(theta), or to an estimate of it.
 
         Args:
             model: the model to be scored.
+            start: how many terms to leave out, from the first.
 
         Returns:
             One scalar per batch; each graph may be freed before the next is built.
@@ -37,18 +38,19 @@ class SafetyObjective(Protocol):
 
 
 class ReferenceObjective:
-    """Mean log-likelihood of a refusal given a harmful request; needs no guard model.
+    """Mean log-likelihood of a wished answer; needs no judge.
 
     S(theta) = mean over examples of (1 / T) sum over t of log p_theta(y_t | x, y_<t), where x is
-    a harmful request and y a refusal of T tokens. It stands in for the judge's score J of
-    arXiv 2604.08297 (ESI's S) where no judge is at hand.
+    a request and y an answer of T tokens. With harmful requests and refusals it stands in for the
+    judge's score J of arXiv 2604.08297 (ESI's S); with benign ones and the model's own answers it
+    tells what the model is useful for.
     """
 
     def __init__(self, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> None:
         """Sorts the examples by length, so that little is padded.
 
         Args:
-            examples: harmful requests with refusals.
+            examples: requests with answers.
             pad_token_id: the tokenizer's padding token.
             batch_size: examples per forward pass.
 
@@ -56,7 +58,7 @@ class ReferenceObjective:
             SelectionError: there are no examples.
         """
         if not examples:
-            raise SelectionError("examples: expected at least one harmful request, found none")
+            raise SelectionError("examples: expected at least one request, found none")
         ordered = sorted(examples, key=lambda example: len(example.prompt_ids))
         self._batches = [
             ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)
@@ -68,16 +70,17 @@ class ReferenceObjective:
         """Counts the batches."""
         return len(self._batches)
 
-    def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
         """Yields each batch's share of the mean log-likelihood.
 
         Args:
             model: the model to be scored.
+            start: how many terms to leave out, from the first.
 
         Yields:
             Scalars, float32, that sum to S.
         """
-        for examples in self._batches:
+        for examples in self._batches[start:]:
             batch = collate(examples, self._pad_token_id).to(model.device)
             logits = answer_logits(model, batch)
             losses = F.cross_entropy(

@@ -6,9 +6,10 @@ it does not depend on the order in which tensors arrive or on how they were shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,30 @@ class TopK:
         self.order = order
         self._kept: dict[str, Selected] = {}
         self._bound = np.uint32(0)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies what is kept, so that an interrupted stream can go on.
+
+        Returns:
+            Arrays by name, for `restore`.
+        """
+        arrays: dict[str, NDArray[Any]] = {"bound": np.array([self._bound])}
+        for name, kept in self._kept.items():
+            arrays |= {f"{name}/indices": kept.indices, f"{name}/scores": kept.scores}
+        return arrays
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Goes on from where another stream was, with the same k and order.
+
+        Args:
+            arrays: its `state`.
+        """
+        self._bound = np.uint32(arrays["bound"][0])
+        names = [key.removesuffix("/scores") for key in arrays if key.endswith("/scores")]
+        self._kept = {
+            name: Selected(arrays[f"{name}/indices"].copy(), arrays[f"{name}/scores"].copy())
+            for name in names
+        }
 
     @property
     def count(self) -> int:

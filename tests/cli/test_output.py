@@ -54,8 +54,8 @@ def test_progress_is_shown_on_stderr_alone(
 ) -> None:
     json_flag = ["--json"] if as_json else []
     called = call("score", tiny_llama, "--out", tmp_path / "map", *options["score"], *json_flag)
-    assert "Scoring weights" in called.stderr
-    assert "Scoring weights" not in called.stdout
+    assert "Scoring safety" in called.stderr
+    assert "Scoring safety" not in called.stdout
 
 
 def test_score_then_train_give_what_enhance_gives(

@@ -37,6 +37,26 @@ def test_scoring_needs_the_weights_and_as_many_float32_gradients(
     assert needs.memory_bytes == needs.parameters * (4 + 4)
 
 
+def test_passes_over_few_layers_need_less_memory_and_more_time(
+    tiny_llama: Path, requests: Requests, same_speed: None
+) -> None:
+    whole, parts = (
+        estimate(str(tiny_llama), score=requests.score(layers_per_pass=n)) for n in (None, 1)
+    )
+    assert parts.memory_bytes < whole.memory_bytes
+    assert parts.seconds["score"] > 2 * whole.seconds["score"]
+
+
+def test_a_guard_is_held_beside_the_model_and_takes_its_time(
+    tiny_llama: Path, requests: Requests, same_speed: None
+) -> None:
+    plain = estimate(str(tiny_llama), score=requests.score())
+    settings = requests.score(guard=str(tiny_llama), profile="llama-guard-3")
+    judged = estimate(str(tiny_llama), score=settings)
+    assert judged.memory_bytes == plain.memory_bytes + plain.parameters * 4
+    assert judged.seconds["score"] > plain.seconds["score"]
+
+
 def test_a_patched_model_is_held_beside_its_base(tiny_llama_bf16: Path, requests: Requests) -> None:
     one, two = (
         estimate(str(tiny_llama_bf16), evaluate=requests.evaluate(), evaluations=n) for n in (1, 3)

@@ -1,19 +1,43 @@
 """The scoring job: the right number of entries, by the plain formula, of a base that is named."""
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from safeweights_peft.data import encode_example
 from safeweights_peft.errors import FormatError, SelectionError
+from safeweights_peft.evaluation import generate_answers
 from safeweights_peft.format import SafetyMap, read_map
 from safeweights_peft.merge import verify
-from safeweights_peft.modeling import eligible_parameters, load_tokenizer, resolve_base
-from safeweights_peft.pipeline import Method, score
-from tests.tiny_jobs import HARMFUL, REFUSAL, Recorder, Requests, content
+from safeweights_peft.modeling import (
+    eligible_parameters,
+    load_tokenizer,
+    resolve_base,
+    total_parameters,
+)
+from safeweights_peft.pipeline import Method, score, scoring
+from safeweights_peft.selection import (
+    ReferenceObjective,
+    accumulate_gradients,
+    esi_scores,
+    select,
+    transfer,
+)
+from tests.tiny_guards import (
+    save_byte_level_tokenizer,
+    save_tiny_classifier,
+    save_tiny_guard,
+)
+from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Recorder, Requests, content
 
 
 def count(safety_map: SafetyMap) -> int:
@@ -167,5 +191,179 @@ def test_progress_reaches_its_total(tiny_llama: Path, requests: Requests, tmp_pa
     recorder = Recorder()
     score(str(tiny_llama), tmp_path / "map", requests.score(), progress=recorder)
     ((description, total, done),) = recorder.tasks
-    assert description == "Scoring weights"
+    assert description == "Scoring safety"
     assert done == total > 0
+
+
+def same(left: SafetyMap, right: SafetyMap) -> bool:
+    return left.indices.keys() == right.indices.keys() and all(
+        np.array_equal(left.indices[name], right.indices[name])
+        and np.array_equal(left.scores[name], right.scores[name])
+        for name in left.indices
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("method", [Method.ESI, Method.BOTTOM])
+def test_passes_over_few_layers_give_the_same_map_bit_for_bit(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, layers: int, method: Method
+) -> None:
+    whole = score(str(tiny_llama), tmp_path / "whole", requests.score(method=method))
+    settings = requests.score(method=method, layers_per_pass=layers)
+    assert same(score(str(tiny_llama), tmp_path / "parts", settings), whole)
+
+
+class Interrupted(Recorder):
+    """Raises when so many units have been reported."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        with super().task(description, total) as advance:
+
+            def count(units: int) -> None:
+                self.left -= units
+                if self.left <= 0:
+                    raise KeyboardInterrupt
+                advance(units)
+
+            yield count
+
+
+@pytest.mark.parametrize("at", [2, 4, 5])
+def test_an_interrupted_scoring_goes_on_to_the_same_map(
+    tiny_llama: Path,
+    requests: Requests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+) -> None:
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    settings = requests.score(batch_size=2, layers_per_pass=1)
+    straight = score(str(tiny_llama), tmp_path / "straight", settings)
+    with pytest.raises(KeyboardInterrupt):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=Interrupted(at))
+    recorder = Recorder()
+    assert same(score(str(tiny_llama), tmp_path / "map", settings, progress=recorder), straight)
+    assert sorted(path.name for path in tmp_path.iterdir() if "map" in path.name) == ["map"]
+
+
+def test_what_an_interrupted_scoring_has_done_is_not_done_again(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    settings = requests.score(batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=Interrupted(3))
+    starts = []
+    terms = ReferenceObjective.terms
+
+    def watched(self: ReferenceObjective, model: nn.Module, start: int = 0) -> Iterator[Tensor]:
+        starts.append(start)
+        return terms(self, model, start)
+
+    monkeypatch.setattr(ReferenceObjective, "terms", watched)
+    score(str(tiny_llama), tmp_path / "map", settings)
+    assert starts == [2]
+
+
+def test_entries_that_matter_for_benign_answers_are_left_out(
+    tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    plain = score(str(tiny_llama), tmp_path / "plain", requests.score(density=0.478))
+    settings = requests.score(density=0.2, contrast=requests.benign, contrast_density=0.1)
+    contrasted = score(str(tiny_llama), tmp_path / "contrasted", settings)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    spared = useful_entries(model, tiny_llama, round(0.1 * total_parameters(model)))
+    expected = dense(plain, model)
+    for name, indices in spared.items():
+        expected[name][indices] = 0
+    lowest = min(scores.min() for scores in contrasted.scores.values())
+    for name, scores in expected.items():
+        chosen = np.zeros(scores.size, bool)
+        chosen[contrasted.indices.get(name, [])] = True
+        assert (scores[chosen] >= lowest).all()
+        assert (scores[~chosen] <= lowest).all()
+
+
+def dense(safety_map: SafetyMap, model: nn.Module) -> dict[str, np.ndarray]:
+    scores = {n: np.zeros(p.numel(), np.float32) for n, p in eligible_parameters(model).items()}
+    for name, indices in safety_map.indices.items():
+        scores[name][indices] = safety_map.scores[name]
+    return scores
+
+
+def useful_entries(model: nn.Module, base: Path, count: int) -> dict[str, np.ndarray]:
+    """The entries that matter most for the model's own answers to benign requests."""
+    tokenizer = load_tokenizer(resolve_base(str(base)))
+    examples = generate_answers(model, tokenizer, BENIGN, max_new_tokens=64)
+    parameters = eligible_parameters(model)
+    gradients = accumulate_gradients(model, parameters, ReferenceObjective(examples, 256, 8))
+    selected = select(esi_scores(parameters, gradients), count)
+    return {name: each.indices for name, each in selected.items()}
+
+
+@pytest.fixture
+def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(transfer, "CACHE_DIR", tmp_path / "cache")
+    profile = {"safe": ["s"], "unsafe": ["u"], "cue": "\n"}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    return save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
+
+
+def test_a_guard_judges_the_models_own_answers(
+    tiny_llama: Path, requests: Requests, guard: Path, tmp_path: Path
+) -> None:
+    profile = str(tmp_path / "profile.json")
+    settings = requests.score(guard=str(guard), profile=profile, answer_tokens=9)
+    found = score(str(tiny_llama), tmp_path / "map", settings)
+    assert found.metadata.selection["objective"] == "guard"
+    assert 0 < found.metadata.selection["mean_safety"] < 1
+    assert count(found) == count(score(str(tiny_llama), tmp_path / "plain", requests.score()))
+    assert same(score(str(tiny_llama), tmp_path / "again", settings), found)
+
+
+def test_the_published_arithmetic_can_be_asked_for(
+    tiny_llama: Path, requests: Requests, guard: Path, tmp_path: Path
+) -> None:
+    profile = str(tmp_path / "profile.json")
+    settings = requests.score(guard=str(guard), profile=profile, answer_tokens=9)
+    ours = score(str(tiny_llama), tmp_path / "ours", settings)
+    settings = replace(settings, paper_exact=True)
+    theirs = score(str(tiny_llama), tmp_path / "theirs", settings)
+    assert count(theirs) == count(ours)
+    assert not same(theirs, ours)
+    assert theirs.metadata.selection["paper_exact"] is True
+
+
+def test_a_classifier_judges_the_models_own_answers(
+    tiny_llama: Path, requests: Requests, guard: Path, tmp_path: Path
+) -> None:
+    classifier = save_tiny_classifier(save_byte_level_tokenizer(tmp_path / "cls"), ["ok", "bad"])
+    settings = requests.score(classifier=str(classifier), label="unsafe=bad", answer_tokens=9)
+    found = score(str(tiny_llama), tmp_path / "map", settings)
+    assert found.metadata.selection["objective"] == "classifier"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guard": "g", "classifier": "c"}, "expected one judge, found --classifier too"),
+        ({"guard": "g"}, "--guard: expected --guard-profile with it, found none"),
+        ({"profile": "wildguard"}, "--guard-profile: expected --guard with it, found none"),
+        ({"paper_exact": True}, "--paper-exact: expected --guard with it, found none"),
+        ({"classifier": "c"}, "--classifier: expected --classifier-label with it, found none"),
+        ({"classifier": "c", "label": "bad"}, "expected safe=LABEL or unsafe=LABEL, found 'bad'"),
+        ({"guard": "g", "profile": "nobody"}, "nobody: expected a JSON file or one of llama-guard"),
+        ({"contrast": "builtin:benign_train", "method": Method.BOTTOM}, "expected --method esi"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SelectionError, match=message):
+        score(str(tiny_llama), tmp_path / "map", requests.score(**changes))
+    assert not list(tmp_path.glob("*map*"))

@@ -20,9 +20,12 @@ from safeweights_peft.modeling import (
     resolve_base,
 )
 from safeweights_peft.selection import (
+    Accumulated,
+    Aggregation,
     ReferenceObjective,
     accumulate_gradients,
     esi_scores,
+    layer_groups,
     random_scores,
     select,
 )
@@ -166,8 +169,8 @@ def test_scoring_leaves_the_model_as_it_was(model, examples, trainable: bool) ->
 
 def test_a_failing_objective_leaves_the_model_as_it_was_too(model, examples) -> None:
     class Failing(ReferenceObjective):
-        def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
-            yield next(super().terms(model))
+        def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
+            yield next(super().terms(model, start))
             raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -201,7 +204,7 @@ def test_an_expert_that_no_token_reaches_scores_zero(tiny_mixtral: Path) -> None
 
 def test_an_objective_that_does_not_depend_on_the_model_is_refused(model, examples) -> None:
     class Constant(ReferenceObjective):
-        def terms(self, model: PreTrainedModel) -> Iterator[torch.Tensor]:
+        def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
             yield torch.ones(())
 
     objective = Constant(examples, PAD)
@@ -210,7 +213,7 @@ def test_an_objective_that_does_not_depend_on_the_model_is_refused(model, exampl
 
 
 def test_an_objective_needs_examples() -> None:
-    with pytest.raises(SelectionError, match="examples: expected at least one harmful request"):
+    with pytest.raises(SelectionError, match="examples: expected at least one request"):
         ReferenceObjective([], PAD)
 
 
@@ -219,8 +222,62 @@ def test_an_objective_has_as_many_terms_as_it_says_and_reports_each(
     model, examples, batch_size: int
 ) -> None:
     objective, reported = ReferenceObjective(examples, PAD, batch_size), []
-    accumulate_gradients(model, eligible_parameters(model), objective, lambda: reported.append(1))
-    assert len(reported) == len(objective) == -(-len(examples) // batch_size)
+    accumulate_gradients(
+        model, eligible_parameters(model), objective, lambda now: reported.append(now.terms)
+    )
+    assert reported == list(range(1, len(objective) + 1))
+    assert len(objective) == -(-len(examples) // batch_size)
+
+
+def test_sizes_are_summed_request_by_request_where_asked(model, examples) -> None:
+    parameters, objective = eligible_parameters(model), ReferenceObjective(examples, PAD, 1)
+    how = Aggregation.MEAN_OF_ABS
+    found = accumulate_gradients(model, parameters, objective, aggregation=how)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    singly = [
+        torch.autograd.grad(mean_log_likelihood(model, [each]), list(parameters.values()))
+        for each in examples
+    ]
+    for name, *own in zip(found, *singly, strict=True):
+        expected = sum(gradient.abs() for gradient in own) / len(examples)
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_an_interrupted_sum_goes_on_bit_for_bit(model, examples, done: int) -> None:
+    parameters, objective = eligible_parameters(model), ReferenceObjective(examples, PAD, 1)
+    expected = accumulate_gradients(model, parameters, objective)
+    kept = {}
+
+    def interrupt(now: Accumulated) -> None:
+        if now.terms == done:
+            kept["now"] = Accumulated({n: g.clone() for n, g in now.gradients.items()}, done)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        accumulate_gradients(model, parameters, objective, interrupt)
+    found = accumulate_gradients(model, parameters, objective, so_far=kept["now"])
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_a_gradient_that_is_not_finite_is_refused_after_the_first_term(model, examples) -> None:
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").detach()[0, 0] = float("nan")
+    reported = []
+    with pytest.raises(SelectionError, match="expected a finite gradient, found NaN or infinity"):
+        accumulate_gradients(
+            model, eligible_parameters(model), ReferenceObjective(examples, PAD, 1), reported.append
+        )
+    assert not reported
+
+
+def test_layers_are_shared_out_over_passes_in_order() -> None:
+    names = ["embed", "model.layers.0.a", "model.layers.0.b.0.c", "model.layers.1.a", "head"]
+    assert layer_groups(names, None) == [names]
+    assert layer_groups(names, 1) == [names[:1], names[1:3], names[3:4], names[4:]]
+    assert layer_groups(names, 2) == [names[:3], names[3:]]
+    assert layer_groups(names, 9) == [names]
 
 
 def parameters_of(*sizes: int) -> dict[str, nn.Parameter]:

@@ -38,6 +38,20 @@ def as_pairs(selected: dict[str, Selected]) -> Chosen:
     }
 
 
+@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_a_stream_goes_on_from_a_copy_of_its_state(order: Order, done: int) -> None:
+    random = np.random.default_rng(0)
+    scores = {name: random.integers(9, size=50).astype(np.float32) for name in "dacb"}
+    first, second = TopK(40, order), TopK(40, order)
+    for name in list(scores)[:done]:
+        first.add(name, scores[name])
+    second.restore(first.state())
+    for name in list(scores)[done:]:
+        second.add(name, scores[name])
+    assert as_pairs(second.result()) == sort_everything(scores, 40, order)
+
+
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[Scores, int]:
     """Few distinct values, so that ties are everywhere; several tensors, some of them empty."""

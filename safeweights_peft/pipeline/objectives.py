@@ -1,0 +1,191 @@
+"""What a scoring job differentiates: built from its settings, its requests and other models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safeweights_peft.data import Example, Row, encode_example, with_refusals
+from safeweights_peft.errors import SelectionError
+from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.modeling import load_classifier, load_model, load_tokenizer, resolve_base
+from safeweights_peft.pipeline.progress import Progress
+from safeweights_peft.pipeline.settings import ScoreSettings
+from safeweights_peft.selection import (
+    Aggregation,
+    Answered,
+    AnswerScorer,
+    ClassifierScorer,
+    GuardScorer,
+    JudgedObjective,
+    PublishedObjective,
+    ReferenceObjective,
+    SafetyObjective,
+    read_profile,
+)
+
+
+def safety_objective(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    settings: ScoreSettings,
+    dtype: torch.dtype | str,
+    progress: Progress,
+) -> SafetyObjective:
+    """Builds the safety that is differentiated.
+
+    Args:
+        model: the model to be scored.
+        tokenizer: its tokenizer.
+        rows: harmful requests, with refusals where the set has them.
+        settings: which objective, and its numbers.
+        dtype: what a guard or a classifier is loaded in.
+        progress: shown while the model answers.
+
+    Returns:
+        The objective.
+
+    Raises:
+        SelectionError: the settings don't go together, or a judge can't be used.
+    """
+    check_judges(settings)
+    if settings.guard is None and settings.classifier is None:
+        examples = [
+            encode_example(tokenizer, row.instruction, row.output or "", settings.refusal_tokens)
+            for row in with_refusals(rows)
+        ]
+        return ReferenceObjective(examples, tokenizer.pad_token_id, _term_size(settings))
+    judged = _judge(tokenizer, settings, dtype, model.device)  # refused now, not after the answers
+    requests = [row.instruction for row in rows]
+    examples = _answers(model, tokenizer, requests, settings, "harmful", progress)
+    return judged(
+        [
+            Answered(request, Example(example.prompt_ids, _without_end(example, tokenizer)))
+            for request, example in zip(requests, examples, strict=True)
+        ]
+    )
+
+
+def utility_objective(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    settings: ScoreSettings,
+    progress: Progress,
+) -> SafetyObjective:
+    """Builds what safety is contrasted with: the likelihood of the model's own benign answers.
+
+    Args:
+        model: the model to be scored.
+        tokenizer: its tokenizer.
+        rows: benign requests.
+        settings: batch size, and where answers are cut.
+        progress: shown while the model answers.
+
+    Returns:
+        The objective.
+    """
+    requests = [row.instruction for row in rows]
+    examples = _answers(model, tokenizer, requests, settings, "benign", progress)
+    return ReferenceObjective(examples, tokenizer.pad_token_id, _term_size(settings))
+
+
+def _term_size(settings: ScoreSettings) -> int:
+    """How many requests make one term, of which the gradient's size may be taken."""
+    return 1 if settings.aggregation is Aggregation.MEAN_OF_ABS else settings.batch_size
+
+
+def check_judges(settings: ScoreSettings) -> None:
+    """Finds settings of judges that don't go together.
+
+    Args:
+        settings: those of a scoring job.
+
+    Raises:
+        SelectionError: there are two judges, or one without its profile or label, or these alone.
+    """
+    if settings.guard and settings.classifier:
+        raise SelectionError("--guard: expected one judge, found --classifier too; choose one")
+    for judge, name, detail in (
+        (settings.guard, "guard-profile", settings.profile),
+        (settings.classifier, "classifier-label", settings.label),
+    ):
+        if bool(judge) != bool(detail):
+            given, missing = (name, name.split("-")[0]) if detail else (name.split("-")[0], name)
+            raise SelectionError(f"--{given}: expected --{missing} with it, found none; give both")
+    if settings.paper_exact and not settings.guard:
+        raise SelectionError("--paper-exact: expected --guard with it, found none; name the guard")
+    if settings.guard:
+        read_profile(settings.profile or "")
+    if settings.classifier:
+        _meaning(settings.label or "")
+
+
+def _judge(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ScoreSettings,
+    dtype: torch.dtype | str,
+    device: torch.device,
+) -> Callable[[Sequence[Answered]], SafetyObjective]:
+    """Loads the guard or the classifier; what it returns makes an objective of answers."""
+    found = resolve_base(settings.guard or settings.classifier or "")
+    load = load_model if settings.guard else load_classifier
+    judge, own = load(found, dtype, device), load_tokenizer(found)
+    scorer: AnswerScorer
+    if settings.guard:
+        profile = read_profile(settings.profile or "")
+        scorer = GuardScorer(judge, own, tokenizer, profile)
+        if settings.paper_exact:
+            label, seed = profile.safe[0], settings.seed
+            return lambda answers: PublishedObjective(judge, own, tokenizer, label, answers, seed)
+    else:
+        is_safe, label = _meaning(settings.label or "")
+        scorer = ClassifierScorer(judge, own, tokenizer, label, is_safe)
+    return partial(
+        JudgedObjective,
+        scorer,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=_term_size(settings),
+        temperature=settings.temperature,
+        samples=settings.samples,
+        seed=settings.seed,
+    )
+
+
+def _meaning(label: str) -> tuple[bool, str]:
+    meaning, _, name = label.partition("=")
+    if meaning not in {"safe", "unsafe"} or not name:
+        raise SelectionError(
+            f"--classifier-label: expected safe=LABEL or unsafe=LABEL, found {label!r}; say what a "
+            "label of the classifier means"
+        )
+    return meaning == "safe", name
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    settings: ScoreSettings,
+    kind: str,
+    progress: Progress,
+) -> list[Example]:
+    with progress.task(f"Asking {kind} requests", len(requests)) as advance:
+        return generate_answers(
+            model,
+            tokenizer,
+            requests,
+            max_new_tokens=settings.answer_tokens,
+            batch_size=settings.batch_size,
+            on_batch=advance,
+        )
+
+
+def _without_end(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Leaves out the token that ends the turn, which is no part of what a judge reads."""
+    *ids, last = example.answer_ids
+    return tuple(ids) if last in tokenizer.all_special_ids else example.answer_ids
