@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from safeweights_peft.errors import FormatError as FormatError
     from safeweights_peft.errors import MergeError as MergeError
     from safeweights_peft.errors import ModelError as ModelError
+    from safeweights_peft.errors import ReportError as ReportError
     from safeweights_peft.errors import SafeWeightsError as SafeWeightsError
     from safeweights_peft.errors import SelectionError as SelectionError
     from safeweights_peft.errors import TrainingError as TrainingError
@@ -58,6 +59,7 @@ _ROOMS = {
         "FormatError",
         "MergeError",
         "ModelError",
+        "ReportError",
         "SafeWeightsError",
         "SelectionError",
         "TrainingError",

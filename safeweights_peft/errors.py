@@ -58,5 +58,9 @@ class MergeError(SafeWeightsError):
     """A merge cannot be carried out as asked."""
 
 
+class ReportError(SafeWeightsError):
+    """A report cannot be written, or there is nothing to compare."""
+
+
 class UnsupportedFeatureError(SafeWeightsError):
     """A feature that PEFT offers and this method refuses, rather than answer wrongly."""

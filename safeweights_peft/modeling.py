@@ -51,12 +51,15 @@ class BaseModel:
     revision: str | None
 
 
-def resolve_base(base: str, revision: str | None = None) -> BaseModel:
+def resolve_base(
+    base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
+) -> BaseModel:
     """Finds a base model: a local directory, or a Hub id (downloaded into the cache).
 
     Args:
         base: directory or Hub id.
         revision: branch, tag or commit on the Hub; the default branch if None.
+        files: which files of a Hub id are needed, as patterns.
 
     Returns:
         The local directory and, for a Hub id, the commit that it holds.
@@ -73,7 +76,7 @@ def resolve_base(base: str, revision: str | None = None) -> BaseModel:
             "has no revisions; leave it out"
         )
     if not path.is_dir():
-        path = download(base, MODEL_FILES, "a model directory or a Hub id", revision)
+        path = download(base, files, "a model directory or a Hub id", revision)
         commit = path.name
     if not (path / "config.json").is_file():
         raise ModelError(

@@ -2,7 +2,7 @@
 
 Results go to stdout (``--json`` for scripts), progress and messages to stderr. Exit codes: 0 done,
 1 failed, 2 wrong usage, 3 a check did not pass. Heavy packages are imported inside the commands, so
-that ``--help``, ``inspect``, ``verify`` and ``merge`` start without torch.
+that ``--help``, ``inspect``, ``compare``, ``verify`` and ``merge`` start without torch.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from safeweights_peft.cli.output import (
     show,
     show_adapter,
     show_estimate,
+    show_overlap,
     show_preserved,
     show_progress,
     show_protected,
@@ -371,6 +372,42 @@ def inspect_command(adapter: Path, as_json: bool) -> None:
     from safeweights_peft.format import inspect
 
     show_adapter(inspect(adapter), adapter, as_json)
+
+
+@main.command("report")
+@click.argument("map_dir", metavar="MAP", type=existing)
+@click.option("--base", help="Its base: directory or Hub id.  [default: what MAP names]")
+@out_directory
+@overwrite
+@json_output
+def report_command(
+    map_dir: Path, base: str | None, out: Path, overwrite: bool, as_json: bool
+) -> None:
+    """Show in which layers, components and experts the weights of MAP lie.
+
+    MAP is a safety map or a safety patch; of its base only the config is read. OUT gets report.html
+    with tables and pictures, the pictures by themselves, and all figures in report.json.
+    """
+    from safeweights_peft.pipeline import report_map
+    from safeweights_peft.report import pattern_rows
+
+    record = report_map(map_dir, out, base, overwrite=overwrite)
+    show(record, pattern_rows(record), as_json)
+
+
+@main.command("compare")
+@click.argument("map_dir", metavar="MAP", type=existing)
+@click.argument("others", type=existing, nargs=-1, required=True)
+@json_output
+def compare_command(map_dir: Path, others: tuple[Path, ...], as_json: bool) -> None:
+    """Measure the overlap of MAP and OTHERS, safety maps or patches of one model.
+
+    For every two: the weights that both have, IoU, and the IoU by chance: of random selections of
+    the same sizes, from all tensors that are named or tensor by tensor. Needs no torch.
+    """
+    from safeweights_peft.overlap import compare
+
+    show_overlap(compare([map_dir, *others]), as_json)
 
 
 @main.command("verify")

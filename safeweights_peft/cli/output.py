@@ -121,6 +121,15 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
     show(content, rows, as_json)
 
 
+def show_overlap(result: dict[str, Any], as_json: bool) -> None:
+    """Prints how much safety maps share; says on stderr if they name different bases."""
+    from safeweights_peft.report import overlap_rows
+
+    show(result, overlap_rows(result), as_json)
+    if not result["same_base"]:
+        click.echo("Note: they name different bases, though no shape differs.", err=True)
+
+
 def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
     """Prints what a preserving job did, its losses summed up."""
     losses = record["losses"]

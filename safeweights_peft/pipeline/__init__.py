@@ -7,6 +7,7 @@ from safeweights_peft.pipeline.patched import load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.progress import Progress, Quiet
 from safeweights_peft.pipeline.protecting import protect_lora, protect_tuned
+from safeweights_peft.pipeline.reporting import report_map
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
@@ -34,6 +35,7 @@ __all__ = [
     "preserve_model",
     "protect_lora",
     "protect_tuned",
+    "report_map",
     "score",
     "summarise",
     "train",

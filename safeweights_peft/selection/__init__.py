@@ -1,4 +1,4 @@
-"""From gradients to indices: safety objectives, ESI, exact top-k, safety maps."""
+"""From gradients to indices: safety objectives, ESI, exact top-k, safety maps, patterns."""
 
 from safeweights_peft.selection.esi import (
     Accumulated,
@@ -11,6 +11,7 @@ from safeweights_peft.selection.esi import (
 from safeweights_peft.selection.guards import PROFILES, GuardProfile, read_profile
 from safeweights_peft.selection.judged import Answered, JudgedObjective
 from safeweights_peft.selection.objective import ReferenceObjective, SafetyObjective
+from safeweights_peft.selection.pattern import Part, Place, count_parts, find_place, tabulate
 from safeweights_peft.selection.published import PublishedObjective
 from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.scorers import AnswerScorer, ClassifierScorer, GuardScorer
@@ -27,6 +28,8 @@ __all__ = [
     "GuardScorer",
     "JudgedObjective",
     "Order",
+    "Part",
+    "Place",
     "PublishedObjective",
     "ReferenceObjective",
     "SafetyObjective",
@@ -34,9 +37,12 @@ __all__ = [
     "TopK",
     "accumulate_gradients",
     "build_map",
+    "count_parts",
     "esi_scores",
+    "find_place",
     "layer_groups",
     "random_scores",
     "read_profile",
     "select",
+    "tabulate",
 ]

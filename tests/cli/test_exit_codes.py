@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import ModelError
+from safeweights_peft.format import inspect, write_map
 from tests.cli.conftest import Run, call, call_afresh
+from tests.tiny_files import as_map, dense, random_checkpoint, random_patch
 from tests.tiny_jobs import content
 from tests.tiny_models import save_tiny_llama
 
@@ -80,14 +82,15 @@ def test_a_patch_for_another_base_is_a_failure(run: Run, tmp_path: Path) -> None
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "train", "preserve", "merge"])
+@pytest.mark.parametrize("command", ["score", "train", "preserve", "merge", "report"])
 def test_an_existing_result_is_a_failure_unless_it_may_be_replaced(
     command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     safety_map = ["--map", run.out / "map"]
     inputs = {"train": safety_map, "preserve": safety_map, "merge": [run.out / "patch"]}
     (tmp_path / "file").write_text("old")
-    job = [command, run.base, *inputs.get(command, []), "--out", tmp_path]
+    source = run.out / "map" if command == "report" else run.base
+    job = [command, source, *inputs.get(command, []), "--out", tmp_path]
     job += options.get(command, [])
     refused = call(*job)
     assert refused.exit_code == 1
@@ -105,6 +108,17 @@ def test_preserving_under_a_patch_that_is_not_merged_is_a_failure_of_one_line(
     assert called.stdout == ""
     assert error_lines(called.stderr)[-1].endswith("merge the patch first")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_of_models_of_other_shapes_are_a_failure_of_one_line(run: Run, tmp_path: Path) -> None:
+    name = next(iter(inspect(run.out / "map")["tensors"]))
+    record = {name: dense(name, (2, 3), "float32")}
+    write_map(tmp_path / "other", as_map(random_patch(record, random_checkpoint(record), 1.0)))
+    called = call("compare", run.out / "map", tmp_path / "other")
+    assert called.exit_code == 1
+    assert called.stdout == ""
+    (line,) = error_lines(called.stderr)
+    assert line.endswith("found [2, 3]; compare maps of one model")
 
 
 def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> None:
@@ -144,6 +158,10 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["inspect", "nowhere"],
         ["verify"],
         ["verify", "nowhere"],
+        ["report", "."],
+        ["report", "nowhere", "--out", "report"],
+        ["compare", "."],
+        ["compare", ".", "nowhere"],
     ],
     ids=" ".join,
 )

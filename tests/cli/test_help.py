@@ -15,12 +15,14 @@ def options_of(command: click.Command) -> list[click.Option]:
 
 def test_the_commands_are_the_steps_of_the_work() -> None:
     jobs = [
+        "compare",
         "enhance",
         "eval",
         "inspect",
         "merge",
         "preserve",
         "protect",
+        "report",
         "score",
         "train",
         "verify",

@@ -10,12 +10,13 @@ HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplo
 REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "merge", "merge --dry-run"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "compare", "merge", "merge --dry-run"])
 def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Path) -> None:
     patch = run.out / "patch"
     arguments = {
         "inspect": ["inspect", patch],
         "verify": ["verify", patch, "--base", run.base],
+        "compare": ["compare", patch, run.out / "map"],
         "merge": ["merge", run.base, patch, "--out", tmp_path / "merged"],
     }[command.split()[0]] + command.split()[1:]
     done = call_afresh(*arguments, code=REPORT)

@@ -1,6 +1,7 @@
 """Results go to stdout, and nothing else does; files are left where the help says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ from safetensors.numpy import load_file
 
 from safeweights_peft.cli import output
 from safeweights_peft.format import inspect
+from safeweights_peft.overlap import compare
 from tests.cli.conftest import Run, call, call_afresh
+from tests.tiny_files import edit_config
 from tests.tiny_jobs import Requests, content
 
 
@@ -197,6 +200,42 @@ def test_merge_takes_a_scale(run: Run, tmp_path: Path) -> None:
     )
     assert all(np.array_equal(base[key], none[key]) for key in base)
     assert any(not np.array_equal(base[key], whole[key]) for key in base)
+
+
+def test_report_prints_what_its_json_file_holds(run: Run, tmp_path: Path) -> None:
+    called = call("report", run.out / "map", "--out", tmp_path / "report", "--json")
+    assert called.exit_code == 0, called.output
+    assert json.loads(called.stdout) == json.loads((tmp_path / "report/report.json").read_text())
+
+
+def test_report_prints_components_and_layers_without_json(run: Run, tmp_path: Path) -> None:
+    named = ["--base", run.base, "--out", tmp_path / "report"]
+    lines = call("report", run.out / "map", *named).stdout.splitlines()
+    assert [line.split("  ")[0] for line in (lines[0], lines[12])] == ["component", "layer"]
+    assert {"q", "k", "v", "o", "gate", "up", "down"} < {line.split()[0] for line in lines[1:11]}
+    assert {"0", "1", "outside"} == {line.split()[0] for line in lines[13:]}
+
+
+def test_compare_prints_its_result_as_json(run: Run) -> None:
+    maps = run.out / "map", run.out / "patch"
+    called = call("compare", *maps, "--json")
+    assert json.loads(called.stdout) == compare(maps)
+    assert called.stderr == ""
+
+
+def test_compare_prints_a_line_for_every_two_without_json(run: Run) -> None:
+    lines = call("compare", run.out / "map", run.out / "patch", run.out / "map").stdout.splitlines()
+    assert lines[2].startswith(f"2: {run.out / 'patch'}  safety patch")
+    assert [line.split("  ")[0] for line in lines[6:]] == ["1 and 2", "1 and 3", "2 and 3"]
+    assert lines[6].split()[4] == "1.0000"
+
+
+def test_compare_notes_on_stderr_that_maps_name_different_bases(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.out / "map", tmp_path / "map")
+    edit_config(tmp_path / "map", lambda config: config.update(revision="0123abc"))
+    called = call("compare", run.out / "map", tmp_path / "map", "--json")
+    assert called.stderr == "Note: they name different bases, though no shape differs.\n"
+    assert not json.loads(called.stdout)["same_base"]
 
 
 @pytest.mark.parametrize("kind", ["map", "patch"])

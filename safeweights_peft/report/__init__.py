@@ -1,0 +1,26 @@
+"""Saved results -> tables, pictures and pages. Reads plain JSON; computes nothing."""
+
+from safeweights_peft.report.page import render_page
+from safeweights_peft.report.pictures import plot_pattern, plot_run
+from safeweights_peft.report.tables import (
+    comparison_rows,
+    evaluation_rows,
+    judged_rows,
+    overlap_rows,
+    pattern_rows,
+    rate_text,
+    size_text,
+)
+
+__all__ = [
+    "comparison_rows",
+    "evaluation_rows",
+    "judged_rows",
+    "overlap_rows",
+    "pattern_rows",
+    "plot_pattern",
+    "plot_run",
+    "rate_text",
+    "render_page",
+    "size_text",
+]

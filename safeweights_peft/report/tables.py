@@ -1,0 +1,236 @@
+"""Saved results as rows of text: for terminals, for pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+Row = tuple[str, str, str]
+Cells = Sequence[Mapping[str, Any]]
+TOP_LAYERS = 5
+"""Layers that a terminal shows."""
+
+
+def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Lays out a run's figures before and after.
+
+    Args:
+        result: the content of a run's ``result.json``.
+
+    Returns:
+        Rows of (figure, before, after), as text.
+    """
+    before, after, patch = result["before"], result["after"], result["patch"]
+    perplexities = f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"
+    return [
+        *judged_rows(before, after),
+        ("KL to the base (nats/token)", f"{before['kl']:.4f}", f"{after['kl']:.4f}"),
+        ("perplexity of the base's answers", *perplexities),
+        ("weights changed", "0", f"{patch['entries']:,} ({patch['share_of_weights']:.3%})"),
+        ("patch size", "", size_text(patch["size_bytes"])),
+    ]
+
+
+def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+    """Lays out what was judged of a model before and after a change, and its loss on a task.
+
+    Args:
+        before: the figures of one evaluation.
+        after: those of another, on the same requests.
+
+    Returns:
+        Rows of (figure, before, after), as text; the loss is left out where no task was given.
+    """
+    rows = [
+        (title, rate_text(before[key]), rate_text(after[key]))
+        for title, key in (
+            ("ASR, harmful requests", "attack_success_rate"),
+            ("over-refusal, benign requests", "over_refusal_rate"),
+        )
+    ]
+    rows.append(("invalid answers", str(before["invalid"]), str(after["invalid"])))
+    if before["task_loss"] is not None:
+        losses = f"{before['task_loss']:.4f}", f"{after['task_loss']:.4f}"
+        rows.append(("loss on the task (nats/token)", *losses))
+    return rows
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lays out one evaluation's figures.
+
+    Args:
+        evaluation: what the evaluation job returned.
+
+    Returns:
+        Rows of (figure, value), as text.
+    """
+    harmful, benign, utility = (evaluation[key] for key in ("harmful", "benign", "utility"))
+    rows = [
+        ("ASR, harmful requests", rate_text(harmful["attack_success_rate"])),
+        ("over-refusal, benign requests", rate_text(benign["over_refusal_rate"])),
+        ("invalid answers", str(harmful["invalid"] + benign["invalid"])),
+        ("KL to the base (nats/token)", f"{utility['kl']:.4f}"),
+        ("perplexity of the base's answers", f"{utility['perplexity']:.2f}"),
+    ]
+    if evaluation["task"]:
+        rows.append(("loss on the task (nats/token)", f"{evaluation['task']['loss']:.4f}"))
+    return rows
+
+
+def rate_text(rate: Mapping[str, Any]) -> str:
+    """Writes a rate with its interval.
+
+    Args:
+        rate: count, n, rate, low and high.
+
+    Returns:
+        For instance ``97.0 % [91.5, 99.0] (97/100)``.
+    """
+    return (
+        f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] "
+        f"({rate['count']}/{rate['n']})"
+    )
+
+
+def size_text(size_bytes: float) -> str:
+    """Writes a size in the largest decimal unit that leaves at least 1.
+
+    Args:
+        size_bytes: the size.
+
+    Returns:
+        For instance ``8.1 MB``.
+    """
+    if size_bytes < 1000:
+        return f"{size_bytes:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        size_bytes /= 1000
+        if size_bytes < 999.95:  # 999.95 and more are written as 1000.0
+            return f"{size_bytes:.1f} {unit}"
+    size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def overlap_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Lays out how much safety maps share: the maps by number, then every two of them.
+
+    Args:
+        result: what `overlap.compare` returned.
+
+    Returns:
+        Two tables with a head each, as rows of five columns, with an empty row between them.
+    """
+    maps, pairs = result["maps"], result["pairs"]
+    numbers = combinations(range(1, len(maps) + 1), 2)
+    return [
+        ("map", "kind", "entries", "base", ""),
+        *(
+            (f"{n}: {m['path']}", m["artifact"], f"{m['entries']:,}", str(m["base"]), "")
+            for n, m in enumerate(maps, 1)
+        ),
+        ("",) * 5,
+        ("maps", "shared", "IoU", "by chance", "by chance, tensor by tensor"),
+        *(
+            (
+                f"{first} and {second}",
+                f"{pair['shared']:,}",
+                f"{pair['iou']:.4f}",
+                f"{pair['expected_iou']:.4f}",
+                f"{pair['expected_iou_within_tensors']:.4f}",
+            )
+            for (first, second), pair in zip(numbers, pairs, strict=True)
+        ),
+    ]
+
+
+def pattern_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Lays out where a map's entries lie: all components, and the layers most enriched.
+
+    Args:
+        record: the content of a report's ``report.json``.
+
+    Returns:
+        Two tables with a head each, as rows of six columns, with an empty row between them.
+    """
+    components = share_rows(enriched_first(record["components"]), "component")
+    layers = share_rows(enriched_first(record["layers"])[:TOP_LAYERS], "layer")
+    return [*components, ("",) * len(components[0]), *layers]
+
+
+def enriched_first(cells: Cells) -> Cells:
+    """Orders cells by enrichment, the highest first; equal ones stay in order.
+
+    Args:
+        cells: those of one list in a report's ``report.json``.
+
+    Returns:
+        The cells.
+    """
+    return sorted(cells, key=lambda cell: -cell["enrichment"])
+
+
+def share_rows(cells: Cells, *keys: str) -> list[tuple[str, ...]]:
+    """Lays out shares of the selected weights beside shares of all weights.
+
+    Args:
+        cells: those of one list in a report's ``report.json``.
+        *keys: what tells them apart, such as ``layer``.
+
+    Returns:
+        A head, then one row for each, as text.
+    """
+    head = (*keys, "weights", "share", "selected", "share", "enrichment")
+    return [
+        head,
+        *(
+            (
+                *("outside layers" if cell[key] is None else str(cell[key]) for key in keys),
+                f"{cell['parameters']:,}",
+                f"{cell['parameter_share']:.2%}",
+                f"{cell['selected']:,}",
+                f"{cell['selected_share']:.2%}",
+                f"{cell['enrichment']:.2f}",
+            )
+            for cell in cells
+        ),
+    ]
+
+
+def grid(
+    cells: Cells, key: str
+) -> tuple[list[int], list[str | int], dict[tuple[int, str | int], float]]:
+    """Sets enrichments out by layer and something else, without what can't be selected.
+
+    Args:
+        cells: those of one list in a report's ``report.json``.
+        key: what tells them apart in a layer: ``component`` or ``expert``.
+
+    Returns:
+        The layers and the columns that have entries which are eligible or selected, and the
+        enrichment of each pair of them that the model has.
+    """
+    shown = {
+        (cell["layer"], cell[key]): cell["enrichment"]
+        for cell in cells
+        if cell["layer"] is not None and (cell["eligible"] or cell["selected"])
+    }
+    return sorted({layer for layer, _ in shown}), list(dict.fromkeys(c for _, c in shown)), shown
+
+
+def grid_rows(cells: Cells, key: str) -> list[tuple[str, ...]]:
+    """Lays out enrichments by layer and something else.
+
+    Args:
+        cells: those of one list in a report's ``report.json``.
+        key: what tells them apart in a layer: ``component`` or ``expert``.
+
+    Returns:
+        A head, then one row for each layer, as text; empty where the model has no such weights.
+    """
+    layers, columns, shown = grid(cells, key)
+    texts = {place: f"{enrichment:.2f}" for place, enrichment in shown.items()}
+    return [
+        ("layer", *map(str, columns)),
+        *((str(layer), *(texts.get((layer, c), "") for c in columns)) for layer in layers),
+    ]

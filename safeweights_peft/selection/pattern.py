@@ -1,0 +1,158 @@
+"""Where in a model selected entries lie: counted by layer, component and expert.
+
+A parameter's place is read off its name alone, so a model of any architecture has places; a
+component that isn't known here goes by the name of the module that owns it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from safeweights_peft.delta import Array
+from safeweights_peft.modeling import ROUTER_NAMES
+
+SHORT_NAMES = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
+EMBEDDING_NAMES = frozenset({"wte", "wpe"})
+EXPERTS = "experts"
+"""The module that owns fused parameters of all experts, [E, ...], or one module per expert."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter, or an expert's part of one, is in its model.
+
+    Attributes:
+        layer: number of the layer, None outside the layers.
+        component: what it is in a layer, such as ``q``, ``experts down`` or ``norms``.
+        expert: number of the expert; None where there is none, or before they are told apart.
+    """
+
+    layer: int | None
+    component: str
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The entries of a parameter at one place.
+
+    Attributes:
+        place: where.
+        parameters: how many there are.
+        eligible: how many of them may be selected.
+        selected: how many of them are.
+    """
+
+    place: Place
+    parameters: int
+    eligible: int
+    selected: int
+
+
+def find_place(name: str) -> Place:
+    """Reads a parameter's place off its name.
+
+    Args:
+        name: the parameter's name in memory.
+
+    Returns:
+        The place, without an expert where one parameter serves them all.
+    """
+    *modules, own = name.split(".")
+    layer = next((int(module) for module in modules if module.isdecimal()), None)
+    after = modules[modules.index(EXPERTS) + 1 :] if EXPERTS in modules else []
+    expert = int(after[0]) if after and after[0].isdecimal() else None
+    return Place(layer, _component(modules, own), expert)
+
+
+def _component(modules: list[str], own: str) -> str:
+    leaf = own if not modules or modules[-1] == EXPERTS else modules[-1]
+    if leaf in ROUTER_NAMES:
+        return "router"
+    if "norm" in leaf or leaf.startswith("ln_"):
+        return "norms"
+    if "embed" in leaf or leaf in EMBEDDING_NAMES:
+        return "embeddings"
+    home = next((module for module in modules if "expert" in module), "")
+    return f"{home} {SHORT_NAMES.get(leaf, leaf)}".lstrip()
+
+
+def count_parts(
+    shapes: Mapping[str, tuple[int, ...]],
+    eligible: Collection[str],
+    indices: Mapping[str, Array],
+) -> list[Part]:
+    """Counts selected entries at every place of a model.
+
+    Args:
+        shapes: shape of each of the model's parameters, tied ones once, by name in memory.
+        eligible: names of those that may carry selected entries.
+        indices: sorted flat indices of the selected entries, by parameter; (count,) each.
+
+    Returns:
+        One part per parameter, or one per expert of a parameter that serves all experts, in the
+        model's order.
+    """
+    nothing = np.empty(0, np.int64)
+    return [
+        Part(place, size, size if name in eligible else 0, count)
+        for name, shape in shapes.items()
+        for place, size, count in _split(name, shape, indices.get(name, nothing))
+    ]
+
+
+def _split(name: str, shape: tuple[int, ...], indices: Array) -> Iterator[tuple[Place, int, int]]:
+    """Gives place, entries and selected entries of a parameter, or of each expert's part of it."""
+    place, numel = find_place(name), math.prod(shape)
+    if name.split(".")[-2:-1] != [EXPERTS]:
+        yield place, numel, indices.size
+        return
+    each = numel // shape[0]
+    for expert, count in enumerate(np.bincount(indices // each, minlength=shape[0])):
+        yield replace(place, expert=expert), each, int(count)
+
+
+def tabulate(parts: Collection[Part], *keys: str) -> list[dict[str, Any]]:
+    """Adds parts up, and sets their share of the selection against their share of the model.
+
+    Args:
+        parts: all parts of a model.
+        *keys: what to tell apart: attributes of `Place`.
+
+    Returns:
+        Plain JSON, one row per combination, in the model's order: the keys; ``parameters``,
+        ``eligible`` and ``selected``; ``parameter_share`` and ``selected_share`` of the whole
+        model's; ``enrichment``, the second over the first: 1 if the model's entries were selected
+        evenly.
+    """
+    groups: dict[tuple[Any, ...], list[Part]] = {}
+    for part in parts:
+        groups.setdefault(tuple(getattr(part.place, key) for key in keys), []).append(part)
+    whole = _count(parts)
+    return [
+        dict(zip(keys, group, strict=True)) | _shares(_count(own), whole)
+        for group, own in groups.items()
+    ]
+
+
+def _count(parts: Collection[Part]) -> dict[str, int]:
+    return {
+        "parameters": sum(part.parameters for part in parts),
+        "eligible": sum(part.eligible for part in parts),
+        "selected": sum(part.selected for part in parts),
+    }
+
+
+def _shares(counts: dict[str, int], whole: dict[str, int]) -> dict[str, Any]:
+    parameter_share = counts["parameters"] / whole["parameters"]
+    selected_share = counts["selected"] / max(whole["selected"], 1)
+    return counts | {
+        "parameter_share": parameter_share,
+        "selected_share": selected_share,
+        "enrichment": selected_share / parameter_share,
+    }
