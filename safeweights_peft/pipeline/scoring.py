@@ -68,7 +68,7 @@ def score(
     settings, compute = settings or ScoreSettings(), compute or ComputeSettings()
     started = time.perf_counter()
     check_target(out, overwrite, FormatError)
-    rows = _sample(with_refusals(read_rows(settings.harmful)), settings)
+    rows = sample_rows(settings)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
     model = load_model(found, pick_dtype(compute.dtype, device), device)
     parameters = eligible_parameters(model)
@@ -78,7 +78,7 @@ def score(
         scores = random_scores(parameters, settings.seed)
     else:
         tokenizer = load_tokenizer(found)
-        scores = _scores(model, tokenizer, parameters, rows, settings, progress or Quiet())
+        scores = score_entries(model, tokenizer, parameters, rows, settings, progress or Quiet())
     order = Order.BOTTOM if settings.method is Method.BOTTOM else Order.TOP
     selected = select(scores, k, order)
     selection = asdict(settings) | {
@@ -93,7 +93,16 @@ def score(
     return safety_map
 
 
-def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
+def sample_rows(settings: ScoreSettings) -> list[Row]:
+    """Takes the harmful requests that a model is scored with.
+
+    Args:
+        settings: their source, how many, and the seed.
+
+    Returns:
+        Requests with refusals.
+    """
+    rows = with_refusals(read_rows(settings.harmful))
     count = min(settings.examples, len(rows))
     return random.Random(settings.seed).sample(rows, count)
 
@@ -109,7 +118,7 @@ def _count(density: float, total: int, parameters: dict[str, nn.Parameter]) -> i
     return k
 
 
-def _scores(
+def score_entries(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     parameters: dict[str, nn.Parameter],
@@ -117,6 +126,19 @@ def _scores(
     settings: ScoreSettings,
     progress: Progress,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Computes ESI under the reference objective.
+
+    Args:
+        model: the model to be scored.
+        tokenizer: its tokenizer.
+        parameters: eligible parameters by name.
+        rows: requests with refusals.
+        settings: tokens of a refusal, batch size.
+        progress: shown while gradients are computed.
+
+    Returns:
+        Names and float32 scores of the parameter's shape.
+    """
     examples = [
         encode_example(tokenizer, row.instruction, row.output or "", settings.refusal_tokens)
         for row in rows
