@@ -1,6 +1,12 @@
-"""From gradients to indices: safety objectives, ESI, exact top-k, safety maps."""
+"""From gradients to indices: safety objectives, ESI, exact top-k, controls, safety maps."""
 
-from safeweights_peft.selection.esi import accumulate_gradients, esi_scores, random_scores
+from safeweights_peft.selection.controls import check_left, select_lowest
+from safeweights_peft.selection.esi import (
+    accumulate_gradients,
+    esi_scores,
+    random_scores,
+    sigma,
+)
 from safeweights_peft.selection.objective import ReferenceObjective, SafetyObjective
 from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.topk import Order, Selected, TopK, select
@@ -13,7 +19,10 @@ __all__ = [
     "TopK",
     "accumulate_gradients",
     "build_map",
+    "check_left",
     "esi_scores",
     "random_scores",
     "select",
+    "select_lowest",
+    "sigma",
 ]
