@@ -84,10 +84,11 @@ def rate_text(rate: Mapping[str, Any]) -> str:
     Returns:
         For instance ``97.0 % [91.5, 99.0] (97/100)``.
     """
-    return (
-        f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] "
-        f"({rate['count']}/{rate['n']})"
-    )
+    return f"{_interval_text(rate)} ({rate['count']}/{rate['n']})"
+
+
+def _interval_text(rate: Mapping[str, Any]) -> str:
+    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def size_text(size_bytes: float) -> str:
@@ -139,9 +140,87 @@ def _draw_rates(
     axes: Any, figures: Mapping[str, Any], offset: float, label: str, colour: str
 ) -> None:
     rates = [figures["attack_success_rate"], figures["over_refusal_rate"]]
+    _draw_bars(axes, [offset, 1 + offset], rates, label, colour)
+
+
+def _draw_bars(
+    axes: Any, places: list[float], rates: list[Mapping[str, Any]], label: str, colour: str
+) -> None:
     errors = [
         [rate["rate"] - rate["low"] for rate in rates],
         [rate["high"] - rate["rate"] for rate in rates],
     ]
     heights = [rate["rate"] for rate in rates]
-    axes.bar([offset, 1 + offset], heights, 0.4, yerr=errors, capsize=3, color=colour, label=label)
+    axes.bar(places, heights, 0.4, yerr=errors, capsize=3, color=colour, label=label)
+
+
+def probe_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Lays out a probe's figures: one row for the base, one for each selection perturbed.
+
+    Args:
+        result: the content of a ``probe.json``.
+
+    Returns:
+        Rows of (what was perturbed, draws, ASR, over-refusal, invalid answers, KL), as text, after
+        their titles; intervals are of 95 %.
+    """
+    titles = ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)")
+    keys = ("attack_success_rate", "over_refusal_rate", "invalid_rate")
+    return [titles] + [
+        (
+            _probed(row),
+            str(len(row["draws"])),
+            *(_interval_text(row[key]) for key in keys),
+            _mean_text(row["kl"]),
+        )
+        for row in result["rows"]
+    ]
+
+
+def verdict_lines(result: Mapping[str, Any]) -> list[str]:
+    """Writes a probe's verdicts, a sentence each.
+
+    Args:
+        result: the content of a ``probe.json``.
+
+    Returns:
+        One line for each perturbation.
+    """
+    titles = {"noise": "With noise at the map's weights", "zero": "With the map's weights at zero"}
+    return [
+        f"{titles[perturbation]}: {found['verdict']}: {found['reason']}."
+        for perturbation, found in result["verdicts"].items()
+    ]
+
+
+def plot_probe(result: Mapping[str, Any], path: Path) -> None:
+    """Draws a probe: ASR and over-refusal of each row, with their intervals.
+
+    Args:
+        result: the content of a ``probe.json``.
+        path: the PNG file to be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes, rows = figure.subplots(), result["rows"]
+    for offset, key, label, colour in (
+        (-0.2, "attack_success_rate", "ASR", "tab:red"),
+        (0.2, "over_refusal_rate", "over-refusal", "tab:blue"),
+    ):
+        places = [place + offset for place in range(len(rows))]
+        _draw_bars(axes, places, [row[key] for row in rows], label, colour)
+    axes.set_xticks(range(len(rows)), [_probed(row).replace(", ", "\n") for row in rows])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("rate, with 95 % interval")
+    figure.legend(loc="outside upper right", ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def _probed(row: Mapping[str, Any]) -> str:
+    return ", ".join(filter(None, (row["perturbation"], row["selection"])))
+
+
+def _mean_text(mean: Mapping[str, Any]) -> str:
+    text = f"{mean['mean']:.4f}"
+    return text if mean["low"] is None else f"{text} [{mean['low']:.4f}, {mean['high']:.4f}]"

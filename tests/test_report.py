@@ -11,9 +11,12 @@ from safeweights_peft.report import (
     comparison_rows,
     evaluation_rows,
     judged_rows,
+    plot_probe,
     plot_run,
+    probe_rows,
     rate_text,
     size_text,
+    verdict_lines,
 )
 
 
@@ -124,3 +127,50 @@ def test_drawing_and_writing_leave_the_result_as_it_is(tmp_path: Path) -> None:
     comparison_rows(result)
     plot_run(result, losses, tmp_path / "run.png")
     assert (result, losses) == (RESULT, LOSSES)
+
+
+def probed(perturbation: str | None, selection: str, draws: int, **kl: float | None) -> dict:
+    return {
+        "perturbation": perturbation,
+        "selection": selection,
+        "attack_success_rate": rate(17, 100, 0.1092, 0.2555),
+        "over_refusal_rate": rate(7, 112, 0.0306, 0.1234),
+        "invalid_rate": rate(1, 200, 0.0009, 0.0278),
+        "kl": {"mean": 0.0, "low": None, "high": None} | kl,
+        "draws": [{}] * draws,
+    }
+
+
+PROBE: dict[str, Any] = {
+    "rows": [
+        probed(None, "base", 1),
+        probed("noise", "map", 5, mean=0.25, low=0.125, high=0.375),
+    ],
+    "verdicts": {
+        "noise": {"verdict": "specific", "reason": "it rises"},
+        "zero": {"verdict": "can't tell", "reason": "it may rise"},
+    },
+}
+
+
+def test_a_probe_is_laid_out_as_one_table_with_intervals() -> None:
+    judged = "17.0 % [10.9, 25.6]", "6.2 % [3.1, 12.3]", "0.5 % [0.1, 2.8]"
+    assert probe_rows(PROBE) == [
+        ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)"),
+        ("base", "1", *judged, "0.0000"),
+        ("noise, map", "5", *judged, "0.2500 [0.1250, 0.3750]"),
+    ]
+
+
+def test_a_probes_verdicts_are_sentences() -> None:
+    assert verdict_lines(PROBE) == [
+        "With noise at the map's weights: specific: it rises.",
+        "With the map's weights at zero: can't tell: it may rise.",
+    ]
+
+
+def test_a_probe_is_drawn_as_a_png_picture(tmp_path: Path) -> None:
+    before = copy.deepcopy(PROBE)
+    plot_probe(PROBE, tmp_path / "probe.png")
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert before == PROBE

@@ -23,11 +23,15 @@ from safeweights_peft.cli.options import (
     existing,
     harmful_train,
     json_output,
+    map_of_base,
     new_file,
     out_directory,
     overwrite,
     preserve_options,
     preserve_settings,
+    probe_options,
+    probe_settings,
+    request_options,
     score_options,
     score_settings,
     seed,
@@ -41,6 +45,7 @@ from safeweights_peft.cli.output import (
     show_adapter,
     show_estimate,
     show_preserved,
+    show_probe,
     show_progress,
     show_protected,
     show_run,
@@ -169,13 +174,7 @@ def train_command(
 
 @main.command("preserve")
 @click.argument("base")
-@click.option(
-    "--map",
-    "map_dir",
-    required=True,
-    type=existing,
-    help="Safety map of BASE, or safety patch that is merged into it.",
-)
+@map_of_base
 @click.option(
     "--data",
     required=True,
@@ -323,6 +322,48 @@ def eval_command(
     if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:
         click.echo(f"ASR is above --max-asr {max_asr}", err=True)
         sys.exit(CHECK_FAILED)
+
+
+@main.command("probe")
+@click.argument("base")
+@map_of_base
+@out_directory
+@probe_options
+@request_options
+@seed
+@compute_options
+@overwrite
+@dry_run
+@json_output
+def probe_command(
+    base: str,
+    map_dir: Path,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Perturb the weights of a safety map of BASE: does it stop refusing, and only then?
+
+    BASE should refuse, such as a model with a patch merged in. In memory, noise or zeros are put
+    at the map's weights, and at as many random ones and ones of lowest score. OUT gets probe.json
+    and probe.png. An interrupted probe goes on where it stopped when called again.
+    """
+    from safeweights_peft.pipeline import ScoreSettings, count_evaluations, estimate, probe
+
+    settings, score = probe_settings(options), ScoreSettings(seed=options["seed"])
+    evaluate, compute = evaluate_settings(options), compute_settings(options)
+    if dry_run:
+        runs = count_evaluations(settings)
+        needs = estimate(base, score=score, evaluate=evaluate, evaluations=runs, compute=compute)
+        return show_estimate(needs, as_json)
+    with show_progress() as progress:
+        result = probe(
+            *(base, map_dir, out, settings, score, evaluate, compute, progress),
+            overwrite=overwrite,
+        )
+    show_probe(result, as_json)
 
 
 @main.command("merge")
