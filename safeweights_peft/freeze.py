@@ -42,7 +42,16 @@ class FrozenEntries:
     def restore(self) -> None:
         """Write the original entries back into the parameter."""
         self.originals = self.originals.to(self.parameter)  # the model may have been moved
-        self._write(self.parameter, self.originals)
+        self.write(self.originals)
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        """Write other entries into the parameter.
+
+        Args:
+            values: The entries, in the parameter's dtype; ``(count,)``.
+        """
+        self._write(self.parameter, values)
 
     @torch.no_grad()
     def clear_gradient(self, parameter: Tensor) -> None:

@@ -13,6 +13,14 @@ from typing import Any
 
 import click
 
+from safeweights_peft.cli.artifacts import (
+    CHECK_FAILED,
+    compare_command,
+    inspect_command,
+    merge_command,
+    report_command,
+    verify_command,
+)
 from safeweights_peft.cli.options import (
     FiniteRange,
     compute_options,
@@ -23,11 +31,15 @@ from safeweights_peft.cli.options import (
     existing,
     harmful_train,
     json_output,
+    map_of_base,
     new_file,
     out_directory,
     overwrite,
     preserve_options,
     preserve_settings,
+    probe_options,
+    probe_settings,
+    request_options,
     score_options,
     score_settings,
     seed,
@@ -35,20 +47,25 @@ from safeweights_peft.cli.options import (
     train_settings,
 )
 from safeweights_peft.cli.output import (
-    percent,
-    rows_of,
+    percent as percent,
+)
+from safeweights_peft.cli.output import (
+    rows_of as rows_of,
+)
+from safeweights_peft.cli.output import (
     show,
     show_adapter,
     show_estimate,
-    show_overlap,
     show_preserved,
+    show_probe,
     show_progress,
     show_protected,
     show_run,
 )
+from safeweights_peft.cli.output import (
+    show_overlap as show_overlap,
+)
 from safeweights_peft.errors import EvaluationError, SafeWeightsError
-
-CHECK_FAILED = 3
 
 
 class _Group(click.Group):
@@ -170,13 +187,7 @@ def train_command(
 
 @main.command("preserve")
 @click.argument("base")
-@click.option(
-    "--map",
-    "map_dir",
-    required=True,
-    type=existing,
-    help="Safety map of BASE, or safety patch that is merged into it.",
-)
+@map_of_base
 @click.option(
     "--data",
     required=True,
@@ -326,101 +337,47 @@ def eval_command(
         sys.exit(CHECK_FAILED)
 
 
-@main.command("merge")
-@click.argument("base", type=existing)
-@click.argument("adapter", type=existing)
+@main.command("probe")
+@click.argument("base")
+@map_of_base
 @out_directory
-@click.option(
-    "--scale",
-    type=FiniteRange(),
-    default=1.0,
-    show_default=True,
-    help="Factor on the patch's values.",
-)
+@probe_options
+@request_options
+@seed
+@compute_options
 @overwrite
 @dry_run
 @json_output
-def merge_command(
-    base: Path,
-    adapter: Path,
+def probe_command(
+    base: str,
+    map_dir: Path,
     out: Path,
-    scale: float,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Write BASE with the patch ADAPTER merged in, as a new checkpoint; needs no torch."""
-    from dataclasses import asdict
+    """Perturb the weights of a safety map of BASE: does it stop refusing, and only then?
 
-    from safeweights_peft.merge import merge, plan
+    BASE should refuse, such as a model with a patch merged in. In memory, noise or zeros are put
+    at the map's weights, and at as many random ones and ones of lowest score. OUT gets probe.json
+    and probe.png. An interrupted probe goes on where it stopped when called again.
+    """
+    from safeweights_peft.pipeline import ScoreSettings, count_evaluations, estimate, probe
 
+    settings, score = probe_settings(options), ScoreSettings(seed=options["seed"])
+    evaluate, compute = evaluate_settings(options), compute_settings(options)
     if dry_run:
-        planned = plan(base, adapter, out)
-        return show(planned, rows_of(planned), as_json)
-    with show_progress() as progress, progress.task("Copying the base", 100) as advance:
-        report = merge(
-            base, adapter, out, scale=scale, overwrite=overwrite, progress=percent(advance)
+        runs = count_evaluations(settings)
+        needs = estimate(base, score=score, evaluate=evaluate, evaluations=runs, compute=compute)
+        return show_estimate(needs, as_json)
+    with show_progress() as progress:
+        result = probe(
+            *(base, map_dir, out, settings, score, evaluate, compute, progress),
+            overwrite=overwrite,
         )
-    show(asdict(report), rows_of(asdict(report)), as_json)
+    show_probe(result, as_json)
 
 
-@main.command("inspect")
-@click.argument("adapter", type=existing)
-@json_output
-def inspect_command(adapter: Path, as_json: bool) -> None:
-    """Describe ADAPTER, a safety patch or map, from its headers; needs no torch."""
-    from safeweights_peft.format import inspect
-
-    show_adapter(inspect(adapter), adapter, as_json)
-
-
-@main.command("report")
-@click.argument("map_dir", metavar="MAP", type=existing)
-@click.option("--base", help="Its base: directory or Hub id.  [default: what MAP names]")
-@out_directory
-@overwrite
-@json_output
-def report_command(
-    map_dir: Path, base: str | None, out: Path, overwrite: bool, as_json: bool
-) -> None:
-    """Show in which layers, components and experts the weights of MAP lie.
-
-    MAP is a safety map or a safety patch; of its base only the config is read. OUT gets report.html
-    with tables and pictures, the pictures by themselves, and all figures in report.json.
-    """
-    from safeweights_peft.pipeline import report_map
-    from safeweights_peft.report import pattern_rows
-
-    record = report_map(map_dir, out, base, overwrite=overwrite)
-    show(record, pattern_rows(record), as_json)
-
-
-@main.command("compare")
-@click.argument("map_dir", metavar="MAP", type=existing)
-@click.argument("others", type=existing, nargs=-1, required=True)
-@json_output
-def compare_command(map_dir: Path, others: tuple[Path, ...], as_json: bool) -> None:
-    """Measure the overlap of MAP and OTHERS, safety maps or patches of one model.
-
-    For every two: the weights that both have, IoU, and the IoU by chance: of random selections of
-    the same sizes, from all tensors that are named or tensor by tensor. Needs no torch.
-    """
-    from safeweights_peft.overlap import compare
-
-    show_overlap(compare([map_dir, *others]), as_json)
-
-
-@main.command("verify")
-@click.argument("adapter", type=existing)
-@click.option("--base", type=existing, help="Checkpoint to be its base or merged.")
-@json_output
-def verify_command(adapter: Path, base: Path | None, as_json: bool) -> None:
-    """Check ADAPTER by the rules of the format, and its fit to --base; exit with 3 if not."""
-    from safeweights_peft.merge import verify
-
-    report = verify(adapter, base)
-    checks = [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in report.checks]
-    rows = [(c.name, f"{'ok' if c.ok else 'FAILED'}: {c.detail}") for c in report.checks]
-    show({"ok": report.ok, "checks": checks}, rows, as_json)
-    if not report.ok:
-        sys.exit(CHECK_FAILED)
+for each in (merge_command, inspect_command, report_command, compare_command, verify_command):
+    main.add_command(each)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from safeweights_peft.pipeline import (
         ComputeSettings,
         EvaluateSettings,
+        ProbeSettings,
         ScoreSettings,
         TrainSettings,
     )
@@ -53,6 +54,13 @@ dry_run = click.option(
     "--dry-run", is_flag=True, help="Print what it would need (memory, time) and stop."
 )
 overwrite = click.option("--overwrite", is_flag=True, help="Replace an existing result.")
+map_of_base = click.option(
+    "--map",
+    "map_dir",
+    required=True,
+    type=existing,
+    help="Safety map of BASE, or safety patch that is merged into it.",
+)
 out_directory = click.option("--out", required=True, type=new, help="Directory to be written.")
 
 compute_options = _options(
@@ -177,7 +185,7 @@ preserve_options = _options(
         help="AdamW's weight decay; frozen weights get none.  [default: 0.1]",
     ),
 )
-evaluate_options = _options(
+request_options = _options(
     click.option(
         "--eval-harmful",
         default="builtin:harmful_eval",
@@ -192,9 +200,6 @@ evaluate_options = _options(
     ),
     click.option("--limit", type=click.IntRange(1), help="At most so many.  [default: all]"),
     click.option(
-        "--task", help="Requests with answers on which to measure the loss.  [default: none]"
-    ),
-    click.option(
         "--max-new-tokens",
         type=click.IntRange(1),
         default=32,
@@ -205,6 +210,28 @@ evaluate_options = _options(
         "--keep-answers",
         is_flag=True,
         help="Keep the answers' texts, harmful ones included, in the result.",
+    ),
+)
+evaluate_options = _options(
+    request_options,
+    click.option(
+        "--task", help="Requests with answers on which to measure the loss.  [default: none]"
+    ),
+)
+probe_options = _options(
+    click.option(
+        "--noise",
+        type=FiniteRange(0, min_open=True),
+        default=0.38,
+        show_default=True,
+        help="Size of the noise, in standard deviations of the tensor.",
+    ),
+    click.option(
+        "--draws",
+        type=click.IntRange(1),
+        default=5,
+        show_default=True,
+        help="How often noise, and random weights, are drawn.",
     ),
 )
 
@@ -283,10 +310,17 @@ def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
         harmful=options["eval_harmful"],
         benign=options["eval_benign"],
         limit=options["limit"],
-        task=options["task"],
+        task=options.get("task"),
         max_new_tokens=options["max_new_tokens"],
         keep_answers=options["keep_answers"],
     )
+
+
+def probe_settings(options: dict[str, Any]) -> ProbeSettings:
+    """Reads how entries are perturbed out of a command's options."""
+    from safeweights_peft.pipeline import ProbeSettings
+
+    return ProbeSettings(noise=options["noise"], draws=options["draws"], seed=options["seed"])
 
 
 def compute_settings(options: dict[str, Any]) -> ComputeSettings:

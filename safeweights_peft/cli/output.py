@@ -160,6 +160,15 @@ def show_protected(record: dict[str, Any], as_json: bool) -> None:
     show(record, rows, as_json)
 
 
+def show_probe(result: dict[str, Any], as_json: bool) -> None:
+    """Prints a probe's table, and under it the verdicts."""
+    from safeweights_peft.report import probe_rows, verdict_lines
+
+    show(result, probe_rows(result), as_json)
+    if not as_json:
+        click.echo("\n" + "\n".join(verdict_lines(result)))
+
+
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
     """Draws and prints a finished run; says on stderr what can be done next."""
     from safeweights_peft.report import comparison_rows, plot_run

@@ -46,12 +46,23 @@ def wilson(count: int, n: int) -> Rate:
     """
     if n < 1 or not 0 <= count <= n:
         raise EvaluationError(f"rate: expected 0 <= count <= n and n >= 1, found {count} of {n}")
-    share, z2 = count / n, Z_95**2
+    return Rate(count, n, count / n, *wilson_interval(count / n, n))
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Computes the ends of Wilson's 95 % interval.
+
+    Args:
+        share: the share found, in [0, 1].
+        n: among how many.
+
+    Returns:
+        The lower and the upper end.
+    """
+    z2 = Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    low = 0.0 if count == 0 else centre - half
-    high = 1.0 if count == n else centre + half
-    return Rate(count, n, share, low, high)
+    return 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half
 
 
 def attack_success_rate(verdicts: Sequence[Verdict]) -> Rate:

@@ -54,7 +54,7 @@ def measure_utility(
         KL and perplexity.
 
     Raises:
-        EvaluationError: there are no answer tokens.
+        EvaluationError: there are no answer tokens, or a model gives NaN or infinity.
     """
     kl = loss = 0.0
     tokens = 0
@@ -69,6 +69,11 @@ def measure_utility(
         on_batch(len(scored))
     if not tokens:
         raise EvaluationError("answers: expected at least one token, found none")
+    if not math.isfinite(kl + loss):
+        raise EvaluationError(
+            "answers: expected finite likelihoods, found NaN or infinity; compute in float32 or "
+            "bfloat16, and check the weights"
+        )
     return Utility(kl / tokens, math.exp(loss / tokens), tokens)
 
 

@@ -5,6 +5,7 @@ from safeweights_peft.pipeline.estimating import Estimate, estimate
 from safeweights_peft.pipeline.evaluating import evaluate, figures
 from safeweights_peft.pipeline.patched import load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
+from safeweights_peft.pipeline.probing import count_evaluations, probe
 from safeweights_peft.pipeline.progress import Progress, Quiet
 from safeweights_peft.pipeline.protecting import protect_lora, protect_tuned
 from safeweights_peft.pipeline.reporting import report_map
@@ -13,6 +14,7 @@ from safeweights_peft.pipeline.settings import (
     ComputeSettings,
     EvaluateSettings,
     Method,
+    ProbeSettings,
     ScoreSettings,
     TrainSettings,
 )
@@ -23,16 +25,19 @@ __all__ = [
     "Estimate",
     "EvaluateSettings",
     "Method",
+    "ProbeSettings",
     "Progress",
     "Quiet",
     "ScoreSettings",
     "TrainSettings",
+    "count_evaluations",
     "enhance_model",
     "estimate",
     "evaluate",
     "figures",
     "load_patched",
     "preserve_model",
+    "probe",
     "protect_lora",
     "protect_tuned",
     "report_map",

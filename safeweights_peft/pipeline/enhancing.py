@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safeweights_peft.format import inspect
 from safeweights_peft.modeling import resolve_base
 from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.progress import Progress
+from safeweights_peft.pipeline.resuming import once
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
@@ -71,12 +72,12 @@ def enhance_model(
         return evaluate(base, adapter, evaluate_settings, compute, progress)
 
     patch = out / "patch"
-    before = _once(out / "before.json", lambda: measure(None))
+    before = once(out / "before.json", lambda: measure(None))
     if not (out / "map").exists():
         score(base, out / "map", score_settings, compute, progress)
     if not patch.exists():
         train(base, out / "map", patch, train_settings, compute, progress)
-    after = _once(out / "after.json", lambda: measure(patch))
+    after = once(out / "after.json", lambda: measure(patch))
     result = summarise(patch, before, after) | {"settings": settings}
     write_json(out / "result.json", result)
     return result
@@ -154,9 +155,3 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping)
         flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
-
-
-def _once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if not path.exists():
-        write_json(path, measure())
-    return read_json(path, DataError)

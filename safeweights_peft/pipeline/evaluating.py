@@ -25,6 +25,7 @@ from safeweights_peft.evaluation import (
     over_refusal_rate,
 )
 from safeweights_peft.modeling import (
+    BaseModel,
     load_model,
     load_tokenizer,
     pick_device,
@@ -69,32 +70,16 @@ def evaluate(
     started = time.perf_counter()
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
     dtype = pick_dtype(compute.dtype, device)
-    harmful = read_rows(settings.harmful)[: settings.limit]
-    benign = read_rows(settings.benign)[: settings.limit]
-    task = read_rows(settings.task, needs_output=True) if settings.task else []
-    tokenizer = load_tokenizer(found)
+    asker = make_asker(found, settings, progress or Quiet())
     model = base_model = load_model(found, dtype, device)
     if adapter is not None:
         model = load_patched(found, adapter, dtype, device)
-    asker = _Asker(tokenizer, settings, progress or Quiet())
-    harmful_part = asker.judge(harmful, asker.ask(model, "harmful", harmful))
-    benign_answers = asker.ask(model, "benign", benign)
-    benign_part = asker.judge(benign, benign_answers)
-    if adapter is not None:
-        benign_answers = asker.ask(base_model, "the base benign", benign)
-    utility = asker.compare(model, base_model, benign_answers)
     return {
         "kind": "evaluation",
         "base": {"name": found.name, "revision": found.revision},
         "adapter": None if adapter is None else str(adapter),
-        "harmful": harmful_part
-        | {"attack_success_rate": asdict(attack_success_rate(_verdicts(harmful_part)))},
-        "benign": benign_part
-        | {"over_refusal_rate": asdict(over_refusal_rate(_verdicts(benign_part)))},
-        "utility": asdict(utility),
-        "task": asker.learned(model, task) if task else None,
-        "judge": "refusal openings",
-        "decoding": f"greedy, at most {settings.max_new_tokens} tokens",
+        **asker.measure(model, base_model, asker.ask_base(base_model)),
+        **asker.describe(),
         "settings": asdict(settings) | asdict(compute),
         "seconds": time.perf_counter() - started,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,15 +102,98 @@ def check_requests(settings: EvaluateSettings) -> None:
         read_rows(settings.task, needs_output=True)
 
 
-@dataclass(frozen=True)
-class _Asker:
-    """Puts requests to models and judges their answers, all with the same settings."""
+def make_asker(base: BaseModel, settings: EvaluateSettings, progress: Progress) -> Asker:
+    """Reads what models will be asked.
 
+    Args:
+        base: whose tokenizer and chat template they share.
+        settings: requests, limits, decoding.
+        progress: shown while asking.
+
+    Returns:
+        The asker.
+
+    Raises:
+        DataError: a source is missing, malformed, empty, or lacks a field.
+    """
+    return Asker(
+        harmful=read_rows(settings.harmful)[: settings.limit],
+        benign=read_rows(settings.benign)[: settings.limit],
+        task=read_rows(settings.task, needs_output=True) if settings.task else [],
+        tokenizer=load_tokenizer(base),
+        settings=settings,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Puts the same requests to models in memory and judges their answers.
+
+    Attributes:
+        harmful: harmful requests.
+        benign: benign requests.
+        task: requests with the answers whose loss is measured; none if empty.
+        tokenizer: the models' tokenizer.
+        settings: decoding, batch size, whether answers are kept.
+        progress: shown while asking.
+    """
+
+    harmful: Sequence[Row]
+    benign: Sequence[Row]
+    task: Sequence[Row]
     tokenizer: PreTrainedTokenizerBase
     settings: EvaluateSettings
     progress: Progress
 
-    def ask(self, model: PreTrainedModel, title: str, rows: Sequence[Row]) -> list[Example]:
+    def ask_base(self, base: PreTrainedModel) -> list[Example]:
+        """Lets the base answer the benign requests: what other models are compared on.
+
+        Args:
+            base: the base model.
+
+        Returns:
+            The requests with its answers.
+        """
+        return self._ask(base, "the base benign", self.benign)
+
+    def measure(
+        self, model: PreTrainedModel, base: PreTrainedModel, base_answers: Sequence[Example]
+    ) -> dict[str, Any]:
+        """Asks a model everything, judges its answers, and compares it with the base.
+
+        Args:
+            model: the model; it may be the base itself.
+            base: the base model.
+            base_answers: what `ask_base` returned.
+
+        Returns:
+            Plain JSON: ``harmful``, ``benign``, ``utility`` and ``task``.
+        """
+        harmful = self._judge(self.harmful, self._ask(model, "harmful", self.harmful))
+        answers = base_answers if model is base else self._ask(model, "benign", self.benign)
+        benign = self._judge(self.benign, answers)
+        harmful["attack_success_rate"] = asdict(attack_success_rate(_verdicts(harmful)))
+        benign["over_refusal_rate"] = asdict(over_refusal_rate(_verdicts(benign)))
+        return {
+            "harmful": harmful,
+            "benign": benign,
+            "utility": asdict(self._compare(model, base, base_answers)),
+            "task": self._learned(model) if self.task else None,
+        }
+
+    def describe(self) -> dict[str, str]:
+        """Tells how answers are made and judged.
+
+        Returns:
+            Plain JSON.
+        """
+        return {
+            "judge": "refusal openings",
+            "decoding": f"greedy, at most {self.settings.max_new_tokens} tokens",
+        }
+
+    def _ask(self, model: PreTrainedModel, title: str, rows: Sequence[Row]) -> list[Example]:
         with self.progress.task(f"Asking {title} requests", len(rows)) as advance:
             return generate_answers(
                 model,
@@ -136,7 +204,7 @@ class _Asker:
                 on_batch=advance,
             )
 
-    def judge(self, rows: Sequence[Row], answers: Sequence[Example]) -> dict[str, Any]:
+    def _judge(self, rows: Sequence[Row], answers: Sequence[Example]) -> dict[str, Any]:
         judge = RefusalJudge()
         requests = []
         for row, answer in zip(rows, answers, strict=True):
@@ -152,7 +220,7 @@ class _Asker:
             "requests": requests,
         }
 
-    def compare(
+    def _compare(
         self, model: PreTrainedModel, base: PreTrainedModel, answers: Sequence[Example]
     ) -> Utility:
         with self.progress.task("Comparing with the base", len(answers)) as advance:
@@ -160,17 +228,17 @@ class _Asker:
                 model, base, answers, self.tokenizer.pad_token_id, on_batch=advance
             )
 
-    def learned(self, model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, Any]:
+    def _learned(self, model: PreTrainedModel) -> dict[str, Any]:
         examples = [
             encode_example(self.tokenizer, row.instruction, row.output or "", TASK_TOKENS)
-            for row in rows
+            for row in self.task
         ]
-        with self.progress.task("Reading the task's answers", len(rows)) as advance:
+        with self.progress.task("Reading the task's answers", len(self.task)) as advance:
             found = measure_utility(
                 model, model, examples, self.tokenizer.pad_token_id, batch_size=4, on_batch=advance
             )
         loss = math.log(found.perplexity)
-        return {"loss": loss, "tokens": found.tokens, "data_digest": data_digest(rows)}
+        return {"loss": loss, "tokens": found.tokens, "data_digest": data_digest(self.task)}
 
 
 def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Example, Row, encode_example, with_refusals
+from safeweights_peft.data import Example, Row, encode_example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.evaluation import generate_answers
 from safeweights_peft.modeling import load_classifier, load_model, load_tokenizer, resolve_base
@@ -41,7 +41,7 @@ def safety_objective(
     Args:
         model: the model to be scored.
         tokenizer: its tokenizer.
-        rows: harmful requests, with refusals where the set has them.
+        rows: harmful requests with refusals.
         settings: which objective, and its numbers.
         dtype: what a guard or a classifier is loaded in.
         progress: shown while the model answers.
@@ -56,7 +56,7 @@ def safety_objective(
     if settings.guard is None and settings.classifier is None:
         examples = [
             encode_example(tokenizer, row.instruction, row.output or "", settings.refusal_tokens)
-            for row in with_refusals(rows)
+            for row in rows
         ]
         return ReferenceObjective(examples, tokenizer.pad_token_id, _term_size(settings))
     judged = _judge(tokenizer, settings, dtype, model.device)  # refused now, not after the answers

@@ -17,7 +17,6 @@ from torch import nn
 
 from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, draft_copy
 from safeweights_peft.data import Row, data_digest, encode_example, read_rows
-from safeweights_peft.delta import digest
 from safeweights_peft.errors import CheckpointError, ModelError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import Adapter, SafetyMap, TensorRecord, read_artifact
@@ -33,7 +32,7 @@ from safeweights_peft.modeling import (
 )
 from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
-from safeweights_peft.pipeline.resuming import digests_of, work_dir_beside
+from safeweights_peft.pipeline.resuming import digests, work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings
 from safeweights_peft.training import PreserveMethod, PreserveSettings, add_lora, fine_tune
 from safeweights_peft.tuner.entries import to_numpy
@@ -102,7 +101,7 @@ def preserve_model(
     record = _describe(found, map_dir, artifact, data, rows) | {
         "settings": asdict(settings) | asdict(compute)
     }
-    work_dir = work_dir_beside(out, record | {"digests": _digests(model, artifact)})
+    work_dir = work_dir_beside(out, record | {"digests": digests(model, artifact.indices)})
     by_lora = settings.method is PreserveMethod.LORA
     if by_lora:
         model = add_lora(model, settings)
@@ -164,11 +163,6 @@ def _matrix_dtype(
             "bfloat16"
         )
     return dtype
-
-
-def _digests(model: nn.Module, artifact: SafetyMap | Adapter) -> list[str]:
-    """Names the weights to begin with and the entries to be frozen, for a run's identity."""
-    return digests_of(model) + [digest(each) for each in artifact.indices.values()]
 
 
 def _save(

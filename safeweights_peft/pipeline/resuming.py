@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from safeweights_peft.delta import Array, digest
+from safeweights_peft.errors import DataError
+from safeweights_peft.files import read_json, write_json
 from safeweights_peft.tuner.entries import to_numpy
 
 
@@ -30,16 +33,33 @@ def work_dir_beside(out: Path, identity: dict[str, Any]) -> Path:
     return out.with_name(f".{out.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.work")
 
 
-def digests_of(model: nn.Module) -> list[str]:
-    """Names a model's weights, for a job's identity.
+def digests(model: nn.Module, entries: Mapping[str, Array] = MappingProxyType({})) -> list[str]:
+    """Names a model's weights, and the entries that a job works on, for the job's identity.
 
     Args:
-        model: any module.
+        model: the model that the job begins with.
+        entries: flat indices by parameter name.
 
     Returns:
-        The digest of each parameter.
+        One digest per parameter, then one per tensor of entries.
     """
-    return [digest(to_numpy(each)) for each in model.parameters()]
+    weights = [digest(to_numpy(each)) for each in model.parameters()]
+    return weights + [digest(each) for each in entries.values()]
+
+
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Does a step unless its result is there.
+
+    Args:
+        path: the JSON file that holds the result, or will.
+        measure: the step.
+
+    Returns:
+        The result as it is on disk.
+    """
+    if not path.exists():
+        write_json(path, measure())
+    return read_json(path, DataError)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

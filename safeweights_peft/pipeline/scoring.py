@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import Row, data_digest, read_rows
+from safeweights_peft.data import Row, data_digest, read_rows, with_refusals
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.files import check_target
 from safeweights_peft.format import SafetyMap, write_map
@@ -36,7 +37,7 @@ from safeweights_peft.pipeline.objectives import (
 )
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.resuming import (
-    digests_of,
+    digests,
     load_arrays,
     save_arrays,
     work_dir_beside,
@@ -53,6 +54,7 @@ from safeweights_peft.selection import (
     build_map,
     esi_scores,
     layer_groups,
+    leave_out,
     random_scores,
     select,
 )
@@ -90,7 +92,7 @@ def score(
     settings, compute = settings or ScoreSettings(), compute or ComputeSettings()
     started = time.perf_counter()
     check_target(out, overwrite, FormatError)
-    rows = _sample(read_rows(settings.harmful), settings)
+    rows = sample_rows(settings)
     benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
     check_judges(settings)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
@@ -104,16 +106,17 @@ def score(
         "data_digest": data_digest(rows),
         "safeweights_peft_version": version("safeweights-peft"),
     }
-    identity = selection | asdict(compute) | {"digests": digests_of(model)}
+    identity = selection | asdict(compute) | {"digests": digests(model)}
     work_dir = work_dir_beside(out, identity | {"contrast_digest": data_digest(benign)})
-    scoring = _Scoring(model, parameters, settings, work_dir, progress or Quiet())
+    scoring = Scoring(model, parameters, settings, work_dir, progress or Quiet())
     if settings.method is Method.RANDOM:
         selected = select(random_scores(parameters, settings.seed), k)
     else:
-        left_out: Mapping[str, Selected] = {}
+        left_out: dict[str, Array] = {}
         if benign:
             utility = utility_objective(model, tokenizer, benign, settings, scoring.progress)
-            left_out = scoring.select("usefulness", utility, spared)
+            useful = scoring.select("usefulness", utility, spared)
+            left_out = {name: each.indices for name, each in useful.items()}
         order = Order.BOTTOM if settings.method is Method.BOTTOM else Order.TOP
         safety = safety_objective(model, tokenizer, rows, settings, dtype, scoring.progress)
         selected = scoring.select("safety", safety, k, order, left_out)
@@ -130,6 +133,18 @@ def _objective_name(settings: ScoreSettings) -> str:
     if settings.guard:
         return "guard"
     return "classifier" if settings.classifier else "reference"
+
+
+def sample_rows(settings: ScoreSettings) -> list[Row]:
+    """Takes the harmful requests that a model is scored with.
+
+    Args:
+        settings: their source, how many, and the seed.
+
+    Returns:
+        Requests with refusals.
+    """
+    return _sample(with_refusals(read_rows(settings.harmful)), settings)
 
 
 def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
@@ -159,8 +174,16 @@ def _counts(
 
 
 @dataclass(frozen=True)
-class _Scoring:
-    """One model's scores, streamed into selections; where it was interrupted, it goes on."""
+class Scoring:
+    """One model's scores, streamed into selections; where it was interrupted, it goes on.
+
+    Attributes:
+        model: the model to be scored.
+        parameters: its eligible parameters by name.
+        settings: aggregation, and layers per pass.
+        work_dir: where it leaves what it goes on from.
+        progress: shown while scoring.
+    """
 
     model: PreTrainedModel
     parameters: Mapping[str, nn.Parameter]
@@ -174,9 +197,20 @@ class _Scoring:
         objective: SafetyObjective,
         k: int,
         order: Order = Order.TOP,
-        left_out: Mapping[str, Selected] = MappingProxyType({}),
+        left_out: Mapping[str, Array] = MappingProxyType({}),
     ) -> dict[str, Selected]:
-        """Scores all entries pass by pass, and keeps the k first."""
+        """Scores all entries pass by pass, and keeps the k first.
+
+        Args:
+            what: what the scores are of, for progress and for files in the work directory.
+            objective: what is differentiated.
+            k: how many entries to select.
+            order: the highest scores, or the lowest.
+            left_out: flat indices by name of entries that are not to be selected.
+
+        Returns:
+            The selected entries of each tensor that has any, in name order.
+        """
         passes = layer_groups(self.parameters, self.settings.layers_per_pass)
         best, kept = TopK(k, order), self.work_dir / f"{what}.safetensors"
         arrays = load_arrays(kept) or {"passes": np.zeros(1, np.int64)}
@@ -188,9 +222,7 @@ class _Scoring:
             for number in range(done, len(passes)):
                 group = {name: self.parameters[name] for name in passes[number]}
                 gradients = self._accumulate(group, objective, number, reach)
-                for name, scores in esi_scores(group, gradients):
-                    if name in left_out:
-                        scores.reshape(-1)[left_out[name].indices] = 0
+                for name, scores in leave_out(esi_scores(group, gradients), left_out, order):
                     best.add(name, scores)
                 del gradients
                 save_arrays(kept, best.state() | {"passes": np.array([number + 1])})

@@ -103,6 +103,22 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class ProbeSettings:
+    """How entries are perturbed.
+
+    Attributes:
+        noise: size of the noise in standard deviations of the tensor, as in the reference settings
+            of arXiv 2604.08297.
+        draws: how many times noise, and random entries, are drawn.
+        seed: fixes every draw; at least 0.
+    """
+
+    noise: float = 0.38
+    draws: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class EvaluateSettings:
     """What a model is asked.
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.report.tables import Cells, grid
+from safeweights_peft.report.tables import Cells, grid, probed
 
 DOTS_PER_INCH = 120
 MAX_INCHES = 16
@@ -50,12 +50,42 @@ def _draw_rates(
     axes: Any, figures: Mapping[str, Any], offset: float, label: str, colour: str
 ) -> None:
     rates = [figures["attack_success_rate"], figures["over_refusal_rate"]]
+    _draw_bars(axes, [offset, 1 + offset], rates, label, colour)
+
+
+def _draw_bars(
+    axes: Any, places: list[float], rates: list[Mapping[str, Any]], label: str, colour: str
+) -> None:
     errors = [
         [rate["rate"] - rate["low"] for rate in rates],
         [rate["high"] - rate["rate"] for rate in rates],
     ]
     heights = [rate["rate"] for rate in rates]
-    axes.bar([offset, 1 + offset], heights, 0.4, yerr=errors, capsize=3, color=colour, label=label)
+    axes.bar(places, heights, 0.4, yerr=errors, capsize=3, color=colour, label=label)
+
+
+def plot_probe(result: Mapping[str, Any], path: Path) -> None:
+    """Draws a probe: ASR and over-refusal of each row, with their intervals.
+
+    Args:
+        result: the content of a ``probe.json``.
+        path: the PNG file to be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes, rows = figure.subplots(), result["rows"]
+    for offset, key, label, colour in (
+        (-0.2, "attack_success_rate", "ASR", "tab:red"),
+        (0.2, "over_refusal_rate", "over-refusal", "tab:blue"),
+    ):
+        places = [place + offset for place in range(len(rows))]
+        _draw_bars(axes, places, [row[key] for row in rows], label, colour)
+    axes.set_xticks(range(len(rows)), [probed(row).replace(", ", "\n") for row in rows])
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("rate, with 95 % interval")
+    figure.legend(loc="outside upper right", ncols=2)
+    figure.savefig(path, dpi=120)
 
 
 def plot_pattern(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:

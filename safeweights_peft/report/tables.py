@@ -87,10 +87,11 @@ def rate_text(rate: Mapping[str, Any]) -> str:
     Returns:
         For instance ``97.0 % [91.5, 99.0] (97/100)``.
     """
-    return (
-        f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] "
-        f"({rate['count']}/{rate['n']})"
-    )
+    return f"{_interval_text(rate)} ({rate['count']}/{rate['n']})"
+
+
+def _interval_text(rate: Mapping[str, Any]) -> str:
+    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def size_text(size_bytes: float) -> str:
@@ -234,3 +235,59 @@ def grid_rows(cells: Cells, key: str) -> list[tuple[str, ...]]:
         ("layer", *map(str, columns)),
         *((str(layer), *(texts.get((layer, c), "") for c in columns)) for layer in layers),
     ]
+
+
+def probe_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Lays out a probe's figures: one row for the base, one for each selection perturbed.
+
+    Args:
+        result: the content of a ``probe.json``.
+
+    Returns:
+        Rows of (what was perturbed, draws, ASR, over-refusal, invalid answers, KL), as text, after
+        their titles; intervals are of 95 %.
+    """
+    titles = ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)")
+    keys = ("attack_success_rate", "over_refusal_rate", "invalid_rate")
+    return [titles] + [
+        (
+            probed(row),
+            str(len(row["draws"])),
+            *(_interval_text(row[key]) for key in keys),
+            _mean_text(row["kl"]),
+        )
+        for row in result["rows"]
+    ]
+
+
+def verdict_lines(result: Mapping[str, Any]) -> list[str]:
+    """Writes a probe's verdicts, a sentence each.
+
+    Args:
+        result: the content of a ``probe.json``.
+
+    Returns:
+        One line for each perturbation.
+    """
+    titles = {"noise": "With noise at the map's weights", "zero": "With the map's weights at zero"}
+    return [
+        f"{titles[perturbation]}: {found['verdict']}: {found['reason']}."
+        for perturbation, found in result["verdicts"].items()
+    ]
+
+
+def probed(row: Mapping[str, Any]) -> str:
+    """Names a row of a probe.
+
+    Args:
+        row: one of its rows.
+
+    Returns:
+        The perturbation, if there is one, and the selection.
+    """
+    return ", ".join(filter(None, (row["perturbation"], row["selection"])))
+
+
+def _mean_text(mean: Mapping[str, Any]) -> str:
+    text = f"{mean['mean']:.4f}"
+    return text if mean["low"] is None else f"{text} [{mean['low']:.4f}, {mean['high']:.4f}]"

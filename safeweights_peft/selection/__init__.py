@@ -1,5 +1,6 @@
-"""From gradients to indices: safety objectives, ESI, exact top-k, safety maps, patterns."""
+"""From gradients to indices: objectives, ESI, exact top-k, controls, safety maps, patterns."""
 
+from safeweights_peft.selection.controls import check_left, leave_out, select_lowest
 from safeweights_peft.selection.esi import (
     Accumulated,
     Aggregation,
@@ -7,6 +8,7 @@ from safeweights_peft.selection.esi import (
     esi_scores,
     layer_groups,
     random_scores,
+    sigma,
 )
 from safeweights_peft.selection.guards import PROFILES, GuardProfile, read_profile
 from safeweights_peft.selection.judged import Answered, JudgedObjective
@@ -37,12 +39,16 @@ __all__ = [
     "TopK",
     "accumulate_gradients",
     "build_map",
+    "check_left",
     "count_parts",
     "esi_scores",
     "find_place",
     "layer_groups",
+    "leave_out",
     "random_scores",
     "read_profile",
     "select",
+    "select_lowest",
+    "sigma",
     "tabulate",
 ]

@@ -160,6 +160,18 @@ def _layer(name: str) -> str | None:
     return name[: found.end()] if found else None
 
 
+def sigma(parameter: torch.Tensor) -> torch.Tensor:
+    """Computes the standard deviation of a tensor, its entries' usual amount of change.
+
+    Args:
+        parameter: a tensor of any dtype.
+
+    Returns:
+        A float32 scalar, on its device.
+    """
+    return parameter.detach().float().std()
+
+
 def esi_scores(
     parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -173,22 +185,21 @@ def esi_scores(
         Names and float32 scores of the parameter's shape.
     """
     for name, parameter in parameters.items():
-        sigma = parameter.detach().float().std()
-        yield name, (sigma * gradients[name]).abs_().cpu().numpy()
+        yield name, (sigma(parameter) * gradients[name]).abs_().cpu().numpy()
 
 
 def random_scores(
-    parameters: Mapping[str, nn.Parameter], seed: int
+    parameters: Mapping[str, nn.Parameter], *seed: int
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yields uniform scores: their top-k is a uniform choice, the control for ESI's.
 
     Args:
         parameters: eligible parameters by name.
-        seed: with a tensor's name, it fixes that tensor's scores.
+        *seed: with a tensor's name, these fix that tensor's scores.
 
     Yields:
         Names and float32 scores in [0, 1) of the parameter's shape.
     """
     for name, parameter in parameters.items():
-        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        generator = np.random.default_rng([*seed, zlib.crc32(name.encode())])
         yield name, generator.random(tuple(parameter.shape), dtype=np.float32)

@@ -70,6 +70,7 @@ def options(requests: Requests) -> dict[str, list[str]]:
         "score": harmful + score,
         "train": harmful + train,
         "preserve": preserve,
+        "probe": ["--draws", "1", *evaluate],
         "eval": evaluate,
         "enhance": harmful + score + train + evaluate,
     }

@@ -82,12 +82,13 @@ def test_a_patch_for_another_base_is_a_failure(run: Run, tmp_path: Path) -> None
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("command", ["score", "train", "preserve", "merge", "report"])
+@pytest.mark.parametrize("command", ["score", "train", "preserve", "probe", "merge", "report"])
 def test_an_existing_result_is_a_failure_unless_it_may_be_replaced(
     command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     safety_map = ["--map", run.out / "map"]
-    inputs = {"train": safety_map, "preserve": safety_map, "merge": [run.out / "patch"]}
+    inputs = dict.fromkeys(["train", "preserve", "probe"], safety_map)
+    inputs["merge"] = [run.out / "patch"]
     (tmp_path / "file").write_text("old")
     source = run.out / "map" if command == "report" else run.base
     job = [command, source, *inputs.get(command, []), "--out", tmp_path]
@@ -121,6 +122,17 @@ def test_maps_of_models_of_other_shapes_are_a_failure_of_one_line(run: Run, tmp_
     assert line.endswith("found [2, 3]; compare maps of one model")
 
 
+def test_probing_under_a_patch_that_is_not_merged_is_a_failure_of_one_line(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "patch", "--out", tmp_path / "probe"]
+    called = call("probe", run.base, *inputs, *options["probe"])
+    assert called.exit_code == 1
+    assert called.stdout == ""
+    assert error_lines(called.stderr)[-1].endswith("merge the patch first")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> None:
     called = call("enhance", run.base, *run.options, "--seed", "1")
     assert called.exit_code == 1
@@ -142,6 +154,10 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["preserve", "base", "--map", ".", "--out", "model"],
         ["preserve", "base", "--data", "rows.json", "--out", "model"],
         ["preserve", "base", "--map", "nowhere", "--data", "rows.json", "--out", "model"],
+        ["probe", "base", "--out", "probe"],
+        ["probe", "base", "--map", ".", "--out", "probe", "--noise", "0"],
+        ["probe", "base", "--map", ".", "--out", "probe", "--noise", "inf"],
+        ["probe", "base", "--map", ".", "--out", "probe", "--draws", "0"],
         ["protect", "--map", ".", "--out", "model"],
         ["protect", "--map", ".", "--out", "model", "--tuned", "."],
         ["protect", "--map", ".", "--out", "model", "--tuned", ".", "--base", ".", "--lora", "l"],

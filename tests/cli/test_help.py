@@ -21,6 +21,7 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "inspect",
         "merge",
         "preserve",
+        "probe",
         "protect",
         "report",
         "score",
@@ -57,7 +58,9 @@ def test_every_command_can_print_json(command: str) -> None:
     assert "--json" in [name for each in options_of(main.commands[command]) for name in each.opts]
 
 
-@pytest.mark.parametrize("command", ["enhance", "eval", "merge", "preserve", "score", "train"])
+@pytest.mark.parametrize(
+    "command", ["enhance", "eval", "merge", "preserve", "probe", "score", "train"]
+)
 def test_every_command_that_takes_long_has_a_dry_run(command: str) -> None:
     options = options_of(main.commands[command])
     assert "--dry-run" in [name for each in options for name in each.opts]

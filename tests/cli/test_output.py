@@ -162,6 +162,35 @@ def test_enhance_then_merge_then_preserve_keeps_what_enhance_has_made(
     assert "holds the merged values" in verified.stdout
 
 
+def test_probe_prints_its_result_as_json(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "map", "--out", tmp_path / "probe", "--noise", "0.5"]
+    called = call("probe", run.base, *inputs, *options["probe"], "--seed", "3", "--json")
+    assert called.exit_code == 0, called.output
+    result = json.loads(called.stdout)
+    assert result == json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert result["settings"]["probe"] == {"noise": 0.5, "draws": 1, "seed": 3}
+    assert result["settings"]["score"]["seed"] == 3
+    assert "Asking perturbed models" in called.stderr
+
+
+def test_probe_prints_a_table_and_its_verdicts_without_json(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "map", "--out", tmp_path / "probe"]
+    lines = call("probe", run.base, *inputs, *options["probe"]).stdout.splitlines()
+    titles = [line.split("  ")[0] for line in lines[1:8]]
+    assert titles == ["base"] + [
+        f"{perturbation}, {selection}"
+        for perturbation in ("noise", "zero")
+        for selection in ("map", "random", "bottom")
+    ]
+    assert lines[8] == ""
+    assert lines[9].startswith("With noise at the map's weights: can't tell: the base refuses too")
+    assert lines[10].startswith("With the map's weights at zero: ")
+
+
 def test_eval_prints_and_writes_the_same_json(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
@@ -263,13 +292,16 @@ def test_verify_prints_a_line_for_each_check_without_json(run: Run) -> None:
     assert [line.split()[:2] for line in lines] == [["config", "ok:"], ["tensors", "ok:"]]
 
 
-@pytest.mark.parametrize("command", ["enhance", "eval", "merge", "preserve", "score", "train"])
+@pytest.mark.parametrize(
+    "command", ["enhance", "eval", "merge", "preserve", "probe", "score", "train"]
+)
 def test_a_dry_run_prints_json_and_writes_nothing(
     command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     inputs = {
         "train": ["--map", run.out / "map"],
         "preserve": ["--map", run.out / "map"],
+        "probe": ["--map", run.out / "map"],
         "merge": [run.out / "patch"],
     }.get(command, [])
     before = content(run.base), content(run.out)

@@ -110,3 +110,12 @@ def test_no_answer_tokens_at_all_are_refused(tiny_llama: Path, empty: list[Examp
     base = load(tiny_llama)
     with pytest.raises(EvaluationError, match="answers: expected at least one token, found none"):
         measure_utility(base, base, empty, PAD)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_gives_no_numbers_is_refused(
+    tiny_llama: Path, other: PreTrainedModel, answers: list[Example], value: float
+) -> None:
+    other.lm_head.weight[0, 0] = value
+    with pytest.raises(EvaluationError, match="answers: expected finite likelihoods, found NaN"):
+        measure_utility(other, load(tiny_llama), answers, PAD)

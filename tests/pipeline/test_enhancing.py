@@ -19,7 +19,7 @@ from tests.tiny_jobs import Interrupted, Recorder, Requests, content
 FILES = ["settings.json", "before.json", "map", "patch", "after.json", "result.json"]
 TASKS = [
     ("Asking harmful requests", 1),
-    ("Scoring weights", 1),
+    ("Scoring safety", 1),
     ("Asking the base benign requests", 1),
     ("Training", 3),
 ]

@@ -33,6 +33,30 @@ RESULT: dict[str, Any] = {
 LOSSES = [{"step": step, "refusal": 2.0 / step, "retain": 0.0} for step in range(1, 6)]
 
 
+def probed(perturbation: str | None, selection: str, draws: int, **kl: float | None) -> dict:
+    return {
+        "perturbation": perturbation,
+        "selection": selection,
+        "attack_success_rate": rate(17, 100, 0.1092, 0.2555),
+        "over_refusal_rate": rate(7, 112, 0.0306, 0.1234),
+        "invalid_rate": rate(1, 200, 0.0009, 0.0278),
+        "kl": {"mean": 0.0, "low": None, "high": None} | kl,
+        "draws": [{}] * draws,
+    }
+
+
+PROBE: dict[str, Any] = {
+    "rows": [
+        probed(None, "base", 1),
+        probed("noise", "map", 5, mean=0.25, low=0.125, high=0.375),
+    ],
+    "verdicts": {
+        "noise": {"verdict": "specific", "reason": "it rises"},
+        "zero": {"verdict": "can't tell", "reason": "it may rise"},
+    },
+}
+
+
 def record_of(layers: int, experts: int = 0) -> dict[str, Any]:
     """Counts a random selection in a model of some layers, as a report's ``report.json`` holds it.
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.report import comparison_rows, plot_pattern, plot_run
-from tests.report.records import LOSSES, RESULT, record_of
+from safeweights_peft.report import comparison_rows, plot_pattern, plot_probe, plot_run
+from tests.report.records import LOSSES, PROBE, RESULT, record_of
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -81,3 +81,11 @@ def test_a_pattern_is_drawn_to_the_same_bytes_a_second_time(tmp_path: Path) -> N
     first = {path: path.read_bytes() for path in plot_pattern(record, tmp_path).values()}
     second = {path: path.read_bytes() for path in plot_pattern(record, tmp_path).values()}
     assert first == second
+
+
+def test_a_probe_is_drawn_as_a_png_picture(tmp_path: Path) -> None:
+    before = copy.deepcopy(PROBE)
+    plot_probe(PROBE, tmp_path / "probe.png")
+    width, height = size_of(tmp_path / "probe.png")
+    assert width > height > 100
+    assert before == PROBE

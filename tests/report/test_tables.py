@@ -8,11 +8,13 @@ from safeweights_peft.report import (
     judged_rows,
     overlap_rows,
     pattern_rows,
+    probe_rows,
     rate_text,
     size_text,
+    verdict_lines,
 )
 from safeweights_peft.report.tables import grid_rows, share_rows
-from tests.report.records import RESULT, rate, record_of
+from tests.report.records import PROBE, RESULT, rate, record_of
 
 
 def test_a_comparison_sets_every_figure_side_by_side() -> None:
@@ -143,4 +145,20 @@ def test_a_grid_has_a_gap_where_a_layer_has_no_such_component() -> None:
         ("layer", "up", "router"),
         ("0", "0.00", ""),
         ("1", "", "1.00"),
+    ]
+
+
+def test_a_probe_is_laid_out_as_one_table_with_intervals() -> None:
+    judged = "17.0 % [10.9, 25.6]", "6.2 % [3.1, 12.3]", "0.5 % [0.1, 2.8]"
+    assert probe_rows(PROBE) == [
+        ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)"),
+        ("base", "1", *judged, "0.0000"),
+        ("noise, map", "5", *judged, "0.2500 [0.1250, 0.3750]"),
+    ]
+
+
+def test_a_probes_verdicts_are_sentences() -> None:
+    assert verdict_lines(PROBE) == [
+        "With noise at the map's weights: specific: it rises.",
+        "With the map's weights at zero: can't tell: it may rise.",
     ]

@@ -1,0 +1,82 @@
+"""Entries of a model in memory, perturbed for a while: what it loses tells what they carry.
+
+Noise of 0.38 standard deviations of the tensor is that of the reference settings of
+arXiv 2604.08297. Which entries to perturb, and what to ask the model meanwhile, is the caller's
+business.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from safeweights_peft.delta import Array
+from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.selection import sigma
+from safeweights_peft.tuner.entries import add_rounded, to_torch
+
+Change = Callable[[str, nn.Parameter, Tensor], Tensor]
+"""From a parameter's name, the parameter, and some of its entries to others in their place."""
+
+
+@contextmanager
+def perturbed(model: nn.Module, indices: Mapping[str, Array], change: Change) -> Iterator[None]:
+    """Changes entries while the context lasts, then restores the saved ones bit for bit.
+
+    They are restored after an exception too. Tied weights change together.
+
+    Args:
+        model: a model without adapters.
+        indices: checked flat indices by parameter name.
+        change: what to put in the entries' place.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as restoring:
+        for name, positions in indices.items():
+            parameter = model.get_parameter(name)
+            entries = FrozenEntries(name, parameter, to_torch(positions))
+            restoring.callback(entries.restore)
+            entries.write(change(name, parameter, entries.originals))
+        yield
+
+
+def noise(factor: float, *seed: int) -> Change:
+    """Makes a change that adds factor * sigma * N(0, 1), sigma of the whole tensor, as in ESI.
+
+    It is computed in float32 and rounded once to the parameter's dtype.
+
+    Args:
+        factor: size of the noise, in standard deviations of the tensor.
+        *seed: with a tensor's name, these fix the noise.
+
+    Returns:
+        The change.
+    """
+
+    def add(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
+        generator = np.random.default_rng([*seed, zlib.crc32(f"noise at {name}".encode())])
+        drawn = torch.from_numpy(generator.standard_normal(entries.numel(), np.float32))
+        return add_rounded(entries, factor * sigma(parameter) * drawn.to(entries.device))
+
+    return add
+
+
+def zeros(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
+    """Puts zeros in the place of entries.
+
+    Args:
+        name: not used.
+        parameter: not used.
+        entries: some entries; ``(count,)``.
+
+    Returns:
+        As many zeros.
+    """
+    return torch.zeros_like(entries)

@@ -1,0 +1,37 @@
+"""Models: find and load them, say where their parameters live, compute answers' logits."""
+
+from safeweights_peft.modeling.answers import AnswerBatch, answer_logits, last_columns
+from safeweights_peft.modeling.layout import (
+    ROUTER_NAMES,
+    describe,
+    eligible_parameters,
+    total_parameters,
+)
+from safeweights_peft.modeling.loading import (
+    BaseModel,
+    download,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_base,
+)
+
+__all__ = [
+    "ROUTER_NAMES",
+    "AnswerBatch",
+    "BaseModel",
+    "answer_logits",
+    "describe",
+    "download",
+    "eligible_parameters",
+    "last_columns",
+    "load_classifier",
+    "load_model",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "resolve_base",
+    "total_parameters",
+]

@@ -1,0 +1,171 @@
+"""A model's parameters: which may be selected, and where each lives on disk.
+
+The only translator between in-memory parameters and checkpoint keys, and the only file that uses
+transformers' weight conversion. It never sees an adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.delta import DTYPES
+from safeweights_peft.errors import ModelError
+from safeweights_peft.format import Block, TensorRecord
+
+ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+def total_parameters(model: nn.Module) -> int:
+    """Counts the entries of all parameters, tied ones once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The count that densities refer to, as in the paper (embeddings included).
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Lists the parameters that may carry selected entries.
+
+    Embeddings (and an untied output head), norms, biases and routers are left out: norms and
+    biases are vectors (one for each expert where experts are fused), and moving embeddings or
+    routers changes the model everywhere at once.
+
+    Args:
+        model: a causal language model without adapters.
+
+    Returns:
+        In-memory parameter names and parameters, in the model's order.
+    """
+    head = model.get_output_embeddings()
+    left_out = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is head
+    }
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in left_out and not _is_left_out(name)
+    }
+
+
+def _is_left_out(name: str) -> bool:
+    """Tells routers by their module's name, and biases by their own."""
+    module, _, own = name.rpartition(".")
+    return module.rpartition(".")[2] in ROUTER_NAMES or own.endswith("bias")
+
+
+def describe(
+    model: PreTrainedModel, names: Iterable[str], base_path: Path | None
+) -> dict[str, TensorRecord]:
+    """Says for each parameter what it is and where it lives in the base's checkpoint.
+
+    Args:
+        model: a causal language model without adapters.
+        names: in-memory parameter names.
+        base_path: the base's directory, whose keys, shapes and dtypes are checked; None for a model
+            that was never on disk.
+
+    Returns:
+        One record per parameter, without count and digests: these depend on the indices.
+
+    Raises:
+        ModelError: the model has no such parameter, or the checkpoint has no counterpart of it, or
+            one of another shape.
+    """
+    reader = None if base_path is None else CheckpointReader(base_path)
+    parameters = dict(model.named_parameters())
+    records = {}
+    for name in names:
+        if name not in parameters:
+            raise ModelError(
+                f"{name}: expected a parameter of the model, found none; a tied one goes by its "
+                "first name, as in named_parameters()"
+            )
+        records[name] = _describe_parameter(model, name, parameters[name], reader)
+    return records
+
+
+def _describe_parameter(
+    model: PreTrainedModel, name: str, parameter: nn.Parameter, reader: CheckpointReader | None
+) -> TensorRecord:
+    positions = torch.arange(parameter.numel()).view(parameter.shape)
+    blocks = tuple(
+        _block(name, key, value.numpy())
+        for key, value in revert_weight_conversion(model, {name: positions}).items()
+    )
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if reader is not None:
+        blocks = tuple(_on_disk(model, name, block, reader) for block in blocks)
+        dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
+    return TensorRecord(
+        shape=tuple(parameter.shape),
+        dtype=dtype,
+        blocks=blocks,
+        tied_keys=_tied_names(model, name, parameter),
+    )
+
+
+def _block(name: str, key: str, positions: np.ndarray) -> Block:
+    """Describes a checkpoint tensor as a strided view of the parameter's flat storage."""
+    origin = (0,) * positions.ndim
+    offset = int(positions[origin])
+    strides = []
+    for axis, size in enumerate(positions.shape):
+        step = tuple(int(i == axis) for i in range(positions.ndim))
+        strides.append(int(positions[step]) - offset if size > 1 else 1)
+    rebuilt = np.full((), offset, dtype=np.int64)
+    for stride, size in zip(strides, positions.shape, strict=True):
+        rebuilt = rebuilt[..., None] + stride * np.arange(size)
+    if not np.array_equal(rebuilt, positions):
+        raise ModelError(
+            f"{name}: expected checkpoint tensor {key} to be a strided view of it, found another "
+            "layout; this architecture can't be patched on disk yet"
+        )
+    return Block(key=key, shape=positions.shape, offset=offset, strides=tuple(strides))
+
+
+def _on_disk(model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader) -> Block:
+    bare = block.key.removeprefix(f"{model.base_model_prefix}.")
+    key = next((key for key in (block.key, bare) if key in reader), None)
+    if key is None:
+        raise ModelError(
+            f"{name}: expected {block.key} in {reader.directory}, found no such tensor; "
+            "was the checkpoint saved by another version of transformers?"
+        )
+    shape = reader.info(key).shape
+    if tuple(shape) != tuple(block.shape):
+        raise ModelError(
+            f"{name}: expected {key} of shape {tuple(block.shape)}, found {tuple(shape)}; "
+            "the checkpoint does not belong to this model"
+        )
+    return replace(block, key=key)
+
+
+def _common_dtype(name: str, dtypes: set[str]) -> str:
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        raise ModelError(
+            f"{name}: expected one of the dtypes {', '.join(DTYPES)} on disk, "
+            f"found {', '.join(sorted(dtypes))}; convert the checkpoint first"
+        )
+    return dtypes.pop()
+
+
+def _tied_names(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
+    everything = model.named_parameters(remove_duplicate=False)
+    return tuple(other for other, value in everything if value is parameter and other != name)

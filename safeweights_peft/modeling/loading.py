@@ -1,0 +1,229 @@
+"""Base models, guards and tokenizers: where they are, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from safeweights_peft.delta import DTYPES
+from safeweights_peft.errors import ModelError
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base model was found.
+
+    Attributes:
+        name: the Hub id or path as the user gave it; recorded in adapters.
+        path: the local directory with its files.
+        revision: the Hub commit, or None for a plain directory.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+
+
+def resolve_base(
+    base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
+) -> BaseModel:
+    """Finds a base model: a local directory, or a Hub id (downloaded into the cache).
+
+    Args:
+        base: directory or Hub id.
+        revision: branch, tag or commit on the Hub; the default branch if None.
+        files: which files of a Hub id are needed, as patterns.
+
+    Returns:
+        The local directory and, for a Hub id, the commit that it holds.
+
+    Raises:
+        ModelError: there is no such directory or repository, it has no config.json, or a revision
+            of a directory is asked for.
+    """
+    path = Path(base)
+    commit = None
+    if path.is_dir() and revision is not None:
+        raise ModelError(
+            f"--revision {revision}: expected a base on the Hub, found the directory {base}, which "
+            "has no revisions; leave it out"
+        )
+    if not path.is_dir():
+        path = download(base, files, "a model directory or a Hub id", revision)
+        commit = path.name
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{base}: expected a Hugging Face model with config.json, found none; "
+            "give the directory that save_pretrained wrote, or a Hub id"
+        )
+    return BaseModel(base, path, commit)
+
+
+def download(
+    source: str, patterns: Sequence[str], wanted: str, revision: str | None = None
+) -> Path:
+    """Downloads files of a Hub repository into the cache, unless they are there.
+
+    Args:
+        source: the Hub id.
+        patterns: which files.
+        wanted: what the user was to give, for the message.
+        revision: branch, tag or commit; the default branch if None.
+
+    Returns:
+        The snapshot's directory, which is named by its commit.
+
+    Raises:
+        ModelError: there is no such repository, or it can't be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{source}: expected {wanted}, found neither ({error}); "
+            "check the spelling, the network and your access"
+        ) from error
+
+
+def pick_device(device: str | None = None) -> torch.device:
+    """Chooses where to compute.
+
+    Args:
+        device: a torch device, or None for the accelerator where there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        ModelError: torch doesn't know `device`, or can't use it here.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise ModelError(
+            f"--device {device}: expected a torch device of this machine, found none: {error}; "
+            "choose another, or none for the best one here"
+        ) from error
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """Chooses the dtype to compute in.
+
+    Args:
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: float32 on a CPU, where 16-bit
+            arithmetic is slow, and the checkpoint's own dtype elsewhere.
+        device: where the model will run.
+
+    Returns:
+        A torch dtype, or "auto" for the checkpoint's own.
+
+    Raises:
+        ModelError: `dtype` is none of these.
+    """
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype: expected auto, {', '.join(DTYPES)}, found {dtype}; choose one")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def load_model(
+    base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Loads a causal language model for inference: evaluation mode, no gradients.
+
+    Args:
+        base: a resolved base model.
+        dtype: what to load the weights in; "auto" is the checkpoint's own.
+        device: where the model goes.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: transformers can't load it, or its weights are quantized.
+    """
+    return _load(AutoModelForCausalLM, "causal language model", base, dtype, device)
+
+
+def load_classifier(
+    base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Loads a sequence classifier for inference: evaluation mode, no gradients.
+
+    Args:
+        base: the resolved classifier.
+        dtype: what to load the weights in; "auto" is the checkpoint's own.
+        device: where the model goes.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: transformers can't load it, or its weights are quantized.
+    """
+    return _load(AutoModelForSequenceClassification, "sequence classifier", base, dtype, device)
+
+
+def _load(
+    loader: Any,
+    kind: str,
+    base: BaseModel,
+    dtype: torch.dtype | str,
+    device: torch.device | str,
+) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = loader.from_pretrained(base.path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{base.name}: expected a {kind} that transformers can load, "
+            f"found {type(error).__name__}: {error}"
+        ) from error
+    if getattr(model, "is_quantized", False):
+        raise ModelError(
+            f"{base.name}: expected float weights, found a quantized model; use its original"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer and makes sure that it can pad.
+
+    Args:
+        base: a resolved base model.
+
+    Returns:
+        The tokenizer; the end-of-text token pads where no padding token is set.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has neither a padding nor an end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{base.name}: expected a tokenizer, found none: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{base.name}: expected a padding or end token in the tokenizer")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

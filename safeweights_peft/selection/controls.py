@@ -1,0 +1,79 @@
+"""Controls for a selection: as many entries that it doesn't hold, at random or by lowest score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import SelectionError
+from safeweights_peft.selection.topk import Order, Selected, select
+
+LAST = {Order.TOP: np.float32(0), Order.BOTTOM: np.finfo(np.float32).max}
+"""What entries are scored with that are left out: behind all others, whichever end is kept."""
+
+
+def check_left(parameters: Mapping[str, nn.Parameter], taken: Mapping[str, Array]) -> None:
+    """Checks that as many entries as are taken are left.
+
+    Args:
+        parameters: eligible parameters by name.
+        taken: flat indices by name, of eligible parameters or others.
+
+    Raises:
+        SelectionError: too few are left.
+    """
+    free = sum(
+        parameter.numel() - (taken[name].size if name in taken else 0)
+        for name, parameter in parameters.items()
+    )
+    count = _count(taken)
+    if count > free:
+        raise SelectionError(
+            f"map: expected at most as many entries as it leaves to compare with, found {count} "
+            f"and {free} eligible ones left; use a map of lower density"
+        )
+
+
+def select_lowest(
+    scores: Iterable[tuple[str, NDArray[np.float32]]], taken: Mapping[str, Array]
+) -> dict[str, Selected]:
+    """Selects as many entries as are taken: those with the lowest scores, and none of the taken.
+
+    Of uniform random scores (`random_scores`) that is a uniform choice. `check_left` tells whether
+    there are enough.
+
+    Args:
+        scores: names and scores, tensor by tensor; those of taken entries are overwritten.
+        taken: flat indices by name.
+
+    Returns:
+        The selected entries of each tensor that has any, in name order.
+    """
+    return select(leave_out(scores, taken, Order.BOTTOM), _count(taken), Order.BOTTOM)
+
+
+def leave_out(
+    scores: Iterable[tuple[str, NDArray[np.float32]]], taken: Mapping[str, Array], order: Order
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Scores entries so that they are selected last.
+
+    Args:
+        scores: names and scores, tensor by tensor; those of taken entries are overwritten.
+        taken: flat indices by name.
+        order: which end of the ranking will be selected.
+
+    Yields:
+        Names and scores.
+    """
+    for name, values in scores:
+        if name in taken:
+            values.reshape(-1)[taken[name]] = LAST[order]
+        yield name, values
+
+
+def _count(taken: Mapping[str, Array]) -> int:
+    return sum(indices.size for indices in taken.values())
