@@ -138,10 +138,10 @@ def measure_time(path: str | None, tokens: int, rounds: int) -> dict[str, float]
     return {method: statistics.median(each) for method, each in times.items()}
 
 
-def in_new_process(arguments: list[str], **environment: str) -> object:
-    """Run a measurement of this script in a process of its own."""
+def in_new_process(arguments: list[str], script: str = __file__, **environment: str) -> object:
+    """Run a measurement of a script in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, script, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
+from safeweights_peft.format import read_adapter
 from safeweights_peft.merge import merge, verify
 from safeweights_peft.pipeline import ComputeSettings, Method, enhance_model
 from tests.pipeline.conftest import Run
@@ -185,15 +186,22 @@ def test_a_missing_source_of_requests_is_found_before_the_first_step(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["tiny_mixtral", "tiny_qwen3_moe"])
 def test_a_mixture_of_experts_is_enhanced_end_to_end(
-    tiny_mixtral: Path, requests: Requests, tmp_path: Path
+    kind: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    base, patch = request.getfixturevalue(kind), tmp_path / "run" / "patch"
     settings = requests.score(), requests.train(), requests.evaluate()
-    result = enhance_model(str(tiny_mixtral), tmp_path / "run", *settings)
-    merge(tiny_mixtral, tmp_path / "run" / "patch", tmp_path / "merged")
+    result = enhance_model(str(base), tmp_path / "run", *settings)
+    merge(base, patch, tmp_path / "merged")
     assert result["after"]["kl"] > 0
-    assert verify(tmp_path / "run" / "patch", tiny_mixtral).ok
-    assert verify(tmp_path / "run" / "patch", tmp_path / "merged").ok
+    assert any("experts" in name for name in read_adapter(patch).deltas)
+    assert verify(patch, base).ok
+    assert verify(patch, tmp_path / "merged").ok
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(patch))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, each in loaded.merge_and_unload().state_dict().items():
+        assert torch.equal(each, merged[name]), name
 
 
 @pytest.mark.parametrize("method", [Method.RANDOM, Method.BOTTOM])

@@ -1,8 +1,7 @@
 """The scoring job: the right number of entries, by the plain formula, of a base that is named."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from tests.tiny_guards import (
     save_tiny_classifier,
     save_tiny_guard,
 )
-from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Recorder, Requests, content
+from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted, Recorder, Requests, content
 
 
 def count(safety_map: SafetyMap) -> int:
@@ -213,26 +212,6 @@ def test_passes_over_few_layers_give_the_same_map_bit_for_bit(
     assert same(score(str(tiny_llama), tmp_path / "parts", settings), whole)
 
 
-class Interrupted(Recorder):
-    """Raises when so many units have been reported."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        with super().task(description, total) as advance:
-
-            def count(units: int) -> None:
-                self.left -= units
-                if self.left <= 0:
-                    raise KeyboardInterrupt
-                advance(units)
-
-            yield count
-
-
 @pytest.mark.parametrize("at", [2, 4, 5])
 def test_an_interrupted_scoring_goes_on_to_the_same_map(
     tiny_llama: Path,
@@ -244,10 +223,10 @@ def test_an_interrupted_scoring_goes_on_to_the_same_map(
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2, layers_per_pass=1)
     straight = score(str(tiny_llama), tmp_path / "straight", settings)
-    with pytest.raises(KeyboardInterrupt):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=Interrupted(at))
-    recorder = Recorder()
-    assert same(score(str(tiny_llama), tmp_path / "map", settings, progress=recorder), straight)
+    broken = Recorder("Scoring safety", after=at)
+    with pytest.raises(Interrupted):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
+    assert same(score(str(tiny_llama), tmp_path / "map", settings), straight)
     assert sorted(path.name for path in tmp_path.iterdir() if "map" in path.name) == ["map"]
 
 
@@ -256,8 +235,9 @@ def test_what_an_interrupted_scoring_has_done_is_not_done_again(
 ) -> None:
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2)
-    with pytest.raises(KeyboardInterrupt):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=Interrupted(3))
+    broken = Recorder("Scoring safety", after=3)
+    with pytest.raises(Interrupted):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
     starts = []
     terms = ReferenceObjective.terms
 
