@@ -11,6 +11,7 @@ the matter of ``preserve``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,12 +85,14 @@ class FrozenEntries:
 class FreezeGuard:
     """The hooks that keep frozen entries as they are, from ``attach`` to ``detach``.
 
-    Whatever optimizer holds the parameter need not be named: torch tells of the steps of all.
+    Whatever optimizer holds the parameter need not be named: torch tells of the steps of all. The
+    hooks don't keep the guard alive: they go when nothing else holds it.
     """
 
     def __init__(self, entries: Sequence[FrozenEntries]) -> None:
         self._entries = entries
         self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def attach(self) -> None:
         """Start to guard; parameters that don't require gradients get no gradient hook."""
@@ -97,17 +100,27 @@ class FreezeGuard:
             if each.parameter.requires_grad:
                 hook = each.parameter.register_post_accumulate_grad_hook(each.clear_gradient)
                 self._handles.append(hook)
-        self._handles.append(register_optimizer_step_post_hook(self._after_step))
+        after_step = weakref.WeakMethod(self._after_step)
+
+        def tell(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            if restore := after_step():
+                restore(optimizer)
+
+        self._handles.append(register_optimizer_step_post_hook(tell))
 
     def detach(self) -> None:
         """Remove every hook, and write the original entries back once more."""
-        while self._handles:
-            self._handles.pop().remove()
+        _remove_all(self._handles)
         for each in self._entries:
             each.restore()
 
-    def _after_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         moved = {id(each) for group in optimizer.param_groups for each in group["params"]}
         for each in self._entries:
             if id(each.parameter) in moved:
                 each.restore()
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()

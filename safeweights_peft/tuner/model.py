@@ -111,8 +111,8 @@ class SafeWeightsModel(BaseTuner):
             *args: As in PEFT.
             **kwargs: As in PEFT.
         """
-        self._held_back: dict[str, RemovableHandle] = {}  # maps to be loaded, by adapter
-        self._end_protection: dict[str, Callable[[], Any]] = {}  # loaded ones
+        self._held_back: dict[str, list[RemovableHandle]] = {}  # maps to be loaded, by adapter
+        self._end_protection: dict[str, Callable[[], None]] = {}  # loaded ones
         super().__init__(*args, **kwargs)
 
     def inject_adapter(
@@ -194,16 +194,18 @@ class SafeWeightsModel(BaseTuner):
     ) -> None:
         """Freeze a loaded safety map's entries; loaded again, it is checked again."""
         metadata = config.to_metadata(f"adapter {adapter_name!r}")
-        if adapter_name in self._held_back:
-            self._held_back.pop(adapter_name).remove()
+        self._let_run(adapter_name)
         end_protection = protect(self.model, metadata, arrays)
         self._release(adapter_name)  # of what was loaded before
         self._end_protection[adapter_name] = end_protection
 
+    def _let_run(self, adapter_name: str) -> None:
+        for handle in self._held_back.pop(adapter_name, []):
+            handle.remove()
+
     def _release(self, adapter_name: str) -> None:
         """Let the base run and train as if a safety map had never been named."""
-        if adapter_name in self._held_back:
-            self._held_back.pop(adapter_name).remove()
+        self._let_run(adapter_name)
         if adapter_name in self._end_protection:
             self._end_protection.pop(adapter_name)()
 

@@ -1,5 +1,6 @@
 """A safety map loaded by PEFT to train under: its entries keep their bits, and nothing is added."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from safeweights_peft import (
@@ -20,6 +21,7 @@ from safeweights_peft import (
 )
 from tests.tiny_models import save_tiny_llama
 from tests.training.maps import BATCHES, hooks, kept, load, make_map, moved, same, train
+from tests.tuner.patches import save_patch
 
 
 @pytest.fixture(autouse=True)
@@ -145,9 +147,86 @@ def test_a_config_without_its_map_never_runs_unprotected(tiny_llama: Path, map_d
         model(input_ids=BATCHES[0])
 
 
-def test_a_map_beside_a_patch_is_refused(
-    tiny_llama: Path, map_dir: Path, tmp_path: Path
-) -> None: ...
+def test_a_patch_beside_a_map_is_refused_and_the_map_goes_on(
+    tiny_llama: Path, safety_map: SafetyMap, map_dir: Path, tmp_path: Path
+) -> None:
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    model = protected(tiny_llama, map_dir)
+    with pytest.raises(UnsupportedFeatureError, match="merge the patch first"):
+        model.load_adapter(str(patch), "patch")
+    assert list(model.peft_config) == ["default"]
+    train(model)
+    assert kept(model.get_base_model(), tiny_llama, safety_map)
+
+
+def test_a_map_beside_a_patch_is_refused(tiny_llama: Path, map_dir: Path, tmp_path: Path) -> None:
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    model = PeftModel.from_pretrained(load(tiny_llama), str(patch))
+    with pytest.raises(UnsupportedFeatureError, match="merge the patch first"):
+        model.load_adapter(str(map_dir), "map", is_trainable=True)
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("by_peft", [True, False])
+def test_lora_that_is_added_later_never_trains_unprotected(
+    tiny_llama: Path, map_dir: Path, by_peft: bool
+) -> None:
+    base = protected(tiny_llama, map_dir).get_base_model()
+    config = LoraConfig(target_modules=["up_proj"])
+    model = get_peft_model(base, config) if by_peft else base
+    if not by_peft:
+        base.add_adapter(config)
+    with pytest.raises(UnsupportedFeatureError, match="without adapters of other methods"):
+        model(input_ids=BATCHES[0])
+    with torch.no_grad():
+        assert model(input_ids=BATCHES[0]).logits.isfinite().all()
+
+
+def test_a_copy_never_trains_unprotected(tiny_llama: Path, map_dir: Path) -> None:
+    twin = copy.deepcopy(protected(tiny_llama, map_dir))
+    with pytest.raises(UnsupportedFeatureError, match="load the safety map into that model"):
+        twin(input_ids=BATCHES[0])
+    with torch.no_grad():
+        assert twin(input_ids=BATCHES[0]).logits.isfinite().all()
+
+
+def test_a_part_of_the_base_stays_protected_when_the_rest_is_gone(
+    tiny_llama: Path, safety_map: SafetyMap, map_dir: Path
+) -> None:
+    backbone = protected(tiny_llama, map_dir).get_base_model().model
+    gc.collect()
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.01, weight_decay=0.1)
+    for rows in BATCHES[:3]:
+        backbone(input_ids=rows).last_hidden_state.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = load(tiny_llama).model
+    for name, indices in safety_map.indices.items():
+        if name.startswith("model."):
+            own = name.removeprefix("model.")
+            now, then = (each.get_parameter(own).detach().flatten() for each in (backbone, before))
+            assert torch.equal(now[indices], then[indices]), name
+            assert not torch.equal(now, then), name
+
+
+def test_what_is_saved_holds_the_entries_whoever_moved_them(
+    tiny_llama: Path, safety_map: SafetyMap, map_dir: Path, tmp_path: Path
+) -> None:
+    base = protected(tiny_llama, map_dir).get_base_model()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter += 1  # as an optimizer of copies does
+    base.save_pretrained(tmp_path / "trained")
+    assert kept(load(tmp_path / "trained"), tiny_llama, safety_map)
+
+
+def test_a_part_of_a_model_never_runs_under_a_config_alone(tiny_llama: Path, map_dir: Path) -> None:
+    config = PeftConfig.from_pretrained(str(map_dir))
+    config.inference_mode = False
+    model = get_peft_model(load(tiny_llama), config)
+    with pytest.raises(ModelError, match="found its config alone"):
+        model.get_base_model().model(input_ids=BATCHES[0])
 
 
 def test_a_dropped_model_takes_its_protection_along(tiny_llama: Path, map_dir: Path) -> None:
