@@ -75,11 +75,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="computed in; trained weights are float32")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    check_same(arguments)
     if not (arguments.out / "before.json").exists():
         write_json(arguments.out / "before.json", measure(arguments, arguments.base, None))
     for row in arguments.rows:
         run_row(arguments, row)
     print_table(arguments.out)
+
+
+def check_same(arguments: argparse.Namespace) -> None:
+    """Refuse a directory that holds the rows of another study."""
+    kept = arguments.out / "arguments.json"
+    given = {key: str(value) for key, value in vars(arguments).items() if key != "rows"}
+    if not kept.exists():
+        write_json(kept, given)
+    elif json.loads(kept.read_text(encoding="utf-8")) != given:
+        raise SystemExit(f"{kept}: expected the arguments given now, found others; change --out")
 
 
 def run_row(arguments: argparse.Namespace, row: str) -> None:
@@ -127,6 +138,8 @@ def mixed_data(arguments: argparse.Namespace) -> Path:
         task = read_rows(arguments.task, needs_output=True)
         count = round(len(task) * MIXED_SHARE / (1 - MIXED_SHARE))
         requests = [row.instruction for row in read_rows(arguments.mix)[:count]]
+        if len(requests) < count:
+            raise SystemExit(f"{arguments.mix}: expected {count} requests, found {len(requests)}")
         base = resolve_base(arguments.mix_base, None)
         model, tokenizer = (
             load_model(base, torch.float32, torch.device("cpu")),
@@ -155,7 +168,8 @@ def count_moved(base: str, tuned: Path, map_dir: Path) -> dict[str, int]:
     before, after = CheckpointReader(resolve_base(base, None).path), CheckpointReader(tuned)
     moved, frozen_moved = 0, 0
     for name, indices in artifact.indices.items():
-        key = artifact.metadata.tensors[name].blocks[0].key
+        (block,) = artifact.metadata.tensors[name].blocks  # as in dense models
+        key = block.key
         differs = (_bits(before.read(key)) != _bits(after.read(key))).reshape(-1)
         moved += int(differs.sum())
         frozen_moved += int(differs[indices].sum())

@@ -162,7 +162,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     draft.replace(path)
 
 
@@ -318,11 +318,16 @@ def _sync_all(directory: Path) -> None:
     """Bring every file, then every directory, to the disk, so that the rename comes last."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See to it that a file or directory is on disk, not only on its way there.
+
+    Args:
+        path: The file or directory.
+    """
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a directory
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -344,6 +349,6 @@ def _replace(target: Path, draft: Path) -> None:
         if had_old:
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if had_old:
         shutil.rmtree(old, ignore_errors=True)

@@ -80,7 +80,9 @@ harmful_train = click.option(
     show_default=True,
     help="Harmful requests to learn from: builtin:NAME, a .json/.jsonl file, or a datasets id.",
 )
-seed = click.option("--seed", default=0, show_default=True, help="Random seed.")
+seed = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Random seed."
+)
 score_options = _options(
     click.option(
         "--density",

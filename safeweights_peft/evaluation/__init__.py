@@ -1,7 +1,7 @@
 """What a model answers, how answers are judged, and what that amounts to."""
 
 from safeweights_peft.evaluation.draws import Mean, mean_over_draws, rate_over_draws
-from safeweights_peft.evaluation.generate import generate_answers
+from safeweights_peft.evaluation.generate import end_token_ids, generate_answers
 from safeweights_peft.evaluation.judges import Judge, RefusalJudge, Verdict
 from safeweights_peft.evaluation.metrics import (
     Rate,
@@ -24,6 +24,7 @@ __all__ = [
     "Utility",
     "Verdict",
     "attack_success_rate",
+    "end_token_ids",
     "generate_answers",
     "judge_specificity",
     "mean_over_draws",

@@ -51,15 +51,30 @@ def generate_answers(
     return [answers[row] for row in range(len(prompts))]
 
 
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tells with which tokens a model ends an answer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+
+    Returns:
+        Those of the model's generation config, or else the tokenizer's end token.
+    """
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset(ends if isinstance(ends, list) else [ends])
+
+
 def _greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
     """Builds greedy settings from the model's end tokens alone: its sampling settings stay out."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = sorted(end_token_ids(model, tokenizer))
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=ends if ends is not None else tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -76,8 +91,7 @@ def _answer(
         logits_to_keep=last_columns(1),
     )
     width = batch.input_ids.shape[1]
-    ends = config.eos_token_id
-    stops = frozenset(ends if isinstance(ends, list) else [ends])
+    stops = frozenset(config.eos_token_id)
     return [
         Example(prompt.prompt_ids, _cut(tuple(row), stops))
         for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True)

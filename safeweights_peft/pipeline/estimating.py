@@ -7,6 +7,7 @@ about two; nothing is loaded.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,13 +127,18 @@ def _read_sizes(base: BaseModel, is_trained: bool, dtype: str, device: torch.dev
 
 def _accumulated(score: ScoreSettings, base: _Sizes) -> int:
     """Counts the entries whose gradients are summed at once."""
-    passes = layer_groups(base.counts, score.layers_per_pass)
+    passes = layer_groups(_scored(base), score.layers_per_pass)
     return max(sum(base.counts[key] for key in keys) for keys in passes)
+
+
+def _scored(base: _Sizes) -> list[str]:
+    """Lists the tensors of numbered layers: those of others hold nothing that is scored."""
+    return [key for key in base.counts if re.search(r"\.\d+\.", key)] or list(base.counts)
 
 
 def _tokens_of_scoring(score: ScoreSettings, judge: _Sizes, base: _Sizes) -> float:
     """Counts the model's tokens, a judge's in proportion to its size."""
-    passes = len(layer_groups(base.counts, score.layers_per_pass))
+    passes = len(layer_groups(_scored(base), score.layers_per_pass))
     answer = score.answer_tokens if judge.counts else score.refusal_tokens
     own: float = 3 * passes * (PROMPT_TOKENS + answer)
     if judge.counts:

@@ -10,10 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.data import Example, Row, encode_example
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.evaluation import generate_answers
-from safeweights_peft.modeling import load_classifier, load_model, load_tokenizer, resolve_base
+from safeweights_peft.evaluation import end_token_ids, generate_answers
+from safeweights_peft.modeling import (
+    BaseModel,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    resolve_base,
+)
 from safeweights_peft.pipeline.progress import Progress
-from safeweights_peft.pipeline.settings import ScoreSettings
+from safeweights_peft.pipeline.settings import Method, ScoreSettings
 from safeweights_peft.selection import (
     Aggregation,
     Answered,
@@ -62,9 +68,10 @@ def safety_objective(
     judged = _judge(tokenizer, settings, dtype, model.device)  # refused now, not after the answers
     requests = [row.instruction for row in rows]
     examples = _answers(model, tokenizer, requests, settings, "harmful", progress)
+    ends = end_token_ids(model, tokenizer)
     return judged(
         [
-            Answered(request, Example(example.prompt_ids, _without_end(example, tokenizer)))
+            Answered(request, Example(example.prompt_ids, _without_end(example.answer_ids, ends)))
             for request, example in zip(requests, examples, strict=True)
         ]
     )
@@ -117,10 +124,21 @@ def check_judges(settings: ScoreSettings) -> None:
         if bool(judge) != bool(detail):
             given, missing = (name, name.split("-")[0]) if detail else (name.split("-")[0], name)
             raise SelectionError(f"--{given}: expected --{missing} with it, found none; give both")
+    judge = "--guard" if settings.guard else "--classifier"
+    if (settings.guard or settings.classifier) and settings.method is Method.RANDOM:
+        raise SelectionError(
+            f"{judge}: expected --method esi or bottom with it, found random, which asks nobody; "
+            "leave one out"
+        )
     if settings.paper_exact and not settings.guard:
         raise SelectionError("--paper-exact: expected --guard with it, found none; name the guard")
     if settings.guard:
-        read_profile(settings.profile or "")
+        profile = read_profile(settings.profile or "")
+        if settings.paper_exact and (profile.template or profile.options or profile.parts):
+            raise SelectionError(
+                f"--paper-exact: expected a guard that is asked by its plain chat template, found "
+                f"profile {settings.profile}, which is not; choose another guard"
+            )
     if settings.classifier:
         _meaning(settings.label or "")
 
@@ -132,7 +150,7 @@ def _judge(
     device: torch.device,
 ) -> Callable[[Sequence[Answered]], SafetyObjective]:
     """Loads the guard or the classifier; what it returns makes an objective of answers."""
-    found = resolve_base(settings.guard or settings.classifier or "")
+    (found,) = judges_of(settings)
     load = load_model if settings.guard else load_classifier
     judge, own = load(found, dtype, device), load_tokenizer(found)
     scorer: AnswerScorer
@@ -154,6 +172,18 @@ def _judge(
         samples=settings.samples,
         seed=settings.seed,
     )
+
+
+def judges_of(settings: ScoreSettings) -> list[BaseModel]:
+    """Finds the models beside the base that a scoring job reads.
+
+    Args:
+        settings: those of the job.
+
+    Returns:
+        The guard or the classifier, or nothing.
+    """
+    return [resolve_base(name) for name in (settings.guard, settings.classifier) if name]
 
 
 def _meaning(label: str) -> tuple[bool, str]:
@@ -185,7 +215,6 @@ def _answers(
         )
 
 
-def _without_end(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _without_end(answer_ids: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
     """Leaves out the token that ends the turn, which is no part of what a judge reads."""
-    *ids, last = example.answer_ids
-    return tuple(ids) if last in tokenizer.all_special_ids else example.answer_ids
+    return answer_ids[:-1] if answer_ids[-1] in ends else answer_ids

@@ -5,7 +5,6 @@ In full it becomes a new model; by LoRA, an adapter with a correction.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from safeweights_peft.modeling import (
 )
 from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
-from safeweights_peft.pipeline.resuming import digests, work_dir_beside
+from safeweights_peft.pipeline.resuming import clear_work, digests, work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings
 from safeweights_peft.training import PreserveMethod, PreserveSettings, add_lora, fine_tune
 from safeweights_peft.tuner.entries import to_numpy
@@ -124,7 +123,7 @@ def preserve_model(
             write_json(draft / RECORD_FILE, record)
     else:
         _save(model, layout, artifact, reader, out, record, overwrite)
-    shutil.rmtree(work_dir)
+    clear_work(out)
     return record
 
 

@@ -8,7 +8,6 @@ what the intervals mean in ``evaluation.draws`` and ``evaluation.specificity``.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -48,7 +47,7 @@ from safeweights_peft.modeling import (
 from safeweights_peft.pipeline.evaluating import Asker, figures, make_asker
 from safeweights_peft.pipeline.objectives import safety_objective
 from safeweights_peft.pipeline.progress import Joined, Progress, Quiet
-from safeweights_peft.pipeline.resuming import digests, once, work_dir_beside
+from safeweights_peft.pipeline.resuming import clear_work, digests, once, work_dir_beside
 from safeweights_peft.pipeline.scoring import Scoring, sample_rows
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
@@ -145,7 +144,7 @@ def probe(
     with publish(out, overwrite, EvaluationError) as draft:
         write_json(draft / "probe.json", result)
         plot_probe(result, draft / "probe.png")
-    shutil.rmtree(work_dir)
+    clear_work(out)
     return result
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from safeweights_peft.delta import Array, digest
 from safeweights_peft.errors import DataError
-from safeweights_peft.files import read_json, write_json
+from safeweights_peft.files import read_json, sync, write_json
 from safeweights_peft.tuner.entries import to_numpy
 
 
@@ -47,6 +49,30 @@ def digests(model: nn.Module, entries: Mapping[str, Array] = MappingProxyType({}
     return weights + [digest(each) for each in entries.values()]
 
 
+def clear_work(out: Path) -> None:
+    """Removes what jobs for a result have left beside it, those with other settings included.
+
+    Args:
+        out: the result, which is complete.
+    """
+    for path in out.absolute().parent.iterdir():
+        if path.name.startswith(f".{out.name}.") and path.name.endswith(".work"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def files_of(folder: Path) -> list[list[Any]]:
+    """Names a model's files as they are now, for a job's identity; a changed one changes it.
+
+    Args:
+        folder: the model's directory.
+
+    Returns:
+        Name, size in bytes and time of the last change (ns) of each file.
+    """
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return [[name, found.st_size, found.st_mtime_ns] for name, found in stats]
+
+
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Does a step unless its result is there.
 
@@ -68,11 +94,20 @@ def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     Args:
         path: a safetensors file; an existing one is replaced.
         arrays: by name.
+
+    Raises:
+        OSError: it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    save_file(dict(arrays), str(draft))
-    draft.replace(path)
+    try:
+        save_file(dict(arrays), str(draft))
+        sync(draft)
+        draft.replace(path)
+    except SafetensorError as error:  # the library's name for a full disk
+        raise OSError(f"{path}: expected to be written, was not: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def load_arrays(path: Path) -> dict[str, Array] | None:
@@ -82,6 +117,9 @@ def load_arrays(path: Path) -> dict[str, Array] | None:
         path: the file.
 
     Returns:
-        The arrays, or None if there are none.
+        The arrays, or None if there are none that can be read.
     """
-    return load_file(str(path)) if path.exists() else None
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError):
+        return None

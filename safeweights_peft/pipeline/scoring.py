@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from safeweights_peft.data import Row, data_digest, read_rows, with_refusals
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
-from safeweights_peft.files import check_target
+from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.format import SafetyMap, write_map
 from safeweights_peft.modeling import (
     eligible_parameters,
@@ -32,12 +31,15 @@ from safeweights_peft.modeling import (
 )
 from safeweights_peft.pipeline.objectives import (
     check_judges,
+    judges_of,
     safety_objective,
     utility_objective,
 )
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.resuming import (
+    clear_work,
     digests,
+    files_of,
     load_arrays,
     save_arrays,
     work_dir_beside,
@@ -56,6 +58,7 @@ from safeweights_peft.selection import (
     layer_groups,
     leave_out,
     random_scores,
+    read_profile,
     select,
 )
 from safeweights_peft.tuner.entries import to_numpy
@@ -96,6 +99,9 @@ def score(
     benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
     check_judges(settings)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
+    judges = judges_of(settings)
+    inputs = {"the base": found.path} | {f"the judge {each.name}": each.path for each in judges}
+    check_apart(out, inputs, FormatError)
     dtype = pick_dtype(compute.dtype, device)
     model, tokenizer = load_model(found, dtype, device), load_tokenizer(found)
     parameters = eligible_parameters(model)
@@ -106,8 +112,17 @@ def score(
         "data_digest": data_digest(rows),
         "safeweights_peft_version": version("safeweights-peft"),
     }
-    identity = selection | asdict(compute) | {"digests": digests(model)}
-    work_dir = work_dir_beside(out, identity | {"contrast_digest": data_digest(benign)})
+    identity = (
+        selection
+        | asdict(compute)
+        | {
+            "digests": digests(model),
+            "files": [files_of(each.path) for each in (found, *judges)],
+            "profile": asdict(read_profile(settings.profile)) if settings.profile else None,
+            "contrast_digest": data_digest(benign),
+        }
+    )
+    work_dir = work_dir_beside(out, identity)
     scoring = Scoring(model, parameters, settings, work_dir, progress or Quiet())
     if settings.method is Method.RANDOM:
         selected = select(random_scores(parameters, settings.seed), k)
@@ -120,16 +135,18 @@ def score(
         order = Order.BOTTOM if settings.method is Method.BOTTOM else Order.TOP
         safety = safety_objective(model, tokenizer, rows, settings, dtype, scoring.progress)
         selected = scoring.select("safety", safety, k, order, left_out)
-        if isinstance(safety, JudgedObjective) and safety.scores:
-            selection["mean_safety"] = sum(safety.scores.values()) / len(safety.scores)
+        if isinstance(safety, JudgedObjective):
+            selection["mean_safety"] = safety.mean_score
     selection["seconds"] = round(time.perf_counter() - started, 1)
     safety_map = build_map(model, found, selected, selection)
     write_map(out, safety_map, overwrite=overwrite)
-    shutil.rmtree(work_dir, ignore_errors=True)
+    clear_work(out)
     return safety_map
 
 
-def _objective_name(settings: ScoreSettings) -> str:
+def _objective_name(settings: ScoreSettings) -> str | None:
+    if settings.method is Method.RANDOM:
+        return None
     if settings.guard:
         return "guard"
     return "classifier" if settings.classifier else "reference"
@@ -210,6 +227,9 @@ class Scoring:
 
         Returns:
             The selected entries of each tensor that has any, in name order.
+
+        Raises:
+            SelectionError: no score is above 0, where the highest are wanted.
         """
         passes = layer_groups(self.parameters, self.settings.layers_per_pass)
         best, kept = TopK(k, order), self.work_dir / f"{what}.safetensors"
@@ -221,23 +241,30 @@ class Scoring:
             reach = advance_to(advance)
             for number in range(done, len(passes)):
                 group = {name: self.parameters[name] for name in passes[number]}
-                gradients = self._accumulate(group, objective, number, reach)
+                gradients = self._accumulate(what, group, objective, number, reach)
                 for name, scores in leave_out(esi_scores(group, gradients), left_out, order):
                     best.add(name, scores)
                 del gradients
                 save_arrays(kept, best.state() | {"passes": np.array([number + 1])})
-                self._accumulator(number).unlink(missing_ok=True)
-        return best.result()
+                self._accumulator(what, number).unlink(missing_ok=True)
+        selected = best.result()
+        if order is Order.TOP and not any(each.scores.any() for each in selected.values()):
+            raise SelectionError(
+                f"{what}: expected weights on which it depends, found none: every score is 0; "
+                "check the objective and the model"
+            )
+        return selected
 
     def _accumulate(
         self,
+        what: str,
         group: Mapping[str, nn.Parameter],
         objective: SafetyObjective,
         number: int,
         reach: Callable[[int], None],
     ) -> dict[str, torch.Tensor]:
         """Sums one pass's gradients, and leaves the sum on disk now and then."""
-        path, saved_at = self._accumulator(number), time.monotonic()
+        path, saved_at = self._accumulator(what, number), time.monotonic()
 
         def on_term(so_far: Accumulated) -> None:
             nonlocal saved_at
@@ -266,5 +293,5 @@ class Scoring:
         }
         return Accumulated(gradients, int(arrays["terms"][0]))
 
-    def _accumulator(self, number: int) -> Path:
-        return self.work_dir / f"gradients-{number}.safetensors"
+    def _accumulator(self, what: str, number: int) -> Path:
+        return self.work_dir / f"{what}-gradients-{number}.safetensors"

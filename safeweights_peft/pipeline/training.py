@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -33,7 +32,7 @@ from safeweights_peft.modeling import (
     resolve_base,
 )
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
-from safeweights_peft.pipeline.resuming import work_dir_beside
+from safeweights_peft.pipeline.resuming import clear_work, work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings, TrainSettings
 from safeweights_peft.training import StepLoss, enhance
 from safeweights_peft.tuner import create_adapter, round_values
@@ -122,7 +121,7 @@ def train(
     losses = _run(model, tokenizer, harmful, benign, settings, work_dir, progress)
     record["losses"] = [asdict(loss) for loss in losses]
     _save(model, metadata, out, record, overwrite)
-    shutil.rmtree(work_dir)
+    clear_work(out)
     return record
 
 

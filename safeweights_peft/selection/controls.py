@@ -13,7 +13,7 @@ from safeweights_peft.errors import SelectionError
 from safeweights_peft.selection.topk import Order, Selected, select
 
 LAST = {Order.TOP: np.float32(0), Order.BOTTOM: np.finfo(np.float32).max}
-"""What entries are scored with that are left out: behind all others, whichever end is kept."""
+"""What entries are scored with that are left out: of the lowest rank, whichever end is kept."""
 
 
 def check_left(parameters: Mapping[str, nn.Parameter], taken: Mapping[str, Array]) -> None:
@@ -67,12 +67,13 @@ def leave_out(
         order: which end of the ranking will be selected.
 
     Yields:
-        Names and scores.
+        Names and flat scores.
     """
     for name, values in scores:
+        flat = np.ascontiguousarray(values).reshape(-1)
         if name in taken:
-            values.reshape(-1)[taken[name]] = LAST[order]
-        yield name, values
+            flat[taken[name]] = LAST[order]
+        yield name, flat
 
 
 def _count(taken: Mapping[str, Array]) -> int:

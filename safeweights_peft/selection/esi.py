@@ -69,10 +69,11 @@ def accumulate_gradients(
         so_far: what an interrupted call had; it is added to.
 
     Returns:
-        Float32 gradients by name, of each parameter's shape, on its device.
+        Float32 gradients by name, of each parameter's shape, on its device; 0 where the objective
+        doesn't depend on a parameter.
 
     Raises:
-        SelectionError: no parameter takes part in the objective, or its gradient is not finite.
+        SelectionError: the first term's gradient is not finite.
     """
     if so_far is None:
         so_far = Accumulated(
@@ -81,14 +82,13 @@ def accumulate_gradients(
                 for name, parameter in parameters.items()
             }
         )
-    reached = {name for name, gradient in so_far.gradients.items() if gradient.any()}
     hooks = []
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
         parameter.grad = None
-        hook = _adding_hook(name, so_far.gradients[name], reached, aggregation)
+        hook = _adding_hook(so_far.gradients[name], aggregation)
         hooks.append(parameter.register_post_accumulate_grad_hook(hook))
     try:
         for term in objective.terms(model, so_far.terms):
@@ -103,19 +103,17 @@ def accumulate_gradients(
             handle.remove()
         for parameter, was_required in required.items():
             parameter.requires_grad_(was_required)
-    _check_reached(so_far.gradients, reached)
     return so_far.gradients
 
 
 def _adding_hook(
-    name: str, gradient: torch.Tensor, reached: set[str], aggregation: Aggregation
+    gradient: torch.Tensor, aggregation: Aggregation
 ) -> Callable[[torch.Tensor], None]:
     def add(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             is_signed = aggregation is Aggregation.ABS_OF_MEAN
             gradient.add_(parameter.grad if is_signed else parameter.grad.abs())
             parameter.grad = None
-            reached.add(name)
 
     return add
 
@@ -128,15 +126,6 @@ def _check_finite(gradients: Mapping[str, torch.Tensor]) -> None:
                 f"{name}: expected a finite gradient, found NaN or infinity; check the model's "
                 "weights, or compute in float32 or bfloat16"
             )
-
-
-def _check_reached(gradients: Mapping[str, torch.Tensor], reached: set[str]) -> None:
-    missed = sorted(set(gradients) - reached)
-    if missed and len(missed) == len(gradients):
-        raise SelectionError(
-            f"{missed[0]}: expected a gradient, found none, nor for any other parameter; "
-            "the objective doesn't depend on this model"
-        )
 
 
 def layer_groups(names: Iterable[str], layers_per_pass: int | None) -> list[list[str]]:

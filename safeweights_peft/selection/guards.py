@@ -6,7 +6,7 @@ file with the same fields does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.files import read_json
 
-_ANSWER = "\ue000answer\ue001"
+ANSWER = "\ue000answer\ue001"
 """Stands for the answer in a rendered conversation: characters for private use."""
 
 _PLACES = ("{request}", "{answer}")
@@ -60,33 +60,68 @@ class GuardProfile:
         if self.template is None:
             prompt = self._chat(tokenizer, request)
         else:
-            prompt = self.template.replace("{answer}", _ANSWER).replace("{request}", request)
-        before, *after = prompt.split(_ANSWER)
-        if len(after) != 1:
-            raise SelectionError(
-                f"{tokenizer.name_or_path}: expected a chat template that shows the assistant's "
-                f"answer once, found it {len(after)} times; give a profile with a template"
-            )
-        return before, after[0].removesuffix(self.cue) + self.cue
+            prompt = self.template.replace("{answer}", ANSWER).replace("{request}", request)
+        before, after = split_at_answer(tokenizer, prompt)
+        return before, after.removesuffix(self.cue) + self.cue
 
     def _chat(self, tokenizer: PreTrainedTokenizerBase, request: str) -> str:
-        if not tokenizer.chat_template:
-            raise SelectionError(
-                f"{tokenizer.name_or_path}: expected a chat template, found none; give a profile "
-                "with a template"
-            )
-        contents: list[Any] = [request, _ANSWER]
+        contents: list[Any] = [request, ANSWER]
         if self.parts:
             contents = [[{"type": "text", "text": text}] for text in contents]
         messages = [
             {"role": role, "content": content}
             for role, content in zip(("user", "assistant"), contents, strict=True)
         ]
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, **({"add_generation_prompt": True} | dict(self.options))
-            )
+        return render_chat(tokenizer, messages, self.options)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """Applies a guard's own chat template, up to the cue for what it says.
+
+    Args:
+        tokenizer: the guard's.
+        messages: with `ANSWER` where the answer belongs.
+        options: what the template takes besides.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        SelectionError: there is no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise SelectionError(
+            f"{tokenizer.name_or_path}: expected a chat template, found none; give a profile "
+            "with a template"
         )
+    given = {"add_generation_prompt": True} | dict(options)
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **given))
+
+
+def split_at_answer(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str]:
+    """Splits a prompt where the answer belongs.
+
+    Args:
+        tokenizer: the guard's, for messages.
+        prompt: holds `ANSWER`.
+
+    Returns:
+        What is before and after it.
+
+    Raises:
+        SelectionError: it isn't there once.
+    """
+    before, *after = prompt.split(ANSWER)
+    if len(after) != 1:
+        raise SelectionError(
+            f"{tokenizer.name_or_path}: expected a prompt that shows the answer once, found it "
+            f"{len(after)} times; give a profile with a template"
+        )
+    return before, after[0]
 
 
 _HARM_POLICY = (
@@ -179,10 +214,23 @@ def _parse(content: Mapping[str, Any], source: str) -> GuardProfile:
             raise SelectionError(
                 f"{source}: {key}: expected a {kind.__name__}, found {content[key]!r}; correct it"
             )
-    if not all(part in content.get("template", "{request}{answer}") for part in _PLACES):
+    template = content.get("template", "".join(_PLACES))
+    if not all(template.count(part) == 1 for part in _PLACES):
         raise SelectionError(
-            f"{source}: template: expected {' and '.join(_PLACES)} in it, found one missing; a "
-            "guard reads the whole conversation"
+            f"{source}: template: expected {' and '.join(_PLACES)} in it, once each, found "
+            "otherwise; a guard reads the whole conversation"
+        )
+    both = set(content["safe"]) & set(content["unsafe"])
+    if both:
+        raise SelectionError(
+            f"{source}: safe: expected labels that aren't unsafe too, found {both.pop()!r} in "
+            "both; remove it from one"
+        )
+    taken = {"tokenize", "chat_template", "conversation"} & set(content.get("options", {}))
+    if taken:
+        raise SelectionError(
+            f"{source}: options: expected what the guard's chat template takes, found "
+            f"{taken.pop()}; remove it"
         )
     labels = {"safe": tuple(content["safe"]), "unsafe": tuple(content["unsafe"])}
     return GuardProfile(**{**content, **labels})

@@ -84,7 +84,13 @@ class JudgedObjective:
         self._scorer, self._answers = scorer, answers
         self._pad_token_id, self._batch_size = pad_token_id, batch_size
         self._temperature, self._samples, self._seed = temperature, samples, seed
-        self.scores: dict[int, float] = {}
+        self._scores: dict[int, float] = {}
+
+    @property
+    def mean_score(self) -> float | None:
+        """The mean of S over the answers; None unless all have been scored."""
+        is_known = len(self._scores) == len(self._answers)
+        return sum(self._scores.values()) / len(self._answers) if is_known else None
 
     def __len__(self) -> int:
         """Counts the batches."""
@@ -92,8 +98,6 @@ class JudgedObjective:
 
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
         """Yields scalars whose gradients sum to the estimate of dS/dtheta.
-
-        Each answer's score is left in `scores`, by its place.
 
         Args:
             model: the model to be scored, which gave the answers.
@@ -114,7 +118,7 @@ class JudgedObjective:
 
     def _term(self, place: int, answered: Answered, logits: torch.Tensor) -> torch.Tensor:
         token_ids = answered.example.answer_ids
-        self.scores[place], derivative = self._scorer.score(answered.request, token_ids)
+        self._scores[place], derivative = self._scorer.score(answered.request, token_ids)
         padding = logits.shape[-1] - derivative.shape[-1]
         derivative = torch.nn.functional.pad(derivative, (0, padding)).to(logits.device)
         return straight_through(

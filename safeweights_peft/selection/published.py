@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.data import collate
 from safeweights_peft.modeling import answer_logits
+from safeweights_peft.selection.guards import ANSWER, render_chat, split_at_answer
 from safeweights_peft.selection.judged import Answered, check_answers
 from safeweights_peft.selection.scorers import CHUNK
 
@@ -50,12 +51,19 @@ class PublishedObjective:
             seed: with an answer's place, it fixes that answer's noise.
 
         Raises:
-            SelectionError: there are no answers, or one has no token.
+            SelectionError: there are no answers, one has no token, or the guard has no chat
+                template that shows a message once.
         """
         check_answers(answers)
         self._guard, self._guard_tokenizer = guard_model.requires_grad_(False), guard_tokenizer
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed
         self._label = guard_tokenizer(label, add_special_tokens=False)["input_ids"][0]
+        message = {"role": "user", "content": ANSWER}
+        around = split_at_answer(guard_tokenizer, render_chat(guard_tokenizer, [message]))
+        self._around = [
+            torch.tensor(guard_tokenizer(part, add_special_tokens=False)["input_ids"]).long()
+            for part in around
+        ]
         strings = guard_tokenizer.convert_ids_to_tokens(list(range(len(guard_tokenizer))))
         texts = [(string or "").replace("_", " ") for string in strings]
         cut = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -93,14 +101,7 @@ class PublishedObjective:
         """d(-logit of the label) / d(saturated logits), (U, W) float32 on the CPU."""
         text = self._tokenizer.decode(answered.example.answer_ids, skip_special_tokens=True)
         ids = torch.tensor(self._guard_tokenizer(text.strip())["input_ids"])
-        message = [{"role": "user", "content": "\ue000"}]
-        prompt = self._guard_tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        before, after = (
-            torch.tensor(self._guard_tokenizer(part, add_special_tokens=False)["input_ids"]).long()
-            for part in prompt.split("\ue000")
-        )
+        before, after = self._around
         embedding = self._guard.get_input_embeddings()
         every = _all_embeddings(embedding, len(self._guard_tokenizer))
         saturated = torch.full((len(ids), len(every)), SATURATED).scatter_(1, ids[:, None], 0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from safeweights_peft.errors import SelectionError
+
+logger = logging.getLogger(__name__)
 
 CACHE_DIR = Path(HF_HOME) / "safeweights_peft"
 _BLANK = "\u2581"
@@ -44,7 +47,8 @@ class TokenTexts:
             SelectionError: it is not a fast one, or writes bytes in another way.
         """
         self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(each for each, token in added.items() if token.special)
         described = identity(tokenizer)
         self._is_byte_level = '"ByteLevel"' in described
         if not self._is_byte_level and json.dumps(_BLANK) not in described:
@@ -186,10 +190,7 @@ def vocabulary_transfer(
     cached = _read_cache(path, shape)
     if cached is None:
         cached = _build(TokenTexts(tokenizer), guard_tokenizer, shape[0])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(cached, str(draft))
-        draft.replace(path)
+        _write_cache(path, cached)
     return VocabularyTransfer(**cached)
 
 
@@ -213,6 +214,16 @@ def _text_or_none(raw: bytes) -> str | None:
         return raw.decode()
     except UnicodeDecodeError:
         return None
+
+
+def _write_cache(path: Path, built: dict[str, torch.Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(built, str(draft))
+        draft.replace(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s: expected to keep a table there, could not (%s)", path, error)
 
 
 def _read_cache(path: Path, shape: tuple[int, int]) -> dict[str, torch.Tensor] | None:

@@ -30,11 +30,13 @@ def test_tied_weights_count_once(tiny_tied_llama: Path, requests: Requests) -> N
     assert needs.parameters == sum(each.numel() for each in model.parameters())
 
 
-def test_scoring_needs_the_weights_and_as_many_float32_gradients(
+def test_scoring_needs_the_weights_and_the_layers_gradients_in_float32(
     tiny_llama_bf16: Path, requests: Requests
 ) -> None:
     needs = estimate(str(tiny_llama_bf16), score=requests.score(), compute=ComputeSettings("cpu"))
-    assert needs.memory_bytes == needs.parameters * (4 + 4)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_bf16)
+    layers = sum(each.numel() for each in model.model.layers.parameters())
+    assert needs.memory_bytes == 4 * needs.parameters + 4 * layers
 
 
 def test_passes_over_few_layers_need_less_memory_and_more_time(
@@ -44,7 +46,7 @@ def test_passes_over_few_layers_need_less_memory_and_more_time(
         estimate(str(tiny_llama), score=requests.score(layers_per_pass=n)) for n in (None, 1)
     )
     assert parts.memory_bytes < whole.memory_bytes
-    assert parts.seconds["score"] > 2 * whole.seconds["score"]
+    assert parts.seconds["score"] == pytest.approx(2 * whole.seconds["score"])  # of two layers
 
 
 def test_a_guard_is_held_beside_the_model_and_takes_its_time(

@@ -230,6 +230,88 @@ def test_an_interrupted_scoring_goes_on_to_the_same_map(
     assert sorted(path.name for path in tmp_path.iterdir() if "map" in path.name) == ["map"]
 
 
+@pytest.mark.parametrize("task", ["Scoring usefulness", "Scoring safety"])
+def test_an_interrupted_contrast_under_a_guard_goes_on_to_the_same_map(
+    tiny_llama: Path,
+    requests: Requests,
+    guard: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+) -> None:
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    settings = requests.score(
+        guard=str(guard),
+        profile=str(tmp_path / "profile.json"),
+        answer_tokens=9,
+        batch_size=2,
+        contrast=requests.benign,
+    )
+    straight = score(str(tiny_llama), tmp_path / "straight", settings)
+    broken = Recorder(task, after=2)
+    with pytest.raises(Interrupted):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
+    resumed = score(str(tiny_llama), tmp_path / "map", settings)
+    assert same(resumed, straight)
+    known = resumed.metadata.selection["mean_safety"], straight.metadata.selection["mean_safety"]
+    assert known[0] in {None, known[1]}
+
+
+def test_a_judge_that_was_changed_meanwhile_judges_from_the_beginning(
+    tiny_llama: Path,
+    requests: Requests,
+    guard: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    profile = tmp_path / "profile.json"
+    settings = requests.score(guard=str(guard), profile=str(profile), answer_tokens=9, batch_size=2)
+    with pytest.raises(Interrupted):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=Recorder("Scoring safety", 2))
+    profile.write_text(json.dumps({"safe": ["x"], "unsafe": ["y"]}))
+    straight = score(str(tiny_llama), tmp_path / "straight", settings)
+    assert same(score(str(tiny_llama), tmp_path / "map", settings), straight)
+    assert not list(tmp_path.glob(".map.*"))
+
+
+def test_work_that_cannot_be_read_is_done_again(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    settings = requests.score(batch_size=2)
+    broken = Recorder("Scoring safety", after=3)
+    with pytest.raises(Interrupted):
+        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
+    (kept,) = tmp_path.glob(".map.*/*")
+    kept.write_bytes(kept.read_bytes()[:100])
+    straight = score(str(tiny_llama), tmp_path / "straight", settings)
+    assert same(score(str(tiny_llama), tmp_path / "map", settings), straight)
+
+
+def test_a_score_that_depends_on_no_weight_is_refused(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def constant(self: ReferenceObjective, model: nn.Module, start: int = 0) -> Iterator[Tensor]:
+        yield torch.ones(())
+
+    monkeypatch.setattr(ReferenceObjective, "terms", constant)
+    with pytest.raises(SelectionError, match="expected weights on which it depends, found none"):
+        score(str(tiny_llama), tmp_path / "map", requests.score())
+
+
+@pytest.mark.parametrize("what", ["base", "guard"])
+def test_a_model_that_is_read_is_never_replaced(
+    tiny_llama: Path, requests: Requests, guard: Path, tmp_path: Path, what: str
+) -> None:
+    out = {"base": tiny_llama, "guard": guard}[what]
+    settings = requests.score(guard=str(guard), profile=str(tmp_path / "profile.json"))
+    before = content(out)
+    with pytest.raises(FormatError):
+        score(str(tiny_llama), out, settings, overwrite=True)
+    assert content(out) == before
+
+
 def test_what_an_interrupted_scoring_has_done_is_not_done_again(
     tiny_llama: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +420,14 @@ def test_a_classifier_judges_the_models_own_answers(
         ({"classifier": "c"}, "--classifier: expected --classifier-label with it, found none"),
         ({"classifier": "c", "label": "bad"}, "expected safe=LABEL or unsafe=LABEL, found 'bad'"),
         ({"guard": "g", "profile": "nobody"}, "nobody: expected a JSON file or one of llama-guard"),
+        (
+            {"guard": "g", "profile": "wildguard", "method": Method.RANDOM},
+            "expected --method esi or",
+        ),
+        (
+            {"guard": "g", "profile": "wildguard", "paper_exact": True},
+            "expected a guard that is asked by its plain chat template",
+        ),
         ({"contrast": "builtin:benign_train", "method": Method.BOTTOM}, "expected --method esi"),
     ],
 )

@@ -86,6 +86,9 @@ def test_a_profile_in_a_file_is_one_of_its_own(tmp_path: Path, tokenizer) -> Non
         ({"cue": 3}, "cue: expected a str, found 3"),
         ({"options": []}, "options: expected a dict"),
         ({"template": "A {answer}"}, "template: expected {request} and {answer} in it"),
+        ({"template": "{request} {answer} {answer}"}, "template: expected .* once each"),
+        ({"unsafe": ["bad", "ok"]}, "safe: expected labels that aren't unsafe too, found 'ok'"),
+        ({"options": {"tokenize": True}}, "options: expected what .* found tokenize"),
     ],
 )
 def test_a_wrong_profile_is_refused(tmp_path: Path, changes: dict, message: str) -> None:

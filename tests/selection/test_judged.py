@@ -164,7 +164,7 @@ def check(model, twin: Twin, scorer: AnswerScorer, answers, before, after, read)
     twin.model.double()
     twin.freeze(answers)
     value = twin.value(answers, before, after, read)
-    assert sum(objective.scores.values()) / len(answers) == pytest.approx(value, rel=1e-4)
+    assert objective.mean_score == pytest.approx(value, rel=1e-4)
     generator = torch.Generator().manual_seed(0)
     aside = {name: torch.randn(each.shape, generator=generator) for name, each in gradients.items()}
     direction = {name: unit(gradients)[name] + unit(aside)[name] for name in gradients}
