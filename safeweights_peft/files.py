@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from safeweights_peft.delta import DTYPES, Array
+from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import SafeWeightsError
 
 MAX_JSON_BYTES = 100_000_000
@@ -30,9 +30,11 @@ MAX_DIMS = 64
 """Limit on the dimensions of a tensor, as in numpy."""
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": DTYPES["float32"],
-    "BF16": DTYPES["bfloat16"],
-    "F16": DTYPES["float16"],
+    "F32": WEIGHT_DTYPES["float32"],
+    "BF16": WEIGHT_DTYPES["bfloat16"],
+    "F16": WEIGHT_DTYPES["float16"],
+    "F8_E4M3": WEIGHT_DTYPES["float8_e4m3fn"],
+    "F8_E5M2": WEIGHT_DTYPES["float8_e5m2"],
     "F64": np.dtype(np.float64),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
@@ -162,7 +164,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     draft.replace(path)
 
 
@@ -237,6 +239,21 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
         _refuse(error, path, "a writable directory", str(reason), reason, "free space or move it")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk.
+
+    Args:
+        path: What to wait for.
+    """
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a directory
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _refuse(
@@ -318,18 +335,8 @@ def _sync_all(directory: Path) -> None:
     """Bring every file, then every directory, to the disk, so that the rename comes last."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a directory
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(Path(folder, name))
+        sync(Path(folder))
 
 
 def _replace(target: Path, draft: Path) -> None:
@@ -344,6 +351,6 @@ def _replace(target: Path, draft: Path) -> None:
         if had_old:
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if had_old:
         shutil.rmtree(old, ignore_errors=True)

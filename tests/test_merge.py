@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_nothing(case: Case, monkeypatch: pytest.MonkeyPatch)
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", no_space)
+    monkeypatch.setattr("safeweights_peft.checkpoint.writer.copy_file", no_space)
     with pytest.raises(CheckpointError, match="No space left on device; free space"):
         merge(case.base, case.patch, case.out)
     assert sorted(path.name for path in case.base.parent.iterdir()) == ["base", "patch"]
