@@ -90,7 +90,7 @@ def merge_command(
     if dry_run:
         planned = plan(found, adapters, out, on_overlap=on_overlap)
         return show(planned, merge_rows(planned), as_json)
-    with show_progress() as progress, progress.task("Copying the base", 100) as advance:
+    with show_progress() as progress, progress.task("Merging", 100) as advance:
         if out is None:
             report = merge_in_place(found, adapters, on_overlap=on_overlap)
         else:

@@ -203,7 +203,10 @@ def write_journal(
                 for array in arrays:
                     file.write(np.ascontiguousarray(array).view(np.uint8).data)
                 tensors[edit.key] = record
-        described = [asdict(patch) for patch in patches]
+        # The journal may be uploaded with its checkpoint, so no path of this machine is in it.
+        described = [
+            asdict(patch) | {"adapter": Path(patch.adapter).resolve().name} for patch in patches
+        ]
         content = {"version": VERSION, "patches": described, "tensors": tensors}
         write_json(draft / JOURNAL_FILE, content)
     return UndoJournal(reader)

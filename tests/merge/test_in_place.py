@@ -47,6 +47,15 @@ def test_a_merge_in_place_is_bitwise_the_obvious_one_and_unmerging_restores_ever
     assert case.files() == before
 
 
+def test_the_journal_tells_patches_and_no_path(case: Case, tmp_path: Path) -> None:
+    report = merge_in_place(case.base, [(case.patch, 0.5)])
+    text = (case.base / UNDO_DIR / "journal.json").read_text()
+    (patch,) = json.loads(text)["patches"]
+    assert (patch["adapter"], patch["scale"]) == ("patch", 0.5)
+    assert patch["content_id"] == report.patches[0].content_id
+    assert str(tmp_path) not in text
+
+
 def test_several_patches_merge_in_place_as_they_do_elsewhere(case: Case, tmp_path: Path) -> None:
     case.add_patch(density=0.5)
     patches = [case.patch, (tmp_path / "second", -0.5)]
