@@ -27,7 +27,7 @@ def main(base: str, patch: str, out: str) -> None:
     """
     # On disk: shards are copied and patched; neither torch nor transformers is needed.
     needs = plan(base, patch, out)
-    print(f"copies {needs['copy_bytes']:,} bytes; {needs['free_bytes']:,} are free")
+    print(f"writes {needs['write_bytes']:,} bytes; {needs['free_bytes']:,} are free")
     report = merge(base, patch, out, overwrite=True)
     print(f"changed {report.entries:,} entries of {report.tensors} tensors")
     for check in verify(patch, out).checks:

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from safeweights_peft.format import write_adapter as write_adapter
     from safeweights_peft.format import write_map as write_map
     from safeweights_peft.merge import merge as merge
+    from safeweights_peft.merge import merge_in_place as merge_in_place
     from safeweights_peft.merge import protect as protect
+    from safeweights_peft.merge import unmerge as unmerge
     from safeweights_peft.merge import verify as verify
     from safeweights_peft.training import SafetyPreservingCallback as SafetyPreservingCallback
     from safeweights_peft.training import preserve as preserve
@@ -76,7 +78,7 @@ _ROOMS = {
         "write_adapter",
         "write_map",
     ],
-    "merge": ["merge", "protect", "verify"],
+    "merge": ["merge", "merge_in_place", "protect", "unmerge", "verify"],
     "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],
 }

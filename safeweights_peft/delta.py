@@ -7,7 +7,7 @@ models do not: see ``format``, ``checkpoint`` and ``modeling``. The torch twin o
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,39 +24,62 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-"""The floating dtypes of values and of editable tensors, by torch's names."""
+"""The floating dtypes of values, and of the models that are trained, by torch's names."""
+
+WEIGHT_DTYPES: dict[str, np.dtype[Any]] = DTYPES | {
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+}
+"""The floating dtypes of checkpoint tensors whose entries can be changed, by torch's names."""
 
 MAX_NUMEL = 2**63 - 1
 """The largest number of entries whose flat indices fit in int64."""
 
 
 def add_rounded(base: Array, values: Array, scale: float = 1.0) -> Array:
-    """Add scaled values to base entries: the only arithmetic rule of the package.
-
-    ``new = base.float32 + (scale.float32 * values.float32)``, a multiplication and an addition,
-    each rounded to float32 (never fused), then one rounding to nearest even to the base's dtype.
-    Overflow gives infinity, as in torch. NaN stays NaN, but its payload is not part of the rule:
-    torch's own casts differ there between processors, so :mod:`safeweights_peft.merge` refuses NaN.
+    """Add scaled values to base entries, by :func:`sum_rounded`.
 
     Args:
-        base: Entries of the base, of a dtype in ``DTYPES``.
+        base: Entries of the base, of a dtype in ``WEIGHT_DTYPES``.
         values: Values to add, one per entry of ``base``.
         scale: Finite factor on the values.
 
     Returns:
         The new entries, in the base's dtype and shape.
+    """
+    return sum_rounded(base, [(..., values, scale)])
+
+
+def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array:
+    """Add the scaled values of patches to base entries: the only arithmetic rule of the package.
+
+    ``new = (base.float32 + s1 * v1 + s2 * v2 + ...)``, from left to right: each factor and value in
+    float32, each product and each sum rounded to float32 (never fused), then one rounding to
+    nearest even to the base's dtype. Overflow gives infinity, as in torch, or NaN where the dtype
+    has none. NaN stays NaN, but its payload is not part of the rule: torch's own casts differ there
+    between processors, so :mod:`safeweights_peft.merge` refuses NaN.
+
+    Args:
+        base: Entries of the base, of a dtype in ``WEIGHT_DTYPES``.
+        terms: For each patch, in order: which of these entries it changes (an index into ``base``
+            without repeats), its values there, and a finite factor on them.
+
+    Returns:
+        The new entries, in the base's dtype and shape.
 
     Raises:
-        UnsupportedFeatureError: The base's dtype is not in ``DTYPES``.
+        UnsupportedFeatureError: The base's dtype is not in ``WEIGHT_DTYPES``.
     """
-    if base.dtype not in DTYPES.values():
+    if base.dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedFeatureError(
-            f"base: expected a dtype of {', '.join(DTYPES)}, found {base.dtype.name}; "
+            f"base: expected a dtype of {', '.join(WEIGHT_DTYPES)}, found {base.dtype.name}; "
             "use an unquantized checkpoint"
         )
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        change = np.float32(scale) * values.astype(np.float32)
-        return (base.astype(np.float32) + change).astype(base.dtype)
+        total = np.asarray(base.astype(np.float32))
+        for where, values, scale in terms:
+            total[where] += np.float32(scale) * values.astype(np.float32)
+        return total.astype(base.dtype)
 
 
 def digest(*arrays: Array) -> str:

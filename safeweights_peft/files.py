@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from safeweights_peft.delta import DTYPES, Array
+from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import SafeWeightsError
 
 MAX_JSON_BYTES = 100_000_000
@@ -30,9 +30,11 @@ MAX_DIMS = 64
 """Limit on the dimensions of a tensor, as in numpy."""
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": DTYPES["float32"],
-    "BF16": DTYPES["bfloat16"],
-    "F16": DTYPES["float16"],
+    "F32": WEIGHT_DTYPES["float32"],
+    "BF16": WEIGHT_DTYPES["bfloat16"],
+    "F16": WEIGHT_DTYPES["float16"],
+    "F8_E4M3": WEIGHT_DTYPES["float8_e4m3fn"],
+    "F8_E5M2": WEIGHT_DTYPES["float8_e5m2"],
     "F64": np.dtype(np.float64),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
@@ -239,6 +241,21 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk.
+
+    Args:
+        path: What to wait for.
+    """
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a directory
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _refuse(
     error: type[SafeWeightsError],
     source: Path | str,
@@ -320,21 +337,6 @@ def _sync_all(directory: Path) -> None:
         for name in names:
             sync(Path(folder, name))
         sync(Path(folder))
-
-
-def sync(path: Path) -> None:
-    """See to it that a file or directory is on disk, not only on its way there.
-
-    Args:
-        path: The file or directory.
-    """
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a directory
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _replace(target: Path, draft: Path) -> None:

@@ -12,12 +12,14 @@ from hypothesis.extra import numpy as hnp
 
 from safeweights_peft.delta import (
     DTYPES,
+    WEIGHT_DTYPES,
     SparseDelta,
     add_rounded,
     check_finite,
     check_indices,
     digest,
     index_dtype,
+    sum_rounded,
 )
 from safeweights_peft.errors import (
     BaseMismatchError,
@@ -27,6 +29,7 @@ from safeweights_peft.errors import (
 
 EVERY_16_BITS = np.arange(2**16, dtype=np.uint16)
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOAT8 = ["float8_e4m3fn", "float8_e5m2"]
 SCALES = [1.0, -1.0, 0.5, 0.1, 1e-3, 3.0, 1e30, 0.0]
 SINGLE_VALUES = [0.0, -0.0, 1e-45, 1e-40, 6e-8, 1e-3, 1 / 3, 1.0, 65504.0, 3.4e38]
 
@@ -93,6 +96,51 @@ def test_the_rule_equals_torch_for_float32_bases() -> None:
         values = random_values(seed, base.size)
         found = add_rounded(base, values, scale)
         assert_same_bits(found, torch_rule(base, values, scale, "float32"))
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_rule_equals_torch_over_every_float8_base_but_for_overflow(
+    dtype: str, scale: float
+) -> None:
+    base = np.arange(256, dtype=np.uint8).view(WEIGHT_DTYPES[dtype])
+    torch_dtype = getattr(torch, dtype)
+    near = [nearby_values(base.astype(np.float32), seed) for seed in range(8)]
+    for values in [np.full(256, value, np.float32) for value in SINGLE_VALUES] + near:
+        torch_base = torch.from_numpy(base.view(np.uint8).copy()).view(torch_dtype)
+        total = torch_base.float() + torch.from_numpy(values) * scale
+        expected = total.to(torch_dtype).view(torch.uint8).numpy()
+        found = add_rounded(base, values, scale)
+        nan = np.isnan(found)
+        assert (found.view(np.uint8) == expected)[~nan].all()
+        # Where there is no infinity, torch saturates and this gives NaN, which no merge lets pass.
+        assert (total.isnan() | (total.abs() > 448)).numpy()[nan].all()
+
+
+@pytest.mark.parametrize("dtype", list(WEIGHT_DTYPES))
+def test_several_patches_are_summed_from_left_to_right_and_rounded_once(dtype: str) -> None:
+    random = np.random.default_rng(0)
+    base = random.normal(size=50).astype(WEIGHT_DTYPES[dtype])
+    terms = [
+        (np.sort(random.choice(50, 30, replace=False)), random.normal(size=30), scale)
+        for scale in (1.0, -0.3, 1e-3)
+    ]
+    expected = base.copy()
+    for at in range(50):
+        total = np.float32(base[at])
+        for where, values, scale in terms:
+            for position, value in zip(where, values, strict=True):
+                if position == at:
+                    total = np.float32(total + np.float32(np.float32(scale) * np.float32(value)))
+        expected[at] = total.astype(base.dtype)
+    assert sum_rounded(base, terms).tobytes() == expected.tobytes()
+
+
+def test_the_order_of_patches_may_decide_a_bit() -> None:
+    base, one = np.array([2.0**24], np.float32), np.ones(1, np.float32)
+    up, down = (..., one, 1.0), (..., one, -1.0)
+    assert sum_rounded(base, [up, down])[0] == 2**24 - 1
+    assert sum_rounded(base, [down, up])[0] == 2**24
 
 
 def test_the_product_is_rounded_before_the_sum() -> None:

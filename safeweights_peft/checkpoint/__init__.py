@@ -2,9 +2,11 @@
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
+from safeweights_peft.checkpoint.windows import WINDOW_BYTES
 from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy, files_to_copy
 
 __all__ = [
+    "WINDOW_BYTES",
     "CheckpointDraft",
     "CheckpointIndex",
     "CheckpointReader",

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
+from safeweights_peft.checkpoint.windows import windows
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header
@@ -99,7 +100,8 @@ class CheckpointReader:
         Returns:
             A copy in memory, in the dtype on disk.
         """
-        return np.array(self._open(key)).reshape(self.info(key).shape)
+        path, stored = self._readable(key)
+        return np.array(stored.open(path)).reshape(stored.shape)
 
     def gather(self, key: str, flat_indices: Array) -> Array:
         """Read some entries of a tensor; only the pages that hold them are touched.
@@ -111,9 +113,12 @@ class CheckpointReader:
         Returns:
             The entries, in the dtype on disk; ``(count,)``.
         """
-        flat = self._open(key)
-        check_bounds(key, flat_indices, flat.size)
-        entries: Array = flat[flat_indices]
+        path, stored = self._readable(key)
+        dtype = STORED_DTYPES[stored.dtype]
+        check_bounds(key, flat_indices, stored.size_bytes // dtype.itemsize)
+        entries = np.empty(flat_indices.shape, dtype)
+        for window, local, positions in windows(path, stored.offset, dtype, flat_indices):
+            entries[positions] = window[local]
         return entries
 
     def gather_pieces(
@@ -134,14 +139,15 @@ class CheckpointReader:
             entries[positions] = self.gather(key, local)
         return entries
 
-    def _open(self, key: str) -> Array:
+    def _readable(self, key: str) -> tuple[Path, StoredTensor]:
         shard, stored = self._stored(key)
+        path = self.directory / shard
         if stored.dtype not in STORED_DTYPES:
             raise CheckpointError(
-                f"{self.directory / shard}: {key}: expected one of {', '.join(STORED_DTYPES)}, "
+                f"{path}: {key}: expected one of {', '.join(STORED_DTYPES)}, "
                 f"found {stored.dtype}; use an unquantized checkpoint"
             )
-        return stored.open(self.directory / shard)
+        return path, stored
 
     def _stored(self, key: str) -> tuple[str, StoredTensor]:
         shard = self.index.weight_map.get(key)

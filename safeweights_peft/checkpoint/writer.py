@@ -5,15 +5,16 @@ change does not: see ``merge``.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from safeweights_peft.checkpoint.copying import copy_file
 from safeweights_peft.checkpoint.index import INDEX_FILE
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo, check_bounds
+from safeweights_peft.checkpoint.windows import windows
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import publish
@@ -30,16 +31,18 @@ _TEMPLATES = "additional_chat_templates"
 
 
 class CheckpointDraft:
-    """A copied checkpoint that is not published yet.
+    """A checkpoint that is being changed, mostly a copy that is not published yet.
+
+    What is written reaches the disk when the copy is published; else its files are to be synced.
 
     Attributes:
-        reader: The copy, as it now is.
+        reader: The checkpoint, as it now is.
     """
 
     reader: CheckpointReader
 
     def __init__(self, directory: Path) -> None:
-        """Open the copy.
+        """Open it for changes.
 
         Args:
             directory: Where it lies for now.
@@ -59,8 +62,10 @@ class CheckpointDraft:
         """
         info = self._check_dtype(key, entries)
         check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
-        if flat_indices.size:
-            self._open(info).view(entries.dtype)[flat_indices] = entries  # synced by publish
+        path = self.reader.directory / info.shard
+        parts = windows(path, info.offset, entries.dtype, flat_indices, "r+")
+        for window, local, positions in parts:
+            window[local] = entries[positions]
 
     def write(self, key: str, tensor: Array) -> None:
         """Overwrite a tensor on disk whole.
@@ -79,7 +84,9 @@ class CheckpointDraft:
                 "write a tensor of the checkpoint's own shape"
             )
         if tensor.size:
-            self._open(info).view(tensor.dtype)[:] = tensor.reshape(-1)  # synced by publish
+            path = os.fspath(self.reader.directory / info.shard)
+            raw = np.memmap(path, np.uint8, "r+", info.offset, (info.size_bytes,))
+            raw.view(np.ndarray).view(tensor.dtype)[:] = tensor.reshape(-1)
 
     def _check_dtype(self, key: str, values: Array) -> TensorInfo:
         info = self.reader.info(key)
@@ -89,12 +96,6 @@ class CheckpointDraft:
                 "round them to the checkpoint's dtype first"
             )
         return info
-
-    def _open(self, info: TensorInfo) -> Array:
-        """Map a tensor's bytes for writing."""
-        path = self.reader.directory / info.shard
-        raw = np.memmap(os.fspath(path), np.uint8, "r+", info.offset, (info.size_bytes,))
-        return raw.view(np.ndarray)
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def _copy_files(reader: CheckpointReader, directory: Path, progress: Progress | 
     done, total = 0, sum(sizes.values())
     for name, size in sizes.items():
         (directory / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(reader.directory / name, directory / name)
+        copy_file(reader.directory / name, directory / name)
         done += size
         if progress is not None:
             progress(done, total)

@@ -2,7 +2,8 @@
 
 Results go to stdout (``--json`` for scripts), progress and messages to stderr. Exit codes: 0 done,
 1 failed, 2 wrong usage, 3 a check did not pass. Heavy packages are imported inside the commands, so
-that ``--help``, ``inspect``, ``compare``, ``verify`` and ``merge`` start without torch.
+that ``--help``, ``inspect``, ``compare``, ``verify``, ``merge`` and ``unmerge`` start without
+torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safeweights_peft.cli.artifacts import (
     inspect_command,
     merge_command,
     report_command,
+    unmerge_command,
     verify_command,
 )
 from safeweights_peft.cli.options import (
@@ -379,5 +381,12 @@ def probe_command(
     show_probe(result, as_json)
 
 
-for each in (merge_command, inspect_command, report_command, compare_command, verify_command):
+for each in (
+    merge_command,
+    unmerge_command,
+    inspect_command,
+    report_command,
+    compare_command,
+    verify_command,
+):
     main.add_command(each)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
@@ -12,10 +14,12 @@ from safeweights_peft.cli.options import (
     dry_run,
     existing,
     json_output,
+    new,
     out_directory,
     overwrite,
 )
 from safeweights_peft.cli.output import (
+    merge_rows,
     percent,
     rows_of,
     show,
@@ -27,42 +31,106 @@ from safeweights_peft.cli.output import (
 CHECK_FAILED = 3
 
 
+class _Scaled(click.ParamType):
+    """A patch's directory, perhaps with a factor on its values: DIRECTORY or DIRECTORY@FACTOR."""
+
+    name = "patch"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float]:
+        """Splits at the last @, unless the whole names a directory."""
+        path, at, factor = str(value).rpartition("@")
+        if not at or Path(value).is_dir():
+            return existing.convert(value, param, ctx), 1.0
+        return existing.convert(path, param, ctx), FiniteRange().convert(factor, param, ctx)
+
+
 @click.command("merge")
-@click.argument("base", type=existing)
-@click.argument("adapter", type=existing)
-@out_directory
+@click.argument("base")
+@click.argument("adapters", metavar="ADAPTER[@SCALE]...", type=_Scaled(), nargs=-1, required=True)
+@click.option("--out", type=new, help="Directory to be written.")
 @click.option(
-    "--scale",
-    type=FiniteRange(),
-    default=1.0,
+    "--in-place", is_flag=True, help="Change BASE itself; `safeweights unmerge` takes it back."
+)
+@click.option(
+    "--on-overlap",
+    type=click.Choice(["add", "error"]),
+    default="add",
     show_default=True,
-    help="Factor on the patch's values.",
+    help="Where patches change the same weights: add them up in the order given, or refuse.",
+)
+@click.option(
+    "--revision", help="Commit, tag or branch of BASE on the Hub.  [default: what ADAPTER names]"
 )
 @overwrite
 @dry_run
 @json_output
 def merge_command(
-    base: Path,
-    adapter: Path,
-    out: Path,
-    scale: float,
+    base: str,
+    adapters: tuple[tuple[Path, float], ...],
+    out: Path | None,
+    in_place: bool,
+    on_overlap: Literal["add", "error"],
+    revision: str | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write BASE with the patch ADAPTER merged in, as a new checkpoint; needs no torch."""
-    from dataclasses import asdict
+    """Merge patches into BASE, as a new checkpoint or in place; needs no torch.
 
-    from safeweights_peft.merge import merge, plan
+    BASE is a model's directory or Hub id. ADAPTER[@SCALE]... are one patch or several, each with a
+    factor on its values if you want: patch@0.5. An interrupted merge in place is finished when
+    called again, or undone by `safeweights unmerge`.
+    """
+    from safeweights_peft.merge import merge, merge_in_place, plan
 
+    _check_place(base, out, in_place)
+    found = _find_base(base, adapters[0][0], revision)
     if dry_run:
-        planned = plan(base, adapter, out)
-        return show(planned, rows_of(planned), as_json)
-    with show_progress() as progress, progress.task("Copying the base", 100) as advance:
-        report = merge(
-            base, adapter, out, scale=scale, overwrite=overwrite, progress=percent(advance)
-        )
-    show(asdict(report), rows_of(asdict(report)), as_json)
+        planned = plan(found, adapters, out, on_overlap=on_overlap)
+        return show(planned, merge_rows(planned), as_json)
+    with show_progress() as progress, progress.task("Merging", 100) as advance:
+        if out is None:
+            report = merge_in_place(found, adapters, on_overlap=on_overlap)
+        else:
+            report = merge(
+                *(found, adapters, out),
+                on_overlap=on_overlap,
+                overwrite=overwrite,
+                progress=percent(advance),
+            )
+    show(asdict(report), merge_rows(asdict(report)), as_json)
+
+
+def _check_place(base: str, out: Path | None, in_place: bool) -> None:
+    """Refuses two places for the result, or none, or one that is not here."""
+    if (out is None) != in_place or (in_place and not Path(base).is_dir()):
+        raise click.UsageError("Give --out, or --in-place and a directory.")
+
+
+def _find_base(base: str, adapter: Path, revision: str | None) -> Path:
+    """Finds a base's directory; of a Hub id, by default at the commit that the patch names."""
+    if Path(base).is_dir() and revision is None:
+        return Path(base)
+    from safeweights_peft.format import read_metadata
+    from safeweights_peft.modeling import resolve_base
+
+    made_for = read_metadata(adapter)
+    if made_for.base_model_name_or_path == base:
+        revision = revision or made_for.revision
+    return resolve_base(base, revision).path
+
+
+@click.command("unmerge")
+@click.argument("directory", type=existing)
+@json_output
+def unmerge_command(directory: Path, as_json: bool) -> None:
+    """Take what `merge --in-place` has merged into DIRECTORY back out, bit for bit."""
+    from safeweights_peft.merge import unmerge
+
+    report = asdict(unmerge(directory))
+    show(report, rows_of(report), as_json)
 
 
 @click.command("inspect")

@@ -89,6 +89,20 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def merge_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lays out a merge or its plan: a line for each patch, and for every two that overlap."""
+    rows = [
+        (f"patch {number}", f"{each['adapter']} at scale {each['scale']:g}")
+        for number, each in enumerate(result.get("patches", ()), 1)
+    ]
+    shared: dict[tuple[str, str], int] = {}
+    for each in result["overlap"]:
+        pair = each["left"], each["right"]
+        shared[pair] = shared.get(pair, 0) + each["entries"]
+    rows += [("overlap", f"{n:,} entries of {a} and {b}") for (a, b), n in shared.items()]
+    return rows + rows_of({k: v for k, v in result.items() if k not in ("patches", "overlap")})
+
+
 def show_estimate(needs: Any, as_json: bool) -> None:
     """Prints what a job will need."""
     from dataclasses import asdict

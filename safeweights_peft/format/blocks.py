@@ -55,10 +55,11 @@ class Block:
         Returns:
             Positions into ``indices``, and the flat row-major indices in the tensor; both int64.
         """
-        flat = indices.astype(np.int64, copy=False)
-        first = int(np.searchsorted(flat, self.offset))
-        stop = int(np.searchsorted(flat, self.last, side="right"))
-        rest = flat[first:stop] - self.offset
+        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
+        edges = np.array([self.offset, self.last], indices.dtype)
+        first = int(np.searchsorted(indices, edges[0]))
+        stop = int(np.searchsorted(indices, edges[1], side="right"))
+        rest = indices[first:stop].astype(np.int64) - self.offset
         if self.strides == row_major_strides(self.shape):
             return np.arange(first, stop), rest
         inside = np.ones(rest.shape, bool)

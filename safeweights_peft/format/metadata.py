@@ -4,6 +4,7 @@ Here live the records, their strict checks, and the names of tensors in the safe
 Reading and writing files does not (see ``io``). The normative text is ``docs/format.md``.
 """
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from safeweights_peft.delta import DTYPES, MAX_NUMEL, Array
+from safeweights_peft.delta import DTYPES, MAX_NUMEL, WEIGHT_DTYPES, Array
 from safeweights_peft.errors import CorruptAdapterError, FormatError, UnsupportedVersionError
 from safeweights_peft.format.blocks import Block, check_blocks
 from safeweights_peft.format.fields import Fields
@@ -72,7 +73,7 @@ class TensorRecord:
 
     Attributes:
         shape: Shape of the parameter in memory.
-        dtype: Name of its dtype in the checkpoint, a key of ``DTYPES``.
+        dtype: Name of its dtype in the checkpoint, a key of ``WEIGHT_DTYPES``.
         count: Number of selected entries.
         blocks: The checkpoint tensors that hold it.
         tied_keys: Other checkpoint tensors that get the same edit where a base has them on disk.
@@ -126,6 +127,12 @@ class AdapterMetadata:
     transformers_version: str | None = None
     selection: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorRecord]
+
+    @property
+    def content_id(self) -> str:
+        """What the adapter stores, as one digest; see "Digests" in ``docs/format.md``."""
+        lines = (f"{name} {self.tensors[name].digest}\n" for name in sorted(self.tensors))
+        return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
     def to_config(self) -> dict[str, Any]:
         """Make the content of ``adapter_config.json``, with the keys that PEFT asks for.
@@ -227,7 +234,7 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
     fields.only(_RECORD_FIELDS)
     record = TensorRecord(
         shape=fields.integers("shape", least=1),
-        dtype=fields.one_of("dtype", DTYPES),
+        dtype=fields.one_of("dtype", WEIGHT_DTYPES),
         count=fields.integer("count", least=0),
         encoding=fields.member("encoding", Encoding),
         digest=fields.digest("digest"),

@@ -1,26 +1,35 @@
 """What needs both an adapter and a checkpoint, straight from disk to disk: numpy, no transformers.
 
-``fit`` finds an adapter's entries in a checkpoint, ``merging`` adds a patch, ``protecting`` puts a
-base's entries back into a tuned model, ``verifying`` checks.
-Merging inside a loaded model is PEFT's: see ``tuner``.
+``fit`` finds an adapter's entries in a checkpoint, ``patches`` and ``edits`` are what is merged,
+``merging`` writes it as a new checkpoint (``card`` is its card), ``in_place`` into the same one
+(``undo`` is its journal), ``planning`` foretells both, ``protecting`` puts a base's entries back
+into a tuned model, ``verifying`` checks. Merging inside a loaded model is PEFT's: see ``tuner``.
 """
 
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
-from safeweights_peft.merge.merging import MergeReport, merge, plan
+from safeweights_peft.merge.in_place import UnmergeReport, merge_in_place, unmerge
+from safeweights_peft.merge.merging import MergeReport, merge
+from safeweights_peft.merge.patches import MergedPatch, Overlap
+from safeweights_peft.merge.planning import plan
 from safeweights_peft.merge.protecting import ProtectReport, protect, put_back
 from safeweights_peft.merge.verifying import Check, VerifyReport, verify
 
 __all__ = [
     "Check",
     "MergeReport",
+    "MergedPatch",
+    "Overlap",
     "ProtectReport",
+    "UnmergeReport",
     "VerifyReport",
     "base_state",
     "copies",
     "gather_entries",
     "merge",
+    "merge_in_place",
     "plan",
     "protect",
     "put_back",
+    "unmerge",
     "verify",
 ]

@@ -3,14 +3,20 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
+
 from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.delta import DTYPES, Array, digest
-from safeweights_peft.errors import BaseMismatchError
+from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
+from safeweights_peft.errors import BaseMismatchError, CheckpointError, MergeError
+from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, TensorRecord, entries_by_block
 
 PathLike = str | os.PathLike[str]
+
+_PREFIX = "model."
 
 
 def base_state(
@@ -62,11 +68,14 @@ def gather_entries(
     for block in record.blocks:
         _check_tensor(reader, name, block.key, block.shape, record.dtype)
     pieces = entries_by_block(record, indices)
-    return reader.gather_pieces(pieces, indices.size, DTYPES[record.dtype])
+    return reader.gather_pieces(pieces, indices.size, WEIGHT_DTYPES[record.dtype])
 
 
 def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
-    """Give a record once for its blocks, and once for each tied key that is on disk.
+    """Give a record by the checkpoint's own keys: for its blocks, and for each tied key on disk.
+
+    Checkpoints of one model differ in a leading ``model.`` of their keys. Whoever relies on the
+    entries that are found there compares digests.
 
     Args:
         reader: The checkpoint.
@@ -75,10 +84,79 @@ def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]
     Returns:
         The record, then its copies under other keys.
     """
-    tied = [key for key in record.tied_keys if key in reader]
-    return [record] + [
-        replace(record, blocks=(replace(record.blocks[0], key=key),)) for key in tied
+    blocks = [replace(block, key=_on_disk(reader, block.key)) for block in record.blocks]
+    tied = [key for key in map(partial(_on_disk, reader), record.tied_keys) if key in reader]
+    return [replace(record, blocks=tuple(blocks))] + [
+        replace(record, blocks=(replace(blocks[0], key=key),)) for key in tied
     ]
+
+
+def check_floats(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint whose weights are quantized to integers.
+
+    Scaled float8 weights are what they are on disk; a patch fits them or not, as digests tell.
+
+    Args:
+        reader: The checkpoint.
+
+    Raises:
+        CheckpointError: It is quantized to integers; the message names the method and a tensor.
+    """
+    config = reader.directory / "config.json"
+    described = read_json(config, CheckpointError) if config.is_file() else {}
+    quantization = described.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    for key in reader.keys():
+        dtype = reader.info(key).dtype
+        if not dtype.lower().startswith(("f", "bf")):
+            raise CheckpointError(
+                f"{reader.directory}: expected float weights, found {key} in {dtype}, quantized by "
+                f"{str(method)[:80]!r}; use the model that was quantized"
+            )
+
+
+def check_written(
+    reader: CheckpointReader, name: str, key: str, indices: Array, new: Array
+) -> None:
+    """Check that a checkpoint holds what was written to it.
+
+    Args:
+        reader: The checkpoint.
+        name: The parameter, for the message.
+        key: The tensor.
+        indices: Flat indices in the tensor; ``(count,)``.
+        new: What was written there; ``(count,)``.
+
+    Raises:
+        MergeError: It holds something else.
+    """
+    if not same_bits(reader.gather(key, indices), new).all():
+        raise MergeError(
+            f"{name}: expected in {key} of {reader.directory} what was written there, found other "
+            "entries; the disk may be failing, try another"
+        )
+
+
+def same_bits(left: Array, right: Array) -> Array:
+    """Compare floats bit by bit, so that NaN equals itself and 0 is not -0.
+
+    Args:
+        left: Entries; ``(count,)``.
+        right: As many, of the same dtype.
+
+    Returns:
+        Whether they are the same; bool, ``(count,)``.
+    """
+    bits = np.dtype(f"u{left.dtype.itemsize}")
+    return np.asarray(left.view(bits) == right.view(bits))
+
+
+def _on_disk(reader: CheckpointReader, key: str) -> str:
+    """Find a key in the checkpoint, also with or without its prefix; itself if it is not there."""
+    other = key.removeprefix(_PREFIX) if key.startswith(_PREFIX) else _PREFIX + key
+    return other if key not in reader and other in reader else key
 
 
 def _check_tensor(

@@ -1,37 +1,36 @@
-"""Merge a safety patch into a checkpoint as a new one.
+"""Merge safety patches into a checkpoint as a new one.
 
-Files are copied as they are, then only the touched entries are overwritten, so memory stays at one
-parameter's entries.
+Files are copied as they are, then only the touched entries are overwritten, so memory stays at the
+patches and one parameter's entries.
 """
 
-import math
-import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Self
 
 from safeweights_peft.checkpoint import (
-    CheckpointDraft,
     CheckpointReader,
     Progress,
     draft_copy,
-    files_to_copy,
 )
-from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
-from safeweights_peft.errors import AlreadyMergedError, MergeError
+from safeweights_peft.errors import AlreadyMergedError, CheckpointError, MergeError
 from safeweights_peft.files import check_apart, check_target
-from safeweights_peft.format import (
-    Adapter,
-    Mode,
-    TensorRecord,
-    entries_by_block,
-    read_adapter,
-    read_metadata,
+from safeweights_peft.merge.card import CARD_FILE, card
+from safeweights_peft.merge.edits import edits
+from safeweights_peft.merge.fit import PathLike, base_state, check_floats, check_written
+from safeweights_peft.merge.patches import (
+    Adapters,
+    MergedPatch,
+    OnOverlap,
+    Overlap,
+    Patch,
+    count_entries,
+    overlaps,
+    read_patches,
 )
-from safeweights_peft.merge.fit import PathLike, base_state, copies, gather_entries
+from safeweights_peft.merge.undo import find_journal
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,74 @@ class MergeReport:
 
     Attributes:
         out_dir: The merged checkpoint.
-        scale: The factor on the values: the adapter's own times the requested one.
+        patches: What was merged, in the order in which it was added up.
+        overlap: How many entries every two patches share in every parameter, where they do.
         tensors: Number of checkpoint tensors changed, tied copies included.
-        entries: Number of entries that the adapter changes.
+        entries: Number of entries that the patches change, each counted once.
         size_bytes: Size of the merged shards.
         seconds: Wall time.
     """
 
     out_dir: str
-    scale: float
+    patches: tuple[MergedPatch, ...]
+    overlap: tuple[Overlap, ...]
     tensors: int
     entries: int
     size_bytes: int
     seconds: float
 
+    @classmethod
+    def of(
+        cls,
+        out_dir: PathLike,
+        patches: Sequence[Patch],
+        overlap: tuple[Overlap, ...],
+        tensors: int,
+        started: float,
+    ) -> Self:
+        """Describe a merge that is done.
+
+        Args:
+            out_dir: The merged checkpoint.
+            patches: What was merged.
+            overlap: What the patches share.
+            tensors: Number of tensors changed.
+            started: When it began, by ``time.perf_counter``.
+
+        Returns:
+            The report.
+        """
+        return cls(
+            out_dir=str(out_dir),
+            patches=tuple(patch.described for patch in patches),
+            overlap=overlap,
+            tensors=tensors,
+            entries=count_entries(patches),
+            size_bytes=CheckpointReader(out_dir).size_bytes,
+            seconds=time.perf_counter() - started,
+        )
+
 
 def merge(
     base_dir: PathLike,
-    adapter_dir: PathLike,
+    adapters: Adapters,
     out_dir: PathLike,
     *,
-    scale: float = 1.0,
+    on_overlap: OnOverlap = "add",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add a safety patch to the checkpoint that it was made for, as a new checkpoint.
+    """Add safety patches to the checkpoint that they were made for, as a new checkpoint.
 
-    The adapter and the base are checked before anything is written, the result before it appears.
+    The patches and the base are checked before anything is written, the result before it appears.
+    Several patches are added up in the order given, by :func:`safeweights_peft.delta.sum_rounded`.
 
     Args:
         base_dir: The base's checkpoint.
-        adapter_dir: The patch.
+        adapters: A patch's directory, or several; each alone, or with a factor on its values on
+            top of the patch's own: ``[first, (second, 0.5)]``.
         out_dir: Where the merged checkpoint is to appear, whole or not at all.
-        scale: Factor on the values, on top of the adapter's own.
+        on_overlap: What to do where patches change the same entries.
         overwrite: Replace an existing non-empty directory, whatever it holds.
         progress: Told of the bytes copied.
 
@@ -80,129 +114,57 @@ def merge(
         What was done.
 
     Raises:
-        AlreadyMergedError: The base already holds the merged values.
-        BaseMismatchError: The adapter was made for another base.
-        MergeError: The adapter is a safety map, the scale is not finite, or ``out_dir`` is in the
-            way of an input.
+        AlreadyMergedError: The base already holds the merged values of a patch.
+        BaseMismatchError: A patch was made for another base.
+        CheckpointError: The base is quantized to integers, or half merged in place.
+        MergeError: A patch is a safety map, a scale is not finite, patches share entries and are
+            not to, or ``out_dir`` is in the way of an input.
     """
     started = time.perf_counter()
     check_target(Path(out_dir), overwrite, MergeError)
-    check_apart(Path(out_dir), {"base_dir": base_dir, "adapter_dir": adapter_dir}, MergeError)
-    reader, adapter = _read_inputs(base_dir, adapter_dir)
-    factor = _factor(adapter.metadata.scale, scale)
+    patches = read_patches(adapters)
+    for patch in patches:
+        inputs = {"base_dir": base_dir, "adapter_dir": patch.described.adapter}
+        check_apart(Path(out_dir), inputs, MergeError)
+    shared = overlaps(patches, on_overlap)
+    reader = open_base(base_dir, patches)
+    tensors = 0
     with draft_copy(reader, out_dir, overwrite=overwrite, progress=progress) as draft:
-        tensors = sum(
-            _merge_parameter(reader, draft, adapter, name, factor, check=scale == 1.0)
-            for name in adapter.deltas
-        )
-    return MergeReport(
-        out_dir=str(out_dir),
-        scale=factor,
-        tensors=tensors,
-        entries=sum(delta.count for delta in adapter.deltas.values()),
-        size_bytes=CheckpointReader(out_dir).size_bytes,
-        seconds=time.perf_counter() - started,
-    )
+        for edit in edits(reader, patches):
+            draft.patch(edit.key, edit.indices, edit.merged)
+            check_written(draft.reader, edit.name, edit.key, edit.indices, edit.merged)
+            tensors += 1
+        path = draft.reader.directory / CARD_FILE
+        path.write_text(card(patches, shared), encoding="utf-8")
+    return MergeReport.of(out_dir, patches, shared, tensors, started)
 
 
-def plan(base_dir: PathLike, adapter_dir: PathLike, out_dir: PathLike) -> dict[str, Any]:
-    """Tell what :func:`merge` would do and need, and write nothing.
+def open_base(base_dir: PathLike, patches: Sequence[Patch]) -> CheckpointReader:
+    """Open a checkpoint, and check that it is the base of every patch.
 
     Args:
-        base_dir: The base's checkpoint; it is checked as for a merge.
-        adapter_dir: The patch.
-        out_dir: Where the merged checkpoint would appear; it need not exist.
+        base_dir: The checkpoint.
+        patches: The patches.
 
     Returns:
-        Plain JSON: tensors and entries that change, bytes to be copied, bytes of memory (the patch
-        and the largest tensor that changes), bytes free at ``out_dir``, and whether that is enough.
+        The checkpoint, opened.
+
+    Raises:
+        AlreadyMergedError: It already holds the merged values of one.
+        CheckpointError: An interrupted merge has left it half changed.
     """
-    reader, adapter = _read_inputs(base_dir, adapter_dir)
-    deltas = adapter.deltas
-    keys = {
-        key
-        for name, record in adapter.metadata.tensors.items()
-        for copy in copies(reader, record)
-        for key, (_, local) in entries_by_block(copy, deltas[name].indices).items()
-        if local.size
-    }
-    largest = max((reader.info(key).size_bytes for key in keys), default=0)
-    copy_bytes = sum(files_to_copy(reader).values())
-    free_bytes = shutil.disk_usage(_existing_parent(Path(out_dir))).free
-    return {
-        "tensors": len(keys),
-        "entries": sum(delta.count for delta in deltas.values()),
-        "copy_bytes": copy_bytes,
-        "memory_bytes": largest + sum(delta.size_bytes for delta in deltas.values()),
-        "free_bytes": free_bytes,
-        "fits": copy_bytes <= free_bytes,
-    }
-
-
-def _read_inputs(base_dir: PathLike, adapter_dir: PathLike) -> tuple[CheckpointReader, Adapter]:
-    """Read a patch, and open the base that it was made for."""
-    if read_metadata(adapter_dir).mode is Mode.SPA:
-        raise MergeError(
-            f"{adapter_dir}: expected a safety patch, found a safety map, which has no values; "
-            "train with it instead"
+    reader = CheckpointReader(base_dir)
+    check_floats(reader)
+    journal = find_journal(reader)
+    if journal is not None and journal.state() == "unfinished":
+        raise CheckpointError(
+            f"{base_dir}: expected a whole checkpoint, found an unfinished merge; "
+            "run `safeweights unmerge` on it, or the same merge again"
         )
-    adapter, reader = read_adapter(adapter_dir), CheckpointReader(base_dir)
-    if base_state(reader, adapter.metadata, adapter.indices) == "merged":
-        raise AlreadyMergedError(
-            f"{base_dir}: expected the base, found the adapter's values already merged into it; "
-            "use it as it is, or give the original base"
-        )
-    return reader, adapter
-
-
-def _existing_parent(path: Path) -> Path:
-    """Find the nearest directory that is there, to ask for its disk."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.is_dir())
-
-
-def _merge_parameter(
-    reader: CheckpointReader,
-    draft: CheckpointDraft,
-    adapter: Adapter,
-    name: str,
-    factor: float,
-    check: bool,
-) -> int:
-    """Write one parameter's merged entries to the draft, read them back, and count its tensors."""
-    record, delta = adapter.metadata.tensors[name], adapter.deltas[name]
-    entries = gather_entries(reader, name, record, delta.indices)
-    merged = add_rounded(entries, delta.values, factor)
-    if np.isnan(merged).any():
-        raise MergeError(
-            f"{name}: expected numbers after merging, found NaN; "
-            "use a base without NaN, or a smaller scale"
-        )
-    expected = record.merged_digest if check else digest(merged)
-    tensors = 0
-    for copy in copies(reader, record):
-        tensors += _patch(draft, copy, delta, merged)
-        found = digest(gather_entries(draft.reader, name, copy, delta.indices))
-        if found != expected:
-            raise MergeError(
-                f"{name}: expected merged entries with digest {expected}, found {found}; "
-                "the adapter contradicts itself, do not use it"
+    for patch in patches:
+        if base_state(reader, patch.adapter.metadata, patch.adapter.indices) == "merged":
+            raise AlreadyMergedError(
+                f"{base_dir}: expected the base, found the values of {patch.described.adapter} "
+                "already merged into it; use it as it is, or give the original base"
             )
-    return tensors
-
-
-def _patch(draft: CheckpointDraft, record: TensorRecord, delta: SparseDelta, new: Array) -> int:
-    touched = 0
-    for key, (positions, local) in entries_by_block(record, delta.indices).items():
-        draft.patch(key, local, new[positions])
-        touched += positions.size > 0
-    return touched
-
-
-def _factor(own: float, requested: float) -> float:
-    factor = own * requested
-    if not math.isfinite(factor) or abs(factor) > float(np.finfo(np.float32).max):
-        raise MergeError(
-            f"scale: expected a factor that is finite in float32, found {factor}; "
-            "give a smaller one"
-        )
-    return factor
+    return reader

@@ -23,7 +23,7 @@ from safeweights_peft.format import (
     entries_by_block,
     read_artifact,
 )
-from safeweights_peft.merge.fit import PathLike, base_state, copies, gather_entries
+from safeweights_peft.merge.fit import PathLike, base_state, copies, gather_entries, same_bits
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def _put_back(
 ) -> tuple[int, float]:
     """Overwrite one parameter's entries, read them back, and tell how many had moved, how far."""
     indices = artifact.indices[name]
-    original = gather_entries(base, name, artifact.metadata.tensors[name], indices)
+    own = copies(base, artifact.metadata.tensors[name])[0]
+    original = gather_entries(base, name, own, indices)
     before = gather_entries(draft.reader, name, found[0], indices)
     for record in found:
         entries = original.astype(DTYPES[record.dtype])
@@ -175,8 +176,7 @@ def _put_back(
 
 def _distance(before: Array, after: Array) -> tuple[int, float]:
     """Count the entries whose bits differ, and measure the largest difference."""
-    bits = np.dtype(f"u{before.dtype.itemsize}")
-    moved = before.view(bits) != after.view(bits)
+    moved = ~same_bits(before, after)
     if not moved.any():
         return 0, 0.0
     distance = np.abs(before[moved].astype(np.float64) - after[moved].astype(np.float64))

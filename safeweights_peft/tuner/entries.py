@@ -9,9 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safeweights_peft.delta import DTYPES, Array, digest
+from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, Array, digest
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, FormatError
 from safeweights_peft.format import TensorRecord
+
+# Dtypes that torch hands to numpy only as integers of their size.
+_WITHOUT_NUMPY = {
+    torch.bfloat16: torch.int16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
 
 
 def add_rounded(base: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
@@ -40,8 +47,9 @@ def to_numpy(tensor: Tensor) -> Array:
         The array.
     """
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(DTYPES["bfloat16"])
+    if tensor.dtype in _WITHOUT_NUMPY:
+        dtype = WEIGHT_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        return tensor.view(_WITHOUT_NUMPY[tensor.dtype]).numpy().view(dtype)
     return tensor.numpy()
 
 

@@ -92,12 +92,29 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_quantized_tensor_may_be_there_but_not_be_read(tmp_path: Path) -> None:
-    header = {"q": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    header = {"q": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}
     content = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(
         len(content).to_bytes(8, "little") + content + b"1234"
     )
     reader = CheckpointReader(tmp_path)
-    assert reader.info("q").dtype == "F8_E4M3"
-    with pytest.raises(CheckpointError, match="found F8_E4M3; use an unquantized checkpoint"):
+    assert reader.info("q").dtype == "F8_E8M0"
+    with pytest.raises(CheckpointError, match="found F8_E8M0; use an unquantized checkpoint"):
         reader.read("q")
+
+
+@pytest.mark.parametrize("window_bytes", [4, 12, 2**20])
+@pytest.mark.parametrize(
+    "indices",
+    [[], [0], [29], list(range(30)), [0, 1, 2, 13, 29], [29, 3, 14, 4, 0], [5, 5, 2]],
+    ids=str,
+)
+def test_entries_are_read_in_the_order_asked_for_whatever_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int, indices: list[int]
+) -> None:
+    monkeypatch.setattr("safeweights_peft.checkpoint.windows.WINDOW_BYTES", window_bytes)
+    tensor = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    reader = CheckpointReader(save_checkpoint(tmp_path, {"a": np.ones(7, np.float16), "b": tensor}))
+    for dtype in (np.int32, np.int64):
+        found = reader.gather("b", np.array(indices, dtype))
+        assert found.tobytes() == tensor.reshape(-1)[indices].tobytes()

@@ -40,6 +40,21 @@ def test_only_the_patched_entries_change(tmp_path: Path, shards: int) -> None:
         assert size == len(before[name])
 
 
+@pytest.mark.parametrize("window_bytes", [4, 12, 2**20])
+@pytest.mark.parametrize("order", [[0, 1, 7, 11], [11, 0, 7, 1]])
+def test_entries_are_written_in_any_order_whatever_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int, order: list[int]
+) -> None:
+    monkeypatch.setattr("safeweights_peft.checkpoint.windows.WINDOW_BYTES", window_bytes)
+    reader = CheckpointReader(save_checkpoint(tmp_path / "base", TENSORS))
+    new = np.array([-1, -2, -3, -4], np.float32)
+    with draft_copy(reader, tmp_path / "out") as draft:
+        draft.patch("a", np.array(order), new)
+    expected = TENSORS["a"].copy()
+    expected.reshape(-1)[order] = new
+    assert CheckpointReader(tmp_path / "out").read("a").tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("key", TENSORS)
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_tensor_written_whole_changes_and_no_other(tmp_path: Path, shards: int, key: str) -> None:

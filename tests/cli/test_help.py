@@ -26,6 +26,7 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "report",
         "score",
         "train",
+        "unmerge",
         "verify",
     ]
     assert jobs == COMMANDS

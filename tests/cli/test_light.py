@@ -1,24 +1,38 @@
 """What handles adapters as files starts without torch."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from safeweights_peft.merge import merge_in_place
 from tests.cli.conftest import Run, call_afresh
 
 HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplotlib")
 REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "compare", "merge", "merge --dry-run"])
+@pytest.mark.parametrize(
+    "command",
+    ["inspect", "verify", "compare", "merge", "merge --dry-run", "merge --in-place", "unmerge"],
+)
 def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Path) -> None:
     patch = run.out / "patch"
+    merged = tmp_path / "merged"
+    if command == "merge --in-place":
+        shutil.copytree(run.base, merged)
+    if command == "unmerge":
+        shutil.copytree(run.base, merged)
+        merge_in_place(merged, patch)
     arguments = {
         "inspect": ["inspect", patch],
         "verify": ["verify", patch, "--base", run.base],
         "compare": ["compare", patch, run.out / "map"],
-        "merge": ["merge", run.base, patch, "--out", tmp_path / "merged"],
-    }[command.split()[0]] + command.split()[1:]
+        "merge": ["merge", run.base, patch, "--out", merged],
+        "merge --dry-run": ["merge", run.base, patch, "--out", merged, "--dry-run"],
+        "merge --in-place": ["merge", merged, patch, "--in-place"],
+        "unmerge": ["unmerge", merged],
+    }[command]
     done = call_afresh(*arguments, code=REPORT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == ""

@@ -4,9 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from safeweights_peft.cli import output
 from safeweights_peft.format import inspect
@@ -218,17 +216,6 @@ def test_merge_prints_its_report_as_json(run: Run, tmp_path: Path) -> None:
     report = json.loads(called.stdout)
     assert report["entries"] == inspect(run.out / "patch")["entries"]
     assert report["out_dir"] == str(tmp_path / "merged")
-
-
-def test_merge_takes_a_scale(run: Run, tmp_path: Path) -> None:
-    for scale in ("0", "1"):
-        out = tmp_path / scale
-        call("merge", run.base, run.out / "patch", "--out", out, "--scale", scale)
-    base, none, whole = (
-        load_file(path / "model.safetensors") for path in (run.base, tmp_path / "0", tmp_path / "1")
-    )
-    assert all(np.array_equal(base[key], none[key]) for key in base)
-    assert any(not np.array_equal(base[key], whole[key]) for key in base)
 
 
 def test_report_prints_what_its_json_file_holds(run: Run, tmp_path: Path) -> None:

@@ -44,3 +44,12 @@ def test_arrays_come_back_as_the_same_tensors(dtype):
     tensor = (torch.randn(7) * 100).to(dtype)
     assert torch.equal(to_torch(to_numpy(tensor)), tensor)
     assert to_torch(to_numpy(tensor)).dtype is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_float8_base_that_was_loaded_in_float32_gets_its_own_dtypes_bits_back(dtype):
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    every = every[~every.float().isnan()]
+    again = to_numpy(every.float().to(dtype))
+    assert again.dtype.name == str(dtype).removeprefix("torch.")
+    assert again.tobytes() == to_numpy(every).tobytes()

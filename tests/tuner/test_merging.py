@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safeweights_peft import (
@@ -85,6 +86,26 @@ def test_merged_adapters_are_rounded_once_however_they_were_merged(tiny_llama_bf
         model.merge_adapter(["second"])
     assert equal(plain_state(model), dense.state_dict())
     assert same_weights(model.unload(), dense)
+
+
+@pytest.mark.parametrize("order", [["first", "second"], ["second", "first"]])
+@pytest.mark.parametrize("base_name", ["tiny_llama", "tiny_llama_bf16", "tiny_mixtral"])
+def test_several_adapters_act_and_merge_with_the_bits_of_the_merged_files(
+    base_name, order, tmp_path, request
+):
+    base = request.getfixturevalue(base_name)
+    patches = {
+        "first": save_patch(base, tmp_path / "first", scale=0.3),
+        "second": save_patch(base, tmp_path / "second", seed=1, values_dtype="bfloat16"),
+    }
+    report = merge(base, [patches[name] for name in order], tmp_path / "merged")
+    assert report.overlap
+    model = PeftModel.from_pretrained(load_base(base), patches[order[0]], order[0])
+    model.load_adapter(patches[order[1]], order[1])
+    model.base_model.set_adapter(order)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(model), logits(merged))
+    assert same_weights(model.merge_and_unload(), merged)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")

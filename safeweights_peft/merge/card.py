@@ -1,0 +1,69 @@
+"""The model card of a merged checkpoint: what was merged onto what, to be checked by digests."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from safeweights_peft.format import AdapterMetadata
+from safeweights_peft.merge.patches import Overlap, Patch
+
+CARD_FILE = "README.md"
+
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+
+
+def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
+    """Write the card of a merged checkpoint.
+
+    Paths of this machine stay out of it: of a directory it tells the name alone.
+
+    Args:
+        patches: What was merged, in order.
+        overlap: The entries that patches share.
+
+    Returns:
+        Markdown, with the Hub's front matter.
+    """
+    metadata = patches[0].adapter.metadata
+    lines = ["---", "library_name: transformers", "tags:", "- safeweights"]
+    name = metadata.base_model_name_or_path or ""
+    if _HUB_ID.fullmatch(name):
+        lines += [f"base_model: {name}", "base_model_relation: finetune"]
+    lines += [
+        "---",
+        "",
+        f"# {_base_name(metadata)} with safety patches",
+        "",
+        f"Base: {_base_name(metadata)}"
+        + (f", commit {metadata.revision}" if metadata.revision else "")
+        + ". Only the entries that the patches name differ from it.",
+        "",
+        "| patch | content | scale | entries |",
+        "|---|---|---|---|",
+    ]
+    for patch in patches:
+        told = patch.described
+        lines.append(
+            f"| {_plain(Path(told.adapter).resolve().name)} | `{told.content_id}` | {told.scale:g} "
+            f"| {told.entries:,} |"
+        )
+    if overlap:
+        shared = sum(each.entries for each in overlap)
+        lines += ["", f"{shared:,} entries are changed by two patches each; these add up."]
+    lines += [
+        "",
+        "Merged from file to file by `safeweights merge`. `safeweights verify PATCH --base MODEL` "
+        "tells whether a model holds a patch that was merged by itself at its own scale.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _base_name(metadata: AdapterMetadata) -> str:
+    """Name the base: by its Hub id, or its directory's own name."""
+    name = metadata.base_model_name_or_path or "a base model"
+    return _plain(name if _HUB_ID.fullmatch(name) else Path(name).name)
+
+
+def _plain(text: str) -> str:
+    """Keep what stands in a table's cell from being read as Markdown or HTML."""
+    return re.sub(r"[^\w.,/ -]", "_", text)

@@ -1,0 +1,236 @@
+"""Safety patches that are merged together: read, and checked against each other.
+
+Here live each patch's factor and the overlap of patches. Their sum does not: see ``edits``.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+
+from safeweights_peft.delta import Array, SparseDelta
+from safeweights_peft.errors import MergeError
+from safeweights_peft.format import Adapter, Mode, TensorRecord, read_adapter, read_metadata
+from safeweights_peft.merge.fit import PathLike
+
+OnOverlap = Literal["add", "error"]
+"""What to do where patches change the same entries: add them up, or refuse."""
+
+Adapters = PathLike | Sequence[PathLike | tuple[PathLike, float]]
+"""The directory of a patch, or of several, each alone or with a factor on top of its own."""
+
+
+@dataclass(frozen=True)
+class MergedPatch:
+    """One patch of a merge.
+
+    Attributes:
+        adapter: Its directory.
+        content_id: Digest of what it stores.
+        scale: The factor on its values: its own times the requested one.
+        entries: Number of entries that it changes.
+    """
+
+    adapter: str
+    content_id: str
+    scale: float
+    entries: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Entries of one parameter that two patches change.
+
+    Attributes:
+        left: Directory of the first patch.
+        right: Directory of the second.
+        tensor: The parameter.
+        entries: How many entries both change.
+    """
+
+    left: str
+    right: str
+    tensor: str
+    entries: int
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A patch that has been read, and what a merge multiplies it with.
+
+    Attributes:
+        adapter: The patch.
+        described: What reports say of it.
+        own_scale: Whether it is merged at its own scale, for which it tells the result's digests.
+    """
+
+    adapter: Adapter
+    described: MergedPatch
+    own_scale: bool
+
+    def delta(self, name: str) -> SparseDelta | None:
+        """Look up its change of a parameter.
+
+        Args:
+            name: The parameter.
+
+        Returns:
+            The change; None if it leaves the parameter alone.
+        """
+        return self.adapter.deltas.get(name)
+
+
+def read_patches(adapters: Adapters) -> list[Patch]:
+    """Read some patches, and check that they can be merged together.
+
+    Args:
+        adapters: Their directories, perhaps with factors.
+
+    Returns:
+        The patches, in the same order.
+
+    Raises:
+        MergeError: There is none, one is a safety map, a factor is not finite in float32, one is
+            given twice, or two lay out a parameter in different ways.
+    """
+    several = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if not several:
+        raise MergeError("adapters: expected at least one patch, found none; give its directory")
+    patches = [_read(*each) if isinstance(each, tuple) else _read(each, 1.0) for each in several]
+    for left, right in combinations(patches, 2):
+        _check_pair(left, right)
+    return patches
+
+
+def parameters(patches: Sequence[Patch]) -> dict[str, TensorRecord]:
+    """List what some patches change.
+
+    Args:
+        patches: The patches.
+
+    Returns:
+        A record of each parameter's layout, by name, in the order of the patches.
+    """
+    records: dict[str, TensorRecord] = {}
+    for patch in patches:
+        records = patch.adapter.metadata.tensors | records
+    return records
+
+
+def changed_entries(patches: Sequence[Patch], name: str) -> Array:
+    """Unite the entries of a parameter that some patches change.
+
+    Args:
+        patches: The patches.
+        name: The parameter.
+
+    Returns:
+        Flat indices, ascending and unique; ``(count,)``.
+    """
+    each = [delta.indices for patch in patches if (delta := patch.delta(name)) is not None]
+    return reduce(np.union1d, each[1:], each[0])
+
+
+def count_entries(patches: Sequence[Patch]) -> int:
+    """Count the entries that some patches change, each once.
+
+    Args:
+        patches: The patches.
+
+    Returns:
+        How many there are.
+    """
+    return sum(changed_entries(patches, name).size for name in parameters(patches))
+
+
+def overlaps(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> tuple[Overlap, ...]:
+    """Count the entries that patches share, for every two and every parameter.
+
+    Args:
+        patches: The patches.
+        on_overlap: Whether shared entries are counted or refused.
+
+    Returns:
+        The counts that are not 0.
+
+    Raises:
+        MergeError: There is one, and it is to be refused.
+    """
+    found = tuple(_overlaps(patches))
+    if found and on_overlap == "error":
+        first = found[0]
+        raise MergeError(
+            f"{first.tensor}: expected patches that change different entries, found "
+            f"{first.entries} of {first.left} in {first.right} too; leave one patch out, or let "
+            "them add up"
+        )
+    return found
+
+
+def _overlaps(patches: Sequence[Patch]) -> Iterator[Overlap]:
+    for left, right in combinations(patches, 2):
+        for name, delta in left.adapter.deltas.items():
+            other = right.delta(name)
+            if other is None:
+                continue
+            shared = np.intersect1d(delta.indices, other.indices, assume_unique=True).size
+            if shared:
+                yield Overlap(left.described.adapter, right.described.adapter, name, shared)
+
+
+def _read(directory: PathLike, scale: float) -> Patch:
+    if read_metadata(directory).mode is Mode.SPA:
+        raise MergeError(
+            f"{directory}: expected a safety patch, found a safety map, which has no values; "
+            "train with it instead"
+        )
+    adapter = read_adapter(directory)
+    described = MergedPatch(
+        adapter=str(directory),
+        content_id=adapter.metadata.content_id,
+        scale=_factor(adapter.metadata.scale, scale),
+        entries=sum(delta.count for delta in adapter.deltas.values()),
+    )
+    return Patch(adapter, described, own_scale=scale == 1.0)
+
+
+def _factor(own: float, requested: float) -> float:
+    factor = own * requested
+    if not math.isfinite(factor) or abs(factor) > float(np.finfo(np.float32).max):
+        raise MergeError(
+            f"scale: expected a factor that is finite in float32, found {factor}; "
+            "give a smaller one"
+        )
+    return factor
+
+
+def _check_pair(left: Patch, right: Patch) -> None:
+    """Refuse a patch given twice, and two whose entries cannot be matched."""
+    one, other = left.described, right.described
+    if one.content_id == other.content_id:
+        raise MergeError(
+            f"{other.adapter}: expected different patches, found the content of {one.adapter}; "
+            "give it once, with the scale that you want"
+        )
+    homes = _homes(left.adapter)
+    for key, home in _homes(right.adapter).items():
+        if homes.get(key, home) != home:
+            raise MergeError(
+                f"{key}: expected one parameter and layout in all patches, found {homes[key][0]} "
+                f"in {one.adapter} and {home[0]} in {other.adapter}; make both patches with one "
+                "version of transformers"
+            )
+
+
+def _homes(adapter: Adapter) -> dict[str, tuple[str, TensorRecord]]:
+    """Tell of each checkpoint key which parameter it belongs to, and how that is laid out."""
+    layouts = {
+        name: replace(record, count=0, digest=None, base_digest=None, merged_digest=None)
+        for name, record in adapter.metadata.tensors.items()
+    }
+    return {key: (name, layout) for name, layout in layouts.items() for key in layout.keys}
