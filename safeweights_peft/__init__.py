@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from safeweights_peft.merge import merge as merge
     from safeweights_peft.merge import protect as protect
     from safeweights_peft.merge import verify as verify
+    from safeweights_peft.pipeline import load_model as load_model
     from safeweights_peft.training import SafetyPreservingCallback as SafetyPreservingCallback
     from safeweights_peft.training import preserve as preserve
     from safeweights_peft.tuner import SafeWeightsConfig as SafeWeightsConfig
@@ -77,6 +78,7 @@ _ROOMS = {
         "write_map",
     ],
     "merge": ["merge", "protect", "verify"],
+    "pipeline": ["load_model"],
     "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],
 }

@@ -1,10 +1,12 @@
 """What needs both an adapter and a checkpoint, straight from disk to disk: numpy, no transformers.
 
-``fit`` finds an adapter's entries in a checkpoint, ``merging`` adds a patch, ``protecting`` puts a
-base's entries back into a tuned model, ``verifying`` checks.
+``fit`` finds an adapter's entries in a checkpoint, ``entries`` tells what they are once merged,
+``merging`` adds a patch, ``protecting`` puts a base's entries back into a tuned model,
+``verifying`` checks.
 Merging inside a loaded model is PEFT's: see ``tuner``.
 """
 
+from safeweights_peft.merge.entries import merged_entries
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
 from safeweights_peft.merge.merging import MergeReport, merge, plan
 from safeweights_peft.merge.protecting import ProtectReport, protect, put_back
@@ -19,6 +21,7 @@ __all__ = [
     "copies",
     "gather_entries",
     "merge",
+    "merged_entries",
     "plan",
     "protect",
     "put_back",

@@ -3,7 +3,7 @@
 from safeweights_peft.pipeline.enhancing import enhance_model, summarise
 from safeweights_peft.pipeline.estimating import Estimate, estimate
 from safeweights_peft.pipeline.evaluating import evaluate, figures
-from safeweights_peft.pipeline.patched import load_patched
+from safeweights_peft.pipeline.patched import load_model, load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.probing import count_evaluations, probe
 from safeweights_peft.pipeline.progress import Progress, Quiet
@@ -35,6 +35,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "figures",
+    "load_model",
     "load_patched",
     "preserve_model",
     "probe",
