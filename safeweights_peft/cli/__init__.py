@@ -21,6 +21,7 @@ from safeweights_peft.cli.artifacts import (
     report_command,
     verify_command,
 )
+from safeweights_peft.cli.exchange import diff_command
 from safeweights_peft.cli.options import (
     FiniteRange,
     compute_options,
@@ -379,5 +380,12 @@ def probe_command(
     show_probe(result, as_json)
 
 
-for each in (merge_command, inspect_command, report_command, compare_command, verify_command):
+for each in (
+    merge_command,
+    inspect_command,
+    report_command,
+    compare_command,
+    verify_command,
+    diff_command,
+):
     main.add_command(each)

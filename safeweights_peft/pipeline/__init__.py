@@ -1,5 +1,6 @@
 """The whole jobs, from names and settings to results on disk; no job prints anything."""
 
+from safeweights_peft.pipeline.diffing import DiffReport, diff
 from safeweights_peft.pipeline.enhancing import enhance_model, summarise
 from safeweights_peft.pipeline.estimating import Estimate, estimate
 from safeweights_peft.pipeline.evaluating import evaluate, figures
@@ -22,6 +23,7 @@ from safeweights_peft.pipeline.training import train
 
 __all__ = [
     "ComputeSettings",
+    "DiffReport",
     "Estimate",
     "EvaluateSettings",
     "Method",
@@ -31,6 +33,7 @@ __all__ = [
     "ScoreSettings",
     "TrainSettings",
     "count_evaluations",
+    "diff",
     "enhance_model",
     "estimate",
     "evaluate",

@@ -133,6 +133,14 @@ def test_probing_under_a_patch_that_is_not_merged_is_a_failure_of_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_that_do_not_differ_are_a_failure_of_one_line(run: Run, tmp_path: Path) -> None:
+    called = call("diff", run.base, run.base, "--out", tmp_path / "patch")
+    assert called.exit_code == 1
+    assert called.stdout == ""
+    assert "may be kept, found none" in error_lines(called.stderr)[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> None:
     called = call("enhance", run.base, *run.options, "--seed", "1")
     assert called.exit_code == 1
@@ -171,6 +179,9 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["eval", "base", "--dtype", "int8"],
         ["eval", "base", "--adapter", "nowhere"],
         ["merge", "nowhere", "nowhere", "--out", "merged"],
+        ["diff", "base", "tuned"],
+        ["diff", "base", "tuned", "--out", "patch", "--density", "0"],
+        ["diff", "base", "tuned", "--out", "patch", "--map", "nowhere"],
         ["inspect", "nowhere"],
         ["verify"],
         ["verify", "nowhere"],
