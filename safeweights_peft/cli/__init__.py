@@ -21,7 +21,7 @@ from safeweights_peft.cli.artifacts import (
     report_command,
     verify_command,
 )
-from safeweights_peft.cli.exchange import diff_command
+from safeweights_peft.cli.exchange import diff_command, export_command
 from safeweights_peft.cli.options import (
     FiniteRange,
     compute_options,
@@ -387,5 +387,6 @@ for each in (
     compare_command,
     verify_command,
     diff_command,
+    export_command,
 ):
     main.add_command(each)

@@ -2,7 +2,8 @@
 
 ``fit`` finds an adapter's entries in a checkpoint, ``entries`` tells what they are once merged,
 ``merging`` adds a patch, ``protecting`` puts a base's entries back into a tuned model,
-``differing`` makes a patch of two checkpoints, ``verifying`` checks.
+``differing`` makes a patch of two checkpoints, ``exporting`` one for other programs, ``verifying``
+checks.
 Merging inside a loaded model is PEFT's: see ``tuner``.
 """
 
@@ -16,6 +17,7 @@ from safeweights_peft.merge.differing import (
     keep,
 )
 from safeweights_peft.merge.entries import merged_entries
+from safeweights_peft.merge.exporting import export_vllm_patch
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
 from safeweights_peft.merge.merging import MergeReport, merge, plan
 from safeweights_peft.merge.protecting import ProtectReport, protect, put_back
@@ -33,6 +35,7 @@ __all__ = [
     "check_exact",
     "check_patch",
     "copies",
+    "export_vllm_patch",
     "find_change",
     "gather_entries",
     "keep",

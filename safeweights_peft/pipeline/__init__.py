@@ -4,6 +4,7 @@ from safeweights_peft.pipeline.diffing import DiffReport, diff
 from safeweights_peft.pipeline.enhancing import enhance_model, summarise
 from safeweights_peft.pipeline.estimating import Estimate, estimate
 from safeweights_peft.pipeline.evaluating import evaluate, figures
+from safeweights_peft.pipeline.exporting import export_lora, export_patch, export_supertuning
 from safeweights_peft.pipeline.patched import load_model, load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.probing import count_evaluations, probe
@@ -37,6 +38,9 @@ __all__ = [
     "enhance_model",
     "estimate",
     "evaluate",
+    "export_lora",
+    "export_patch",
+    "export_supertuning",
     "figures",
     "load_model",
     "load_patched",

@@ -67,7 +67,7 @@ def load_model(
     if not given:
         raise ModelError("adapters: expected at least one, found none; give a safety patch")
     folders = [_find_adapter(each) for each in given]
-    found, place = _find_base(base, folders), pick_device(device)
+    found, place = find_base(base, folders), pick_device(device)
     if merge:
         return load_patched(found, folders, dtype, place)
     model = load_base(found, dtype, place)
@@ -127,8 +127,19 @@ def _find_adapter(adapter: PathLike) -> Path:
     return download(str(adapter), ADAPTER_FILES, "an adapter's directory or Hub id")
 
 
-def _find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
-    """Finds the base, at the commit that an adapter records for it."""
+def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
+    """Finds the base of adapters; by the name that one records, at the commit recorded there.
+
+    Args:
+        base: directory or Hub id; what the first adapter names if None.
+        adapters: directories of adapters.
+
+    Returns:
+        The base.
+
+    Raises:
+        ModelError: the base is neither given nor named, or can't be found.
+    """
     configs = [read_json(each / CONFIG_FILE, FormatError) for each in adapters]
     name = configs[0].get("base_model_name_or_path") if base is None else str(base)
     if not isinstance(name, str):

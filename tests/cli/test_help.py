@@ -19,6 +19,7 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "diff",
         "enhance",
         "eval",
+        "export",
         "inspect",
         "merge",
         "preserve",
