@@ -5,6 +5,7 @@ Nothing is written here. A model that is being loaded, and exports, take the ent
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def _merge_parameter(
             f"{name}: expected patches that place it alike on disk, found two layouts; "
             "merge patches that were made with one version of transformers"
         )
-    indices = np.unique(np.concatenate([each.deltas[name].indices for each in adapters]))
+    indices = reduce(np.union1d, [each.deltas[name].indices for each in adapters])
     base = gather_entries(reader, name, record, indices)
     total = base.astype(np.float32)  # in float32 the rule rounds nothing away between two patches
     for adapter in adapters:
