@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from safeweights_peft.merge import protect as protect
     from safeweights_peft.merge import unmerge as unmerge
     from safeweights_peft.merge import verify as verify
+    from safeweights_peft.pipeline import load_model as load_model
     from safeweights_peft.training import SafetyPreservingCallback as SafetyPreservingCallback
     from safeweights_peft.training import preserve as preserve
     from safeweights_peft.tuner import SafeWeightsConfig as SafeWeightsConfig
@@ -79,6 +80,7 @@ _ROOMS = {
         "write_map",
     ],
     "merge": ["merge", "merge_in_place", "protect", "unmerge", "verify"],
+    "pipeline": ["load_model"],
     "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],
 }

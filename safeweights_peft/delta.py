@@ -1,8 +1,8 @@
 """Sparse changes of one tensor, and the one rule by which they are added to it; numpy only.
 
-Here live :class:`SparseDelta`, the checks on indices, and the digests. Files, checkpoints and
-models do not: see ``format``, ``checkpoint`` and ``modeling``. The torch twin of
-:func:`add_rounded` stands in ``tuner/entries.py``; a test holds the two bitwise equal.
+Here live :class:`SparseDelta`, the rule and its inverse, the checks on indices, and the digests.
+Files, checkpoints and models do not: see ``format``, ``checkpoint`` and ``modeling``. The torch
+twin of :func:`add_rounded` stands in ``tuner/entries.py``; a test holds the two bitwise equal.
 """
 
 import hashlib
@@ -80,6 +80,50 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
         for where, values, scale in terms:
             total[where] += np.float32(scale) * values.astype(np.float32)
         return total.astype(base.dtype)
+
+
+def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
+    """Find the values by which :func:`add_rounded` makes tuned entries of base entries, bit by bit.
+
+    That is the float32 difference, or one of its two neighbours, or nothing: what rounds to a tuned
+    entry is an interval of sums that the exact difference lies in or borders on, so if any float32
+    value leads into it, so does the nearest one on one side. There is none where the base is so
+    large that values near the difference are coarser than the tuned entry, as from 1 to 1e-30.
+
+    Args:
+        base: Finite entries of the base, of a dtype in ``DTYPES``; ``(count,)``.
+        tuned: What they are to become, in the same dtype, each of other bits; ``(count,)``.
+
+    Returns:
+        Float32 values, and whether each gives the tuned entry exactly; where it does not, the
+        value is the nearest. It is NaN where the tuned entry is. Both ``(count,)``.
+    """
+    limit = np.finfo(np.float32).max
+    with np.errstate(over="ignore", invalid="ignore"):
+        nearest = tuned.astype(np.float32) - base.astype(np.float32)
+    nearest = np.clip(nearest, -limit, limit)
+    values, exact = nearest.copy(), ~bits_differ(add_rounded(base, nearest), tuned)
+    for side in (-limit, limit):  # never beyond: values are finite
+        missed = np.flatnonzero(~exact)
+        neighbour = np.nextafter(nearest[missed], side)
+        found = ~bits_differ(add_rounded(base[missed], neighbour), tuned[missed])
+        values[missed[found]], exact[missed[found]] = neighbour[found], True
+    return values, exact & np.isfinite(values)
+
+
+def bits_differ(left: Array, right: Array) -> Array:
+    """Compare the bits of two arrays, so that NaN equals itself and zeros of two signs differ.
+
+    Args:
+        left: An array.
+        right: An array of the same dtype and shape.
+
+    Returns:
+        Whether the bits of each entry differ; bool, in their shape.
+    """
+    bits = np.dtype(f"u{left.dtype.itemsize}")
+    differ: Array = left.view(bits) != right.view(bits)
+    return differ
 
 
 def digest(*arrays: Array) -> str:

@@ -15,9 +15,11 @@ from safeweights_peft.delta import (
     WEIGHT_DTYPES,
     SparseDelta,
     add_rounded,
+    bits_differ,
     check_finite,
     check_indices,
     digest,
+    find_values,
     index_dtype,
     sum_rounded,
 )
@@ -281,3 +283,107 @@ def test_a_delta_refuses_a_tensor_of_another_shape() -> None:
         delta.apply(np.zeros((3, 2), np.float32))
     with pytest.raises(BaseMismatchError, match="compare a model with the base"):
         SparseDelta.from_dense(np.zeros((3, 2)), np.zeros((2, 3)))
+
+
+def in_order(floats: np.ndarray) -> np.ndarray:
+    """Number floats in ascending order, -0 just below +0."""
+    bits = np.dtype(f"i{floats.itemsize}")
+    signed = floats.view(bits).astype(np.int64)
+    return np.where(signed < 0, -(signed & np.iinfo(bits).max) - 1, signed)
+
+
+def from_order(numbers: np.ndarray) -> np.ndarray:
+    """Undo `in_order` for float32."""
+    bits = np.where(numbers < 0, (-numbers - 1) | 2**31, numbers)
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def values_by_bisection(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
+    """The slow twin: the smallest finite float32 by which the rule reaches tuned, or beyond it.
+
+    The rule never falls as the value grows, so bisecting all floats misses none.
+    """
+    wanted, most = in_order(tuned), in_order(np.array([np.finfo(np.float32).max]))
+    low, high = np.repeat(-most - 1, base.size), np.repeat(most, base.size)
+    for _ in range(33):
+        middle = (low + high) // 2
+        reached = in_order(add_rounded(base, from_order(middle))) >= wanted
+        low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
+    return from_order(low)
+
+
+def assert_exact_wherever_possible(base: np.ndarray, tuned: np.ndarray) -> None:
+    differ = bits_differ(base, tuned)
+    base, tuned = base[differ], tuned[differ]
+    values, exact = find_values(base, tuned)
+    assert np.isfinite(values).all()
+    assert np.array_equal(~bits_differ(add_rounded(base, values), tuned), exact)
+    possible = ~bits_differ(add_rounded(base, values_by_bisection(base, tuned)), tuned)
+    assert np.array_equal(exact, possible)
+
+
+def is_finite(floats: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return np.isfinite(floats.astype(np.float32))
+
+
+def finite_from_bits(dtype: str, bits: list[int]) -> np.ndarray:
+    size = DTYPES[dtype].itemsize
+    floats = np.array(bits, np.uint64).astype(f"u{size}").view(DTYPES[dtype])
+    return np.where(is_finite(floats), floats, DTYPES[dtype].type(1))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@settings(deadline=None, max_examples=300)
+@given(pairs=st.lists(st.tuples(*[st.integers(0, 2**32 - 1)] * 2), min_size=1, max_size=50))
+def test_a_value_is_found_for_every_pair_of_bit_patterns_that_has_one(
+    dtype: str, pairs: list[tuple[int, int]]
+) -> None:
+    base, tuned = (finite_from_bits(dtype, list(side)) for side in zip(*pairs, strict=True))
+    assert_exact_wherever_possible(base, tuned)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@settings(deadline=None, max_examples=300)
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50), step=st.integers(-999, 999)
+)
+def test_a_value_is_found_for_every_small_step_of_the_bits_that_has_one(
+    dtype: str, bits: list[int], step: int
+) -> None:
+    base = finite_from_bits(dtype, bits)
+    moved = (base.view(f"i{base.itemsize}") + np.array(step, f"i{base.itemsize}")).view(base.dtype)
+    assert_exact_wherever_possible(base, np.where(is_finite(moved), moved, base))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("base", [0.0, -0.0, 1.0, -0.02, 6e-8, 60000.0])
+def test_a_value_is_found_for_every_16_bit_pattern_that_has_one(dtype: str, base: float) -> None:
+    tuned = EVERY_16_BITS.view(DTYPES[dtype])
+    tuned = tuned[is_finite(tuned)]
+    assert_exact_wherever_possible(np.full(tuned.shape, base, tuned.dtype), tuned)
+
+
+def test_the_difference_is_not_always_the_value() -> None:
+    base, tuned = np.array([-3.6e-7], np.float16), np.array([-0.0], np.float16)
+    plain = tuned.astype(np.float32) - base.astype(np.float32)
+    assert bits_differ(add_rounded(base, plain), tuned)[0]
+    values, exact = find_values(base, tuned)
+    assert exact[0]
+    assert not bits_differ(add_rounded(base, values), tuned)[0]
+
+
+def test_nothing_leads_from_large_to_tiny_but_the_nearest_value_is_given() -> None:
+    values, exact = find_values(np.array([1], np.float32), np.array([1e-30], np.float32))
+    assert (values.tolist(), exact.tolist()) == ([-1], [False])
+
+
+def test_no_value_makes_a_nan() -> None:
+    values, exact = find_values(np.ones(1, np.float32), np.full(1, np.nan, np.float32))
+    assert not exact[0]
+    assert np.isnan(values[0])
+
+
+def test_zeros_of_two_signs_differ_and_a_nan_equals_itself() -> None:
+    left, right = np.array([0.0, np.nan, 1], "f4"), np.array([-0.0, np.nan, 1], "f4")
+    assert bits_differ(left, right).tolist() == [True, False, False]

@@ -5,6 +5,7 @@ the record's blocks, and a patch for it has the right digests of base and merged
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -171,3 +172,12 @@ def edit_tensors(path: Path, edit: Callable[[Tensors], object]) -> None:
     tensors = {key: np.array(value) for key, value in load_file(file).items()}
     edit(tensors)
     save_file(tensors, file, {"format": "pt"})
+
+
+def copy_checkpoint(source: Path, out: Path, edit: Callable[[Tensors], object]) -> Path:
+    """Copy a model's directory with its tensors changed; shards become one file."""
+    tensors = {key: np.array(value) for key, value in load_checkpoint(source).items()}
+    edit(tensors)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out

@@ -72,6 +72,24 @@ class Block:
         inside &= rest == 0
         return first + np.flatnonzero(inside), local[inside]
 
+    def spread(self, local: Array) -> Array:
+        """Find where entries of this tensor are in the parameter; undoes :meth:`locate`.
+
+        Args:
+            local: Flat row-major indices in the tensor; ``(count,)``.
+
+        Returns:
+            The flat indices in the parameter, int64, in the same order; ``(count,)``.
+        """
+        rest = local.astype(np.int64, copy=False)
+        if self.strides == row_major_strides(self.shape):
+            return rest + self.offset
+        flat = np.full(rest.shape, self.offset, np.int64)
+        for step, stride in zip(row_major_strides(self.shape), self.strides, strict=True):
+            coordinate, rest = np.divmod(rest, step)
+            flat += coordinate * stride
+        return flat
+
     @property
     def last(self) -> int:
         """Flat index, in the parameter, of the tensor's last entry."""

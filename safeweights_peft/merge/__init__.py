@@ -1,11 +1,24 @@
 """What needs both an adapter and a checkpoint, straight from disk to disk: numpy, no transformers.
 
 ``fit`` finds an adapter's entries in a checkpoint, ``patches`` and ``edits`` are what is merged,
-``merging`` writes it as a new checkpoint (``card`` is its card), ``in_place`` into the same one
-(``undo`` is its journal), ``planning`` foretells both, ``protecting`` puts a base's entries back
-into a tuned model, ``verifying`` checks. Merging inside a loaded model is PEFT's: see ``tuner``.
+``entries`` tells what they are once merged, ``merging`` writes them as a new checkpoint (``card``
+is its card), ``in_place`` into the same one (``undo`` is its journal), ``planning`` foretells both,
+``protecting`` puts a base's entries back into a tuned model, ``differing`` makes a patch of two
+checkpoints, ``exporting`` one for other programs, ``verifying`` checks. Merging inside a loaded
+model is PEFT's: see ``tuner``.
 """
 
+from safeweights_peft.merge.differing import (
+    Change,
+    Kept,
+    changed_keys,
+    check_exact,
+    check_patch,
+    find_change,
+    keep,
+)
+from safeweights_peft.merge.entries import merged_entries
+from safeweights_peft.merge.exporting import export_vllm_patch
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
 from safeweights_peft.merge.in_place import UnmergeReport, merge_in_place, unmerge
 from safeweights_peft.merge.merging import MergeReport, merge
@@ -15,7 +28,9 @@ from safeweights_peft.merge.protecting import ProtectReport, protect, put_back
 from safeweights_peft.merge.verifying import Check, VerifyReport, verify
 
 __all__ = [
+    "Change",
     "Check",
+    "Kept",
     "MergeReport",
     "MergedPatch",
     "Overlap",
@@ -23,10 +38,17 @@ __all__ = [
     "UnmergeReport",
     "VerifyReport",
     "base_state",
+    "changed_keys",
+    "check_exact",
+    "check_patch",
     "copies",
+    "export_vllm_patch",
+    "find_change",
     "gather_entries",
+    "keep",
     "merge",
     "merge_in_place",
+    "merged_entries",
     "plan",
     "protect",
     "put_back",

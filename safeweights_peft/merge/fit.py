@@ -6,10 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
-
 from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
+from safeweights_peft.delta import WEIGHT_DTYPES, Array, bits_differ, digest
 from safeweights_peft.errors import BaseMismatchError, CheckpointError, MergeError
 from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, TensorRecord, entries_by_block
@@ -132,25 +130,11 @@ def check_written(
     Raises:
         MergeError: It holds something else.
     """
-    if not same_bits(reader.gather(key, indices), new).all():
+    if bits_differ(reader.gather(key, indices), new).any():
         raise MergeError(
             f"{name}: expected in {key} of {reader.directory} what was written there, found other "
             "entries; the disk may be failing, try another"
         )
-
-
-def same_bits(left: Array, right: Array) -> Array:
-    """Compare floats bit by bit, so that NaN equals itself and 0 is not -0.
-
-    Args:
-        left: Entries; ``(count,)``.
-        right: As many, of the same dtype.
-
-    Returns:
-        Whether they are the same; bool, ``(count,)``.
-    """
-    bits = np.dtype(f"u{left.dtype.itemsize}")
-    return np.asarray(left.view(bits) == right.view(bits))
 
 
 def _on_disk(reader: CheckpointReader, key: str) -> str:

@@ -15,11 +15,12 @@ from safeweights_peft.checkpoint import (
     Progress,
     draft_copy,
 )
-from safeweights_peft.errors import AlreadyMergedError, CheckpointError, MergeError
+from safeweights_peft.errors import CheckpointError, MergeError
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.merge.card import CARD_FILE, card
 from safeweights_peft.merge.edits import edits
-from safeweights_peft.merge.fit import PathLike, base_state, check_floats, check_written
+from safeweights_peft.merge.entries import check_unmerged
+from safeweights_peft.merge.fit import PathLike, check_floats, check_written
 from safeweights_peft.merge.patches import (
     Adapters,
     MergedPatch,
@@ -150,7 +151,6 @@ def open_base(base_dir: PathLike, patches: Sequence[Patch]) -> CheckpointReader:
         The checkpoint, opened.
 
     Raises:
-        AlreadyMergedError: It already holds the merged values of one.
         CheckpointError: An interrupted merge has left it half changed.
     """
     reader = CheckpointReader(base_dir)
@@ -162,9 +162,5 @@ def open_base(base_dir: PathLike, patches: Sequence[Patch]) -> CheckpointReader:
             "run `safeweights unmerge` on it, or the same merge again"
         )
     for patch in patches:
-        if base_state(reader, patch.adapter.metadata, patch.adapter.indices) == "merged":
-            raise AlreadyMergedError(
-                f"{base_dir}: expected the base, found the values of {patch.described.adapter} "
-                "already merged into it; use it as it is, or give the original base"
-            )
+        check_unmerged(reader, patch.adapter, patch.described.adapter)
     return reader

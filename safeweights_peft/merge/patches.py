@@ -66,12 +66,10 @@ class Patch:
     Attributes:
         adapter: The patch.
         described: What reports say of it.
-        own_scale: Whether it is merged at its own scale, for which it tells the result's digests.
     """
 
     adapter: Adapter
     described: MergedPatch
-    own_scale: bool
 
     def delta(self, name: str) -> SparseDelta | None:
         """Look up its change of a parameter.
@@ -196,7 +194,7 @@ def _read(directory: PathLike, scale: float) -> Patch:
         scale=_factor(adapter.metadata.scale, scale),
         entries=sum(delta.count for delta in adapter.deltas.values()),
     )
-    return Patch(adapter, described, own_scale=scale == 1.0)
+    return Patch(adapter, described)
 
 
 def _factor(own: float, requested: float) -> float:

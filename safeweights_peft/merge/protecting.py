@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, Progress, draft_copy
-from safeweights_peft.delta import DTYPES, Array
+from safeweights_peft.delta import DTYPES, Array, bits_differ
 from safeweights_peft.errors import BaseMismatchError, MergeError
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.format import (
@@ -23,7 +23,7 @@ from safeweights_peft.format import (
     entries_by_block,
     read_artifact,
 )
-from safeweights_peft.merge.fit import PathLike, base_state, copies, gather_entries, same_bits
+from safeweights_peft.merge.fit import PathLike, base_state, copies, gather_entries
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _put_back(
 
 def _distance(before: Array, after: Array) -> tuple[int, float]:
     """Count the entries whose bits differ, and measure the largest difference."""
-    moved = ~same_bits(before, after)
+    moved = bits_differ(before, after)
     if not moved.any():
         return 0, 0.0
     distance = np.abs(before[moved].astype(np.float64) - after[moved].astype(np.float64))

@@ -17,11 +17,11 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader
-from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest, index_dtype
+from safeweights_peft.delta import WEIGHT_DTYPES, Array, bits_differ, digest, index_dtype
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import publish, read_json, sync, write_json
 from safeweights_peft.merge.edits import Edit
-from safeweights_peft.merge.fit import check_written, same_bits
+from safeweights_peft.merge.fit import check_written
 from safeweights_peft.merge.patches import MergedPatch
 
 UNDO_DIR = "safeweights_undo"
@@ -95,7 +95,7 @@ class UndoJournal:
         is_base = is_merged = True
         for key, indices, base, merged in self._edits():
             now = self.reader.gather(key, indices)
-            as_base, as_merged = same_bits(now, base), same_bits(now, merged)
+            as_base, as_merged = ~bits_differ(now, base), ~bits_differ(now, merged)
             if not (as_base | as_merged).all():
                 raise CheckpointError(
                     f"{self.reader.directory}: {key}: expected the entries from before the merge "

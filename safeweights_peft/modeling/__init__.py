@@ -9,6 +9,7 @@ from safeweights_peft.modeling.layout import (
 )
 from safeweights_peft.modeling.loading import (
     BaseModel,
+    build_empty,
     download,
     load_classifier,
     load_model,
@@ -23,6 +24,7 @@ __all__ = [
     "AnswerBatch",
     "BaseModel",
     "answer_logits",
+    "build_empty",
     "describe",
     "download",
     "eligible_parameters",

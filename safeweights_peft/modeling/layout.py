@@ -89,7 +89,7 @@ def describe(
             one of another shape.
     """
     reader = None if base_path is None else CheckpointReader(base_path)
-    parameters = dict(model.named_parameters())
+    parameters, tied = dict(model.named_parameters()), _names_by_parameter(model)
     records = {}
     for name in names:
         if name not in parameters:
@@ -97,14 +97,18 @@ def describe(
                 f"{name}: expected a parameter of the model, found none; a tied one goes by its "
                 "first name, as in named_parameters()"
             )
-        records[name] = _describe_parameter(model, name, parameters[name], reader)
+        record = _describe_parameter(model, name, parameters[name], reader)
+        others = tuple(other for other in tied[parameters[name]] if other != name)
+        records[name] = replace(record, tied_keys=others)
     return records
 
 
 def _describe_parameter(
     model: PreTrainedModel, name: str, parameter: nn.Parameter, reader: CheckpointReader | None
 ) -> TensorRecord:
-    positions = torch.arange(parameter.numel()).view(parameter.shape)
+    # The largest thing here: as narrow as positions allow.
+    narrow = torch.int32 if parameter.numel() < 2**31 else torch.int64
+    positions = torch.arange(parameter.numel(), dtype=narrow).view(parameter.shape)
     blocks = tuple(
         _block(name, key, value.numpy())
         for key, value in revert_weight_conversion(model, {name: positions}).items()
@@ -117,7 +121,6 @@ def _describe_parameter(
         shape=tuple(parameter.shape),
         dtype=dtype,
         blocks=blocks,
-        tied_keys=_tied_names(model, name, parameter),
     )
 
 
@@ -129,9 +132,9 @@ def _block(name: str, key: str, positions: np.ndarray) -> Block:
     for axis, size in enumerate(positions.shape):
         step = tuple(int(i == axis) for i in range(positions.ndim))
         strides.append(int(positions[step]) - offset if size > 1 else 1)
-    rebuilt = np.full((), offset, dtype=np.int64)
+    rebuilt = np.full((), offset, dtype=positions.dtype)
     for stride, size in zip(strides, positions.shape, strict=True):
-        rebuilt = rebuilt[..., None] + stride * np.arange(size)
+        rebuilt = rebuilt[..., None] + stride * np.arange(size, dtype=positions.dtype)
     if not np.array_equal(rebuilt, positions):
         raise ModelError(
             f"{name}: expected checkpoint tensor {key} to be a strided view of it, found another "
@@ -166,6 +169,9 @@ def _common_dtype(name: str, dtypes: set[str]) -> str:
     return dtypes.pop()
 
 
-def _tied_names(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[str, ...]:
-    everything = model.named_parameters(remove_duplicate=False)
-    return tuple(other for other, value in everything if value is parameter and other != name)
+def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Lists every name of each parameter; tied ones have several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -164,6 +165,30 @@ def load_model(
         ModelError: transformers can't load it, or its weights are quantized.
     """
     return _load(AutoModelForCausalLM, "causal language model", base, dtype, device)
+
+
+def build_empty(base: BaseModel) -> PreTrainedModel:
+    """Builds a causal language model of the right names, shapes and ties without its weights.
+
+    Args:
+        base: a resolved base model, of which only the config is read.
+
+    Returns:
+        The model, on torch's meta device.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base.path)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a wrong number in a config makes models fail in any way
+        raise ModelError(
+            f"{base.name}: expected the config of a causal language model that transformers "
+            f"knows, found {type(error).__name__}: {error}; give the right base by --base"
+        ) from error
+    return model
 
 
 def load_classifier(

@@ -1,9 +1,11 @@
 """The whole jobs, from names and settings to results on disk; no job prints anything."""
 
+from safeweights_peft.pipeline.diffing import DiffReport, diff
 from safeweights_peft.pipeline.enhancing import enhance_model, summarise
 from safeweights_peft.pipeline.estimating import Estimate, estimate
 from safeweights_peft.pipeline.evaluating import evaluate, figures
-from safeweights_peft.pipeline.patched import load_patched
+from safeweights_peft.pipeline.exporting import export_lora, export_patch, export_supertuning
+from safeweights_peft.pipeline.patched import load_model, load_patched
 from safeweights_peft.pipeline.preserving import preserve_model
 from safeweights_peft.pipeline.probing import count_evaluations, probe
 from safeweights_peft.pipeline.progress import Progress, Quiet
@@ -22,6 +24,7 @@ from safeweights_peft.pipeline.training import train
 
 __all__ = [
     "ComputeSettings",
+    "DiffReport",
     "Estimate",
     "EvaluateSettings",
     "Method",
@@ -31,10 +34,15 @@ __all__ = [
     "ScoreSettings",
     "TrainSettings",
     "count_evaluations",
+    "diff",
     "enhance_model",
     "estimate",
     "evaluate",
+    "export_lora",
+    "export_patch",
+    "export_supertuning",
     "figures",
+    "load_model",
     "load_patched",
     "preserve_model",
     "probe",

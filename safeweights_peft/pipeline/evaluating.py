@@ -73,7 +73,7 @@ def evaluate(
     asker = make_asker(found, settings, progress or Quiet())
     model = base_model = load_model(found, dtype, device)
     if adapter is not None:
-        model = load_patched(found, adapter, dtype, device)
+        model = load_patched(found, [adapter], dtype, device)
     return {
         "kind": "evaluation",
         "base": {"name": found.name, "revision": found.revision},

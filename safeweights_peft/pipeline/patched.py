@@ -1,34 +1,150 @@
-"""Loads a base model with a patch merged into it: what is evaluated is what is shipped."""
+"""Loads a base model with adapters on it or merged into it: what is evaluated is what is shipped.
+
+A safety patch is merged as the model is loaded: its few merged entries, computed from the base's
+files, go into the loaded weights in place. So there is no second copy of any weight, and the bits
+are those of a merged checkpoint, whatever the weights are loaded in.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from safeweights_peft.modeling import BaseModel, load_model
+from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.errors import FormatError, ModelError
+from safeweights_peft.files import read_json
+from safeweights_peft.format import Adapter, read_adapter
+from safeweights_peft.format.metadata import PEFT_TYPE
+from safeweights_peft.merge import merged_entries
+from safeweights_peft.modeling import BaseModel, download, pick_device, resolve_base
+from safeweights_peft.modeling import load_model as load_base
 from safeweights_peft.pipeline.adapting import CORRECTION
+from safeweights_peft.tuner.entries import to_torch
+from safeweights_peft.tuner.fit import find_parameter
+
+PathLike = str | os.PathLike[str]
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILES = [CONFIG_FILE, "adapter_model.safetensors"]
+
+
+def load_model(
+    base: PathLike | None,
+    adapters: PathLike | Sequence[PathLike],
+    merge: bool = True,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | None = "cpu",
+) -> PreTrainedModel | PeftModel:
+    """Loads a base with safety patches, at the commit that they were made for.
+
+    Several patches add up: where they share an entry, their values are added in the order given,
+    in float32, and the sum is rounded once.
+
+    Args:
+        base: directory or Hub id; what the first adapter names if None. A base by the name that an
+            adapter records is taken at the commit recorded there.
+        adapters: directory or Hub id of a safety patch, or several.
+        merge: whether to merge the patches while loading; if not, they are PEFT adapters, all
+            active, that can be switched off and unmerged.
+        dtype: what to load the weights in; "auto" is the checkpoint's own. Merged entries are
+            rounded to the checkpoint's own dtype first, as in a merged checkpoint.
+        device: where the model goes; None for an accelerator where there is one.
+
+    Returns:
+        The model, in evaluation mode; merged, or wrapped by PEFT.
+
+    Raises:
+        BaseMismatchError: a patch was made for another base.
+        ModelError: there is no adapter, none names its base, or the base can't be loaded.
+    """
+    given = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if not given:
+        raise ModelError("adapters: expected at least one, found none; give a safety patch")
+    folders = [_find_adapter(each) for each in given]
+    found, place = find_base(base, folders), pick_device(device)
+    if merge:
+        return load_patched(found, folders, dtype, place)
+    model = load_base(found, dtype, place)
+    names = ["default", *(f"patch_{number}" for number in range(2, len(folders) + 1))]
+    wrapped = PeftModel.from_pretrained(model, str(folders[0]), names[0])
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        wrapped.load_adapter(str(folder), name)
+    wrapped.base_model.set_adapter(names, inference_mode=True)
+    return wrapped.eval()
 
 
 def load_patched(
-    base: BaseModel, adapter: Path, dtype: torch.dtype | str, device: torch.device
+    base: BaseModel, adapters: Sequence[Path], dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
-    """Loads a base in its checkpoint's dtype, merges a patch, and only then converts.
+    """Loads a base and merges adapters into it: safety patches as it comes in, then LoRAs by PEFT.
 
     Args:
         base: the base model.
-        adapter: directory of the patch, or of a LoRA, which may have a correction.
-        dtype: what to compute in; "auto" is the checkpoint's own.
+        adapters: directories of safety patches, and of LoRAs, which may have a correction.
+        dtype: what to load the weights in; "auto" is the checkpoint's own.
         device: where the model goes.
 
     Returns:
         The merged model, whose weights are those of a merged checkpoint.
     """
-    model = load_model(base, "auto", device)
-    correction = adapter / CORRECTION
-    parts = [correction, adapter] if correction.is_dir() else [adapter]
-    for part in parts:
-        model = PeftModel.from_pretrained(model, str(part)).merge_and_unload()
+    loras = [each for each in adapters if not _is_patch(each)]
+    patches = [each for each in adapters if _is_patch(each)]
+    patches += [each / CORRECTION for each in loras if (each / CORRECTION).is_dir()]
+    # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
+    model = load_base(base, "auto" if loras else dtype, device)
+    if patches:
+        _put_merged(model, base, [read_adapter(each) for each in patches])
+    for each in loras:
+        model = PeftModel.from_pretrained(model, str(each)).merge_and_unload()
     return model if dtype == "auto" else model.to(dtype)
+
+
+@torch.no_grad()
+def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[Adapter]) -> None:
+    """Writes merged entries over the base's own, in the loaded weights."""
+    records = {name: each for patch in patches for name, each in patch.metadata.tensors.items()}
+    for name, (indices, entries) in merged_entries(CheckpointReader(base.path), patches).items():
+        parameter = find_parameter(model, name, records[name])
+        flat = to_torch(indices).long().to(parameter.device)
+        places = torch.unravel_index(flat, parameter.shape)  # whatever the strides in memory
+        parameter[places] = to_torch(entries).to(parameter.device, parameter.dtype)
+
+
+def _is_patch(adapter: Path) -> bool:
+    return read_json(adapter / CONFIG_FILE, FormatError).get("peft_type") == PEFT_TYPE
+
+
+def _find_adapter(adapter: PathLike) -> Path:
+    path = Path(adapter)
+    if path.is_dir():
+        return path
+    return download(str(adapter), ADAPTER_FILES, "an adapter's directory or Hub id")
+
+
+def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
+    """Finds the base of adapters; by the name that one records, at the commit recorded there.
+
+    Args:
+        base: directory or Hub id; what the first adapter names if None.
+        adapters: directories of adapters.
+
+    Returns:
+        The base.
+
+    Raises:
+        ModelError: the base is neither given nor named, or can't be found.
+    """
+    configs = [read_json(each / CONFIG_FILE, FormatError) for each in adapters]
+    name = configs[0].get("base_model_name_or_path") if base is None else str(base)
+    if not isinstance(name, str):
+        raise ModelError(
+            f"{adapters[0]}: expected the name of its base in {CONFIG_FILE}, found none; give base"
+        )
+    named = [each for each in configs if each.get("base_model_name_or_path") == name]
+    return resolve_base(name, named[0].get("revision") if named else None)

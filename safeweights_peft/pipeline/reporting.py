@@ -10,13 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import AdapterMetadata, read_artifact
-from safeweights_peft.modeling import BaseModel, eligible_parameters, resolve_base
+from safeweights_peft.modeling import BaseModel, build_empty, eligible_parameters, resolve_base
 from safeweights_peft.report import plot_pattern, render_page
 from safeweights_peft.selection import Part, count_parts, tabulate
 
@@ -42,7 +41,8 @@ def report_map(
     metadata = artifact.metadata
     found = _find_base(map_dir, metadata, base)
     check_apart(out, {"the base": found.path, "the map": map_dir}, ReportError)
-    model = _build_empty(found)
+    model = build_empty(found)
+    _check_matrices(found, model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     _check_fit(found, metadata, shapes)
     parts = count_parts(shapes, eligible_parameters(model), artifact.indices)
@@ -73,23 +73,12 @@ def _find_base(map_dir: Path, metadata: AdapterMetadata, base: str | None) -> Ba
     return resolve_base(name, None if base else metadata.revision, ["config.json"])
 
 
-def _build_empty(base: BaseModel) -> PreTrainedModel:
-    """Builds a base of the right names, shapes and ties without its weights."""
-    try:
-        config = AutoConfig.from_pretrained(base.path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a wrong number in a config makes models fail in any way
-        raise ModelError(
-            f"{base.name}: expected the config of a causal language model that transformers "
-            f"knows, found {type(error).__name__}: {error}; give the map's base by --base"
-        ) from error
+def _check_matrices(base: BaseModel, model: PreTrainedModel) -> None:
     if not eligible_parameters(model):
         raise ModelError(
             f"{base.name}: expected a model with matrices beside its embeddings, found none; "
             "give the map's base by --base"
         )
-    return model
 
 
 def _check_fit(base: BaseModel, metadata: AdapterMetadata, shapes: Shapes) -> None:

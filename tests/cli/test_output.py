@@ -254,6 +254,43 @@ def test_compare_notes_on_stderr_that_maps_name_different_bases(run: Run, tmp_pa
     assert not json.loads(called.stdout)["same_base"]
 
 
+def test_diff_prints_its_report_as_json(run: Run, tmp_path: Path) -> None:
+    call("merge", run.base, run.out / "patch", "--out", tmp_path / "tuned")
+    called = call("diff", run.base, tmp_path / "tuned", "--out", tmp_path / "patch", "--json")
+    report = json.loads(called.stdout)
+    assert report["entries"] == inspect(tmp_path / "patch")["entries"]
+    assert report["lost_entries"] == 0
+
+
+def test_diff_prints_what_is_lost_without_json(run: Run, tmp_path: Path) -> None:
+    call("merge", run.base, run.out / "patch", "--out", tmp_path / "tuned")
+    options = ["--density", "0.001", "--map", run.out / "map", "--out", tmp_path / "patch"]
+    lines = call("diff", run.base, tmp_path / "tuned", *options).stdout.splitlines()
+    figures = dict(line.split(maxsplit=1) for line in lines)
+    assert int(figures["lost_entries"]) > 0
+    assert 0 < float(figures["lost_share"]) < 1
+
+
+@pytest.mark.parametrize(
+    ("form", "extra", "figure"),
+    [
+        ("supertuning", [], "stored_entries"),
+        ("lora", ["--rank", "32", "--max-error", "0.5"], "relative_error"),
+        ("vllm-patch", [], "tensors"),
+    ],
+)
+def test_export_prints_what_it_wrote(
+    form: str, extra: list[str], figure: str, run: Run, tmp_path: Path
+) -> None:
+    job = ["export", run.out / "patch", "--to", form, "--base", run.base, *extra]
+    called = call(*job, "--out", tmp_path / "json", "--json")
+    record = json.loads(called.stdout)
+    assert record["out_dir"] == str(tmp_path / "json")
+    assert len(list((tmp_path / "json").iterdir())) == 2
+    lines = call(*job, "--out", tmp_path / "table").stdout.splitlines()
+    assert dict(line.split(maxsplit=1) for line in lines)[figure] == str(record[figure])
+
+
 @pytest.mark.parametrize("kind", ["map", "patch"])
 def test_inspect_prints_the_description_as_json(kind: str, run: Run) -> None:
     called = call("inspect", run.out / kind, "--json")

@@ -51,6 +51,13 @@ def test_locate_agrees_with_counting_entry_by_entry(block: Block, chosen: set[in
     assert block.last == max(oracle)
 
 
+@settings(deadline=None)
+@given(nested_blocks())
+def test_spread_agrees_with_counting_entry_by_entry(block: Block) -> None:
+    local = np.arange(int(np.prod(block.shape)), dtype=np.int32)
+    assert block.spread(local).tolist() == list(flat_by_entry(block))
+
+
 @pytest.mark.parametrize(
     ("shape", "strides"),
     [((2, 2), (1, 1)), ((3, 2), (1, 2)), ((2, 3), (2, 1)), ((4, 4), (4, 2))],

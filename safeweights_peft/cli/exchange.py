@@ -1,0 +1,113 @@
+"""The commands that make patches of models, and other forms of patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from safeweights_peft.cli.options import (
+    FiniteRange,
+    existing,
+    json_output,
+    out_directory,
+    overwrite,
+)
+from safeweights_peft.cli.output import rows_of, show, show_progress
+
+
+@click.command("diff")
+@click.argument("base")
+@click.argument("tuned")
+@out_directory
+@click.option(
+    "--density",
+    type=FiniteRange(0, 1, min_open=True),
+    help="Share of all weights to keep: those that changed most.  [default: all that changed]",
+)
+@click.option(
+    "--map", "map_dir", type=existing, help="Safety map of BASE; only its weights are kept."
+)
+@overwrite
+@json_output
+def diff_command(
+    base: str,
+    tuned: str,
+    out: Path,
+    density: float | None,
+    map_dir: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the change from BASE to TUNED, models of one architecture, as a safety patch.
+
+    Merged into BASE it gives the bits of TUNED: all of them, or with --density or --map those that
+    are kept, and then it says what is lost. An entry that no float32 value leads to exactly is
+    refused; with --density it gets the nearest, and counts as lost.
+    """
+    from dataclasses import asdict
+
+    from safeweights_peft.pipeline import diff
+
+    with show_progress() as progress:
+        report = diff(
+            *(base, tuned, out),
+            density=density,
+            map_dir=map_dir,
+            progress=progress,
+            overwrite=overwrite,
+        )
+    show(asdict(report), rows_of(asdict(report)), as_json)
+
+
+def _refuse_options() -> NoReturn:
+    raise click.UsageError("--rank and --max-error belong to --to lora.")
+
+
+@click.command("export")
+@click.argument("adapter", type=existing)
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(["supertuning", "lora", "vllm-patch"]),
+    required=True,
+    help="PEFT's sparse method, a LoRA, or new entries by checkpoint key.",
+)
+@click.option("--base", help="Its base: directory or Hub id.  [default: what ADAPTER names]")
+@out_directory
+@click.option("--rank", type=click.IntRange(1), help="Rank of the LoRA.  [default: 16]")
+@click.option(
+    "--max-error",
+    type=FiniteRange(0),
+    help="Refuse a LoRA that loses more than this share of a matrix's change.  [default: 0.1]",
+)
+@overwrite
+@json_output
+def export_command(
+    adapter: Path,
+    form: str,
+    base: str | None,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    **lora: Any,
+) -> None:
+    """Write the patch ADAPTER in another form, for programs without this package.
+
+    As a checkpoint: that is `safeweights merge`. To supertuning: plain PEFT loads it; linear layers
+    only, exact in float32. To lora: linear layers only, approximate; the error is printed. To
+    vllm-patch: shape, dtype, indices and new entries of each tensor on disk, exact.
+    """
+    from safeweights_peft.pipeline import export_lora, export_patch, export_supertuning
+
+    options = {name: value for name, value in lora.items() if value is not None}
+    if form == "lora":
+        record = export_lora(adapter, out, base, overwrite=overwrite, **options)
+    elif options:
+        _refuse_options()
+    elif form == "supertuning":
+        record = export_supertuning(adapter, out, base, overwrite=overwrite)
+    else:
+        record = export_patch(adapter, out, base, overwrite=overwrite)
+    show(record, rows_of(record), as_json)
