@@ -116,7 +116,7 @@ def test_a_base_without_the_patch_is_refused_with_the_advice_to_merge(
 def test_a_patch_merged_at_another_scale_is_refused_with_its_own_scale(
     tiny_llama: Path, patch: Path, tmp_path: Path
 ) -> None:
-    merge(tiny_llama, patch, tmp_path / "half", scale=0.5)
+    merge(tiny_llama, [(patch, 0.5)], tmp_path / "half")
     message = r"expected the base with the safety patch merged in at its own scale 0\.5 .*another"
     refused(load(tmp_path / "half"), patch, BaseMismatchError, message)
 
