@@ -3,6 +3,7 @@
 The normative text is ``docs/export.md``. What PEFT reads is made in ``pipeline``, with torch.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,9 @@ def _entries_by_key(reader: CheckpointReader, adapter: Adapter) -> dict[str, tup
     found = {}
     for name, (indices, entries) in merged_entries(reader, [adapter]).items():
         for copy in copies(reader, adapter.metadata.tensors[name]):
-            for block in copy.blocks:
-                positions, local = entries_by_block(copy, indices)[block.key]
+            for key, (positions, local) in entries_by_block(copy, indices).items():
                 if local.size:
                     order = np.argsort(local)  # a transposed tensor has them in another order
-                    dtype = index_dtype(int(np.prod(block.shape, dtype=np.int64)))
-                    found[block.key] = local[order].astype(dtype), entries[positions][order]
+                    dtype = index_dtype(math.prod(reader.info(key).shape))
+                    found[key] = local[order].astype(dtype), entries[positions][order]
     return dict(sorted(found.items()))

@@ -7,7 +7,6 @@ about two; nothing is loaded.
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safeweights_peft.pipeline.settings import (
     ScoreSettings,
     TrainSettings,
 )
-from safeweights_peft.selection import layer_groups
+from safeweights_peft.selection import layer_groups, layer_of
 from safeweights_peft.training import PreserveMethod, PreserveSettings
 
 PROMPT_TOKENS = 48
@@ -133,7 +132,7 @@ def _accumulated(score: ScoreSettings, base: _Sizes) -> int:
 
 def _scored(base: _Sizes) -> list[str]:
     """Lists the tensors of numbered layers: those of others hold nothing that is scored."""
-    return [key for key in base.counts if re.search(r"\.\d+\.", key)] or list(base.counts)
+    return [key for key in base.counts if layer_of(key)] or list(base.counts)
 
 
 def _tokens_of_scoring(score: ScoreSettings, judge: _Sizes, base: _Sizes) -> float:

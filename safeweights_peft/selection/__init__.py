@@ -7,6 +7,7 @@ from safeweights_peft.selection.esi import (
     accumulate_gradients,
     esi_scores,
     layer_groups,
+    layer_of,
     random_scores,
     sigma,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "esi_scores",
     "find_place",
     "layer_groups",
+    "layer_of",
     "leave_out",
     "random_scores",
     "read_profile",

@@ -138,13 +138,21 @@ def layer_groups(names: Iterable[str], layers_per_pass: int | None) -> list[list
     Returns:
         The names, pass by pass. What belongs to no numbered layer counts as one.
     """
-    layers = [list(each) for _, each in groupby(names, _layer)]
+    layers = [list(each) for _, each in groupby(names, layer_of)]
     size = layers_per_pass or len(layers)
     passes = (layers[start : start + size] for start in range(0, len(layers), size))
     return [[name for layer in each for name in layer] for each in passes]
 
 
-def _layer(name: str) -> str | None:
+def layer_of(name: str) -> str | None:
+    """Finds the numbered layer that a parameter belongs to.
+
+    Args:
+        name: a parameter's name.
+
+    Returns:
+        The layer's path, or None if the parameter is of no numbered layer.
+    """
     found = re.search(r"\.\d+\.", name)
     return name[: found.end()] if found else None
 
