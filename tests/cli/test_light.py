@@ -7,6 +7,7 @@ import pytest
 
 from safeweights_peft.merge import merge, merge_in_place
 from tests.cli.conftest import Run, call_afresh
+from tests.test_signing import Keys
 
 HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplotlib")
 REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
@@ -18,6 +19,7 @@ REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
         "inspect",
         "verify",
         "verify --merged",
+        "sign",
         "compare",
         "merge",
         "merge --dry-run",
@@ -39,6 +41,7 @@ def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Pat
         "inspect": ["inspect", patch],
         "verify": ["verify", patch, "--base", run.base],
         "verify --merged": ["verify", patch, "--base", run.base, "--merged", merged],
+        "sign": ["sign", patch, "--key", Keys(tmp_path).private, "--out", tmp_path / "out.sig"],
         "compare": ["compare", patch, run.out / "map"],
         "merge": ["merge", run.base, patch, "--out", merged],
         "merge --dry-run": ["merge", run.base, patch, "--out", merged, "--dry-run"],
