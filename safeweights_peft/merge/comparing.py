@@ -6,7 +6,7 @@ and one parameter's entries. Which results make which verdict is told in ``verif
 
 import filecmp
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,12 @@ def check_entries(
 
 def match_tensors(
     base: CheckpointReader, merged: CheckpointReader, metadata: AdapterMetadata
-) -> dict[str, str]:
-    """Find for each tensor of a merged checkpoint the one of the base that it is to be made of.
+) -> list[tuple[str, str]]:
+    """Pair the tensors of a base with those of a merged checkpoint that are to be made of them.
 
     Shards may differ. A tied copy that the adapter names may stand in one checkpoint alone, since
-    models are saved with it or without; where the base lacks it, it is to be as its parameter is.
+    models are saved with it or without; it is paired with its parameter in the other, which it is
+    to be a copy of, whatever the adapter says.
 
     Args:
         base: The base.
@@ -65,20 +66,20 @@ def match_tensors(
         metadata: What the adapter says.
 
     Returns:
-        The base's keys by those of the merged checkpoint.
+        A key of the base and one of the merged checkpoint each; every tensor of both is in one.
 
     Raises:
         MergeError: A tensor is missing, is one too many, or has another dtype or shape.
     """
-    sources = {key: key for key in merged.keys() if key in base}
-    optional = set()
+    pairs = [(key, key) for key in base.keys() if key in merged]
     for record in metadata.tensors.values():
-        own, *tied = (copy.blocks[0].key for copy in copies(base, record))
-        optional.update(tied)
-        for copy in copies(merged, record)[1:]:
-            sources.setdefault(copy.blocks[0].key, own)
-    missing = [key for key in base.keys() if key not in merged and key not in optional]
-    extra = [key for key in merged.keys() if key not in sources] + merged.unlisted()
+        (before, *copies_before), (after, *copies_after) = (
+            [copy.blocks[0].key for copy in copies(reader, record)] for reader in (base, merged)
+        )
+        pairs += [(key, after) for key in copies_before if key not in merged]
+        pairs += [(before, key) for key in copies_after if key not in base]
+    missing = sorted({*base.keys()} - {key for key, _ in pairs})
+    extra = sorted({*merged.keys(), *merged.unlisted()} - {key for _, key in pairs})
     for keys, wanted, found in (
         (missing, "the tensors of the base", "without"),
         (extra, "no tensors but the base's", "with"),
@@ -88,15 +89,15 @@ def match_tensors(
                 f"{merged.directory}: expected {wanted}, found it {found} {_names(keys)}; "
                 "merge into the base again"
             )
-    for key, source in sources.items():
-        _check_same_kind(base, source, merged, key)
-    return sources
+    for pair in pairs:
+        _check_same_kind(base, merged, *pair)
+    return pairs
 
 
 def compare_tensors(
     base: CheckpointReader,
     merged: CheckpointReader,
-    sources: Mapping[str, str],
+    pairs: Sequence[tuple[str, str]],
     changes: Iterable[Edit],
     progress: Progress | None = None,
 ) -> None:
@@ -105,7 +106,7 @@ def compare_tensors(
     Args:
         base: The base.
         merged: The merged checkpoint.
-        sources: What :func:`match_tensors` found.
+        pairs: What :func:`match_tensors` found.
         changes: What merging changes in the base.
         progress: Told of the bytes compared.
 
@@ -113,15 +114,15 @@ def compare_tensors(
         MergeError: An entry has other bits; the message names the first, and tells how many more of
             its tensor have.
     """
-    done, total = 0, sum(merged.info(key).size_bytes for key in sources)
+    done, total = 0, sum(merged.info(key).size_bytes for _, key in pairs)
     waiting: dict[str, list[str]] = {}
-    for key, source in sources.items():
+    for source, key in pairs:
         waiting.setdefault(source, []).append(key)
 
     def compare(source: str, edit: Edit | None) -> None:
         nonlocal done
         for key in waiting.pop(source, []):
-            _compare_tensor(base, source, merged, key, edit)
+            _compare_pair(base, merged, source, key, edit)
             done += merged.info(key).size_bytes
             if progress is not None:
                 progress(done, total)
@@ -182,7 +183,7 @@ def _fields(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_same_kind(
-    base: CheckpointReader, source: str, merged: CheckpointReader, key: str
+    base: CheckpointReader, merged: CheckpointReader, source: str, key: str
 ) -> None:
     before, after = base.info(source), merged.info(key)
     if (before.dtype, before.shape) != (after.dtype, after.shape):
@@ -193,8 +194,8 @@ def _check_same_kind(
         )
 
 
-def _compare_tensor(
-    base: CheckpointReader, source: str, merged: CheckpointReader, key: str, edit: Edit | None
+def _compare_pair(
+    base: CheckpointReader, merged: CheckpointReader, source: str, key: str, edit: Edit | None
 ) -> None:
     dtype = _DTYPES.get(base.info(source).dtype, np.dtype(np.uint8))  # else byte by byte
     indices, entries = _in_order(edit, dtype)

@@ -202,11 +202,11 @@ def _check_merged(
         log.begin("weights")
         log.end("other entries were not compared: the base is not known", Verdict.UNKNOWN)
         return
-    sources = match_tensors(base, merged, artifact.metadata)
-    log.end(f"{len(sources)} tensors, in the base's dtypes and shapes")
+    pairs = match_tensors(base, merged, artifact.metadata)
+    log.end(f"{len(pairs)} tensors, in the base's dtypes and shapes")
     log.begin("weights")
     patches = read_patches(adapter_dir) if isinstance(artifact, Adapter) else []
-    compare_tensors(base, merged, sources, edits(base, patches), progress)
+    compare_tensors(base, merged, pairs, edits(base, patches), progress)
     log.end("every entry is the base's, or what the adapter makes of it")
     log.begin("files")
     count = compare_files(base.directory, merged.directory)

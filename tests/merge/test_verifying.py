@@ -267,6 +267,19 @@ def test_a_tied_copy_that_is_no_copy_fails(head: bool, tmp_path: Path) -> None:
     assert report.checks[-1].detail.startswith("lm_head.weight: ")
 
 
+def test_an_adapter_that_calls_two_tensors_tied_hides_neither(tmp_path: Path) -> None:
+    """Where it changes them they may agree; elsewhere they don't."""
+    case = Case(tmp_path, plain_layout("bfloat16"))
+    case.change_base(lambda tensors: tensors.update(other=tensors[UP].copy()))
+    case.change_base(lambda tensors: flip(tensors["other"], untouched(case)))
+    edit_config(case.patch, lambda config: config["tensors"][UP].update(tied_keys=["other"]))
+    merge(case.base, case.patch, case.out)
+    assert verify_all(case).ok
+    change(case.out, lambda tensors: tensors.pop("other"))
+    report = verify_all(case)
+    assert (report.verdict, report.checks[-1].name) == (Verdict.FAILED, "weights")
+
+
 def test_tensors_are_compared_window_by_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
