@@ -5,7 +5,7 @@ pages that are touched. Adapters do not.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
-from safeweights_peft.checkpoint.windows import windows
+from safeweights_peft.checkpoint.windows import WINDOW_BYTES, windows
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header
@@ -74,6 +74,15 @@ class CheckpointReader:
         """
         return sorted(self.index.weight_map)
 
+    def unlisted(self) -> list[str]:
+        """List tensors that stand in a shard although the index doesn't name them.
+
+        Returns:
+            Their keys, sorted; a program that loads whole shards gets them too.
+        """
+        headers = (self._header(shard) for shard in self.index.shards)
+        return sorted({key for header in headers for key in header} - self.index.weight_map.keys())
+
     def __contains__(self, key: str) -> bool:
         """Tell whether the checkpoint has a key."""
         return key in self.index.weight_map
@@ -102,6 +111,20 @@ class CheckpointReader:
         """
         path, stored = self._readable(key)
         return np.array(stored.open(path)).reshape(stored.shape)
+
+    def read_windows(self, key: str) -> Iterator[Array]:
+        """Read a whole tensor as bytes, one window after the other, whatever its dtype.
+
+        Args:
+            key: Its key.
+
+        Yields:
+            Copies in memory, in order, of at most ``WINDOW_BYTES`` each.
+        """
+        info = self.info(key)
+        path, end = self.directory / info.shard, info.offset + info.size_bytes
+        for start in range(info.offset, end, WINDOW_BYTES):
+            yield np.fromfile(path, np.uint8, min(WINDOW_BYTES, end - start), offset=start)
 
     def gather(self, key: str, flat_indices: Array) -> Array:
         """Read some entries of a tensor; only the pages that hold them are touched.
@@ -156,9 +179,7 @@ class CheckpointReader:
                 f"{self.directory}: expected a tensor {key}, found none; "
                 "use the base that the adapter was made for"
             )
-        if shard not in self._headers:
-            self._headers[shard] = self._read_header(shard)
-        stored = self._headers[shard].get(key)
+        stored = self._header(shard).get(key)
         if stored is None:
             raise CheckpointError(
                 f"{self.directory / shard}: expected {key}, as the index says, found no such "
@@ -166,8 +187,10 @@ class CheckpointReader:
             )
         return shard, stored
 
-    def _read_header(self, shard: str) -> dict[str, StoredTensor]:
-        """Read a header; a tensor that the index places elsewhere too would be ambiguous."""
+    def _header(self, shard: str) -> dict[str, StoredTensor]:
+        """Read a header once; a tensor that the index places elsewhere too would be ambiguous."""
+        if shard in self._headers:
+            return self._headers[shard]
         header = read_header(self.directory / shard, CheckpointError)
         for key in header:
             home = self.index.weight_map.get(key, shard)
@@ -176,6 +199,7 @@ class CheckpointReader:
                     f"{self.directory / shard}: {key}: expected it in {home} alone, as the index "
                     "says, found it here too; fetch the checkpoint again"
                 )
+        self._headers[shard] = header
         return header
 
 
