@@ -1,8 +1,22 @@
 """Safety patches and safety maps as directories; ``docs/format.md`` is the normative text."""
 
-from safeweights_peft.format.io import (
+from safeweights_peft.format.artifacts import (
     Adapter,
+    Artifact,
+    EncodedPatch,
     SafetyMap,
+    in_encoding,
+)
+from safeweights_peft.format.blocks import Block
+from safeweights_peft.format.entries import (
+    BaseEntries,
+    StoredEntries,
+    check_layout,
+    content_key,
+    decode_entries,
+    stored_arrays,
+)
+from safeweights_peft.format.io import (
     check_tensors,
     inspect,
     read_adapter,
@@ -13,10 +27,8 @@ from safeweights_peft.format.io import (
     write_adapter,
     write_map,
 )
-from safeweights_peft.format.metadata import (
-    FORMAT_VERSION,
-    AdapterMetadata,
-    Block,
+from safeweights_peft.format.metadata import FORMAT_MINOR, FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.format.records import (
     Encoding,
     Mode,
     TensorRecord,
@@ -30,16 +42,25 @@ from safeweights_peft.format.metadata import (
 )
 
 __all__ = [
+    "FORMAT_MINOR",
     "FORMAT_VERSION",
     "Adapter",
     "AdapterMetadata",
+    "Artifact",
+    "BaseEntries",
     "Block",
+    "EncodedPatch",
     "Encoding",
     "Mode",
     "SafetyMap",
+    "StoredEntries",
     "TensorRecord",
+    "check_layout",
     "check_tensors",
+    "content_key",
+    "decode_entries",
     "entries_by_block",
+    "in_encoding",
     "indices_key",
     "inspect",
     "parse_key",
@@ -50,6 +71,7 @@ __all__ = [
     "record_from_json",
     "record_to_json",
     "scores_key",
+    "stored_arrays",
     "validate",
     "values_key",
     "write_adapter",
