@@ -2,6 +2,7 @@
 
 from safeweights_peft.format.artifacts import (
     Adapter,
+    AnyPatch,
     Artifact,
     EncodedPatch,
     SafetyMap,
@@ -23,6 +24,7 @@ from safeweights_peft.format.io import (
     read_artifact,
     read_map,
     read_metadata,
+    read_patch,
     validate,
     write_adapter,
     write_map,
@@ -46,6 +48,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Adapter",
     "AdapterMetadata",
+    "AnyPatch",
     "Artifact",
     "BaseEntries",
     "Block",
@@ -68,6 +71,7 @@ __all__ = [
     "read_artifact",
     "read_map",
     "read_metadata",
+    "read_patch",
     "record_from_json",
     "record_to_json",
     "scores_key",

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from safeweights_peft.delta import Array, check_indices
 from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
-from safeweights_peft.format.artifacts import Adapter, Artifact, EncodedPatch, SafetyMap
+from safeweights_peft.format.artifacts import Adapter, AnyPatch, Artifact, EncodedPatch, SafetyMap
 from safeweights_peft.format.entries import (
     BaseEntries,
     StoredEntries,
@@ -102,6 +102,18 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
     return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
 
 
+def read_patch(path: PathLike) -> AnyPatch:
+    """Read and check a safety patch, where its base is not read yet or not needed.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The patch, held in memory; without values if they are stored as steps from the base.
+    """
+    return _as_patch(*_read(Path(path), Mode.SET))
+
+
 def read_map(path: PathLike) -> SafetyMap:
     """Read and fully check a safety map.
 
@@ -127,8 +139,7 @@ def read_artifact(path: PathLike) -> Artifact:
     metadata, entries = _read(Path(path), None)
     if metadata.mode is Mode.SPA:
         return _as_map(metadata, entries)
-    patch = EncodedPatch(metadata, entries)
-    return patch if metadata.needs_base else patch.decode()
+    return _as_patch(metadata, entries)
 
 
 def validate(path: PathLike) -> AdapterMetadata:
@@ -230,6 +241,11 @@ def check_tensors(
     found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     check_layout(metadata, found, source)
     return {name: decode_entries(metadata, name, tensors, source) for name in metadata.tensors}
+
+
+def _as_patch(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> AnyPatch:
+    patch = EncodedPatch(metadata, entries)
+    return patch if metadata.needs_base else patch.decode()
 
 
 def _as_map(metadata: AdapterMetadata, entries: Mapping[str, StoredEntries]) -> SafetyMap:
