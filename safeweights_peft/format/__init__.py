@@ -2,6 +2,7 @@
 
 from safeweights_peft.format.artifacts import (
     Adapter,
+    AnyPatch,
     Artifact,
     EncodedPatch,
     SafetyMap,
@@ -18,11 +19,13 @@ from safeweights_peft.format.entries import (
 )
 from safeweights_peft.format.io import (
     check_tensors,
+    file_bytes,
     inspect,
     read_adapter,
     read_artifact,
     read_map,
     read_metadata,
+    read_patch,
     validate,
     write_adapter,
     write_map,
@@ -46,6 +49,7 @@ __all__ = [
     "FORMAT_VERSION",
     "Adapter",
     "AdapterMetadata",
+    "AnyPatch",
     "Artifact",
     "BaseEntries",
     "Block",
@@ -60,6 +64,7 @@ __all__ = [
     "content_key",
     "decode_entries",
     "entries_by_block",
+    "file_bytes",
     "in_encoding",
     "indices_key",
     "inspect",
@@ -68,6 +73,7 @@ __all__ = [
     "read_artifact",
     "read_map",
     "read_metadata",
+    "read_patch",
     "record_from_json",
     "record_to_json",
     "scores_key",

@@ -28,6 +28,18 @@ class Adapter:
         """The flat indices of each parameter's entries, as a safety map has them; ``(count,)``."""
         return {name: delta.indices for name, delta in self.deltas.items()}
 
+    def values(self, name: str, base: Array) -> Array:
+        """Give the values of a parameter.
+
+        Args:
+            name: The parameter.
+            base: The base's entries at its indices; ``(count,)``.
+
+        Returns:
+            The values; ``(count,)``.
+        """
+        return self.deltas[name].values
+
 
 @dataclass(frozen=True, eq=False)
 class EncodedPatch:
@@ -45,6 +57,18 @@ class EncodedPatch:
     def indices(self) -> dict[str, Array]:
         """The flat indices of each parameter's entries, as a safety map has them; ``(count,)``."""
         return {name: each.indices for name, each in self.entries.items()}
+
+    def values(self, name: str, base: Array) -> Array:
+        """Give the values of a parameter.
+
+        Args:
+            name: The parameter.
+            base: The base's entries at its indices; ``(count,)``.
+
+        Returns:
+            The values; ``(count,)``.
+        """
+        return self.entries[name].values(base)
 
     def decode(self, base: BaseEntries | None = None) -> Adapter:
         """Give the patch with its values.
@@ -77,6 +101,9 @@ class SafetyMap:
     indices: dict[str, Array]
     scores: dict[str, Array]
 
+
+AnyPatch = Adapter | EncodedPatch
+"""A safety patch: each form has ``metadata``, ``indices`` and ``values`` on a base."""
 
 Artifact = Adapter | EncodedPatch | SafetyMap
 """What a directory may hold; each has ``metadata`` and ``indices``."""

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from safeweights_peft.delta import Array, check_indices
 from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
-from safeweights_peft.format.artifacts import Adapter, Artifact, EncodedPatch, SafetyMap
+from safeweights_peft.format.artifacts import Adapter, AnyPatch, Artifact, EncodedPatch, SafetyMap
 from safeweights_peft.format.entries import (
     BaseEntries,
     StoredEntries,
@@ -102,6 +102,18 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
     return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
 
 
+def read_patch(path: PathLike) -> AnyPatch:
+    """Read and check a safety patch, where its base is not read yet or not needed.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The patch, held in memory; without values if they are stored as steps from the base.
+    """
+    return _as_patch(*_read(Path(path), Mode.SET))
+
+
 def read_map(path: PathLike) -> SafetyMap:
     """Read and fully check a safety map.
 
@@ -127,8 +139,7 @@ def read_artifact(path: PathLike) -> Artifact:
     metadata, entries = _read(Path(path), None)
     if metadata.mode is Mode.SPA:
         return _as_map(metadata, entries)
-    patch = EncodedPatch(metadata, entries)
-    return patch if metadata.needs_base else patch.decode()
+    return _as_patch(metadata, entries)
 
 
 def validate(path: PathLike) -> AdapterMetadata:
@@ -160,6 +171,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
     numel = sum(record.numel for record in records.values())
     return {
         "format_version": FORMAT_VERSION,
+        "content_id": metadata.content_id,
         "mode": metadata.mode.value,
         "base_model_name_or_path": metadata.base_model_name_or_path,
         "revision": metadata.revision,
@@ -171,18 +183,32 @@ def inspect(path: PathLike) -> dict[str, Any]:
         "entries": entries,
         "numel": numel,
         "density": entries / numel,
-        "size_bytes": (folder / TENSORS_FILE).stat().st_size,
+        "size_bytes": file_bytes(folder)[1],
         "tensors": {
             name: {
                 "shape": list(record.shape),
                 "dtype": record.dtype,
                 "count": record.count,
+                "encoding": record.encoding.value,
                 "density": record.count / record.numel,
                 "keys": list(record.keys),
             }
             for name, record in records.items()
         },
     }
+
+
+def file_bytes(path: PathLike) -> tuple[int, int]:
+    """Tell how large an adapter's files are.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Bytes of the config and of the tensors.
+    """
+    folder = Path(path)
+    return (folder / CONFIG_FILE).stat().st_size, (folder / TENSORS_FILE).stat().st_size
 
 
 def read_metadata(path: PathLike) -> AdapterMetadata:
@@ -230,6 +256,11 @@ def check_tensors(
     found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     check_layout(metadata, found, source)
     return {name: decode_entries(metadata, name, tensors, source) for name in metadata.tensors}
+
+
+def _as_patch(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> AnyPatch:
+    patch = EncodedPatch(metadata, entries)
+    return patch if metadata.needs_base else patch.decode()
 
 
 def _as_map(metadata: AdapterMetadata, entries: Mapping[str, StoredEntries]) -> SafetyMap:
@@ -280,7 +311,7 @@ def _write(
     for name, record in metadata.tensors.items():
         check_indices(f"{path}: {name}", indices[name], record.shape)
         entries = None
-        if base is not None and (metadata.scale, metadata.values_dtype) == (1.0, "float32"):
+        if base is not None and metadata.may_need_base and metadata.values_dtype == "float32":
             entries = base(name, record, indices[name])
             check_base(f"{path}: {name}", record, entries)
         records[name], stored, content = encode_entries(
