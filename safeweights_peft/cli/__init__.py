@@ -21,7 +21,7 @@ from safeweights_peft.cli.artifacts import (
     report_command,
     unmerge_command,
 )
-from safeweights_peft.cli.exchange import diff_command, export_command
+from safeweights_peft.cli.exchange import convert_command, diff_command, export_command
 from safeweights_peft.cli.options import (
     FiniteRange,
     compute_options,
@@ -392,6 +392,7 @@ for each in (
     verify_command,
     sign_command,
     verify_signature_command,
+    convert_command,
     diff_command,
     export_command,
 ):

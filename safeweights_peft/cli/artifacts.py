@@ -107,7 +107,16 @@ def _check_place(base: str, out: Path | None, in_place: bool) -> None:
 
 
 def find_base(base: str, adapter: Path, revision: str | None) -> Path:
-    """Finds a base's directory; of a Hub id, by default at the commit that the patch names."""
+    """Finds a base's directory; of a Hub id, by default at the commit that the patch names.
+
+    Args:
+        base: The directory or Hub id.
+        adapter: The patch.
+        revision: Commit, tag or branch on the Hub, if another one is asked for.
+
+    Returns:
+        The directory.
+    """
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.format import read_metadata
