@@ -58,6 +58,10 @@ class MergeError(SafeWeightsError):
     """A merge cannot be carried out as asked."""
 
 
+class HubError(SafeWeightsError):
+    """A patch or a map cannot be shared on the Hub, or fetched from it, as asked."""
+
+
 class ReportError(SafeWeightsError):
     """A report cannot be written, or there is nothing to compare."""
 

@@ -26,6 +26,7 @@ from safeweights_peft.cli.artifacts import (
 from safeweights_peft.cli.exchange import diff_command, export_command
 from safeweights_peft.cli.options import (
     FiniteRange,
+    adapter,
     compute_options,
     compute_settings,
     dry_run,
@@ -68,6 +69,7 @@ from safeweights_peft.cli.output import (
 from safeweights_peft.cli.output import (
     show_overlap as show_overlap,
 )
+from safeweights_peft.cli.sharing import list_command, pull_command, push_command
 from safeweights_peft.errors import EvaluationError, SafeWeightsError
 
 
@@ -155,7 +157,7 @@ def score_command(
 
 @main.command("train")
 @click.argument("base")
-@click.option("--map", "map_dir", required=True, type=existing, help="Safety map made by `score`.")
+@click.option("--map", "map_dir", required=True, type=adapter, help="Safety map made by `score`.")
 @out_directory
 @harmful_train
 @train_options
@@ -242,7 +244,7 @@ def preserve_command(
     "--map",
     "map_dir",
     required=True,
-    type=existing,
+    type=adapter,
     help="Safety map of the base, or safety patch that is merged into it.",
 )
 @out_directory
@@ -302,7 +304,7 @@ def protect_command(
 
 @main.command("eval")
 @click.argument("base")
-@click.option("--adapter", type=existing, help="Safety patch to be merged before measuring.")
+@click.option("--adapter", type=adapter, help="Safety patch to be merged before measuring.")
 @click.option("--out", type=new_file, help="New JSON file to be written with the whole result.")
 @click.option("--max-asr", type=FiniteRange(0, 1), help="Exit with 3 if the ASR is above this.")
 @evaluate_options
@@ -391,5 +393,8 @@ for each in (
     verify_command,
     diff_command,
     export_command,
+    push_command,
+    pull_command,
+    list_command,
 ):
     main.add_command(each)

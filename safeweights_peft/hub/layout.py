@@ -11,13 +11,11 @@ from pathlib import PurePosixPath
 from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
 
 CARD = "README.md"
-REPRODUCE = "reproduce.json"
 MAP, RESULTS, IMAGES, FIGURES = "map", "results", "images", ".eval_results"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 PATTERNS = (
     *ADAPTER_FILES,
     CARD,
-    REPRODUCE,
     f"{FIGURES}/*.yaml",
     f"{RESULTS}/*.json",
     f"{IMAGES}/*.png",

@@ -10,7 +10,6 @@ from safeweights_peft.modeling.layout import (
 from safeweights_peft.modeling.loading import (
     BaseModel,
     build_empty,
-    download,
     load_classifier,
     load_model,
     load_tokenizer,
@@ -26,7 +25,6 @@ __all__ = [
     "answer_logits",
     "build_empty",
     "describe",
-    "download",
     "eligible_parameters",
     "last_columns",
     "load_classifier",

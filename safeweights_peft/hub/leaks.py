@@ -1,0 +1,98 @@
+"""What must not be published: places on a machine, and secrets.
+
+Here live the patterns, and the search for them in the files that are about to be sent. What is
+found is refused, not repaired: only whoever wrote it knows what should stand there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safeweights_peft.errors import HubError
+from safeweights_peft.format.io import TENSORS_FILE
+
+_SECRETS = {
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}",
+    "an OpenAI or Anthropic key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}",
+    "a Slack token": r"\bxox[abeprs]-[A-Za-z0-9-]{10,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+_SECRET = re.compile("|".join(f"({pattern})" for pattern in _SECRETS.values()))
+
+# Roots under which a path tells of a machine or its user, anywhere in a text.
+_PLACE = re.compile(
+    r"(?<![\w.:/-])(?:file://|~/|/(?:home|Users|root|tmp|var/folders|mnt|media|scratch|Volumes)/)"
+    r"[^\s\"'`<>|)]*|\b[A-Za-z]:\\[^\s\"'`<>|)]*"
+)
+# As a whole value, each absolute path is one.
+_PATH = re.compile(r"/[^/\s][^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*")
+
+
+def check_shareable(folder: Path) -> None:
+    """Refuses files that hold a local path or a secret; says which one and where.
+
+    Args:
+        folder: the files that are about to be sent.
+
+    Raises:
+        HubError: one of them does. The message doesn't repeat a secret.
+    """
+    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+        if path.name == TENSORS_FILE:
+            continue  # numbers, under names that the config has as well
+        name = path.relative_to(folder).as_posix()
+        for where, text, whole in _texts(path, name):
+            _check(where, text, whole)
+
+
+def _texts(path: Path, name: str) -> Iterator[tuple[str, str, bool]]:
+    """Takes a file apart: where, what stands there, and whether it is a value by itself."""
+    if path.suffix == ".json":
+        yield from _strings(json.loads(path.read_text(encoding="utf-8")), name)
+        return
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        yield f"{name}: line {number}", line, False
+
+
+def _strings(value: Any, where: str) -> Iterator[tuple[str, str, bool]]:
+    if isinstance(value, str):
+        yield where, value, True
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield f"{where}: key", key, False
+            yield from _strings(each, f"{where}: {key}")
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _strings(each, f"{where}: {number}")
+
+
+def _check(where: str, text: str, whole: bool) -> None:
+    secret = _SECRET.search(text)
+    if secret is not None:
+        kind = list(_SECRETS)[(secret.lastindex or 1) - 1]
+        raise HubError(
+            f"{where}: expected nothing secret, found {kind} ({secret[0][:6]}…); take it out of "
+            "the file, and revoke it if others have seen the file"
+        )
+    place = (_PATH.fullmatch(text) if whole else None) or _PLACE.search(text) or _own_place(text)
+    if place is not None:
+        found = place if isinstance(place, str) else place[0]
+        raise HubError(
+            f"{where}: expected nothing of this machine, found the path {found[:200]}; put a name "
+            "there that others know it by"
+        )
+
+
+def _own_place(text: str) -> str | None:
+    """Finds this machine's own places, wherever they are."""
+    places = {str(each) for each in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))}
+    return next((each for each in places if len(each) > 1 and f"{each}/" in text), None)
