@@ -219,11 +219,8 @@ def _describe_status(error: HfHubHTTPError) -> tuple[str, str]:
 
 def _cause(error: BaseException) -> BaseException:
     """Finds the answer or the lost connection behind what huggingface_hub made of it."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, HTTPError | OfflineModeIsEnabled):
-            return found
-        found = found.__cause__
+    while not isinstance(error, HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
+        error = error.__cause__
     return error
 
 

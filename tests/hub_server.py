@@ -42,13 +42,15 @@ class Fault:
         cut: the connection is closed: "before" anything is done, "after" all is done, or "midway"
             through the answer.
         headers: headers of the answer.
+        path: only requests whose path has this in it.
     """
 
-    first: int
+    first: int = 1
     last: int = 10**9
     status: int | None = None
     cut: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class Answer:
 class Refusal(Exception):
     """A request is answered with an error, as the Hub does."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None, **body: str) -> None:
         super().__init__(message)
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        self.answer = Answer(status, {"error": message}, headers)
+        self.answer = Answer(status, {"error": message, **body}, headers)
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,10 @@ class HubServer:
         with self._lock:
             self.log.append(f"{method} {path}")
             number = len(self.log)
-        return next((each for each in self.faults if each.first <= number <= each.last), None)
+        befalling = (
+            each for each in self.faults if each.first <= number <= each.last and each.path in path
+        )
+        return next(befalling, None)
 
     def _serve(self) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
@@ -246,7 +251,7 @@ class HubServer:
         if not (owns(user, name) and user[1]):
             raise Refusal(403, "You don't have the rights to create a model under this namespace")
         if name in self.repos:
-            raise Refusal(409, "You already created this model repo")
+            raise Refusal(409, "You already created this model repo", url=f"{self.url}/{name}")
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
         self.repos[name] = Repo(name, private)
         return Answer(body={"url": f"{self.url}/{name}", "name": name, "id": name})

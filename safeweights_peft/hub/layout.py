@@ -13,13 +13,15 @@ from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
 CARD = "README.md"
 MAP, RESULTS, IMAGES, FIGURES = "map", "results", "images", ".eval_results"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
+SIGNATURE = "model.sig"
 PATTERNS = (
     *ADAPTER_FILES,
     CARD,
     f"{FIGURES}/*.yaml",
     f"{RESULTS}/*.json",
     f"{IMAGES}/*.png",
-    *(f"{MAP}/{name}" for name in ADAPTER_FILES),
+    SIGNATURE,
+    *(f"{MAP}/{name}" for name in (*ADAPTER_FILES, SIGNATURE)),
 )
 """Every file that a push writes and a pull fetches; others in a repository are left alone."""
 

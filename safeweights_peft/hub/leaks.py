@@ -46,12 +46,13 @@ def check_shareable(folder: Path) -> None:
     Raises:
         HubError: one of them does. The message doesn't repeat a secret.
     """
+    own = {str(each) for each in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))}
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         if path.name == TENSORS_FILE:
             continue  # numbers, under names that the config has as well
         name = path.relative_to(folder).as_posix()
         for where, text, whole in _texts(path, name):
-            _check(where, text, whole)
+            _check(where, text, whole, own)
 
 
 def _texts(path: Path, name: str) -> Iterator[tuple[str, str, bool]]:
@@ -75,7 +76,7 @@ def _strings(value: Any, where: str) -> Iterator[tuple[str, str, bool]]:
             yield from _strings(each, f"{where}: {number}")
 
 
-def _check(where: str, text: str, whole: bool) -> None:
+def _check(where: str, text: str, whole: bool, own: set[str]) -> None:
     secret = _SECRET.search(text)
     if secret is not None:
         kind = list(_SECRETS)[(secret.lastindex or 1) - 1]
@@ -83,16 +84,11 @@ def _check(where: str, text: str, whole: bool) -> None:
             f"{where}: expected nothing secret, found {kind} ({secret[0][:6]}…); take it out of "
             "the file, and revoke it if others have seen the file"
         )
-    place = (_PATH.fullmatch(text) if whole else None) or _PLACE.search(text) or _own_place(text)
+    match = (_PATH.fullmatch(text) if whole else None) or _PLACE.search(text)
+    mine = (each for each in own if len(each) > 1 and f"{each}/" in text)
+    place = match[0] if match else next(mine, None)
     if place is not None:
-        found = place if isinstance(place, str) else place[0]
         raise HubError(
-            f"{where}: expected nothing of this machine, found the path {found[:200]}; put a name "
+            f"{where}: expected nothing of this machine, found the path {place[:200]}; put a name "
             "there that others know it by"
         )
-
-
-def _own_place(text: str) -> str | None:
-    """Finds this machine's own places, wherever they are."""
-    places = {str(each) for each in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))}
-    return next((each for each in places if len(each) > 1 and f"{each}/" in text), None)

@@ -18,7 +18,7 @@ from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, read_metadata
 from safeweights_peft.format.io import CONFIG_FILE
 from safeweights_peft.hub.checking import check_adapter
-from safeweights_peft.hub.layout import ADAPTER_FILES, IMAGES, MAP, RESULTS
+from safeweights_peft.hub.layout import ADAPTER_FILES, IMAGES, MAP, RESULTS, SIGNATURE
 
 _OWN = ("adapter", "map", "path")  # what results call the run's own parts, by their paths
 
@@ -34,23 +34,6 @@ class Base:
 
     repo_id: str
     commit: str
-
-
-def check_copy(adapter: Path, folder: Path) -> AdapterMetadata:
-    """Copies an adapter's files, and checks the copy by every rule of the format.
-
-    Args:
-        adapter: its directory.
-        folder: where the files go, made if missing.
-
-    Returns:
-        Its metadata.
-    """
-    read_metadata(adapter)  # both files are there
-    folder.mkdir(exist_ok=True)
-    for name in ADAPTER_FILES:
-        shutil.copyfile(adapter / name, folder / name)
-    return check_adapter(folder, str(adapter))
 
 
 def find_adapter(source: Path) -> Path:
@@ -136,14 +119,31 @@ def _rename(content: Any, named: str | None, base: Base) -> Any:
 
 def _stage_adapter(adapter: Path, folder: Path, named: str | None, base: Base) -> None:
     """Copies an adapter, checks the copy, and has it name the published base."""
-    found = check_copy(adapter, folder).base_model_name_or_path
+    read_metadata(adapter)  # both files are there
+    folder.mkdir(exist_ok=True)
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter / name, folder / name)
+    found = check_adapter(folder, str(adapter)).base_model_name_or_path
     if found != named:
         raise HubError(
             f"{adapter}: expected a map of the patch's base {named}, found one of {found}; "
             "take it away, or put the right one there"
         )
     config = read_json(folder / CONFIG_FILE, HubError)
-    config["selection"] = _rename(config["selection"], named, base)
-    config |= {"base_model_name_or_path": base.repo_id, "revision": base.commit}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    public = config | {
+        "selection": _rename(config["selection"], named, base),
+        "base_model_name_or_path": base.repo_id,
+        "revision": base.commit,
+    }
+    signature = adapter / SIGNATURE
+    if public != config:
+        if signature.exists():
+            raise HubError(
+                f"{signature}: expected the config to be pushed as it was signed, found that it "
+                f"has to name the base {base.repo_id} at {base.commit}, or leave a path out; "
+                "write that into it, and sign it again"
+            )
+        text = json.dumps(public, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    elif signature.exists():
+        shutil.copyfile(signature, folder / SIGNATURE)

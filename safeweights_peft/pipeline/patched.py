@@ -21,6 +21,7 @@ from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.fetching import latest_commit
 from safeweights_peft.files import read_json
 from safeweights_peft.format import Adapter, read_adapter
+from safeweights_peft.format.io import CONFIG_FILE
 from safeweights_peft.format.metadata import PEFT_TYPE
 from safeweights_peft.hub import fetch_adapter
 from safeweights_peft.merge import merged_entries
@@ -31,8 +32,6 @@ from safeweights_peft.tuner.entries import to_torch
 from safeweights_peft.tuner.fit import find_parameter
 
 PathLike = str | os.PathLike[str]
-
-CONFIG_FILE = "adapter_config.json"
 
 
 def load_model(
