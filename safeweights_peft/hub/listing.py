@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import HfApi, ModelInfo
+from huggingface_hub.utils import validate_repo_id
 
 from safeweights_peft.errors import HubError
 from safeweights_peft.fetching import HUB_ERRORS, explain, patiently
@@ -62,11 +63,12 @@ def find_on_hub(base: str) -> list[Shared]:
         What was found, by name.
 
     Raises:
-        HubError: the Hub can't be asked.
+        HubError: it is no Hub id, or the Hub can't be asked.
     """
     wanted = [TAG, f"base_model:adapter:{base}"]
     properties: list[Any] = ["tags", "sha", "lastModified", "model-index"]
     try:
+        validate_repo_id(base)
         found = patiently(lambda: list(HfApi().list_models(filter=wanted, expand=properties)))
     except HUB_ERRORS as error:
         raise HubError(f"{base}: expected to search for it, {explain(error, base)}") from error

@@ -21,10 +21,13 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "eval",
         "export",
         "inspect",
+        "list",
         "merge",
         "preserve",
         "probe",
         "protect",
+        "pull",
+        "push",
         "report",
         "score",
         "train",
@@ -51,7 +54,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_is_named_in_the_help_text(command: str) -> None:
     arguments = [each for each in main.commands[command].params if isinstance(each, click.Argument)]
-    assert arguments or command == "protect"  # whose inputs are alternatives
+    assert arguments or command in ("list", "protect")  # which take options alone
     text = main.commands[command].help
     assert [each.name for each in arguments if each.human_readable_name not in text] == []
 
