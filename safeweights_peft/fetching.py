@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
@@ -41,7 +42,7 @@ LONGEST_WAIT_SECONDS = 300.0
 PASSING = (408, 429, 500, 502, 503, 504)
 """Statuses of answers that another try may not get."""
 
-HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)
+HUB_ERRORS = (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises when the Hub, the network or a name is at fault."""
 
 

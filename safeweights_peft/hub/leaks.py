@@ -28,13 +28,16 @@ _SECRETS = {
 }
 _SECRET = re.compile("|".join(f"({pattern})" for pattern in _SECRETS.values()))
 
-# Roots under which a path tells of a machine or its user, anywhere in a text.
-_PLACE = re.compile(
-    r"(?<![\w.:/-])(?:file://|~/|/(?:home|Users|root|tmp|var/folders|mnt|media|scratch|Volumes)/)"
-    r"[^\s\"'`<>|)]*|\b[A-Za-z]:\\[^\s\"'`<>|)]*"
+_END = r"[^\s\"'`<>|)]*"
+# Roots under which a path tells of a machine or its user, wherever it stands.
+_ROOTED = (
+    r"(?<![\w.:/-])(?:file://|/(?:home|Users|root|tmp|var/folders|mnt|media|scratch|Volumes)/)"
+    + _END
 )
+_IN_PICTURE = re.compile(_ROOTED)  # the shorter ones come about by chance there
+_IN_TEXT = re.compile(rf"{_ROOTED}|(?<![\w.:/-])~/{_END}|\b[A-Za-z]:\\{_END}")
 # As a whole value, each absolute path is one.
-_PATH = re.compile(r"/[^/\s][^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*")
+_VALUE = re.compile(rf"\A(?:/[^/\s].*|[A-Za-z]:[\\/].*|\\\\.*)\Z|{_IN_TEXT.pattern}")
 
 
 def check_shareable(folder: Path) -> None:
@@ -48,35 +51,38 @@ def check_shareable(folder: Path) -> None:
     """
     own = {str(each) for each in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))}
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        if path.name == TENSORS_FILE:
-            continue  # numbers, under names that the config has as well
         name = path.relative_to(folder).as_posix()
-        for where, text, whole in _texts(path, name):
-            _check(where, text, whole, own)
+        for where, text, pattern in _texts(path, name):
+            _check(where, text, pattern, own)
 
 
-def _texts(path: Path, name: str) -> Iterator[tuple[str, str, bool]]:
-    """Takes a file apart: where, what stands there, and whether it is a value by itself."""
+def _texts(path: Path, name: str) -> Iterator[tuple[str, str, re.Pattern[str]]]:
+    """Takes a file apart: where, what stands there, and what a local path looks like there."""
+    if path.name == TENSORS_FILE:
+        return  # numbers, under names that the config has as well
     if path.suffix == ".json":
         yield from _strings(json.loads(path.read_text(encoding="utf-8")), name)
-        return
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
-        yield f"{name}: line {number}", line, False
+    elif path.suffix == ".png":
+        for text in re.findall(rb"[ -~]{12,}", path.read_bytes()):
+            yield name, text.decode(), _IN_PICTURE
+    else:
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+            yield f"{name}: line {number}", line, _IN_TEXT
 
 
-def _strings(value: Any, where: str) -> Iterator[tuple[str, str, bool]]:
+def _strings(value: Any, where: str) -> Iterator[tuple[str, str, re.Pattern[str]]]:
     if isinstance(value, str):
-        yield where, value, True
+        yield where, value, _VALUE
     elif isinstance(value, dict):
         for key, each in value.items():
-            yield f"{where}: key", key, False
+            yield f"{where}: key", key, _IN_TEXT
             yield from _strings(each, f"{where}: {key}")
     elif isinstance(value, list):
         for number, each in enumerate(value):
             yield from _strings(each, f"{where}: {number}")
 
 
-def _check(where: str, text: str, whole: bool, own: set[str]) -> None:
+def _check(where: str, text: str, pattern: re.Pattern[str], own: set[str]) -> None:
     secret = _SECRET.search(text)
     if secret is not None:
         kind = list(_SECRETS)[(secret.lastindex or 1) - 1]
@@ -84,7 +90,7 @@ def _check(where: str, text: str, whole: bool, own: set[str]) -> None:
             f"{where}: expected nothing secret, found {kind} ({secret[0][:6]}…); take it out of "
             "the file, and revoke it if others have seen the file"
         )
-    match = (_PATH.fullmatch(text) if whole else None) or _PLACE.search(text)
+    match = pattern.search(text)
     mine = (each for each in own if len(each) > 1 and f"{each}/" in text)
     place = match[0] if match else next(mine, None)
     if place is not None:

@@ -167,7 +167,7 @@ class _Remote:
         """Tells whether these are the files of the layout, each with this content."""
         theirs = {name for name in self.files if belongs(name)}
         return theirs == files.keys() and all(
-            _is_same(self.files[name], path.read_bytes()) for name, path in files.items()
+            _is_same(self.files[name], path) for name, path in files.items()
         )
 
 
@@ -283,10 +283,12 @@ class _Change:
                 )
 
 
-def _is_same(remote: RepoFile, content: bytes) -> bool:
+def _is_same(remote: RepoFile, path: Path) -> bool:
     """Compares by the names that the Hub gives contents: sha256, or git's own hash."""
     if remote.lfs is not None:
-        return remote.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        with path.open("rb") as file:
+            return remote.lfs.sha256 == hashlib.file_digest(file, "sha256").hexdigest()
+    content = path.read_bytes()
     return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from safeweights_peft.errors import HubError
@@ -88,6 +89,24 @@ def test_the_current_directory_is_found_wherever_it_is(
 def test_what_only_looks_like_one_is_let_pass(text: str, tmp_path: Path) -> None:
     write(tmp_path, "README.md", text)
     write(tmp_path, "results/a.json", json.dumps({text: text}))
+    check_shareable(tmp_path)
+
+
+def test_a_path_or_a_secret_in_a_picture_s_own_text_is_found(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.figure")
+    picture = tmp_path / "images" / "a.png"
+    picture.parent.mkdir()
+    figure = pyplot.Figure()
+    figure.savefig(picture)
+    check_shareable(tmp_path)
+    for told in ("made in /home/ann/run", SECRETS[0]):
+        figure.savefig(picture, metadata={"Comment": told})
+        with pytest.raises(HubError, match=r"^images/a\.png: expected nothing"):
+            check_shareable(tmp_path)
+
+
+def test_noise_in_a_picture_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(np.random.default_rng(0).bytes(5_000_000))
     check_shareable(tmp_path)
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.errors import CorruptAdapterError, FormatError, HubError
+from safeweights_peft.errors import CorruptAdapterError, FormatError, HubError, ModelError
 from safeweights_peft.format import read_artifact
 from safeweights_peft.hub import fetch_adapter, pull_from_hub, push_to_hub
 from safeweights_peft.merge import merge, verify
+from safeweights_peft.modeling import resolve_base
 from tests.hub.conftest import BASE, REPO
 from tests.hub_server import Fault, HubServer
 from tests.tiny_jobs import content
@@ -183,6 +184,13 @@ def test_what_can_not_be_had_is_told_in_one_line(
     hub.add_repo("bob/gated", files, gated=True)
     with pytest.raises(HubError, match=found) as told:
         pull_from_hub(source)
+    assert "\n" not in str(told.value)
+
+
+def test_a_gated_base_is_told_in_one_line_as_well(hub: HubServer, base: str) -> None:
+    hub.repos[BASE].gated = True
+    with pytest.raises(ModelError, match=f"^{BASE}: .*found a gated repository; ask for") as told:
+        resolve_base(BASE, base)
     assert "\n" not in str(told.value)
 
 
