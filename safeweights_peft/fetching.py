@@ -180,7 +180,8 @@ def explain(error: BaseException, repo_id: str) -> str:
 
 def _describe(error: BaseException, repo_id: str) -> tuple[str, str]:
     if isinstance(error, OfflineModeIsEnabled):
-        return "nothing in the cache, and HF_HUB_OFFLINE set", "unset it, or check the spelling"
+        found = "not all of it in the cache, and HF_HUB_OFFLINE set"
+        return found, "unset it, or check the spelling"
     if isinstance(error, GatedRepoError):
         page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
         return "a gated repository", f"ask for access at {page}, and log in with `hf auth login`"

@@ -112,7 +112,7 @@ def test_without_a_network_and_a_copy_it_says_so(
     pushed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="found nothing in the cache, and HF_HUB_OFFLINE set"):
+    with pytest.raises(HubError, match="found not all of it in the cache, and HF_HUB_OFFLINE set"):
         pull_from_hub(REPO)
 
 
