@@ -36,6 +36,7 @@ from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, read_metadata
 from safeweights_peft.format.io import CONFIG_FILE
 from safeweights_peft.format.metadata import PEFT_TYPE
+from safeweights_peft.hub.card import write_card
 from safeweights_peft.hub.layout import belongs, is_foreign
 from safeweights_peft.hub.leaks import check_shareable
 from safeweights_peft.hub.staging import Base, find_adapter, stage
@@ -101,7 +102,7 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         found = _find_base(source, read_metadata(find_adapter(source)), base)
         artifact = stage(source, Path(folder), found).mode.artifact
-        _write_card(Path(folder), repo_id)
+        write_card(Path(folder), repo_id)
         check_shareable(Path(folder))
         change = _Change(Path(folder), repo_id, revision, create_pr, message or f"Push {artifact}")
         with _saying(repo_id, create_pr):
@@ -139,20 +140,6 @@ def _find_base(source: Path, metadata: AdapterMetadata, given: str | None) -> Ba
         raise HubError(f"{name}: expected {wanted}, {explain(error, name)}") from error
     assert info.sha is not None
     return Base(info.id, info.sha)
-
-
-def _write_card(folder: Path, repo_id: str) -> None:
-    """Makes the card, out of the results that are laid out."""
-    from huggingface_hub import ModelCardData
-
-    metadata = read_metadata(folder)
-    data = ModelCardData(
-        base_model=metadata.base_model_name_or_path,
-        base_model_relation="adapter",
-        library_name="peft",
-        tags=["safeweights", metadata.mode.artifact.replace(" ", "-")],
-    )
-    (folder / "README.md").write_text(f"---\n{data}\n---\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

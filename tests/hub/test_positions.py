@@ -11,7 +11,7 @@ from tests.hub.conftest import REPO, TOKEN
 from tests.hub_server import Fault, HubServer
 from tests.tiny_jobs import content
 
-REQUESTS = {"new": 15, "update": 12}
+REQUESTS = {"new": 16, "update": 13}
 """How many requests a whole push makes: to a repository that isn't there, and to one that is."""
 
 POSITIONS = [(case, n) for case, requests in REQUESTS.items() for n in range(1, requests + 1)]
