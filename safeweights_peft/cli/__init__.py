@@ -24,6 +24,7 @@ from safeweights_peft.cli.artifacts import (
     verify_command,
 )
 from safeweights_peft.cli.exchange import diff_command, export_command
+from safeweights_peft.cli.extension import extend_hf_command
 from safeweights_peft.cli.options import (
     FiniteRange,
     adapter,
@@ -69,6 +70,7 @@ from safeweights_peft.cli.output import (
 from safeweights_peft.cli.output import (
     show_overlap as show_overlap,
 )
+from safeweights_peft.cli.reproducing import reproduce_command
 from safeweights_peft.cli.sharing import list_command, pull_command, push_command
 from safeweights_peft.errors import EvaluationError, SafeWeightsError
 
@@ -393,6 +395,8 @@ for each in (
     verify_command,
     diff_command,
     export_command,
+    reproduce_command,
+    extend_hf_command,
     push_command,
     pull_command,
     list_command,

@@ -8,6 +8,7 @@ from safeweights_peft.modeling.layout import (
     total_parameters,
 )
 from safeweights_peft.modeling.loading import (
+    MODEL_FILES,
     BaseModel,
     build_empty,
     load_classifier,
@@ -19,6 +20,7 @@ from safeweights_peft.modeling.loading import (
 )
 
 __all__ = [
+    "MODEL_FILES",
     "ROUTER_NAMES",
     "AnswerBatch",
     "BaseModel",
