@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ def hf(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()", *arguments]
     environment = os.environ | {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_project_installs_the_script_that_hf_asks_for() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["hf-safeweights"] == project["scripts"]["safeweights"]
 
 
 def test_hf_runs_the_command_line(script: Path) -> None:
