@@ -62,6 +62,10 @@ class SignatureError(SafeWeightsError):
     """A signature cannot be made, is missing, or is not that of this key over these files."""
 
 
+class HubError(SafeWeightsError):
+    """A patch or a map cannot be shared on the Hub, or fetched from it, as asked."""
+
+
 class ReportError(SafeWeightsError):
     """A report cannot be written, or there is nothing to compare."""
 

@@ -10,7 +10,7 @@ import click
 from safeweights_peft.cli.artifacts import find_base
 from safeweights_peft.cli.options import (
     FiniteRange,
-    existing,
+    adapter,
     json_output,
     out_directory,
     overwrite,
@@ -28,7 +28,7 @@ from safeweights_peft.cli.output import rows_of, show, show_progress
     help="Share of all weights to keep: those that changed most.  [default: all that changed]",
 )
 @click.option(
-    "--map", "map_dir", type=existing, help="Safety map of BASE; only its weights are kept."
+    "--map", "map_dir", type=adapter, help="Safety map of BASE; only its weights are kept."
 )
 @overwrite
 @json_output
@@ -63,7 +63,7 @@ def diff_command(
 
 
 @click.command("convert")
-@click.argument("adapter", type=existing)
+@click.argument("adapter", type=adapter)
 @click.option(
     "--encoding",
     type=click.Choice(["plain", "compact"]),
@@ -102,7 +102,7 @@ def _refuse_options() -> NoReturn:
 
 
 @click.command("export")
-@click.argument("adapter", type=existing)
+@click.argument("adapter", type=adapter)
 @click.option(
     "--to",
     "form",

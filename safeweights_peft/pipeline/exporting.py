@@ -22,12 +22,11 @@ from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, bits
 from safeweights_peft.errors import MergeError, UnsupportedFeatureError
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.format import Adapter, read_adapter
+from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
 from safeweights_peft.merge import base_entries, export_vllm_patch, gather_entries, merged_entries
 from safeweights_peft.modeling import BaseModel, build_empty
-from safeweights_peft.pipeline.patched import ADAPTER_FILES, find_base
+from safeweights_peft.pipeline.patched import find_base
 from safeweights_peft.tuner.entries import to_numpy
-
-CONFIG_FILE, TENSORS_FILE = ADAPTER_FILES
 
 
 def export_patch(
