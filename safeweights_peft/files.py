@@ -9,8 +9,10 @@ Source: https://github.com/huggingface/safetensors#format
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,8 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 """The safetensors dtypes that this package can read; others may stand in a file, untouched."""
+
+_DTYPE = re.compile("[A-Z0-9_]{1,32}")
 
 
 class StoredTensor(NamedTuple):
@@ -277,8 +281,7 @@ def _check_is_file(path: Path, error: type[SafeWeightsError]) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in unique if names.count(name) > 1)
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {repeated[:80]!r} twice in one object")
     return unique
 
@@ -295,7 +298,7 @@ def _stored_tensor(
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(error, source, "dtype, shape and data_offsets", str(entry))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not _are_sizes(shape):
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not _are_sizes(shape):
         _refuse(error, source, "a dtype and a shape", f"{dtype!r} and {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _refuse(error, source, "ascending data_offsets", repr(offsets))

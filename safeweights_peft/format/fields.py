@@ -68,7 +68,7 @@ class Fields:
         for key in self.data:
             if key not in allowed:
                 raise CorruptAdapterError(
-                    self.message(repr(key), f"only {', '.join(sorted(allowed))}", "this field")
+                    self.message(repr(key[:80]), f"only {', '.join(sorted(allowed))}", "this field")
                 )
 
     def take(self, key: str, kind: type[T]) -> T:

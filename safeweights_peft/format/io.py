@@ -332,6 +332,10 @@ def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, A
         )
     path = folder / TENSORS_FILE
     header = _check_header(folder, metadata)
+    for name, record in metadata.tensors.items():
+        # While they are mapped: a file may be a hole of terabytes, which only costs when copied.
+        key = indices_key(name)
+        check_indices(f"{path}: {key}", header[key].open(path), record.shape)
     tensors = {key: np.array(tensor.open(path)) for key, tensor in header.items()}
     check_tensors(metadata, tensors, str(path))
     return metadata, tensors

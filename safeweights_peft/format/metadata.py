@@ -243,6 +243,8 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
         blocks=tuple(_blocks_from_json(fields)),
         tied_keys=fields.texts("tied_keys"),
     )
+    for key in record.keys:
+        _check_name(fields, "key", key)
     if record.numel > MAX_NUMEL:
         raise CorruptAdapterError(
             fields.message("shape", "fewer than 2**63 entries", str(list(record.shape)))
@@ -341,10 +343,15 @@ def _tensor_key(parameter: str, kind: str) -> str:
 
 def _records_from_json(fields: Fields) -> Iterator[tuple[str, TensorRecord]]:
     for name, data in fields.take("tensors", dict).items():
-        if not name.isprintable() or len(name) > _MAX_NAME:
-            asked = f"printable names of at most {_MAX_NAME} characters"
-            raise CorruptAdapterError(fields.message("tensors", asked, repr(name)))
+        _check_name(fields, "tensors", name)
         yield name, record_from_json(data, f"{fields.where}: {name}")
+
+
+def _check_name(fields: Fields, field: str, name: str) -> None:
+    """Check the name of a parameter or a key, which is shown in messages: dotted, and printable."""
+    if not name.isprintable() or len(name) > _MAX_NAME or not all(name.split(".")):
+        asked = f"printable names of at most {_MAX_NAME} characters and no empty part between dots"
+        raise CorruptAdapterError(fields.message(field, asked, repr(name)))
 
 
 def _blocks_from_json(fields: Fields) -> Iterator[Block]:
@@ -381,7 +388,8 @@ def _check_complete(metadata: AdapterMetadata, fields: Fields) -> None:
         raise CorruptAdapterError(fields.message("tensors", "at least one parameter", "none"))
     patch = metadata.mode is Mode.SET
     for name, record in metadata.tensors.items():
-        indices_key(name)
+        if "." not in name:
+            raise CorruptAdapterError(fields.message(name, "a parameter of a named module", "none"))
         if record.digest is None or record.base_digest is None:
             raise CorruptAdapterError(fields.message(name, "a digest and a base_digest", "null"))
         if (record.merged_digest is not None) != patch:
