@@ -62,5 +62,9 @@ class ReportError(SafeWeightsError):
     """A report cannot be written, or there is nothing to compare."""
 
 
+class SafeWeightsWarning(UserWarning):
+    """Something that is ignored, or done in another way than was asked."""
+
+
 class UnsupportedFeatureError(SafeWeightsError):
     """A feature that PEFT offers and this method refuses, rather than answer wrongly."""

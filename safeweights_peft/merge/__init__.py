@@ -19,7 +19,7 @@ from safeweights_peft.merge.differing import (
 )
 from safeweights_peft.merge.entries import merged_entries
 from safeweights_peft.merge.exporting import export_vllm_patch
-from safeweights_peft.merge.fit import base_state, copies, gather_entries
+from safeweights_peft.merge.fit import base_entries, base_state, copies, gather_entries
 from safeweights_peft.merge.in_place import UnmergeReport, merge_in_place, unmerge
 from safeweights_peft.merge.merging import MergeReport, merge
 from safeweights_peft.merge.patches import MergedPatch, Overlap
@@ -37,6 +37,7 @@ __all__ = [
     "ProtectReport",
     "UnmergeReport",
     "VerifyReport",
+    "base_entries",
     "base_state",
     "changed_keys",
     "check_exact",

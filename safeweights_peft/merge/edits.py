@@ -47,7 +47,7 @@ def edits(reader: CheckpointReader, patches: Sequence[Patch]) -> Iterator[Edit]:
         indices = changed_entries(patches, name)
         found = copies(reader, record)
         base = gather_entries(reader, name, found[0], indices)
-        holders = [(e.adapter, e.described.scale) for e in patches if e.delta(name) is not None]
+        holders = [(e.adapter, e.described.scale) for e in patches if e.indices(name) is not None]
         merged = merge_parameter(name, holders, indices, base)
         for copy in found:
             for key, (positions, local) in entries_by_block(copy, indices).items():

@@ -12,12 +12,12 @@ import numpy as np
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array, add_rounded, digest, sum_rounded
 from safeweights_peft.errors import AlreadyMergedError, MergeError
-from safeweights_peft.format import Adapter
+from safeweights_peft.format import AnyPatch
 from safeweights_peft.merge.fit import base_state, gather_entries
 
 
 def merged_entries(
-    reader: CheckpointReader, adapters: Sequence[Adapter]
+    reader: CheckpointReader, adapters: Sequence[AnyPatch]
 ) -> dict[str, tuple[Array, Array]]:
     """Compute the entries that patches change, from their base; only these entries are read.
 
@@ -35,22 +35,22 @@ def merged_entries(
     for adapter in adapters:
         check_unmerged(reader, adapter, "the adapter")
     merged = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.deltas):
-        holders = [(each, each.metadata.scale) for each in adapters if name in each.deltas]
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.metadata.tensors):
+        holders = [(each, each.metadata.scale) for each in adapters if name in each.indices]
         record = holders[0][0].metadata.tensors[name]
         if any(each.metadata.tensors[name].blocks != record.blocks for each, _ in holders):
             raise MergeError(
                 f"{name}: expected patches that place it alike on disk, found two layouts; "
                 "merge patches that were made with one version of transformers"
             )
-        indices = reduce(np.union1d, [each.deltas[name].indices for each, _ in holders])
+        indices = reduce(np.union1d, [each.indices[name] for each, _ in holders])
         base = gather_entries(reader, name, record, indices)
         merged[name] = indices, merge_parameter(name, holders, indices, base)
     return merged
 
 
 def merge_parameter(
-    name: str, holders: Sequence[tuple[Adapter, float]], indices: Array, base: Array
+    name: str, holders: Sequence[tuple[AnyPatch, float]], indices: Array, base: Array
 ) -> Array:
     """Add up the values of patches for one parameter, and check the result.
 
@@ -69,11 +69,12 @@ def merge_parameter(
     """
     terms = []
     for adapter, scale in holders:
-        delta, record = adapter.deltas[name], adapter.metadata.tensors[name]
-        where = ... if len(holders) == 1 else np.searchsorted(indices, delta.indices)
-        terms.append((where, delta.values, scale))
+        record = adapter.metadata.tensors[name]
+        where = ... if len(holders) == 1 else np.searchsorted(indices, adapter.indices[name])
+        values = adapter.values(name, base[where])
+        terms.append((where, values, scale))
         if scale == adapter.metadata.scale:
-            found = digest(add_rounded(base[where], delta.values, scale))
+            found = digest(add_rounded(base[where], values, scale))
             if found != record.merged_digest:
                 raise MergeError(
                     f"{name}: expected merged entries with digest {record.merged_digest}, found "
@@ -88,7 +89,7 @@ def merge_parameter(
     return merged
 
 
-def check_unmerged(reader: CheckpointReader, adapter: Adapter, source: str) -> None:
+def check_unmerged(reader: CheckpointReader, adapter: AnyPatch, source: str) -> None:
     """Check that a checkpoint is a patch's base, and doesn't hold its merged values already.
 
     Args:

@@ -6,16 +6,16 @@ Here live each patch's factor and the overlap of patches. Their sum does not: se
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
-from safeweights_peft.delta import Array, SparseDelta
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import MergeError
-from safeweights_peft.format import Adapter, Mode, TensorRecord, read_adapter, read_metadata
+from safeweights_peft.format import AnyPatch, Mode, TensorRecord, read_metadata, read_patch
 from safeweights_peft.merge.fit import PathLike
 
 OnOverlap = Literal["add", "error"]
@@ -68,19 +68,19 @@ class Patch:
         described: What reports say of it.
     """
 
-    adapter: Adapter
+    adapter: AnyPatch
     described: MergedPatch
 
-    def delta(self, name: str) -> SparseDelta | None:
-        """Look up its change of a parameter.
+    def indices(self, name: str) -> Array | None:
+        """Look up which entries of a parameter it changes.
 
         Args:
             name: The parameter.
 
         Returns:
-            The change; None if it leaves the parameter alone.
+            The flat indices, ``(count,)``; None if it leaves the parameter alone.
         """
-        return self.adapter.deltas.get(name)
+        return self.adapter.indices.get(name)
 
 
 def read_patches(adapters: Adapters) -> list[Patch]:
@@ -130,7 +130,7 @@ def changed_entries(patches: Sequence[Patch], name: str) -> Array:
     Returns:
         Flat indices, ascending and unique; ``(count,)``.
     """
-    each = [delta.indices for patch in patches if (delta := patch.delta(name)) is not None]
+    each = [found for patch in patches if (found := patch.indices(name)) is not None]
     return reduce(np.union1d, each[1:], each[0])
 
 
@@ -172,11 +172,11 @@ def overlaps(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> tuple[O
 
 def _overlaps(patches: Sequence[Patch]) -> Iterator[Overlap]:
     for left, right in combinations(patches, 2):
-        for name, delta in left.adapter.deltas.items():
-            other = right.delta(name)
+        for name, indices in left.adapter.indices.items():
+            other = right.indices(name)
             if other is None:
                 continue
-            shared = np.intersect1d(delta.indices, other.indices, assume_unique=True).size
+            shared = np.intersect1d(indices, other, assume_unique=True).size
             if shared:
                 yield Overlap(left.described.adapter, right.described.adapter, name, shared)
 
@@ -187,12 +187,12 @@ def _read(directory: PathLike, scale: float) -> Patch:
             f"{directory}: expected a safety patch, found a safety map, which has no values; "
             "train with it instead"
         )
-    adapter = read_adapter(directory)
+    adapter = read_patch(directory)
     described = MergedPatch(
         adapter=str(directory),
-        content_id=adapter.metadata.content_id,
+        content_id=str(adapter.metadata.content_id),
         scale=_factor(adapter.metadata.scale, scale),
-        entries=sum(delta.count for delta in adapter.deltas.values()),
+        entries=sum(each.size for each in adapter.indices.values()),
     )
     return Patch(adapter, described)
 
@@ -225,10 +225,15 @@ def _check_pair(left: Patch, right: Patch) -> None:
             )
 
 
-def _homes(adapter: Adapter) -> dict[str, tuple[str, TensorRecord]]:
+def _homes(adapter: AnyPatch) -> dict[str, tuple[str, TensorRecord]]:
     """Tell of each checkpoint key which parameter it belongs to, and how that is laid out."""
     layouts = {
-        name: replace(record, count=0, digest=None, base_digest=None, merged_digest=None)
+        name: TensorRecord(
+            shape=record.shape,
+            dtype=record.dtype,
+            blocks=record.blocks,
+            tied_keys=record.tied_keys,
+        )
         for name, record in adapter.metadata.tensors.items()
     }
     return {key: (name, layout) for name, layout in layouts.items() for key in layout.keys}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.checkpoint import WINDOW_BYTES, files_to_copy
+from safeweights_peft.delta import DTYPES, index_dtype
 from safeweights_peft.merge.edits import changed_tensors
 from safeweights_peft.merge.fit import PathLike
 from safeweights_peft.merge.in_place import check_own_files
@@ -53,13 +54,17 @@ def plan(
         write_bytes = sum(files_to_copy(reader).values())
     place = reader.directory if out_dir is None else _existing_parent(Path(out_dir))
     free_bytes = shutil.disk_usage(place).free
-    deltas = [delta for patch in patches for delta in patch.adapter.deltas.values()]
+    held = [
+        (index_dtype(record.numel).itemsize + DTYPES[metadata.values_dtype].itemsize) * record.count
+        for metadata in (patch.adapter.metadata for patch in patches)
+        for record in metadata.tensors.values()
+    ]
     return {
         "tensors": len(counts),
         "entries": count_entries(patches),
         "overlap": [asdict(each) for each in shared],
         "write_bytes": write_bytes,
-        "memory_bytes": min(largest, WINDOW_BYTES) + sum(delta.size_bytes for delta in deltas),
+        "memory_bytes": min(largest, WINDOW_BYTES) + sum(held),
         "free_bytes": free_bytes,
         "fits": write_bytes <= free_bytes,
     }

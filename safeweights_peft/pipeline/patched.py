@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.files import read_json
-from safeweights_peft.format import Adapter, read_adapter
+from safeweights_peft.format import AnyPatch, read_patch
 from safeweights_peft.format.metadata import PEFT_TYPE
 from safeweights_peft.merge import merged_entries
 from safeweights_peft.modeling import BaseModel, download, pick_device, resolve_base
@@ -99,14 +99,14 @@ def load_patched(
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
     if patches:
-        _put_merged(model, base, [read_adapter(each) for each in patches])
+        _put_merged(model, base, [read_patch(each) for each in patches])
     for each in loras:
         model = PeftModel.from_pretrained(model, str(each)).merge_and_unload()
     return model if dtype == "auto" else model.to(dtype)
 
 
 @torch.no_grad()
-def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[Adapter]) -> None:
+def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[AnyPatch]) -> None:
     """Writes merged entries over the base's own, in the loaded weights."""
     records = {name: each for patch in patches for name, each in patch.metadata.tensors.items()}
     for name, (indices, entries) in merged_entries(CheckpointReader(base.path), patches).items():

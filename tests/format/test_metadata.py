@@ -237,7 +237,7 @@ def test_an_unknown_encoding_asks_for_a_newer_package() -> None:
     config = sound_config()
     config["tensors"][NAME]["encoding"] = "gaps"
     with pytest.raises(
-        UnsupportedVersionError, match=r"expected one of plain, found .gaps.; install"
+        UnsupportedVersionError, match=r"expected one of plain, compact, found .gaps.; install"
     ):
         AdapterMetadata.from_config(config, "here")
 

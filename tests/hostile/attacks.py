@@ -95,7 +95,7 @@ def infinite(text: bytes) -> bytes:
 
 def selected(value: bytes) -> Callable[[bytes], bytes]:
     """Put a value where the config is free to hold any."""
-    return lambda text: text.replace(b'"selection": {', b'"selection": {"a": ' + value + b", ", 1)
+    return lambda text: text.replace(b'"selection": {}', b'"selection": {"a": ' + value + b"}")
 
 
 def wide(folder: Path) -> None:
