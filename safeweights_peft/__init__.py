@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from safeweights_peft.errors import ModelError as ModelError
     from safeweights_peft.errors import ReportError as ReportError
     from safeweights_peft.errors import SafeWeightsError as SafeWeightsError
+    from safeweights_peft.errors import SafeWeightsWarning as SafeWeightsWarning
     from safeweights_peft.errors import SelectionError as SelectionError
     from safeweights_peft.errors import TrainingError as TrainingError
     from safeweights_peft.errors import UnsupportedFeatureError as UnsupportedFeatureError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from safeweights_peft.format import validate as validate
     from safeweights_peft.format import write_adapter as write_adapter
     from safeweights_peft.format import write_map as write_map
+    from safeweights_peft.merge import convert as convert
     from safeweights_peft.merge import merge as merge
     from safeweights_peft.merge import merge_in_place as merge_in_place
     from safeweights_peft.merge import protect as protect
@@ -64,6 +66,7 @@ _ROOMS = {
         "ModelError",
         "ReportError",
         "SafeWeightsError",
+        "SafeWeightsWarning",
         "SelectionError",
         "TrainingError",
         "UnsupportedFeatureError",
@@ -79,7 +82,7 @@ _ROOMS = {
         "write_adapter",
         "write_map",
     ],
-    "merge": ["merge", "merge_in_place", "protect", "unmerge", "verify"],
+    "merge": ["convert", "merge", "merge_in_place", "protect", "unmerge", "verify"],
     "pipeline": ["load_model"],
     "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],

@@ -23,7 +23,7 @@ from safeweights_peft.cli.artifacts import (
     unmerge_command,
     verify_command,
 )
-from safeweights_peft.cli.exchange import diff_command, export_command
+from safeweights_peft.cli.exchange import convert_command, diff_command, export_command
 from safeweights_peft.cli.options import (
     FiniteRange,
     compute_options,
@@ -389,6 +389,7 @@ for each in (
     report_command,
     compare_command,
     verify_command,
+    convert_command,
     diff_command,
     export_command,
 ):

@@ -86,7 +86,7 @@ def merge_command(
     from safeweights_peft.merge import merge, merge_in_place, plan
 
     _check_place(base, out, in_place)
-    found = _find_base(base, adapters[0][0], revision)
+    found = find_base(base, adapters[0][0], revision)
     if dry_run:
         planned = plan(found, adapters, out, on_overlap=on_overlap)
         return show(planned, merge_rows(planned), as_json)
@@ -109,8 +109,17 @@ def _check_place(base: str, out: Path | None, in_place: bool) -> None:
         raise click.UsageError("Give --out, or --in-place and a directory.")
 
 
-def _find_base(base: str, adapter: Path, revision: str | None) -> Path:
-    """Finds a base's directory; of a Hub id, by default at the commit that the patch names."""
+def find_base(base: str, adapter: Path, revision: str | None) -> Path:
+    """Finds a base's directory; of a Hub id, by default at the commit that the patch names.
+
+    Args:
+        base: The directory or Hub id.
+        adapter: The patch.
+        revision: Commit, tag or branch on the Hub, if another one is asked for.
+
+    Returns:
+        The directory.
+    """
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.format import read_metadata

@@ -126,6 +126,7 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
     rows = [
         ("path", str(path)),
         ("kind", f"{Mode(content['mode']).artifact}, format {content['format_version']}"),
+        ("content id", content["content_id"] or "not recorded in format 1.0"),
         ("base", str(content["base_model_name_or_path"])),
         ("revision", str(content["revision"])),
         ("parameters", str(content["parameters"])),

@@ -19,6 +19,7 @@ from safeweights_peft.format.entries import (
 )
 from safeweights_peft.format.io import (
     check_tensors,
+    file_bytes,
     inspect,
     read_adapter,
     read_artifact,
@@ -63,6 +64,7 @@ __all__ = [
     "content_key",
     "decode_entries",
     "entries_by_block",
+    "file_bytes",
     "in_encoding",
     "indices_key",
     "inspect",

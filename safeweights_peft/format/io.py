@@ -172,6 +172,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
     numel = sum(record.numel for record in records.values())
     return {
         "format_version": FORMAT_VERSION,
+        "content_id": metadata.content_id,
         "mode": metadata.mode.value,
         "base_model_name_or_path": metadata.base_model_name_or_path,
         "revision": metadata.revision,
@@ -183,18 +184,32 @@ def inspect(path: PathLike) -> dict[str, Any]:
         "entries": entries,
         "numel": numel,
         "density": entries / numel,
-        "size_bytes": (folder / TENSORS_FILE).stat().st_size,
+        "size_bytes": file_bytes(folder)[1],
         "tensors": {
             name: {
                 "shape": list(record.shape),
                 "dtype": record.dtype,
                 "count": record.count,
+                "encoding": record.encoding.value,
                 "density": record.count / record.numel,
                 "keys": list(record.keys),
             }
             for name, record in records.items()
         },
     }
+
+
+def file_bytes(path: PathLike) -> tuple[int, int]:
+    """Tell how large an adapter's files are.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Bytes of the config and of the tensors.
+    """
+    folder = Path(path)
+    return (folder / CONFIG_FILE).stat().st_size, (folder / TENSORS_FILE).stat().st_size
 
 
 def read_metadata(path: PathLike) -> AdapterMetadata:
@@ -301,7 +316,7 @@ def _write(
     for name, record in metadata.tensors.items():
         check_indices(f"{path}: {name}", indices[name], record.shape)
         entries = None
-        if base is not None and (metadata.scale, metadata.values_dtype) == (1.0, "float32"):
+        if base is not None and metadata.may_need_base and metadata.values_dtype == "float32":
             entries = base(name, record, indices[name])
             check_base(f"{path}: {name}", record, entries)
         records[name], stored, content = encode_entries(

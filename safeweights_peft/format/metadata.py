@@ -82,6 +82,11 @@ class AdapterMetadata:
         """Whether values are stored as steps from the base's entries."""
         return any(record.needs_base for record in self.tensors.values())
 
+    @property
+    def may_need_base(self) -> bool:
+        """Whether values may be stored as steps from the base's entries: the sum must be theirs."""
+        return self.mode is Mode.SET and self.scale == 1.0
+
     def to_config(self) -> dict[str, Any]:
         """Make the content of ``adapter_config.json``, with the keys that PEFT asks for.
 
@@ -213,10 +218,8 @@ def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fiel
         if len(stream.sizes) != frames:
             asked, found = f"bytes of {frames} frames", f"{len(stream.sizes)}"
             raise CorruptAdapterError(fields.message(f"streams: {kind}", asked, found))
-    if record.streams[content].coding in STEPS and (metadata.scale, metadata.values_dtype) != (
-        1.0,
-        "float32",
-    ):
+    fits = metadata.may_need_base and metadata.values_dtype == "float32"
+    if record.streams[content].coding in STEPS and not fits:
         asked = "scale 1 and values_dtype float32 beside steps"
         found = f"{metadata.scale} and {metadata.values_dtype}"
         raise CorruptAdapterError(fields.message(f"streams: {content}", asked, found))

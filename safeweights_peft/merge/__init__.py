@@ -4,10 +4,12 @@
 ``entries`` tells what they are once merged, ``merging`` writes them as a new checkpoint (``card``
 is its card), ``in_place`` into the same one (``undo`` is its journal), ``planning`` foretells both,
 ``protecting`` puts a base's entries back into a tuned model, ``differing`` makes a patch of two
-checkpoints, ``exporting`` one for other programs, ``verifying`` checks. Merging inside a loaded
+checkpoints, ``exporting`` one for other programs, ``converting`` writes one in another encoding,
+``verifying`` checks. Merging inside a loaded
 model is PEFT's: see ``tuner``.
 """
 
+from safeweights_peft.merge.converting import ConvertReport, convert
 from safeweights_peft.merge.differing import (
     Change,
     Kept,
@@ -30,6 +32,7 @@ from safeweights_peft.merge.verifying import Check, VerifyReport, verify
 __all__ = [
     "Change",
     "Check",
+    "ConvertReport",
     "Kept",
     "MergeReport",
     "MergedPatch",
@@ -42,6 +45,7 @@ __all__ = [
     "changed_keys",
     "check_exact",
     "check_patch",
+    "convert",
     "copies",
     "export_vllm_patch",
     "find_change",
