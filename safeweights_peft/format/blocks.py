@@ -55,12 +55,9 @@ class Block:
         Returns:
             Positions into ``indices``, and the flat row-major indices in the tensor; both int64.
         """
-        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
-        edges = np.array([self.offset, self.last], indices.dtype)
-        first = int(np.searchsorted(indices, edges[0]))
-        stop = int(np.searchsorted(indices, edges[1], side="right"))
+        first, stop = self._reach(indices)
         rest = indices[first:stop].astype(np.int64) - self.offset
-        if self.strides == row_major_strides(self.shape):
+        if self._is_dense():
             return np.arange(first, stop), rest
         inside = np.ones(rest.shape, bool)
         local = np.zeros(rest.shape, np.int64)
@@ -72,6 +69,17 @@ class Block:
         inside &= rest == 0
         return first + np.flatnonzero(inside), local[inside]
 
+    def holders(self, indices: Array) -> Array | slice:
+        """Find which entries of the parameter this tensor holds, and not where.
+
+        Args:
+            indices: Ascending flat indices in the parameter; ``(count,)``.
+
+        Returns:
+            Positions into ``indices``, as an array or as a slice.
+        """
+        return slice(*self._reach(indices)) if self._is_dense() else self.locate(indices)[0]
+
     def spread(self, local: Array) -> Array:
         """Find where entries of this tensor are in the parameter; undoes :meth:`locate`.
 
@@ -82,7 +90,7 @@ class Block:
             The flat indices in the parameter, int64, in the same order; ``(count,)``.
         """
         rest = local.astype(np.int64, copy=False)
-        if self.strides == row_major_strides(self.shape):
+        if self._is_dense():
             return rest + self.offset
         flat = np.full(rest.shape, self.offset, np.int64)
         for step, stride in zip(row_major_strides(self.shape), self.strides, strict=True):
@@ -109,6 +117,19 @@ class Block:
                 return False
             reach += self.strides[dim] * (self.shape[dim] - 1)
         return True
+
+    def _is_dense(self) -> bool:
+        """Tell whether its entries lie side by side in the parameter."""
+        return self.strides == row_major_strides(self.shape)
+
+    def _reach(self, indices: Array) -> tuple[int, int]:
+        """Find the stretch of ascending indices between the first entry and the last."""
+        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
+        edges = np.array([self.offset, self.last], indices.dtype)
+        return (
+            int(np.searchsorted(indices, edges[0])),
+            int(np.searchsorted(indices, edges[1], side="right")),
+        )
 
     def _wide_dims(self) -> list[int]:
         """Dimensions of more than one entry, by ascending stride."""
@@ -170,12 +191,11 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     Raises:
         CorruptAdapterError: An entry lies in no block, or in two.
     """
-    flat = indices.astype(np.int64, copy=False)
-    holders = np.zeros(flat.shape, np.uint8)
+    holders = np.zeros(indices.shape, np.uint8)
     for block in blocks:
-        positions, _ = block.locate(flat)
-        holders[positions] += 1
-        if holders[positions].max(initial=0) > 1:
+        held = block.holders(indices)
+        holders[held] += 1
+        if holders[held].max(initial=0) > 1:
             raise CorruptAdapterError(
                 f"{name}: expected each entry in one block, found {block.key!r} overlapping "
                 "another; do not use this adapter"
@@ -184,7 +204,7 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     if missing.size:
         raise CorruptAdapterError(
             f"{name}: expected blocks that hold every selected entry, found none for index "
-            f"{flat[missing[0]]}; do not use this adapter"
+            f"{indices[missing[0]]}; do not use this adapter"
         )
 
 

@@ -286,12 +286,11 @@ def _content_digest(mode: Mode, indices: Array, content: Array) -> str:
 
 def _decode_indices(source: str, record: TensorRecord, stored: Array) -> Array:
     stream = record.stream("indices")
-    indices = stored
     if stream.coding is not Coding.PLAIN:
         planes = decompress(source, stored, stream.sizes, stream.planes(record.count))
-        indices = decode_gaps(source, planes, record.count, record.numel)
-    check_indices(source, indices, record.shape)
-    return indices
+        return decode_gaps(source, planes, record.count, record.numel)
+    check_indices(source, stored, record.shape)
+    return stored
 
 
 def _decode_content(source: str, metadata: AdapterMetadata, name: str, stored: Array) -> Array:

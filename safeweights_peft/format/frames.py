@@ -74,10 +74,12 @@ def decompress(
     Returns:
         The planes, uint8 and read-only.
     """
+    decompressor = zstandard.ZstdDecompressor()
     planes = []
     start = 0
     for size, length in zip(sizes, lengths, strict=True):
-        planes.append(_decompress(source, stored[start : start + size], length))
+        frame = stored[start : start + size]
+        planes.append(_decompress(decompressor, source, frame, length))
         start += size
     return planes
 
@@ -89,7 +91,9 @@ def _compress(plane: Array, level: int) -> bytes:
     return compressor.compress(plane.data)
 
 
-def _decompress(source: str, frame: Array, length: int) -> Array:
+def _decompress(
+    decompressor: zstandard.ZstdDecompressor, source: str, frame: Array, length: int
+) -> Array:
     """Decompress one frame of untrusted bytes, after its sizes are checked."""
     try:
         told = zstandard.get_frame_parameters(frame.data)
@@ -103,7 +107,7 @@ def _decompress(source: str, frame: Array, length: int) -> Array:
                 f"{source}: expected a zstd window of at most {MAX_WINDOW_BYTES} bytes, found "
                 f"{told.window_size}; do not use this adapter"
             )
-        content = zstandard.ZstdDecompressor().decompress(frame.data, allow_extra_data=False)
+        content = decompressor.decompress(frame.data, allow_extra_data=False)
     except zstandard.ZstdError as reason:
         raise CorruptAdapterError(
             f"{source}: expected a whole zstd frame of {length} bytes, found {reason}; "
