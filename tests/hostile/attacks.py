@@ -5,12 +5,14 @@ is how much has to be read to see it: the config, the header of the tensors' fil
 """
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
+import zstandard
 
 from safeweights_peft.delta import DTYPES
 from tests.hostile.edits import (
@@ -24,9 +26,14 @@ from tests.hostile.edits import (
     Edit,
     add,
     block,
+    bomb,
+    coded,
     config,
     drop,
     entry,
+    float_planes,
+    frame,
+    gap_frame,
     head,
     header,
     header_text,
@@ -43,6 +50,7 @@ from tests.hostile.edits import (
     repeat,
     replace,
     swap,
+    told,
     top,
     twice_in_header,
     without,
@@ -103,6 +111,42 @@ def wide(folder: Path) -> None:
     record(shape=[2**31])(folder)
 
 
+def one(array: np.ndarray) -> list[bytes]:
+    """Compress all bytes as one frame."""
+    return [frame(array.tobytes())]
+
+
+def three(array: np.ndarray) -> list[bytes]:
+    """Forget the highest bytes."""
+    return [frame(plane) for plane in float_planes(array)[:3]]
+
+
+def nans(array: np.ndarray) -> list[bytes]:
+    """Hide a NaN in planes."""
+    array[2] = np.nan
+    return [frame(plane) for plane in float_planes(array)]
+
+
+def with_dictionary(content: bytes) -> bytes:
+    """Compress with a dictionary that the reader lacks."""
+    samples = [bytes([n % 7, n % 5, n % 3]) * 20 for n in range(200)]
+    return frame(content, dict_data=zstandard.train_dictionary(512, samples), write_dict_id=True)
+
+
+def streams(change: Callable[[Config], object]) -> Edit:
+    """Store gaps, then change which streams the record has."""
+
+    def apply(folder: Path) -> None:
+        gap_frame(frame)(folder)
+        config(lambda content: change(content["tensors"][VICTIM]["streams"]))(folder)
+
+    return apply
+
+
+SKIPPED = b"\x50\x2a\x4d\x18\x04\0\0\0skip"
+WIDE_FRAME = b"\x28\xb5\x2f\xfd\x40\xa8" + (77).to_bytes(2, "little") + b"\x01\0\0"
+"""A frame of a window of 2**31 bytes, with the content size 77 + 256, and an empty block."""
+
 RECORD = f"{VICTIM}: "
 BAD_KEY = f"{RECORD}key: expected printable names"
 SMUGGLED = "base_model.model.model.layers.0.mlp.up_proj.weight"
@@ -115,7 +159,7 @@ CONFIG_FIELDS = _list(
     ("version text", top(format_version="1"), "format_version: expected"),
     ("version huge", top(format_version=10**4000), "format_version: expected 1, found 10000"),
     ("no version", without("format_version"), "format_version: expected int, found nothing"),
-    ("no method", without("peft_type"), "peft_type: expected SAFEWEIGHTS"),
+    ("no method", without("peft_type"), "peft_type: expected .*SAFEWEIGHTS"),
     ("another mode", top(mode="exec"), "mode: expected one of set, spa, found 'exec'"),
     ("a patch that calls itself a map", top(mode="spa"), "expected no merged_digest", ("patch",)),
     ("a map that calls itself a patch", top(mode="set"), "expected a merged_digest", ("map",)),
@@ -165,15 +209,27 @@ CONFIG_FIELDS = _list(
     ("one key of two parameters", block(key=OTHER), f"'{OTHER}': expected each checkpoint key"),
     ("a tied key in use", record(tied_keys=[OTHER]), f"'{OTHER}': expected each checkpoint key"),
     ("tied keys of numbers", record(tied_keys=[1]), f"{RECORD}tied_keys: expected non-empty"),
-    ("a name with ..", rename("..weight"), "tensors: expected printable names"),
-    ("a path with ..", rename("../../model.weight"), "tensors: expected printable names"),
+    ("a name with ..", rename(VICTIM, "..weight"), "tensors: expected printable names"),
+    ("a path with ..", rename(VICTIM, "../../model.weight"), "tensors: expected printable names"),
     ("a block key with ..", block(key="../../../base/model"), BAD_KEY),
     ("a block key that clears the screen", block(key="\x1b[2J"), BAD_KEY),
     ("a tied key that clears the screen", record(tied_keys=["\x1b[2J"]), BAD_KEY),
-    ("a name without module", rename("weight"), "weight: expected a parameter of a named module"),
-    ("an empty name", rename(""), "tensors: expected printable names"),
-    ("a name that clears the screen", rename("model.\x1b[2J.weight"), "expected printable names"),
-    ("a name of 5000 letters", rename(f"model.{'a' * 5000}.weight"), "expected printable names"),
+    (
+        "a name without module",
+        rename(VICTIM, "weight"),
+        "weight: expected a parameter of a named module",
+    ),
+    ("an empty name", rename(VICTIM, ""), "tensors: expected printable names"),
+    (
+        "a name that clears the screen",
+        rename(VICTIM, "model.\x1b[2J.weight"),
+        "expected printable names",
+    ),
+    (
+        "a name of 5000 letters",
+        rename(VICTIM, f"model.{'a' * 5000}.weight"),
+        "expected printable names",
+    ),
 )
 
 CONFIG_GARBAGE = _list(
@@ -207,18 +263,22 @@ CONFIG_TEXT = _list(
 CONFIG_FILE = _list(
     Stage.CONFIG,
     CONFIG,
-    ("no config", missing(CONFIG), "found (none|something else)"),
-    ("a directory as config", replace(CONFIG, os.mkdir), "found (none|something else)"),
-    ("a pipe as config", replace(CONFIG, os.mkfifo), "found (none|something else)"),
-    ("a device as config", replace(CONFIG, link("/dev/zero")), "found (none|something else)"),
-    ("a config that links to nothing", replace(CONFIG, link("nothing")), "found none"),
-    ("a config that links to itself", replace(CONFIG, link(CONFIG)), "found none"),
+    ("no config", missing(CONFIG), "found (none|nothing|something else)"),
+    ("a directory as config", replace(CONFIG, os.mkdir), "found (none|nothing|something else)"),
+    ("a pipe as config", replace(CONFIG, os.mkfifo), "found (none|nothing|something else)"),
+    (
+        "a device as config",
+        replace(CONFIG, link("/dev/zero")),
+        "found (none|nothing|something else)",
+    ),
+    ("a config that links to nothing", replace(CONFIG, link("nothing")), "found (none|nothing)"),
+    ("a config that links to itself", replace(CONFIG, link(CONFIG)), "found (none|nothing)"),
 )
 
 TENSORS_FILE = _list(
     Stage.CONFIG,  # where the tensors' file is no file, nothing of it has to be read
     TENSORS,
-    ("no tensors' file", missing(TENSORS), "found (none|something else)"),
+    ("no tensors' file", missing(TENSORS), "found (none|nothing|something else)"),
     ("only pickles", only_pickles, "found adapter_model.bin, a pickle"),
     ("a directory as tensors", replace(TENSORS, os.mkdir), "found none"),
     ("a pipe as tensors", replace(TENSORS, os.mkfifo), "found none"),
@@ -310,6 +370,91 @@ IN_TENSORS = _list(
     ("terabytes of nothing", hole, "expected ascending indices"),
 )
 
+STREAM_RECORDS = _list(
+    Stage.CONFIG,
+    CONFIG,
+    (
+        "compact without streams",
+        record(encoding="compact"),
+        f"{RECORD}streams: expected a JSON obj",
+    ),
+    ("plain with streams", record(streams={}), f"{RECORD}'streams': expected only"),
+    (
+        "a stream less",
+        streams(lambda each: each.pop("indices")),
+        f"{RECORD}streams: expected indices and (values|scores)",
+    ),
+    (
+        "a stream more",
+        streams(lambda each: each.update(bias=each["indices"])),
+        f"{RECORD}streams: 'bias': expected only",
+    ),
+    ("a coding of tomorrow", gap_frame(frame, coding="gaps64"), "coding: expected one of .*gaps64"),
+    ("steps of indices", gap_frame(frame, coding="steps8"), "indices: coding: expected one of"),
+    ("gaps of values", coded(CONTENT, one, "gaps8"), "(values|scores): coding: expected one of"),
+    ("escapes -1", gap_frame(frame, escapes=-1), "escapes: expected at least 0, found -1"),
+    (
+        "escapes beyond count",
+        gap_frame(frame, escapes=78),
+        "escapes: expected at most 77, found 78",
+    ),
+    ("escapes 2**63", gap_frame(frame, escapes=2**63), "escapes: expected at most 77"),
+    (
+        "frame of no byte",
+        gap_frame(frame, bytes=[0]),
+        "bytes: expected at most 64 integers of at l",
+    ),
+    ("frames of text", gap_frame(frame, bytes="90"), "bytes: expected list, found str"),
+    (
+        "two frames of gaps",
+        gap_frame(frame, bytes=[40, 41]),
+        "streams: indices: expected bytes of 1",
+    ),
+    (
+        "three planes of four",
+        coded(CONTENT, three, "planes"),
+        "expected bytes of 4 frames, found 3",
+    ),
+)
+
+STREAM_HEADERS = _list(
+    Stage.HEADER,
+    TENSORS,
+    ("bytes 2**62 of frames", gap_frame(frame, bytes=[2**62]), "expected uint8 .*46116"),
+    ("a byte less of frames", gap_frame(frame, bytes=[20]), "expected uint8 .20., found uint8"),
+    (
+        "4 million of nothing",
+        bomb(2**22),
+        "expected at most 64 entries for each of .* found 4194304",
+    ),
+    ("terabytes of zeros", bomb(2**40), "expected at most 64 entries for each of"),
+)
+
+STREAMS = _list(
+    Stage.TENSORS,
+    TENSORS,
+    ("frame of zeros", gap_frame(lambda gaps: b"\0" * 64), "indices.*expected .*zstd"),
+    ("frame cut", gap_frame(lambda gaps: frame(gaps)[:-3]), "indices.*expected .*zstd"),
+    ("frame and more", gap_frame(lambda gaps: frame(gaps) + b"\0"), "indices.*expected .*zstd"),
+    ("frame and frame", gap_frame(lambda gaps: frame(gaps[:40]) + frame(gaps[40:])), "zstd"),
+    ("frame after a skipped one", gap_frame(lambda gaps: SKIPPED + frame(gaps)), "zstd"),
+    ("frame of no size", gap_frame(lambda gaps: frame(gaps, write_content_size=False)), "zstd fr"),
+    ("frame of more", gap_frame(lambda gaps: frame(gaps + b"\0")), "zstd frame of 77 .* of 78"),
+    ("frame of less", gap_frame(lambda gaps: frame(gaps[:-1])), "zstd frame of 77 bytes.* of 76"),
+    ("frame that says less", gap_frame(lambda gaps: told(gaps + b"\0", 77)), "zstd"),
+    ("frame that says more", gap_frame(lambda gaps: told(gaps[:-1], 77)), "zstd"),
+    ("frame that says 2**60", gap_frame(lambda gaps: told(gaps, 2**60)), "zstd frame of 77 bytes"),
+    ("frame of a wide window", gap_frame(lambda gaps: WIDE_FRAME), "zstd"),
+    ("frame with a dictionary", gap_frame(with_dictionary), "zstd"),
+    ("frame of zlib", gap_frame(zlib.compress), "zstd"),
+    ("escape at the end", gap_frame(lambda gaps: frame(gaps[:-1] + b"\xff")), "escape at the end"),
+    ("an escape too many", gap_frame(lambda gaps: frame(b"\xff" + gaps[1:])), "77 gaps, found 76"),
+    ("a gap past the end", gap_frame(lambda gaps: frame(gaps[:-1] + b"\xfe")), "indices from 0 to"),
+    ("all gaps too wide", gap_frame(lambda gaps: frame(b"\xfe" * 77)), "indices from 0 to 1535"),
+    ("escapes of nothing", gap_frame(lambda gaps: frame(gaps + b"\xff"), escapes=1), "escape at"),
+    ("planes of NaN", coded(CONTENT, nans, "planes"), "expected finite values, found nan"),
+)
+
 ATTACKS = [
     *CONFIG_FIELDS,
     *CONFIG_GARBAGE,
@@ -318,6 +463,9 @@ ATTACKS = [
     *TENSORS_FILE,
     *HEADERS,
     *IN_TENSORS,
+    *STREAM_RECORDS,
+    *STREAM_HEADERS,
+    *STREAMS,
 ]
 
 UNKNOWN = {attack.name for attack in (*CONFIG_GARBAGE, *CONFIG_FILE)} | {"no method"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 from safetensors.numpy import load_file, save_file
 
 from safeweights_peft.delta import digest
@@ -124,17 +125,17 @@ def without(*path: str) -> Edit:
     return config(change)
 
 
-def rename(name: str) -> Edit:
-    """Give the victim another name, in the config and in the tensors' file."""
+def rename(old: str, new: str) -> Edit:
+    """Give a parameter another name, in the config and in the tensors' file."""
 
     def move(content: Config) -> None:
-        content["tensors"][name] = content["tensors"].pop(VICTIM)
+        content["tensors"][new] = content["tensors"].pop(old)
 
     def apply(folder: Path) -> None:
         config(move)(folder)
-        module, _, own = name.rpartition(".")
+        module, _, own = new.rpartition(".")
         stored = load_file(folder / TENSORS)
-        for key in [key for key in stored if VICTIM.rpartition(".")[0] in key]:
+        for key in [key for key in stored if f".{old.rpartition('.')[0]}.safeweights" in key]:
             kind = key.split("safeweights_")[1].split("__")[0]
             stored[f"base_model.model.{module}.safeweights_{kind}__{own}"] = stored.pop(key)
         save_file(stored, folder / TENSORS, {"format": "pt"})
@@ -266,3 +267,88 @@ def hole(folder: Path) -> None:
     with (folder / TENSORS).open("wb") as file:
         file.write(struct.pack("<Q", len(content)) + content)
         file.truncate(8 + len(content) + 12 * count)
+
+
+def frame(content: bytes, **options: Any) -> bytes:
+    """Compress some bytes as a writer does, or with other options of zstd."""
+    plain = {"level": 1, "write_checksum": False, "write_content_size": True}
+    return zstandard.ZstdCompressor(**(plain | options)).compress(content)
+
+
+def told(content: bytes, size: int) -> bytes:
+    """Compress some bytes into a frame that says that they are more or fewer."""
+    whole = frame(content)
+    single = whole[4] >> 5 & 1  # then there is a content size, and no window descriptor
+    start = 5 + (1 - single) + {0: single, 1: 2, 2: 4, 3: 8}[whole[4] >> 6]
+    return whole[:4] + bytes([0xE0]) + size.to_bytes(8, "little") + whole[start:]
+
+
+def gaps(indices: np.ndarray) -> bytes:
+    """Code indices as gaps of one byte, of which none needs an escape."""
+    found = np.diff(indices.astype(np.int64), prepend=-1) - 1
+    assert found.max() < 255
+    return found.astype(np.uint8).tobytes()
+
+
+def float_planes(values: np.ndarray) -> list[bytes]:
+    """Split values into byte planes."""
+    rows = values.view(np.uint8).reshape(values.size, values.itemsize)
+    return [rows[:, each].tobytes() for each in range(values.itemsize)]
+
+
+def coded(
+    key: str, frames: Callable[[np.ndarray], list[bytes]], coding: str, **fields: Any
+) -> Edit:
+    """Store the indices or the content as frames, in a compact record.
+
+    Fields of the stream, such as ``escapes`` or ``bytes``, may be given to be wrong.
+    """
+
+    def apply(folder: Path) -> None:
+        made: list[bytes] = []
+
+        def change(array: np.ndarray) -> np.ndarray:
+            made.extend(frames(array))
+            return np.frombuffer(b"".join(made), np.uint8)
+
+        put(key, change)(folder)
+        stream = {"coding": coding, "escapes": 0, "bytes": [len(each) for each in made]} | fields
+        mode = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["mode"]
+        content_kind = "scores" if mode == "spa" else "values"
+        kind, other = ("indices", content_kind)[:: 1 if key == INDICES else -1]
+        plain = {"coding": "plain", "escapes": 0, "bytes": []}
+        record(encoding="compact", streams={kind: stream, other: plain})(folder)
+
+    return apply
+
+
+def gap_frame(change: Callable[[bytes], bytes], coding: str = "gaps8", **fields: Any) -> Edit:
+    """Store the indices as one frame of gaps, made of them by a function."""
+    return coded(INDICES, lambda array: [change(gaps(array))], coding, **fields)
+
+
+def bomb(entries: int) -> Edit:
+    """Claim many entries, all side by side and all 0, in frames of a few hundred bytes."""
+    block = b"\0" * min(entries, 2**22)
+
+    def zeros(_: np.ndarray) -> bytes:
+        return frame(block) if len(block) == entries else told(block, entries)
+
+    def apply(folder: Path) -> None:
+        coded(INDICES, lambda array: [zeros(array)], "gaps8")(folder)
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        streams = content["tensors"][VICTIM]["streams"]
+        (kind,) = streams.keys() - {"indices"}
+        planes = [zeros(block)] * 4
+
+        def store(stored: Tensors) -> None:
+            stored[CONTENT] = np.frombuffer(b"".join(planes), np.uint8)
+
+        tensors(store)(folder)
+        streams[kind] = {"coding": "planes", "escapes": 0, "bytes": [len(each) for each in planes]}
+        shape = [entries]
+        record(streams=streams, shape=shape, count=entries)(folder)
+        block_fields = {"shape": shape, "strides": [1], "offset": 0, "key": VICTIM}
+        record(blocks=[block_fields])(folder)
+
+    return apply

@@ -1,14 +1,17 @@
 """Every attack is seen by whatever reads as far as it, and told in one line."""
 
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from safeweights_peft.errors import FormatError
 from safeweights_peft.format import inspect, read_artifact, read_metadata, validate
 from tests.hostile.attacks import ATTACKS, Attack, Stage
 from tests.hostile.conftest import Broken
+from tests.hostile.edits import CONTENT, Edit, coded, float_planes, frame, gap_frame
 
 CASES = [(kind, attack) for attack in ATTACKS for kind in attack.kinds]
 IDS = [f"{attack.name}-{kind}" for kind, attack in CASES]
@@ -20,6 +23,10 @@ READERS = {
 }
 
 
+def all_planes(array: np.ndarray) -> list[bytes]:
+    return [frame(plane) for plane in float_planes(array)]
+
+
 def test_the_attacks_have_names_of_their_own() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
 
@@ -28,6 +35,18 @@ def test_the_attacks_have_names_of_their_own() -> None:
 def test_what_is_attacked_is_sound(kind: str, sound: dict[str, Path]) -> None:
     for read in READERS:
         read(sound[kind])
+
+
+@pytest.mark.parametrize("edit", [gap_frame(frame), coded(CONTENT, all_planes, "planes")])
+@pytest.mark.parametrize("kind", ["patch", "map"])
+def test_streams_are_sound_until_they_are_attacked(
+    kind: str, edit: Edit, sound: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sound[kind], tmp_path / kind))
+    edit(folder)
+    found, expected = read_artifact(folder), read_artifact(sound[kind])
+    for name, indices in expected.indices.items():
+        np.testing.assert_array_equal(found.indices[name], indices)
 
 
 @pytest.mark.parametrize(("kind", "attack"), CASES, ids=IDS)
