@@ -10,6 +10,7 @@ import json
 import struct
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -257,9 +258,9 @@ def _change(choices: Choices, node: Any) -> None:
         elif way == 1 and type(node[key]) is int:
             node[key] += choices.below(2**16) - 2**8
         elif way == 2:
-            node[key] = node[choices.pick(keys)]
+            node[key] = deepcopy(node[choices.pick(keys)])
         else:
-            node[key] = choices.pick(ODD)
+            node[key] = deepcopy(choices.pick(ODD))
         return
 
 

@@ -53,9 +53,7 @@ from safeweights_peft.cli.output import (
     percent as percent,
 )
 from safeweights_peft.cli.output import (
-    rows_of as rows_of,
-)
-from safeweights_peft.cli.output import (
+    printable,
     show,
     show_adapter,
     show_estimate,
@@ -64,6 +62,9 @@ from safeweights_peft.cli.output import (
     show_progress,
     show_protected,
     show_run,
+)
+from safeweights_peft.cli.output import (
+    rows_of as rows_of,
 )
 from safeweights_peft.cli.output import (
     show_overlap as show_overlap,
@@ -83,7 +84,7 @@ class _Group(click.Group):
         except (SafeWeightsError, OSError) as error:  # the system's: a full disk, no permission
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,6 +5,7 @@ PEFT and transformers read the config before this package is asked. Where that i
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -147,3 +148,51 @@ def test_after_all_attacks_the_same_model_takes_the_sound_patch(
 ) -> None:
     expected = logits(PeftModel.from_pretrained(load_base(tiny_llama), sound["patch"]))
     assert torch.equal(logits(PeftModel.from_pretrained(base, sound["patch"])), expected)
+
+
+def put_on_the_hub(folder: Path, cache: Path) -> str:
+    """Put an adapter into a cache as the Hub's client does: links to blobs. Give its id."""
+    commit = "0" * 40
+    repo = cache / "models--someone--adapter"
+    for name in ("blobs", "refs", f"snapshots/{commit}"):
+        (repo / name).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    for file in folder.iterdir():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (repo / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
+    return "someone/adapter"
+
+
+def by_peft_from_the_hub(base: nn.Module, name: str, cache: Path) -> nn.Module:
+    return PeftModel.from_pretrained(base, name, cache_dir=str(cache))
+
+
+def by_transformers_from_the_hub(base: nn.Module, name: str, cache: Path) -> nn.Module:
+    base.load_adapter(name, adapter_kwargs={"cache_dir": str(cache)})
+    return base
+
+
+@pytest.mark.parametrize("load", [by_peft_from_the_hub, by_transformers_from_the_hub], ids=ids)
+def test_links_into_the_cache_of_the_hub_are_read(
+    load: Callable[..., nn.Module], tiny_llama: Path, sound: dict[str, Path], tmp_path: Path
+) -> None:
+    name = put_on_the_hub(sound["patch"], tmp_path)
+    expected = logits(PeftModel.from_pretrained(load_base(tiny_llama), sound["patch"]))
+    assert torch.equal(logits(load(load_base(tiny_llama), name, tmp_path)), expected)
+
+
+@pytest.mark.parametrize("attack", ["a weight of the base", "a record less", "only pickles"])
+@pytest.mark.parametrize("load", [by_peft_from_the_hub, by_transformers_from_the_hub], ids=ids)
+def test_what_comes_from_the_hub_is_checked_before_it_is_loaded(
+    load: Callable[..., nn.Module],
+    attack: str,
+    base: nn.Module,
+    original: nn.Module,
+    broken: Broken,
+    tmp_path: Path,
+) -> None:
+    (found,) = [each for each in ATTACKS if each.name == attack]
+    name = put_on_the_hub(broken("patch", found), tmp_path)
+    with pytest.raises(FormatError, match=r"expected (only tensors|adapter_model)"):
+        load(base, name, tmp_path)
+    assert same_weights(base, original)

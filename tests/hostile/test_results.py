@@ -1,6 +1,7 @@
 """Every attack through everything that makes something of an adapter: nothing is made of it."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safeweights_peft.pipeline import (
 from tests.cli.conftest import call
 from tests.hostile.attacks import ATTACKS, Attack, Stage
 from tests.hostile.conftest import Broken
+from tests.hostile.edits import top
 from tests.tiny_jobs import content
 
 Make = Callable[[Path, Path, Path], object]
@@ -106,3 +108,15 @@ def test_a_command_tells_of_a_broken_patch_in_one_line(
         assert "Traceback" not in called.output
         assert list(tmp_path.iterdir()) == [], attack.name
     assert content(tiny_llama) == files
+
+
+def test_a_sound_patch_whose_base_clears_the_screen_is_shown_in_letters(
+    sound: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sound["patch"], tmp_path / "patch"))
+    top(base_model_name_or_path="\x1b[2Jbase", revision="\x1b]0;root\a")(folder)
+    for command in ("inspect", "report --out out", "convert --encoding compact --out out"):
+        name, *options = command.split()
+        called = call(name, folder, *options)
+        assert "\x1b" not in called.output
+        assert "\\x1b[2Jbase" in called.output
