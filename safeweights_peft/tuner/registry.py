@@ -49,7 +49,7 @@ def register() -> None:
 
 def _check_files_with_config() -> None:
     """Have PEFT check an adapter's config and header whenever it reads the config from a place."""
-    plain = PeftConfigMixin.from_pretrained.__func__  # type: ignore[attr-defined]
+    plain = PeftConfigMixin.from_pretrained.__func__
     if getattr(plain, "checks_safeweights", False):
         return
 
@@ -66,7 +66,7 @@ def _check_files_with_config() -> None:
             inspect(_find_files(pretrained_model_name_or_path, subfolder, options))
         return config
 
-    from_pretrained.checks_safeweights = True  # type: ignore[attr-defined]
+    from_pretrained.checks_safeweights = True
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
 
 
