@@ -117,7 +117,7 @@ def convert(
 def _write_map(draft: Path, safety_map: SafetyMap, encoding: Encoding) -> AdapterMetadata:
     write_map(draft, replace(safety_map, metadata=in_encoding(safety_map.metadata, encoding)))
     written = read_map(draft)
-    _count_changed(written, safety_map.scores, written.scores, allowed=0)
+    _count_changed(written, safety_map.scores, written.scores, 0)
     return written.metadata
 
 
@@ -133,8 +133,11 @@ def _write_patch(
     written = read_adapter(draft, base)
     if reader is not None:
         merged_entries(reader, [written])  # compares with the merged digests
-    values = [{name: each.values for name, each in a.deltas.items()} for a in (before, written)]
-    return written.metadata, _count_changed(written, *values, allowed=None if stepped else 0)
+    first, second = (
+        {name: each.values for name, each in adapter.deltas.items()}
+        for adapter in (before, written)
+    )
+    return written.metadata, _count_changed(written, first, second, None if stepped else 0)
 
 
 def _in_float32(adapter: Adapter) -> Adapter:

@@ -14,7 +14,16 @@ REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
 
 @pytest.mark.parametrize(
     "command",
-    ["inspect", "verify", "compare", "merge", "merge --dry-run", "merge --in-place", "unmerge"],
+    [
+        "inspect",
+        "verify",
+        "compare",
+        "convert",
+        "merge",
+        "merge --dry-run",
+        "merge --in-place",
+        "unmerge",
+    ],
 )
 def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Path) -> None:
     patch = run.out / "patch"
@@ -28,6 +37,7 @@ def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Pat
         "inspect": ["inspect", patch],
         "verify": ["verify", patch, "--base", run.base],
         "compare": ["compare", patch, run.out / "map"],
+        "convert": ["convert", patch, "--encoding", "compact", "--out", merged],
         "merge": ["merge", run.base, patch, "--out", merged],
         "merge --dry-run": ["merge", run.base, patch, "--out", merged, "--dry-run"],
         "merge --in-place": ["merge", merged, patch, "--in-place"],
