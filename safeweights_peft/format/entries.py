@@ -93,6 +93,19 @@ class StoredEntries:
                 "the base, or use `safeweights convert --encoding plain`"
             )
         check_base(self.name, self.record, base)
+        return self.values_at(base)
+
+    def values_at(self, base: Array) -> Array:
+        """Give the values, from entries of the base that were checked.
+
+        Args:
+            base: The base's entries at the indices, in the record's dtype; ``(count,)``.
+
+        Returns:
+            The values, finite; ``(count,)``.
+        """
+        if not self.record.needs_base:
+            return self.content
         values = value_of(base, take_steps(base, self.content))
         check_finite(f"{self.name}: values", values)
         return values

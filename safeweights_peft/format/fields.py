@@ -188,12 +188,13 @@ class Fields:
             UnsupportedVersionError: It is no member.
         """
         name = self.take(key, str)
-        if name not in [choice.value for choice in choices]:
+        try:
+            return choices(name)
+        except ValueError:
             raise UnsupportedVersionError(
                 f"{self.where}: {key}: expected one of {', '.join(choices)}, found {name[:80]!r}; "
                 "install a newer safeweights_peft"
-            )
-        return choices(name)
+            ) from None
 
     def digest(self, key: str) -> str | None:
         """Take a digest or null.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES
+from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, index_dtype
 from safeweights_peft.errors import (
     CorruptAdapterError,
     FormatError,
@@ -37,6 +37,8 @@ from safeweights_peft.format.streams import STEPS
 FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 PEFT_TYPE = "SAFEWEIGHTS"
+
+_FRAME_OVERHEAD_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +213,17 @@ def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fiel
         found = ", ".join(record.streams) or "none"
         raise CorruptAdapterError(fields.message("streams", f"indices and {content}", found))
     for kind, stream in record.streams.items():
-        coded = DTYPES[metadata.values_dtype]
-        if stream.coding in STEPS:
-            coded = WEIGHT_DTYPES[record.dtype]
+        plain = index_dtype(record.numel) if kind == "indices" else DTYPES[metadata.values_dtype]
+        coded = WEIGHT_DTYPES[record.dtype] if stream.coding in STEPS else plain
         frames = len(stream.planes(record.count, coded.itemsize))
         if len(stream.sizes) != frames:
             asked, found = f"bytes of {frames} frames", f"{len(stream.sizes)}"
             raise CorruptAdapterError(fields.message(f"streams: {kind}", asked, found))
+        # Whoever loads by shape makes room for so many bytes before the first of them is seen.
+        most = record.count * plain.itemsize + _FRAME_OVERHEAD_BYTES * frames
+        if stream.size_bytes > most:
+            asked, found = f"at most {most} bytes", f"{stream.size_bytes}"
+            raise CorruptAdapterError(fields.message(f"streams: {kind}: bytes", asked, found))
     fits = metadata.may_need_base and metadata.values_dtype == "float32"
     if record.streams[content].coding in STEPS and not fits:
         asked = "scale 1 and values_dtype float32 beside steps"
