@@ -6,8 +6,8 @@ Synthetic: one 4096×4096 bfloat16 matrix with entries of σ 0.02, of which some
 σ 0.001: drawn uniformly, or as whole rows. The bound is the order-0 entropy of the same gaps and
 steps, as integers. Decoding gives checked indices and values from what is stored, on one thread;
 the second speed includes the digests and the lookup of blocks, as when a file is read. Time is CPU
-time, the best of the rounds; memory is the peak of Python's and numpy's allocations on top of what
-is stored, to what is decoded. A real patch is converted, and compared with the other forms' bytes.
+time, the best of the rounds; memory is the peak of allocations on top of the stored bytes and the
+base's entries, to what is decoded. A real patch is converted, and compared with other forms' bytes.
 """
 
 import argparse

@@ -51,6 +51,7 @@ from safeweights_peft.cli.options import (
 )
 from safeweights_peft.cli.output import (
     NO_CLEAR_YES,
+    printable,
     show,
     show_adapter,
     show_estimate,
@@ -59,15 +60,6 @@ from safeweights_peft.cli.output import (
     show_progress,
     show_protected,
     show_run,
-)
-from safeweights_peft.cli.output import (
-    percent as percent,
-)
-from safeweights_peft.cli.output import (
-    rows_of as rows_of,
-)
-from safeweights_peft.cli.output import (
-    show_overlap as show_overlap,
 )
 from safeweights_peft.cli.reproducing import reproduce_command
 from safeweights_peft.cli.sharing import list_command, pull_command, push_command
@@ -87,7 +79,7 @@ class _Group(click.Group):
         except (SafeWeightsError, OSError) as error:  # the system's: a full disk, no permission
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

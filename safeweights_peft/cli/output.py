@@ -79,7 +79,12 @@ def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        click.echo(printable("  ".join(cells).rstrip()))
+
+
+def printable(text: str) -> str:
+    """Spells out what would move the cursor: names and paths may be a stranger's."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:

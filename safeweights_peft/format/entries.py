@@ -47,7 +47,7 @@ from safeweights_peft.format.records import (
     scores_key,
     values_key,
 )
-from safeweights_peft.format.streams import Coding, Stream
+from safeweights_peft.format.streams import MAX_ENTRIES_PER_BYTE, Coding, Stream
 
 Layout = tuple[Any, tuple[int, ...]]  # dtype (a foreign name if numpy has none), shape
 
@@ -93,6 +93,19 @@ class StoredEntries:
                 "the base, or use `safeweights convert --encoding plain`"
             )
         check_base(self.name, self.record, base)
+        return self.values_at(base)
+
+    def values_at(self, base: Array) -> Array:
+        """Give the values, from entries of the base that were checked.
+
+        Args:
+            base: The base's entries at the indices, in the record's dtype; ``(count,)``.
+
+        Returns:
+            The values, finite; ``(count,)``.
+        """
+        if not self.record.needs_base:
+            return self.content
         values = value_of(base, take_steps(base, self.content))
         check_finite(f"{self.name}: values", values)
         return values
@@ -200,6 +213,15 @@ def check_layout(metadata: AdapterMetadata, found: Mapping[str, Layout], source:
                 f"{source}: {key}: expected {dtype} {list(shape)}, found {now}; "
                 "do not use this adapter"
             )
+    for name, record in metadata.tensors.items():
+        size = sum(
+            dtype.itemsize * size for dtype, (size,) in stored_arrays(metadata, name).values()
+        )
+        if record.count > MAX_ENTRIES_PER_BYTE * size:
+            raise CorruptAdapterError(
+                f"{source}: {name}: expected at most {MAX_ENTRIES_PER_BYTE} entries for each of "
+                f"{size} bytes, found {record.count}; do not use this adapter"
+            )
 
 
 def decode_entries(
@@ -264,6 +286,8 @@ def encode_entries(
         steps = None if base is None else encode_steps(base, content)
         if steps is not None and steps.stored.nbytes < coded[kind].stored.nbytes:
             coded[kind] = steps
+        if plain.size > MAX_ENTRIES_PER_BYTE * sum(each.stored.nbytes for each in coded.values()):
+            coded[kind] = Coded(Stream(Coding.PLAIN), np.ascontiguousarray(content))
     streams = {each: part.stream for each, part in coded.items()}
     if all(stream.coding is Coding.PLAIN for stream in streams.values()):
         streams = {}

@@ -4,6 +4,7 @@ Here live the only calls of zstd. What the planes mean does not: see ``codec``. 
 stranger says itself how much it holds; it is decompressed only if that is what the record implies.
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,16 @@ MAX_WINDOW_BYTES = 2**23
 """Limit on a frame's window, as zstd recommends that every reader allows."""
 
 _LEVELS = (1, 9)  # the entropy of noise, and what repeats far apart
+
+
+class _Thread(threading.local):
+    """What a thread keeps: a decompressor takes as long to make as 10,000 bytes to decompress."""
+
+    def __init__(self) -> None:
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_thread = _Thread()
 
 
 def split(array: Array) -> list[Array]:
@@ -74,12 +85,11 @@ def decompress(
     Returns:
         The planes, uint8 and read-only.
     """
-    decompressor = zstandard.ZstdDecompressor()
     planes = []
     start = 0
     for size, length in zip(sizes, lengths, strict=True):
         frame = stored[start : start + size]
-        planes.append(_decompress(decompressor, source, frame, length))
+        planes.append(_decompress(source, frame, length))
         start += size
     return planes
 
@@ -91,9 +101,7 @@ def _compress(plane: Array, level: int) -> bytes:
     return compressor.compress(plane.data)
 
 
-def _decompress(
-    decompressor: zstandard.ZstdDecompressor, source: str, frame: Array, length: int
-) -> Array:
+def _decompress(source: str, frame: Array, length: int) -> Array:
     """Decompress one frame of untrusted bytes, after its sizes are checked."""
     try:
         told = zstandard.get_frame_parameters(frame.data)
@@ -107,7 +115,7 @@ def _decompress(
                 f"{source}: expected a zstd window of at most {MAX_WINDOW_BYTES} bytes, found "
                 f"{told.window_size}; do not use this adapter"
             )
-        content = decompressor.decompress(frame.data, allow_extra_data=False)
+        content = _thread.decompressor.decompress(frame.data, allow_extra_data=False)
     except zstandard.ZstdError as reason:
         raise CorruptAdapterError(
             f"{source}: expected a whole zstd frame of {length} bytes, found {reason}; "

@@ -32,6 +32,7 @@ from safeweights_peft.format.entries import (
 )
 from safeweights_peft.format.metadata import FORMAT_VERSION, AdapterMetadata
 from safeweights_peft.format.records import Mode, indices_key
+from safeweights_peft.format.streams import Coding
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -292,10 +293,24 @@ def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, S
     header = _check_header(folder, metadata)
     entries = {}
     for name in metadata.tensors:
-        stored = {key: np.array(header[key].open(path)) for key in stored_arrays(metadata, name)}
+        layouts = stored_arrays(metadata, name)
+        stored = {key: header[key].open(path) for key in layouts}
+        _check_mapped(metadata, name, stored, str(path))
+        for key, (dtype, _) in layouts.items():
+            if dtype != np.uint8:  # what is coded stays on the disk, and is decoded from there
+                stored[key] = np.array(stored[key])
         entries[name] = decode_entries(metadata, name, stored, str(path))
     records = {name: each.record for name, each in entries.items()}
     return replace(metadata, tensors=records), entries
+
+
+def _check_mapped(
+    metadata: AdapterMetadata, name: str, stored: Mapping[str, Array], source: str
+) -> None:
+    """Check plain indices before they are copied: a file may be a hole, of terabytes at no cost."""
+    record, key = metadata.tensors[name], indices_key(name)
+    if record.stream("indices").coding is Coding.PLAIN:
+        check_indices(f"{source}: {key}", stored[key], record.shape)
 
 
 def _write(

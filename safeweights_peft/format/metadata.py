@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES
+from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, index_dtype
 from safeweights_peft.errors import (
     CorruptAdapterError,
     FormatError,
@@ -28,7 +28,7 @@ from safeweights_peft.format.records import (
     Encoding,
     Mode,
     TensorRecord,
-    indices_key,
+    check_name,
     record_from_json,
     record_to_json,
 )
@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 PEFT_TYPE = "SAFEWEIGHTS"
 
-_MAX_NAME = 1000
+_FRAME_OVERHEAD_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +152,7 @@ def _identity(name: str, record: TensorRecord) -> str:
 
 def _records_from_json(fields: Fields, newer: bool) -> Iterator[tuple[str, TensorRecord]]:
     for name, data in fields.take("tensors", dict).items():
-        if not name.isprintable() or len(name) > _MAX_NAME:
-            asked = f"printable names of at most {_MAX_NAME} characters"
-            raise CorruptAdapterError(fields.message("tensors", asked, repr(name)))
+        check_name(fields, "tensors", name)
         if newer and isinstance(data, dict):
             data = {key: value for key, value in data.items() if key in RECORD_FIELDS}
         yield name, record_from_json(data, f"{fields.where}: {name}")
@@ -191,7 +189,8 @@ def _check_complete(metadata: AdapterMetadata, fields: Fields) -> None:
         raise CorruptAdapterError(fields.message("tensors", "at least one parameter", "none"))
     patch = metadata.mode is Mode.SET
     for name, record in metadata.tensors.items():
-        indices_key(name)
+        if "." not in name:
+            raise CorruptAdapterError(fields.message(name, "a parameter of a named module", "none"))
         if record.digest is None or record.base_digest is None:
             raise CorruptAdapterError(fields.message(name, "a digest and a base_digest", "null"))
         if (record.merged_digest is not None) != patch:
@@ -214,13 +213,17 @@ def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fiel
         found = ", ".join(record.streams) or "none"
         raise CorruptAdapterError(fields.message("streams", f"indices and {content}", found))
     for kind, stream in record.streams.items():
-        coded = DTYPES[metadata.values_dtype]
-        if stream.coding in STEPS:
-            coded = WEIGHT_DTYPES[record.dtype]
+        plain = index_dtype(record.numel) if kind == "indices" else DTYPES[metadata.values_dtype]
+        coded = WEIGHT_DTYPES[record.dtype] if stream.coding in STEPS else plain
         frames = len(stream.planes(record.count, coded.itemsize))
         if len(stream.sizes) != frames:
             asked, found = f"bytes of {frames} frames", f"{len(stream.sizes)}"
             raise CorruptAdapterError(fields.message(f"streams: {kind}", asked, found))
+        # Whoever loads by shape makes room for so many bytes before the first of them is seen.
+        most = record.count * plain.itemsize + _FRAME_OVERHEAD_BYTES * frames
+        if stream.size_bytes > most:
+            asked, found = f"at most {most} bytes", f"{stream.size_bytes}"
+            raise CorruptAdapterError(fields.message(f"streams: {kind}: bytes", asked, found))
     fits = metadata.may_need_base and metadata.values_dtype == "float32"
     if record.streams[content].coding in STEPS and not fits:
         asked = "scale 1 and values_dtype float32 beside steps"

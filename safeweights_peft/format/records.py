@@ -30,6 +30,7 @@ RECORD_FIELDS = frozenset(
     "tied_keys".split()
 )
 
+_MAX_NAME = 1000
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.safeweights_(?P<kind>indices|values|scores)__(?P<own>[^.]+)"
@@ -173,6 +174,8 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
         blocks=tuple(_blocks_from_json(fields)),
         tied_keys=fields.texts("tied_keys"),
     )
+    for key in record.keys:
+        check_name(fields, "key", key)
     if record.numel > MAX_NUMEL:
         raise CorruptAdapterError(
             fields.message("shape", "fewer than 2**63 entries", str(list(record.shape)))
@@ -257,6 +260,22 @@ def parse_key(key: str) -> tuple[str, str]:
             "found another; remove this tensor"
         )
     return f"{match['module']}.{match['own']}", match["kind"]
+
+
+def check_name(fields: Fields, field: str, name: str) -> None:
+    """Check the name of a parameter or a checkpoint key, since messages show it.
+
+    Args:
+        fields: Where it stands.
+        field: What messages call it.
+        name: The name.
+
+    Raises:
+        CorruptAdapterError: It is not printable, too long, or has an empty part between dots.
+    """
+    if not name.isprintable() or len(name) > _MAX_NAME or not all(name.split(".")):
+        asked = f"printable names of at most {_MAX_NAME} characters and no empty part between dots"
+        raise CorruptAdapterError(fields.message(field, asked, repr(name)))
 
 
 def _tensor_key(parameter: str, kind: str) -> str:

@@ -12,6 +12,9 @@ from safeweights_peft.delta import WEIGHT_DTYPES
 from safeweights_peft.errors import CorruptAdapterError
 from safeweights_peft.format.fields import Fields
 
+MAX_ENTRIES_PER_BYTE = 64
+"""Limit on what a parameter's stored bytes may hold; zeros alone would be 30,000 entries a byte."""
+
 _FIELDS = frozenset({"coding", "escapes", "bytes"})
 
 

@@ -128,8 +128,18 @@ def is_patch(adapter: Path) -> bool:
 
     Returns:
         What its config says.
+
+    Raises:
+        FormatError: its config names no method.
     """
-    return read_json(adapter / CONFIG_FILE, FormatError).get("peft_type") == PEFT_TYPE
+    config = adapter / CONFIG_FILE
+    method = read_json(config, FormatError).get("peft_type")
+    if not isinstance(method, str):
+        raise FormatError(
+            f"{config}: peft_type: expected a method of PEFT, such as {PEFT_TYPE}, found "
+            f"{str(method)[:80]}; give the directory of an adapter"
+        )
+    return method == PEFT_TYPE
 
 
 def _find_adapter(adapter: PathLike) -> Path:

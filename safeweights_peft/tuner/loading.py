@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from safeweights_peft.delta import Array, check_finite
 from safeweights_peft.errors import CorruptAdapterError
-from safeweights_peft.format import AdapterMetadata, check_tensors, indices_key, values_key
+from safeweights_peft.format import (
+    AdapterMetadata,
+    check_layout,
+    decode_entries,
+    indices_key,
+    values_key,
+)
 from safeweights_peft.tuner.containers import CodedValues, is_coded, is_unloaded
 from safeweights_peft.tuner.entries import check_base, to_numpy, to_torch
 from safeweights_peft.tuner.parameter import SelectedParameter
@@ -115,15 +121,16 @@ def decode(
     Returns:
         What it has for each of these parameters, by name.
     """
-    decoded, content = check_tensors(metadata, stored, source), {}
+    check_layout(metadata, {key: (each.dtype, each.shape) for key, each in stored.items()}, source)
+    content = {}
     # Whatever was made in inference mode could not be trained later.
     with torch.inference_mode(False), torch.no_grad():
         for each in parts:
-            entries, record = decoded.pop(each.name), metadata.tensors[each.name]
+            entries = decode_entries(metadata, each.name, stored, source)
             indices = to_torch(entries.indices).to(each.parameter.device)
             base = each.originals(indices)
-            check_base(each.name, base, record)
-            values = entries.values(to_numpy(base.to(getattr(torch, record.dtype))))
+            check_base(each.name, base, entries.record)
+            values = entries.values_at(to_numpy(base.to(getattr(torch, entries.record.dtype))))
             content[each.name] = Content(indices, to_torch(values).to(indices.device).float())
     return content
 

@@ -36,6 +36,7 @@ DIGEST = "sha256:" + "0a" * 32
 OTHER_DIGEST = "sha256:" + "0b" * 32
 
 texts = st.text(min_size=1, max_size=9)
+checkpoint_keys = texts.filter(lambda key: key.isprintable() and all(key.split(".")))
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -50,7 +51,7 @@ json_values = st.recursive(
 @st.composite
 def metadatas(draw: st.DrawFn) -> AdapterMetadata:
     mode = draw(st.sampled_from(Mode))
-    keys = draw(st.lists(texts, min_size=3, max_size=6, unique=True))
+    keys = draw(st.lists(checkpoint_keys, min_size=3, max_size=6, unique=True))
     tensors = {}
     for number, key in enumerate(keys[:2]):
         shape = tuple(draw(st.lists(st.integers(1, 9), max_size=3)))

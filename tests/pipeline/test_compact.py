@@ -7,9 +7,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from safeweights_peft import convert, load_model, merge, preserve, protect
+from safeweights_peft import convert, create_adapter, load_model, merge, preserve, protect
 from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.format import read_adapter, read_artifact, read_metadata
+from safeweights_peft.format import (
+    Encoding,
+    read_adapter,
+    read_artifact,
+    read_map,
+    read_metadata,
+    write_map,
+)
 from safeweights_peft.merge import base_entries
 from safeweights_peft.pipeline import (
     export_lora,
@@ -18,6 +25,7 @@ from safeweights_peft.pipeline import (
     report_map,
 )
 from tests.pipeline.test_exporting import save_linear_patch
+from tests.tiny_files import as_map
 from tests.tiny_jobs import content
 from tests.tuner.patches import load_base, same_weights
 
@@ -94,3 +102,22 @@ def test_a_compact_patch_is_reported(compact: Path, patch: Path, tmp_path: Path)
     found = [report_map(each, tmp_path / f"report-{each.name}") for each in (compact, patch)]
     assert [each.pop("map") for each in found] == [str(compact), str(patch)]
     assert found[0] == found[1]
+
+
+def test_a_patch_is_made_for_a_compact_map(
+    tiny_llama_bf16: Path, patch: Path, tmp_path: Path
+) -> None:
+    safety_map = as_map(read_adapter(patch))
+    write_map(tmp_path / "map", safety_map)
+    convert(tmp_path / "map", "compact", tmp_path / "compact-map")
+    found = read_map(tmp_path / "compact-map")
+    assert {record.encoding for record in found.metadata.tensors.values()} == {Encoding.COMPACT}
+    model = create_adapter(load_base(tiny_llama_bf16), found.metadata, found.indices)
+    model.save_pretrained(tmp_path / "new")
+    written = read_adapter(tmp_path / "new")
+    assert {record.encoding for record in written.metadata.tensors.values()} == {Encoding.PLAIN}
+    assert content_bytes(written.indices) == content_bytes(found.indices)
+
+
+def content_bytes(indices: dict[str, np.ndarray]) -> dict[str, bytes]:
+    return {name: each.tobytes() for name, each in indices.items()}

@@ -28,7 +28,6 @@ from tests.tuner.patches import (
     load_by_transformers,
     logits,
     save_patch,
-    values_of,
 )
 
 VICTIM = "model.layers.1.mlp.up_proj.weight"
@@ -65,7 +64,7 @@ def rewrite(patch, kind, edit):
 
 
 def bomb(frames):
-    return [zstandard.compress(bytes(2**28)), *frames[1:]]
+    return [zstandard.compress(bytes(2**20)), *frames[1:]]
 
 
 def truncate(frames):
@@ -124,8 +123,11 @@ def test_a_bad_stream_leaves_the_weights_of_the_model_as_they_were(tiny_llama_bf
     expected = weights(load_base(tiny_llama_bf16))
     assert expected.keys() == weights(model).keys()
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(model).items())
+    if load is load_by_peft:
+        assert torch.equal(logits(model), logits(load_base(tiny_llama_bf16)))
+        return
     with pytest.raises(CorruptAdapterError, match=r"expected (loaded indices|a whole zstd frame)"):
-        logits(model)
+        logits(model)  # transformers gives no chance to take the patch out; it doesn't run
 
 
 @pytest.mark.parametrize("load", ROUTES)
@@ -194,14 +196,10 @@ def test_a_merged_base_is_called_merged_on_every_route(tiny_llama_bf16, patch, l
 
 
 def test_a_bad_second_patch_leaves_the_first_in_use(tiny_llama_bf16, good, patch):
-    rewrite(patch, "indices", bomb)
+    rewrite(patch, "indices", truncate)
     model = load_by_peft(tiny_llama_bf16, good)
     expected = logits(model)
     with pytest.raises(CorruptAdapterError, match="up_proj"):
         model.load_adapter(patch, "bad")
     assert torch.equal(logits(model), expected)
-    assert "bad" in model.peft_config
-    assert values_of(model, "bad")
-    model.set_adapter("bad")
-    with pytest.raises(CorruptAdapterError, match="expected loaded indices"):
-        logits(model)
+    assert list(model.peft_config) == ["default"]
