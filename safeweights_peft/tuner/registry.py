@@ -66,7 +66,7 @@ def _check_files_with_config() -> None:
             inspect(_find_files(pretrained_model_name_or_path, subfolder, options))
         return config
 
-    from_pretrained.checks_safeweights = True
+    from_pretrained.checks_safeweights = True  # type: ignore[attr-defined]
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
 
 
