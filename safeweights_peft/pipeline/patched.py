@@ -100,10 +100,11 @@ def load_patched(
     loras = [each for each in adapters if not is_patch(each)]
     patches = [each for each in adapters if is_patch(each)]
     patches += [each / CORRECTION for each in loras if (each / CORRECTION).is_dir()]
+    read = [read_patch(each) for each in patches]  # a broken one is told before a base is loaded
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
-    if patches:
-        _put_merged(model, base, [read_patch(each) for each in patches])
+    if read:
+        _put_merged(model, base, read)
     for each in loras:
         model = PeftModel.from_pretrained(model, str(each)).merge_and_unload()
     return model if dtype == "auto" else model.to(dtype)

@@ -143,13 +143,6 @@ def test_transformers_loads_nothing_of_a_broken_patch(
     assert all(torch.equal(kept[key], each) for key, each in original.state_dict().items())
 
 
-def test_after_all_attacks_the_same_model_takes_the_sound_patch(
-    base: nn.Module, tiny_llama: Path, sound: dict[str, Path]
-) -> None:
-    expected = logits(PeftModel.from_pretrained(load_base(tiny_llama), sound["patch"]))
-    assert torch.equal(logits(PeftModel.from_pretrained(base, sound["patch"])), expected)
-
-
 def put_on_the_hub(folder: Path, cache: Path) -> str:
     """Put an adapter into a cache as the Hub's client does: links to blobs. Give its id."""
     commit = "0" * 40
@@ -196,3 +189,10 @@ def test_what_comes_from_the_hub_is_checked_before_it_is_loaded(
     with pytest.raises(FormatError, match=r"expected (only tensors|adapter_model)"):
         load(base, name, tmp_path)
     assert same_weights(base, original)
+
+
+def test_after_all_attacks_the_same_model_takes_the_sound_patch(
+    base: nn.Module, tiny_llama: Path, sound: dict[str, Path]
+) -> None:
+    expected = logits(PeftModel.from_pretrained(load_base(tiny_llama), sound["patch"]))
+    assert torch.equal(logits(PeftModel.from_pretrained(base, sound["patch"])), expected)
