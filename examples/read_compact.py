@@ -1,8 +1,10 @@
 """Reads a patch by docs/format.md alone, in 60 lines; a reader of strangers' files checks more.
 
-safeweights enhance demo/base --out demo/small --steps 2 --examples 8 --limit 2
-safeweights convert demo/small/patch --encoding compact --out demo/compact
-python examples/read_compact.py demo/compact demo/base
+    safeweights enhance demo/base --out demo/small --steps 2 --examples 8 --limit 2
+    safeweights convert demo/small/patch --encoding compact --out demo/compact
+    python examples/read_compact.py demo/compact demo/base
+
+The first two commands make a compact patch to try with.
 """
 
 import json
