@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +28,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from safeweights_peft import Adapter, SparseDelta, read_adapter, write_adapter
-from safeweights_peft.delta import Array, add_rounded, digest, index_dtype
-from safeweights_peft.format import (
-    AdapterMetadata,
-    Block,
-    Encoding,
-    Mode,
-    TensorRecord,
-    in_encoding,
-)
+from safeweights_peft import Adapter, SparseDelta, convert, write_adapter
+from safeweights_peft.delta import add_rounded, digest, index_dtype
+from safeweights_peft.format import AdapterMetadata, Block, Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.entries import to_numpy
 
 DENSITY = 0.01
@@ -61,8 +53,8 @@ def build_base(path: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
-def build_patch(base: Path) -> Adapter:
-    """Make a patch of random entries of all linear layers."""
+def build_patch(base: Path, out: Path) -> Path:
+    """Write a patch of random entries of all linear layers."""
     random = np.random.default_rng(0)
     model = AutoModelForCausalLM.from_pretrained(base)
     records, deltas = {}, {}
@@ -82,21 +74,15 @@ def build_patch(base: Path) -> Adapter:
             base_digest=digest(entries),
             merged_digest=digest(add_rounded(entries, values)),
         )
-    return Adapter(AdapterMetadata(mode=Mode.SET, tensors=records), deltas)
+    write_adapter(out, Adapter(AdapterMetadata(mode=Mode.SET, tensors=records), deltas))
+    return out
 
 
-def write_patch(base: Path, patch: Adapter, encoding: Encoding, out: Path) -> None:
-    """Write a patch, with values as steps from the base where that is smaller."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-
-    def entries(name: str, record: TensorRecord, indices: Array) -> Array:
-        return to_numpy(model.get_parameter(name)).reshape(-1)[indices]
-
-    patch = replace(patch, metadata=in_encoding(patch.metadata, encoding))
-    write_adapter(out, patch, base=entries)
-    size = (out / "adapter_model.safetensors").stat().st_size
-    count = sum(delta.count for delta in patch.deltas.values())
-    print(f"{count:,} entries, {encoding}: {size:,} bytes, {size / count:.2f} per entry")
+def pack(base: Path, patch: Path, out: Path) -> None:
+    """Write a patch again in the compact encoding, and print what both take."""
+    report = convert(patch, Encoding.COMPACT, out, base)
+    plain, compact = report.before_bytes_per_entry, report.after_bytes_per_entry
+    print(f"{report.entries:,} entries: {plain:.2f} bytes each, compact {compact:.2f}")
 
 
 def build_lora(base: Path, out: Path) -> None:
@@ -131,13 +117,13 @@ def load_in_new_process(kind: str, base: Path, adapter: Path) -> list[list[float
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compare(base: Path, patch: Adapter, rounds: int) -> None:
+def compare(base: Path, patch: Path | None, rounds: int) -> None:
     """Measure all kinds in turn, and print a table."""
     times: dict[str, list[list[list[float]]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         adapters = {kind: Path(folder) / kind for kind in KINDS}
-        write_patch(base, patch, Encoding.PLAIN, adapters["base and patch"])
-        write_patch(base, patch, Encoding.COMPACT, adapters["base and compact patch"])
+        adapters["base and patch"] = patch or build_patch(base, adapters["base and patch"])
+        pack(base, adapters["base and patch"], adapters["base and compact patch"])
         build_lora(base, adapters["base and LoRA"])
         for number in range(rounds + 1):  # the first round warms the system's cache
             for kind in KINDS:
@@ -166,14 +152,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.load:
         print(json.dumps(load(options.load, options.model, options.adapter)))
-    elif options.patch:
-        compare(options.model, read_adapter(options.patch), options.rounds)
     elif options.model:
-        compare(options.model, build_patch(options.model), options.rounds)
+        compare(options.model, options.patch, options.rounds)
     else:
         with tempfile.TemporaryDirectory() as folder:
             build_base(Path(folder))
-            compare(Path(folder), build_patch(Path(folder)), options.rounds)
+            compare(Path(folder), None, options.rounds)
 
 
 if __name__ == "__main__":

@@ -69,15 +69,15 @@ def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) ->
         raise CorruptAdapterError(
             f"{source}: expected {count} gaps, found {found}{also}; do not use this adapter"
         )
-    last = int(symbols.sum(dtype=np.uint64)) + count - 1
+    moves = symbols + ends  # from one index to the next; an escape is as long as it says
+    last = int(moves.sum(dtype=np.uint64)) - 1
     if last >= numel:
         raise CorruptAdapterError(
             f"{source}: expected indices from 0 to {numel - 1}, found {last}; "
             "do not use this adapter"
         )
-    dtype = index_dtype(numel)
-    indices: Array = np.cumsum(symbols, dtype=dtype)[ends]
-    indices += np.arange(count, dtype=dtype)
+    indices: Array = np.cumsum(moves, dtype=index_dtype(numel))[ends]
+    indices -= 1
     return indices
 
 

@@ -6,6 +6,7 @@ not: see ``codec``.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, assert_never
 
 from safeweights_peft.delta import WEIGHT_DTYPES
@@ -30,7 +31,7 @@ class Coding(StrEnum):
     STEPS32 = "steps32"
     PLANES = "planes"
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Bytes of a gap or a step; 0 where the coding is of neither."""
         return int(self.value.lstrip("abcdefghijklmnopqrstuvwxyz") or 0) // 8
