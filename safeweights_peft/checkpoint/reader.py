@@ -6,9 +6,9 @@ pages that are touched. Adapters do not.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -55,6 +55,19 @@ class CheckpointReader:
         """
         self.index = open_index(Path(directory))
         self._headers: dict[str, dict[str, StoredTensor]] = {}
+
+    def copied_to(self, directory: Path) -> Self:
+        """Open a copy that is being made of this checkpoint, before its files are there.
+
+        Args:
+            directory: Where they appear.
+
+        Returns:
+            The copy; it has the same shards and headers.
+        """
+        copy = type(self).__new__(type(self))
+        copy.index, copy._headers = replace(self.index, directory=directory), self._headers
+        return copy
 
     @property
     def directory(self) -> Path:
@@ -122,7 +135,7 @@ class CheckpointReader:
         return entries
 
     def gather_pieces(
-        self, pieces: Mapping[str, tuple[Array, Array]], count: int, dtype: np.dtype[Any]
+        self, pieces: Mapping[str, tuple[Array | slice, Array]], count: int, dtype: np.dtype[Any]
     ) -> Array:
         """Read entries that lie in several tensors.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from safeweights_peft.delta import Array
 
-WINDOW_BYTES = 2**25
+WINDOW_BYTES = 2**23
 
 
 def windows(

@@ -46,22 +46,24 @@ class Block:
         """
         return cls(key=key, shape=tuple(shape), offset=0, strides=row_major_strides(shape))
 
-    def locate(self, indices: Array) -> tuple[Array, Array]:
+    def locate(self, indices: Array) -> tuple[Array | slice, Array]:
         """Find which entries of the parameter this tensor holds, and where.
 
         Args:
             indices: Ascending flat indices in the parameter; ``(count,)``.
 
         Returns:
-            Positions into ``indices``, and the flat row-major indices in the tensor; both int64.
+            Positions into ``indices``: a slice where they follow each other; and the flat row-major
+            indices in the tensor, of an integer dtype that holds them.
         """
         # Bounds of the indices' own dtype: others would have numpy convert all indices first.
         edges = np.array([self.offset, self.last], indices.dtype)
         first = int(np.searchsorted(indices, edges[0]))
         stop = int(np.searchsorted(indices, edges[1], side="right"))
-        rest = indices[first:stop].astype(np.int64) - self.offset
         if self.strides == row_major_strides(self.shape):
-            return np.arange(first, stop), rest
+            part = slice(first, stop)
+            return part, indices[part] - edges[0] if self.offset else indices[part]
+        rest = indices[first:stop].astype(np.int64) - self.offset
         inside = np.ones(rest.shape, bool)
         local = np.zeros(rest.shape, np.int64)
         steps = row_major_strides(self.shape)
@@ -170,10 +172,9 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     Raises:
         CorruptAdapterError: An entry lies in no block, or in two.
     """
-    flat = indices.astype(np.int64, copy=False)
-    holders = np.zeros(flat.shape, np.uint8)
+    holders = np.zeros(indices.shape, np.uint8)
     for block in blocks:
-        positions, _ = block.locate(flat)
+        positions, _ = block.locate(indices)
         holders[positions] += 1
         if holders[positions].max(initial=0) > 1:
             raise CorruptAdapterError(
@@ -184,7 +185,7 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     if missing.size:
         raise CorruptAdapterError(
             f"{name}: expected blocks that hold every selected entry, found none for index "
-            f"{flat[missing[0]]}; do not use this adapter"
+            f"{indices[missing[0]]}; do not use this adapter"
         )
 
 

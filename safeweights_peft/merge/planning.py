@@ -1,12 +1,15 @@
-"""What a merge would do and need: counts, disk and memory, before anything is written."""
+"""What a merge would do and need: counts, disk, memory and time, before anything is written."""
 
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.checkpoint import WINDOW_BYTES, files_to_copy
-from safeweights_peft.merge.edits import changed_tensors
+import numpy as np
+
+from safeweights_peft.checkpoint import THREADS, WINDOW_BYTES, files_to_copy
+from safeweights_peft.merge.edits import Edit, edits
 from safeweights_peft.merge.fit import PathLike
 from safeweights_peft.merge.in_place import check_own_files
 from safeweights_peft.merge.merging import open_base
@@ -18,6 +21,11 @@ from safeweights_peft.merge.patches import (
     read_patches,
 )
 from safeweights_peft.merge.undo import journal_bytes
+
+WRITE_RATE = 500_000_000
+"""Bytes per second that the disk, which a merge waits for, is taken to write: an ordinary SSD's."""
+
+_PAGE_BYTES = 4096
 
 
 def plan(
@@ -38,31 +46,45 @@ def plan(
 
     Returns:
         Plain JSON: tensors and entries that change, entries that patches share, bytes to be written
-        (the copy, or the undo journal), bytes of memory (the patches and the part of a tensor that
-        is looked at), bytes free there, and whether that is enough.
+        (the copy, or the undo journal), bytes of memory (the patches, what becomes of their entries
+        and the parts of tensors that are looked at), seconds (what checking took now, and writing
+        at ``WRITE_RATE``), bytes free there, and whether that is enough.
     """
+    started = time.perf_counter()
     patches = read_patches(adapters)
     shared = overlaps(patches, on_overlap)
-    reader = open_base(base_dir, patches)
-    counts = {key: local.size for key, local in changed_tensors(reader, patches)}
-    largest = max((reader.info(key).size_bytes for key in counts), default=0)
+    reader = open_base(base_dir)
+    changes = edits(reader, patches)
+    largest = max((reader.info(edit.key).size_bytes for edit in changes), default=0)
     if out_dir is None:
         check_own_files(reader)
-        write_bytes = sum(journal_bytes(reader, key, count) for key, count in counts.items())
+        write_bytes = sum(journal_bytes(reader, edit.key, edit.indices.size) for edit in changes)
+        patched_bytes = sum(map(_page_bytes, changes))
     else:
-        write_bytes = sum(files_to_copy(reader).values())
+        write_bytes, patched_bytes = sum(files_to_copy(reader).values()), 0
     place = reader.directory if out_dir is None else _existing_parent(Path(out_dir))
     free_bytes = shutil.disk_usage(place).free
     deltas = [delta for patch in patches for delta in patch.adapter.deltas.values()]
     return {
-        "tensors": len(counts),
+        "tensors": len(changes),
         "entries": count_entries(patches),
         "overlap": [asdict(each) for each in shared],
         "write_bytes": write_bytes,
-        "memory_bytes": min(largest, WINDOW_BYTES) + sum(delta.size_bytes for delta in deltas),
+        "memory_bytes": THREADS * min(largest, WINDOW_BYTES)
+        + sum(delta.size_bytes for delta in deltas)
+        + sum(edit.base.nbytes + edit.merged.nbytes for edit in changes),
+        "seconds": round(
+            time.perf_counter() - started + (write_bytes + patched_bytes) / WRITE_RATE, 1
+        ),
         "free_bytes": free_bytes,
         "fits": write_bytes <= free_bytes,
     }
+
+
+def _page_bytes(edit: Edit) -> int:
+    """Count the bytes of the pages that an edit touches, each of which is written whole."""
+    pages = edit.indices.astype(np.int64) * edit.base.itemsize // _PAGE_BYTES
+    return np.unique(pages).size * _PAGE_BYTES
 
 
 def _existing_parent(path: Path) -> Path:
