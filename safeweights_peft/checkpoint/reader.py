@@ -5,7 +5,7 @@ pages that are touched. Adapters do not.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
-from safeweights_peft.checkpoint.windows import windows
+from safeweights_peft.checkpoint.windows import all_windows, windows
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header
@@ -115,6 +115,18 @@ class CheckpointReader:
         """
         path, stored = self._readable(key)
         return np.array(stored.open(path)).reshape(stored.shape)
+
+    def windows(self, key: str) -> Iterator[tuple[int, Array]]:
+        """Go through a tensor in parts that are mapped one after the other.
+
+        Args:
+            key: Its key.
+
+        Yields:
+            The flat index of a part's first entry, and the part, flat, as it is on disk.
+        """
+        path, stored = self._readable(key)
+        yield from all_windows(path, stored.offset, STORED_DTYPES[stored.dtype], stored.size_bytes)
 
     def gather(self, key: str, flat_indices: Array) -> Array:
         """Read some entries of a tensor; only the pages that hold them are touched.

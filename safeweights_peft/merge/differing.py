@@ -3,11 +3,12 @@
 Which parameter a tensor belongs to, and which entries are to be kept, is decided in ``pipeline``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint import CheckpointReader, in_threads
 from safeweights_peft.delta import (
     Array,
     SparseDelta,
@@ -79,7 +80,13 @@ def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
         The keys of tensors in which the bits of an entry differ, sorted.
     """
     _check_comparable(base, tuned)
-    return [key for key in base.keys() if bits_differ(base.read(key), tuned.read(key)).any()]
+
+    def differs(key: str) -> bool:
+        pairs = _windows(base, key, tuned, key)
+        return any(bits_differ(before, after).any() for _, before, after in pairs)
+
+    keys = base.keys()
+    return [key for key, each in zip(keys, in_threads(differs, keys), strict=True) if each]
 
 
 def find_change(
@@ -207,7 +214,8 @@ def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> No
     own, *tied = copies(reader, record)
     for copy in tied:
         (first,), (second,) = own.blocks, copy.blocks
-        if bits_differ(reader.read(first.key), reader.read(second.key)).any():
+        pairs = _windows(reader, first.key, reader, second.key)
+        if any(bits_differ(one, other).any() for _, one, other in pairs):
             raise MergeError(
                 f"{name}: expected {second.key} in {reader.directory} as a copy of {first.key}, "
                 "found another tensor; untie them in the base's config.json if they are two"
@@ -217,9 +225,20 @@ def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> No
 def _changed_in(
     base: CheckpointReader, tuned: CheckpointReader, block: Block
 ) -> tuple[Array, Array, Array]:
-    before, after = (reader.read(block.key).reshape(-1) for reader in (base, tuned))
-    local = np.flatnonzero(bits_differ(before, after))
-    return block.spread(local), before[local], after[local]
+    found = []
+    for start, before, after in _windows(base, block.key, tuned, block.key):
+        local = np.flatnonzero(bits_differ(before, after))
+        found.append((block.spread(local + start), before[local], after[local]))
+    indices, was, now = (np.concatenate(part) for part in zip(*found, strict=True))
+    return indices, was, now
+
+
+def _windows(
+    left: CheckpointReader, key: str, right: CheckpointReader, other: str
+) -> Iterator[tuple[int, Array, Array]]:
+    """Go through two tensors of one shape and dtype side by side."""
+    for (start, one), (_, two) in zip(left.windows(key), right.windows(other), strict=True):
+        yield start, one, two
 
 
 def _check_finite(name: str, indices: Array, entries: Array, reader: CheckpointReader) -> None:
