@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from safeweights_peft.errors import ReportError as ReportError
     from safeweights_peft.errors import SafeWeightsError as SafeWeightsError
     from safeweights_peft.errors import SelectionError as SelectionError
+    from safeweights_peft.errors import SignatureError as SignatureError
     from safeweights_peft.errors import TrainingError as TrainingError
     from safeweights_peft.errors import UnsupportedFeatureError as UnsupportedFeatureError
     from safeweights_peft.errors import UnsupportedVersionError as UnsupportedVersionError
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from safeweights_peft.merge import unmerge as unmerge
     from safeweights_peft.merge import verify as verify
     from safeweights_peft.pipeline import load_model as load_model
+    from safeweights_peft.signing import sign as sign
+    from safeweights_peft.signing import verify_signature as verify_signature
     from safeweights_peft.training import SafetyPreservingCallback as SafetyPreservingCallback
     from safeweights_peft.training import preserve as preserve
     from safeweights_peft.tuner import SafeWeightsConfig as SafeWeightsConfig
@@ -65,6 +68,7 @@ _ROOMS = {
         "ReportError",
         "SafeWeightsError",
         "SelectionError",
+        "SignatureError",
         "TrainingError",
         "UnsupportedFeatureError",
         "UnsupportedVersionError",
@@ -81,6 +85,7 @@ _ROOMS = {
     ],
     "merge": ["merge", "merge_in_place", "protect", "unmerge", "verify"],
     "pipeline": ["load_model"],
+    "signing": ["sign", "verify_signature"],
     "training": ["SafetyPreservingCallback", "preserve"],
     "tuner": ["SafeWeightsConfig", "create_adapter", "round_values", "set_forward_mode"],
 }

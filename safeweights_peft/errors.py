@@ -58,6 +58,10 @@ class MergeError(SafeWeightsError):
     """A merge cannot be carried out as asked."""
 
 
+class SignatureError(SafeWeightsError):
+    """A signature cannot be made, is missing, or is not that of this key over these files."""
+
+
 class ReportError(SafeWeightsError):
     """A report cannot be written, or there is nothing to compare."""
 

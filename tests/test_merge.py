@@ -27,7 +27,7 @@ from safeweights_peft.format import (
     write_adapter,
     write_map,
 )
-from safeweights_peft.merge import Check, merge, plan, verify
+from safeweights_peft.merge import merge, plan
 from tests.merge.cases import (
     EMBEDDINGS,
     LAYOUTS,
@@ -258,39 +258,6 @@ def test_entries_are_sorted_by_the_matrix_that_holds_them() -> None:
         "e.1.w1.weight": ([2], [0]),
         "e.1.w3.weight": ([3], [5]),
     }
-
-
-def test_verify_tells_a_base_from_a_merged_model(case: Case) -> None:
-    merge(case.base, case.patch, case.out)
-    alone = verify(case.patch)
-    assert alone.ok
-    assert [check.name for check in alone.checks] == ["config", "tensors"]
-    assert verify(case.patch, case.base).checks[-1] == Check("base", True, "holds the base values")
-    merged = verify(case.patch, case.out)
-    assert merged.checks[-1] == Check("base", True, "holds the merged values")
-
-
-def test_verify_checks_a_map_against_its_base(case: Case, tmp_path: Path) -> None:
-    write_map(tmp_path / "map", as_map(case.adapter))
-    assert verify(tmp_path / "map", case.base).ok
-    merge(case.base, case.patch, case.out)
-    assert not verify(tmp_path / "map", case.out).ok
-
-
-def test_verify_reports_the_first_failure_instead_of_raising(case: Case, tmp_path: Path) -> None:
-    case.change_base(lambda tensors: tensors.pop(UP))
-    report = verify(case.patch, case.base)
-    assert [check.ok for check in report.checks] == [True, True, False]
-    assert f"expected a tensor {UP}" in report.checks[-1].detail
-    file = case.patch / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    report = verify(case.patch, case.base)
-    assert [(check.name, check.ok) for check in report.checks] == [
-        ("config", True),
-        ("tensors", False),
-    ]
-    assert not report.ok
-    assert [check.name for check in verify(tmp_path / "missing").checks] == ["config"]
 
 
 def test_every_refusal_is_one_line_of_the_one_tree(case: Case) -> None:

@@ -134,13 +134,16 @@ def test_verify_knows_the_base() -> None:
 
 
 def test_verify_knows_the_merged_model(merged: Path) -> None:
-    called = call("verify", PATCH, "--base", merged)
-    assert called.exit_code == 0
-    assert "holds the merged values" in called.stdout
+    called = call("verify", PATCH, "--base", BASE, "--merged", merged)
+    assert called.exit_code == 0, called.output
+
+
+def test_verify_does_not_take_the_merged_model_for_the_base(merged: Path) -> None:
+    assert call("verify", PATCH, "--base", merged).exit_code == 3
 
 
 def test_verify_notices_one_bit_of_another_base(wrong_base: Path) -> None:
-    assert call("verify", PATCH, "--base", wrong_base).exit_code == 3
+    assert call("verify", PATCH, "--base", wrong_base).exit_code == 1
 
 
 def test_merge_refuses_another_base(wrong_base: Path, tmp_path: Path) -> None:

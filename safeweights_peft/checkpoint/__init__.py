@@ -4,7 +4,13 @@ from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
 from safeweights_peft.checkpoint.threads import THREADS, in_threads
 from safeweights_peft.checkpoint.windows import WINDOW_BYTES
-from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy, files_to_copy
+from safeweights_peft.checkpoint.writer import (
+    CheckpointDraft,
+    Progress,
+    draft_copy,
+    files_that_load,
+    files_to_copy,
+)
 
 __all__ = [
     "THREADS",
@@ -15,6 +21,7 @@ __all__ = [
     "Progress",
     "TensorInfo",
     "draft_copy",
+    "files_that_load",
     "files_to_copy",
     "in_threads",
     "open_index",

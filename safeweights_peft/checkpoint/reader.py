@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
-from safeweights_peft.checkpoint.windows import all_windows, windows
+from safeweights_peft.checkpoint.windows import WINDOW_BYTES, windows
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header
@@ -87,6 +87,15 @@ class CheckpointReader:
         """
         return sorted(self.index.weight_map)
 
+    def unlisted(self) -> list[str]:
+        """List tensors that stand in a shard although the index doesn't name them.
+
+        Returns:
+            Their keys, sorted; a program that loads whole shards gets them too.
+        """
+        headers = (self._header(shard) for shard in self.index.shards)
+        return sorted({key for header in headers for key in header} - self.index.weight_map.keys())
+
     def __contains__(self, key: str) -> bool:
         """Tell whether the checkpoint has a key."""
         return key in self.index.weight_map
@@ -116,17 +125,19 @@ class CheckpointReader:
         path, stored = self._readable(key)
         return np.array(stored.open(path)).reshape(stored.shape)
 
-    def windows(self, key: str) -> Iterator[tuple[int, Array]]:
-        """Go through a tensor in parts that are mapped one after the other.
+    def read_windows(self, key: str) -> Iterator[Array]:
+        """Read a whole tensor as bytes, one window after the other, whatever its dtype.
 
         Args:
             key: Its key.
 
         Yields:
-            The flat index of a part's first entry, and the part, flat, as it is on disk.
+            Copies in memory, in order, of at most ``WINDOW_BYTES`` each.
         """
-        path, stored = self._readable(key)
-        yield from all_windows(path, stored.offset, STORED_DTYPES[stored.dtype], stored.size_bytes)
+        info = self.info(key)
+        path, end = self.directory / info.shard, info.offset + info.size_bytes
+        for start in range(info.offset, end, WINDOW_BYTES):
+            yield np.fromfile(path, np.uint8, min(WINDOW_BYTES, end - start), offset=start)
 
     def gather(self, key: str, flat_indices: Array) -> Array:
         """Read some entries of a tensor; only the pages that hold them are touched.
@@ -181,9 +192,7 @@ class CheckpointReader:
                 f"{self.directory}: expected a tensor {key}, found none; "
                 "use the base that the adapter was made for"
             )
-        if shard not in self._headers:
-            self._headers[shard] = self._read_header(shard)
-        stored = self._headers[shard].get(key)
+        stored = self._header(shard).get(key)
         if stored is None:
             raise CheckpointError(
                 f"{self.directory / shard}: expected {key}, as the index says, found no such "
@@ -191,8 +200,10 @@ class CheckpointReader:
             )
         return shard, stored
 
-    def _read_header(self, shard: str) -> dict[str, StoredTensor]:
-        """Read a header; a tensor that the index places elsewhere too would be ambiguous."""
+    def _header(self, shard: str) -> dict[str, StoredTensor]:
+        """Read a header once; a tensor that the index places elsewhere too would be ambiguous."""
+        if shard in self._headers:
+            return self._headers[shard]
         header = read_header(self.directory / shard, CheckpointError)
         for key in header:
             home = self.index.weight_map.get(key, shard)
@@ -201,6 +212,7 @@ class CheckpointReader:
                     f"{self.directory / shard}: {key}: expected it in {home} alone, as the index "
                     "says, found it here too; fetch the checkpoint again"
                 )
+        self._headers[shard] = header
         return header
 
 

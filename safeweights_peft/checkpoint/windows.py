@@ -16,27 +16,6 @@ from safeweights_peft.delta import Array
 WINDOW_BYTES = 2**23
 
 
-def all_windows(
-    path: Path, offset: int, dtype: np.dtype[Any], size_bytes: int
-) -> Iterator[tuple[int, Array]]:
-    """Map all parts of a tensor, to read.
-
-    Args:
-        path: The tensor's file.
-        offset: Position of its first byte there.
-        dtype: Its dtype.
-        size_bytes: Its number of bytes.
-
-    Yields:
-        The flat index of a part's first entry, and the part, flat.
-    """
-    step = WINDOW_BYTES // dtype.itemsize * dtype.itemsize
-    for start in range(0, size_bytes, step):
-        length = min(step, size_bytes - start)
-        raw = np.memmap(os.fspath(path), np.uint8, "r", offset + start, (length,))
-        yield start // dtype.itemsize, raw.view(np.ndarray).view(dtype)
-
-
 def windows(
     path: Path,
     offset: int,

@@ -26,8 +26,9 @@ Progress = Callable[[int, int], None]
 # A list of what may come along: a forgotten tokenizer file fails loudly, whereas weights in another
 # format would carry the unchanged model into the merged one.
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
-_SIDE_PREFIXES = ("license", "licence", "notice", "copying", "use_policy", "tokenizer.model")
-_NOT_COPIED = {"adapter_config.json", "trainer_state.json"}
+_LEGAL_PREFIXES = ("license", "licence", "notice", "copying", "use_policy")
+_ADAPTER_FILE = "adapter_config.json"
+_NOT_COPIED = {_ADAPTER_FILE, "trainer_state.json"}
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -148,6 +149,23 @@ def files_to_copy(reader: CheckpointReader) -> dict[str, int]:
     return {name: (reader.directory / name).stat().st_size for name in names}
 
 
+def files_that_load(directory: Path) -> list[str]:
+    """List the files beside the shards that can change what a checkpoint does once it is loaded.
+
+    That is what :func:`draft_copy` copies but for the index and legal texts; and the config of an
+    adapter, which transformers loads with the model.
+
+    Args:
+        directory: The checkpoint.
+
+    Returns:
+        Their names, relative to the directory, sorted.
+    """
+    names = _side_files(directory)
+    names += [_ADAPTER_FILE] if (directory / _ADAPTER_FILE).is_file() else []
+    return sorted(name for name in names if name != INDEX_FILE and not _is_legal_text(name))
+
+
 def _copy_files(
     reader: CheckpointReader,
     draft: CheckpointDraft,
@@ -177,10 +195,15 @@ def _side_files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in files)
 
 
+def _is_legal_text(name: str) -> bool:
+    return name.lower().startswith(_LEGAL_PREFIXES) and Path(name).suffix in ("", ".txt")
+
+
 def _is_side_file(name: str) -> bool:
     lower = name.lower()
     if name.startswith(".") or lower in _NOT_COPIED:
         return False
     if lower.endswith(".index.json"):
         return name == INDEX_FILE
-    return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(_SIDE_PREFIXES)
+    starts = (*_LEGAL_PREFIXES, "tokenizer.model")
+    return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(starts)

@@ -1,9 +1,9 @@
 """The command line: parse, call one function, print.
 
 Results go to stdout (``--json`` for scripts), progress and messages to stderr. Exit codes: 0 done,
-1 failed, 2 wrong usage, 3 a check did not pass. Heavy packages are imported inside the commands, so
-that ``--help``, ``inspect``, ``compare``, ``verify``, ``merge`` and ``unmerge`` start without
-torch.
+1 failed, 2 wrong usage, 3 no clear yes; ``verify`` answers by them, see ``trust``. Heavy packages
+are imported inside the commands, so that ``--help``, ``inspect``, ``compare``, ``verify``,
+``sign``, ``merge`` and ``unmerge`` start without torch.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Any
 import click
 
 from safeweights_peft.cli.artifacts import (
-    CHECK_FAILED,
     compare_command,
     inspect_command,
     merge_command,
     report_command,
     unmerge_command,
-    verify_command,
 )
 from safeweights_peft.cli.exchange import diff_command, export_command
 from safeweights_peft.cli.options import (
@@ -68,7 +66,10 @@ from safeweights_peft.cli.output import (
 from safeweights_peft.cli.output import (
     show_overlap as show_overlap,
 )
+from safeweights_peft.cli.trust import sign_command, verify_command, verify_signature_command
 from safeweights_peft.errors import EvaluationError, SafeWeightsError
+
+NO_CLEAR_YES = 3
 
 
 class _Group(click.Group):
@@ -92,8 +93,8 @@ class _Group(click.Group):
 def main(debug: bool) -> None:
     """Safety patches for language models: find, train, check and merge the weights that matter.
 
-    Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
-    3 a check did not pass.
+    Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no
+    clear yes: an ASR above --max-asr, a verify that can't tell.
     """
 
 
@@ -337,7 +338,7 @@ def eval_command(
     show(result, evaluation_rows(result), as_json)
     if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:
         click.echo(f"ASR is above --max-asr {max_asr}", err=True)
-        sys.exit(CHECK_FAILED)
+        sys.exit(NO_CLEAR_YES)
 
 
 @main.command("probe")
@@ -389,6 +390,8 @@ for each in (
     report_command,
     compare_command,
     verify_command,
+    sign_command,
+    verify_signature_command,
     diff_command,
     export_command,
 ):

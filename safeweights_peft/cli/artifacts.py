@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +26,6 @@ from safeweights_peft.cli.output import (
     show_overlap,
     show_progress,
 )
-
-CHECK_FAILED = 3
 
 
 class _Scaled(click.ParamType):
@@ -86,7 +83,7 @@ def merge_command(
     from safeweights_peft.merge import merge, merge_in_place, plan
 
     _check_place(base, out, in_place)
-    found = _find_base(base, adapters[0][0], revision)
+    found = find_base(base, adapters[0][0], revision)
     if dry_run:
         planned = plan(found, adapters, out, on_overlap=on_overlap)
         return show(planned, merge_rows(planned), as_json)
@@ -109,7 +106,7 @@ def _check_place(base: str, out: Path | None, in_place: bool) -> None:
         raise click.UsageError("Give --out, or --in-place and a directory.")
 
 
-def _find_base(base: str, adapter: Path, revision: str | None) -> Path:
+def find_base(base: str, adapter: Path, revision: str | None) -> Path:
     """Finds a base's directory; of a Hub id, by default at the commit that the patch names."""
     if Path(base).is_dir() and revision is None:
         return Path(base)
@@ -177,19 +174,3 @@ def compare_command(map_dir: Path, others: tuple[Path, ...], as_json: bool) -> N
     from safeweights_peft.overlap import compare
 
     show_overlap(compare([map_dir, *others]), as_json)
-
-
-@click.command("verify")
-@click.argument("adapter", type=existing)
-@click.option("--base", type=existing, help="Checkpoint to be its base or merged.")
-@json_output
-def verify_command(adapter: Path, base: Path | None, as_json: bool) -> None:
-    """Check ADAPTER by the rules of the format, and its fit to --base; exit with 3 if not."""
-    from safeweights_peft.merge import verify
-
-    report = verify(adapter, base)
-    checks = [{"name": c.name, "ok": c.ok, "detail": c.detail} for c in report.checks]
-    rows = [(c.name, f"{'ok' if c.ok else 'FAILED'}: {c.detail}") for c in report.checks]
-    show({"ok": report.ok, "checks": checks}, rows, as_json)
-    if not report.ok:
-        sys.exit(CHECK_FAILED)

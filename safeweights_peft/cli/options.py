@@ -36,6 +36,7 @@ class FiniteRange(click.FloatRange):
 
 
 existing = click.Path(exists=True, file_okay=False, path_type=Path)
+existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 new = click.Path(path_type=Path)
 new_file = click.Path(dir_okay=False, path_type=Path)
 

@@ -119,12 +119,14 @@ def show_estimate(needs: Any, as_json: bool) -> None:
 
 
 def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
-    """Prints what an adapter's headers say."""
-    from safeweights_peft.format import Mode
+    """Prints what an adapter's headers say, its content id among it where it stands there."""
+    from safeweights_peft.format import Mode, read_metadata
     from safeweights_peft.report import size_text
 
+    content_id = read_metadata(path).content_id
     rows = [
         ("path", str(path)),
+        ("content id", content_id or "not in the headers; `safeweights verify` tells it"),
         ("kind", f"{Mode(content['mode']).artifact}, format {content['format_version']}"),
         ("base", str(content["base_model_name_or_path"])),
         ("revision", str(content["revision"])),
@@ -132,7 +134,7 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
         ("entries", f"{content['entries']:,} ({content['density']:.3%} of these parameters)"),
         ("size", size_text(content["size_bytes"])),
     ]
-    show(content, rows, as_json)
+    show(content | {"content_id": content_id}, rows, as_json)
 
 
 def show_overlap(result: dict[str, Any], as_json: bool) -> None:
@@ -151,7 +153,7 @@ def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
     del summary["losses"]
     rows = [
         ("path", str(out)),
-        ("base", str(record["base"])),
+        ("base", record["base"]["name"]),
         ("frozen", f"{record['frozen_entries']:,} entries of a {record['artifact']}"),
         ("steps", str(len(losses))),
         ("loss", f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last"),

@@ -4,8 +4,8 @@
 ``entries`` tells what they are once merged, ``merging`` writes them as a new checkpoint (``card``
 is its card), ``in_place`` into the same one (``undo`` is its journal), ``planning`` foretells both,
 ``protecting`` puts a base's entries back into a tuned model, ``differing`` makes a patch of two
-checkpoints, ``exporting`` one for other programs, ``verifying`` checks. Merging inside a loaded
-model is PEFT's: see ``tuner``.
+checkpoints, ``exporting`` one for other programs, ``verifying`` checks adapters, bases and merged
+models (``comparing`` these). Merging inside a loaded model is PEFT's: see ``tuner``.
 """
 
 from safeweights_peft.merge.differing import (
@@ -25,7 +25,7 @@ from safeweights_peft.merge.merging import MergeReport, merge
 from safeweights_peft.merge.patches import MergedPatch, Overlap
 from safeweights_peft.merge.planning import plan
 from safeweights_peft.merge.protecting import ProtectReport, protect, put_back
-from safeweights_peft.merge.verifying import Check, VerifyReport, verify
+from safeweights_peft.merge.verifying import Check, Verdict, VerifyReport, verify
 
 __all__ = [
     "Change",
@@ -36,6 +36,7 @@ __all__ = [
     "Overlap",
     "ProtectReport",
     "UnmergeReport",
+    "Verdict",
     "VerifyReport",
     "base_state",
     "changed_keys",

@@ -52,8 +52,9 @@ def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
         lines += ["", f"{shared:,} entries are changed by two patches each; these add up."]
     lines += [
         "",
-        "Merged from file to file by `safeweights merge`. `safeweights verify PATCH --base MODEL` "
-        "tells whether a model holds a patch that was merged by itself at its own scale.",
+        "Merged from file to file by `safeweights merge`. For one patch at its own scale, "
+        "`safeweights verify PATCH --base BASE --merged MODEL` tells whether a model is the base "
+        "with this patch and nothing else.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -3,13 +3,13 @@
 Which parameter a tensor belongs to, and which entries are to be kept, is decided in ``pipeline``.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from safeweights_peft.checkpoint import CheckpointReader, in_threads
 from safeweights_peft.delta import (
+    WEIGHT_DTYPES,
     Array,
     SparseDelta,
     add_rounded,
@@ -82,8 +82,7 @@ def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
     _check_comparable(base, tuned)
 
     def differs(key: str) -> bool:
-        pairs = _windows(base, key, tuned, key)
-        return any(bits_differ(before, after).any() for _, before, after in pairs)
+        return _differ(base, key, tuned, key)
 
     keys = base.keys()
     return [key for key, each in zip(keys, in_threads(differs, keys), strict=True) if each]
@@ -214,31 +213,31 @@ def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> No
     own, *tied = copies(reader, record)
     for copy in tied:
         (first,), (second,) = own.blocks, copy.blocks
-        pairs = _windows(reader, first.key, reader, second.key)
-        if any(bits_differ(one, other).any() for _, one, other in pairs):
+        if _differ(reader, first.key, reader, second.key):
             raise MergeError(
                 f"{name}: expected {second.key} in {reader.directory} as a copy of {first.key}, "
                 "found another tensor; untie them in the base's config.json if they are two"
             )
 
 
+def _differ(left: CheckpointReader, key: str, right: CheckpointReader, other: str) -> bool:
+    """Tell whether the bytes of two tensors of one size differ."""
+    pairs = zip(left.read_windows(key), right.read_windows(other), strict=True)
+    return any(bits_differ(one, two).any() for one, two in pairs)
+
+
 def _changed_in(
     base: CheckpointReader, tuned: CheckpointReader, block: Block
 ) -> tuple[Array, Array, Array]:
+    dtype, start = WEIGHT_DTYPES[base.info(block.key).dtype], 0
     found = []
-    for start, before, after in _windows(base, block.key, tuned, block.key):
+    for windows in zip(base.read_windows(block.key), tuned.read_windows(block.key), strict=True):
+        before, after = (window.view(dtype) for window in windows)
         local = np.flatnonzero(bits_differ(before, after))
         found.append((block.spread(local + start), before[local], after[local]))
+        start += before.size
     indices, was, now = (np.concatenate(part) for part in zip(*found, strict=True))
     return indices, was, now
-
-
-def _windows(
-    left: CheckpointReader, key: str, right: CheckpointReader, other: str
-) -> Iterator[tuple[int, Array, Array]]:
-    """Go through two tensors of one shape and dtype side by side."""
-    for (start, one), (_, two) in zip(left.windows(key), right.windows(other), strict=True):
-        yield start, one, two
 
 
 def _check_finite(name: str, indices: Array, entries: Array, reader: CheckpointReader) -> None:

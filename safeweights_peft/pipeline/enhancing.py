@@ -14,6 +14,7 @@ from safeweights_peft.format import inspect
 from safeweights_peft.modeling import resolve_base
 from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.progress import Progress
+from safeweights_peft.pipeline.provenance import check_made_with
 from safeweights_peft.pipeline.resuming import once
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
@@ -78,6 +79,7 @@ def enhance_model(
     if not patch.exists():
         train(base, out / "map", patch, train_settings, compute, progress)
     after = once(out / "after.json", lambda: measure(patch))
+    check_made_with(after, patch, out / "after.json")
     result = summarise(patch, before, after) | {"settings": settings}
     write_json(out / "result.json", result)
     return result
@@ -99,6 +101,7 @@ def summarise(patch: Path, before: dict[str, Any], after: dict[str, Any]) -> dic
     return {
         "kind": "enhancement",
         "base": before["base"],
+        "content_id": after["content_id"],
         "patch": {
             "path": str(patch),
             "entries": content["entries"],

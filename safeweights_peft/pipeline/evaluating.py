@@ -24,6 +24,7 @@ from safeweights_peft.evaluation import (
     measure_utility,
     over_refusal_rate,
 )
+from safeweights_peft.format import Adapter, SafetyMap, read_artifact
 from safeweights_peft.modeling import (
     BaseModel,
     load_model,
@@ -32,8 +33,9 @@ from safeweights_peft.modeling import (
     pick_dtype,
     resolve_base,
 )
-from safeweights_peft.pipeline.patched import load_patched
+from safeweights_peft.pipeline.patched import is_patch, load_patched
 from safeweights_peft.pipeline.progress import Progress, Quiet
+from safeweights_peft.pipeline.provenance import made_with
 from safeweights_peft.pipeline.settings import ComputeSettings, EvaluateSettings
 
 SHOWN_CHARACTERS = 40
@@ -76,7 +78,7 @@ def evaluate(
         model = load_patched(found, [adapter], dtype, device)
     return {
         "kind": "evaluation",
-        "base": {"name": found.name, "revision": found.revision},
+        **made_with(found, _read_patch(adapter)),
         "adapter": None if adapter is None else str(adapter),
         **asker.measure(model, base_model, asker.ask_base(base_model)),
         **asker.describe(),
@@ -85,6 +87,11 @@ def evaluate(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "safeweights_peft_version": version("safeweights-peft"),
     }
+
+
+def _read_patch(adapter: Path | None) -> SafetyMap | Adapter | None:
+    """Reads what a content id names: a safety patch, and not a LoRA."""
+    return read_artifact(adapter) if adapter and is_patch(adapter) else None
 
 
 def check_requests(settings: EvaluateSettings) -> None:

@@ -93,8 +93,8 @@ def load_patched(
     Returns:
         The merged model, whose weights are those of a merged checkpoint.
     """
-    loras = [each for each in adapters if not _is_patch(each)]
-    patches = [each for each in adapters if _is_patch(each)]
+    loras = [each for each in adapters if not is_patch(each)]
+    patches = [each for each in adapters if is_patch(each)]
     patches += [each / CORRECTION for each in loras if (each / CORRECTION).is_dir()]
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
@@ -116,7 +116,15 @@ def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[Adapt
         parameter[places] = to_torch(entries).to(parameter.device, parameter.dtype)
 
 
-def _is_patch(adapter: Path) -> bool:
+def is_patch(adapter: Path) -> bool:
+    """Tells whether an adapter is a safety patch or map, and not another method's, such as a LoRA.
+
+    Args:
+        adapter: its directory.
+
+    Returns:
+        What its config says.
+    """
     return read_json(adapter / CONFIG_FILE, FormatError).get("peft_type") == PEFT_TYPE
 
 

@@ -31,6 +31,7 @@ from safeweights_peft.modeling import (
 )
 from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
+from safeweights_peft.pipeline.provenance import made_with
 from safeweights_peft.pipeline.resuming import clear_work, digests, work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings
 from safeweights_peft.training import PreserveMethod, PreserveSettings, add_lora, fine_tune
@@ -46,7 +47,8 @@ tags: [safeweights]
 
 {count:,} weights in {tensors} tensors are bit for bit what they were, those of a {kind}; all others
 were trained (Safety Preserving Adaptation, arXiv 2604.08297). `preserving.json` tells the settings
-and the losses. To check it: `safeweights verify path/of/the/{short} --base path/of/this/model`.
+and the losses. `safeweights verify path/of/the/{short} --merged path/of/this/model` finds those
+weights here, and says that it can't tell of the others.
 """
 
 
@@ -137,8 +139,7 @@ def _describe(
     """Records what the job works on, and with what versions."""
     return {
         "kind": "preserving",
-        "base": base.name,
-        "base_revision": base.revision,
+        **made_with(base, artifact),
         "map": str(map_dir),
         "artifact": artifact.metadata.mode.artifact,
         "frozen_entries": sum(each.size for each in artifact.indices.values()),
@@ -175,7 +176,7 @@ def _save(
 ) -> None:
     """Publishes a copy of the base with the trained weights, once the frozen ones are checked."""
     card = CARD.format(
-        base=Path(record["base"]).name,
+        base=Path(record["base"]["name"]).name,
         count=record["frozen_entries"],
         tensors=len(artifact.indices),
         kind=record["artifact"],

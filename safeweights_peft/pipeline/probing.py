@@ -47,6 +47,7 @@ from safeweights_peft.modeling import (
 from safeweights_peft.pipeline.evaluating import Asker, figures, make_asker
 from safeweights_peft.pipeline.objectives import safety_objective
 from safeweights_peft.pipeline.progress import Joined, Progress, Quiet
+from safeweights_peft.pipeline.provenance import made_with
 from safeweights_peft.pipeline.resuming import clear_work, digests, once, work_dir_beside
 from safeweights_peft.pipeline.scoring import Scoring, sample_rows
 from safeweights_peft.pipeline.settings import (
@@ -217,7 +218,7 @@ def _describe(
     """Records what the job works on, how it judges, and with what versions."""
     return {
         "kind": "probe",
-        "base": {"name": base.name, "revision": base.revision},
+        **made_with(base, artifact),
         "map": str(map_dir),
         "artifact": artifact.metadata.mode.artifact,
         "entries": sum(each.size for each in artifact.indices.values()),

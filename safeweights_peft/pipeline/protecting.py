@@ -35,6 +35,7 @@ from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.preserving import write_parameters
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
+from safeweights_peft.pipeline.provenance import made_with
 from safeweights_peft.pipeline.settings import ComputeSettings, EvaluateSettings
 
 RECORD_FILE = "protecting.json"
@@ -85,8 +86,7 @@ def protect_tuned(
     record: dict[str, Any] = {
         "kind": "protection",
         "tuned": str(tuned),
-        "base": found.name,
-        "base_revision": found.revision,
+        **made_with(found, read_artifact(map_dir)),
         "map": str(map_dir),
         **asdict(report),
         "safeweights_peft_version": version("safeweights-peft"),
@@ -189,8 +189,7 @@ def _describe(
     return {
         "kind": "protection",
         "lora": lora,
-        "base": base.name,
-        "base_revision": base.revision,
+        **made_with(base, artifact),
         "map": str(map_dir),
         "out_dir": str(out),
         "tensors": len(correction),

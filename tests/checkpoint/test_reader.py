@@ -43,6 +43,28 @@ def test_entries_are_gathered_by_flat_index(tmp_path: Path, shards: int) -> None
         np.testing.assert_array_equal(reader.gather(key, indices), tensor.reshape(-1)[indices])
 
 
+@pytest.mark.parametrize("window_bytes", [8, 24, 2**20])
+def test_windows_are_a_tensors_bytes_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int
+) -> None:
+    monkeypatch.setattr("safeweights_peft.checkpoint.reader.WINDOW_BYTES", window_bytes)
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS, 2))
+    for key, tensor in TENSORS.items():
+        windows = list(reader.read_windows(key))
+        assert all(window.size <= window_bytes for window in windows)
+        assert b"".join(window.tobytes() for window in windows) == tensor.tobytes()
+
+
+def test_a_tensor_that_the_index_leaves_out_is_listed(tmp_path: Path) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS, 2))
+    assert reader.unlisted() == []
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["c"]
+    index.write_text(json.dumps(content))
+    assert CheckpointReader(tmp_path).unlisted() == ["c"]
+
+
 def test_info_tells_what_is_on_disk(tmp_path: Path) -> None:
     reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS))
     info = reader.info("b")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safeweights_peft.checkpoint import CheckpointReader, draft_copy
+from safeweights_peft.checkpoint import CheckpointReader, draft_copy, files_that_load
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import CheckpointError
 from tests.tiny_files import SIDE_FILES, load_checkpoint, save_checkpoint
@@ -178,3 +178,12 @@ def test_an_existing_directory_is_kept_unless_asked(tmp_path: Path) -> None:
     with draft_copy(reader, tmp_path / "out", overwrite=True):
         pass
     assert names_in(tmp_path / "out") == {*SIDE_FILES, "model.safetensors"}
+
+
+def test_the_files_that_load_are_the_copied_ones_but_for_index_and_licence(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, TENSORS, 2)
+    others = ["README.md", "NOTICE.txt", "pytorch_model.bin", "training.log", ".hidden.json"]
+    for name in ("license.py", "adapter_config.json", *others):
+        (tmp_path / name).write_text("{}")
+    expected = {*SIDE_FILES, "license.py", "adapter_config.json"} - {"LICENSE"}
+    assert files_that_load(tmp_path) == sorted(expected)

@@ -1,4 +1,7 @@
-"""0 done, 1 failed, 2 wrong usage, 3 a check did not pass; an error is one line."""
+"""0 done, 1 failed, 2 wrong usage, 3 no clear yes; an error is one line.
+
+What `verify` makes of them is in `test_trust`.
+"""
 
 import errno
 import json
@@ -208,6 +211,12 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["inspect", "nowhere"],
         ["verify"],
         ["verify", "nowhere"],
+        ["verify", ".", "--merged", "nowhere"],
+        ["verify", ".", "--revision", "main"],
+        ["sign", "."],
+        ["sign", ".", "--key", "nowhere"],
+        ["verify-signature", "."],
+        ["verify-signature", ".", "--key", "nowhere"],
         ["report", "."],
         ["report", "nowhere", "--out", "report"],
         ["compare", "."],
@@ -230,38 +239,6 @@ def test_a_directory_as_evals_result_file_is_wrong_usage(run: Run, tmp_path: Pat
     assert call("eval", run.base, "--out", tmp_path).exit_code == 2
 
 
-def test_a_corrupted_patch_is_a_check_that_did_not_pass(corrupted: Path) -> None:
-    called = call("verify", corrupted, "--json")
-    assert called.exit_code == 3
-    report = json.loads(called.stdout)
-    assert not report["ok"]
-    assert [check["ok"] for check in report["checks"]] == [True, False]
-
-
-def test_a_check_that_did_not_pass_shows_without_json_too(corrupted: Path) -> None:
-    called = call("verify", corrupted)
-    assert called.exit_code == 3
-    assert "tensors  FAILED: " in called.stdout
-
-
-def test_a_patch_that_fits_another_base_is_a_check_that_did_not_pass(
-    run: Run, tmp_path: Path
-) -> None:
-    other = save_tiny_llama(tmp_path / "other", seed=1)
-    assert call("verify", run.out / "patch", "--base", other).exit_code == 3
-
-
-@pytest.mark.parametrize("fits", ["base", "merged"])
-def test_the_base_and_the_merged_model_both_pass(fits: str, run: Run, tmp_path: Path) -> None:
-    path = run.base
-    if fits == "merged":
-        path = tmp_path / "merged"
-        call("merge", run.base, run.out / "patch", "--out", path)
-    called = call("verify", run.out / "patch", "--base", path)
-    assert called.exit_code == 0
-    assert f"holds the {fits} values" in called.stdout
-
-
 def test_a_corrupted_patch_is_a_failure_where_it_is_used(
     run: Run, corrupted: Path, tmp_path: Path
 ) -> None:
@@ -271,7 +248,7 @@ def test_a_corrupted_patch_is_a_failure_where_it_is_used(
 
 
 @pytest.mark.parametrize(("limit", "code"), [("0.5", 3), ("1", 0)])
-def test_an_asr_above_the_limit_is_a_check_that_did_not_pass(
+def test_an_asr_above_the_limit_is_no_clear_yes(
     limit: str, code: int, run: Run, options: dict[str, list[str]]
 ) -> None:
     called = call("eval", run.base, *options["eval"], "--max-asr", limit, "--json")
@@ -279,7 +256,7 @@ def test_an_asr_above_the_limit_is_a_check_that_did_not_pass(
     assert json.loads(called.stdout)["harmful"]["attack_success_rate"]["rate"] == 1
 
 
-def test_the_result_of_a_check_that_did_not_pass_is_written_all_the_same(
+def test_a_result_above_the_limit_is_written_all_the_same(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     out = tmp_path / "result.json"

@@ -27,9 +27,11 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "protect",
         "report",
         "score",
+        "sign",
         "train",
         "unmerge",
         "verify",
+        "verify-signature",
     ]
     assert jobs == COMMANDS
 
@@ -71,4 +73,6 @@ def test_every_command_that_takes_long_has_a_dry_run(command: str) -> None:
 
 def test_the_help_page_tells_the_exit_codes() -> None:
     text = " ".join(call("--help").stdout.split())
-    assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check did not pass." in text
+    assert "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no clear yes: " in text
+    text = " ".join(call("verify", "--help").stdout.split())
+    assert "Exit codes: 0 verified, 1 failed, 2 unreadable, 3 can't tell" in text

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.merge import merge_in_place
+from safeweights_peft.merge import merge, merge_in_place
 from tests.cli.conftest import Run, call_afresh
+from tests.test_signing import Keys
 
 HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplotlib")
 REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
@@ -14,19 +15,33 @@ REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
 
 @pytest.mark.parametrize(
     "command",
-    ["inspect", "verify", "compare", "merge", "merge --dry-run", "merge --in-place", "unmerge"],
+    [
+        "inspect",
+        "verify",
+        "verify --merged",
+        "sign",
+        "compare",
+        "merge",
+        "merge --dry-run",
+        "merge --in-place",
+        "unmerge",
+    ],
 )
 def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Path) -> None:
     patch = run.out / "patch"
     merged = tmp_path / "merged"
     if command == "merge --in-place":
         shutil.copytree(run.base, merged)
+    if command == "verify --merged":
+        merge(run.base, patch, merged)
     if command == "unmerge":
         shutil.copytree(run.base, merged)
         merge_in_place(merged, patch)
     arguments = {
         "inspect": ["inspect", patch],
         "verify": ["verify", patch, "--base", run.base],
+        "verify --merged": ["verify", patch, "--base", run.base, "--merged", merged],
+        "sign": ["sign", patch, "--key", Keys(tmp_path).private, "--out", tmp_path / "out.sig"],
         "compare": ["compare", patch, run.out / "map"],
         "merge": ["merge", run.base, patch, "--out", merged],
         "merge --dry-run": ["merge", run.base, patch, "--out", merged, "--dry-run"],

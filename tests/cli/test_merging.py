@@ -84,7 +84,7 @@ def test_merge_in_place_and_unmerge_print_their_reports(run: Run, tmp_path: Path
     report = json.loads(call("merge", base, patch, "--in-place", "--json").stdout)
     assert report["out_dir"] == str(base)
     assert report["entries"] == inspect(patch)["entries"]
-    assert call("verify", patch, "--base", base).exit_code == 0
+    assert call("verify", patch, "--base", run.base, "--merged", base).exit_code == 0
     restored = json.loads(call("unmerge", base, "--json").stdout)
     assert restored["tensors"] == report["tensors"]
     assert content(base) == before

@@ -69,8 +69,7 @@ def test_the_share_of_changed_weights_is_the_density(run: Run) -> None:
 
 def test_the_patch_fits_the_base_and_the_merged_model(run: Run, tmp_path: Path) -> None:
     merge(run.base, run.out / "patch", tmp_path / "merged")
-    assert verify(run.out / "patch", run.base).ok
-    assert verify(run.out / "patch", tmp_path / "merged").ok
+    assert verify(run.out / "patch", run.base, tmp_path / "merged").ok
 
 
 def test_peft_loads_the_patch(run: Run) -> None:
@@ -196,8 +195,7 @@ def test_a_mixture_of_experts_is_enhanced_end_to_end(
     merge(base, patch, tmp_path / "merged")
     assert result["after"]["kl"] > 0
     assert any("experts" in name for name in read_adapter(patch).deltas)
-    assert verify(patch, base).ok
-    assert verify(patch, tmp_path / "merged").ok
+    assert verify(patch, base, tmp_path / "merged").ok
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(patch))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, each in loaded.merge_and_unload().state_dict().items():

@@ -164,7 +164,7 @@ def test_the_card_says_what_was_frozen_and_how_to_check_it(
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"# {tiny_llama.name}, fine-tuned" in card
     assert f"{record['frozen_entries']:,} weights in" in card
-    assert "safeweights verify path/of/the/map --base" in card
+    assert "safeweights verify path/of/the/map --merged" in card
     assert str(tmp_path) not in card
 
 

@@ -224,6 +224,7 @@ def test_each_perturbation_has_a_verdict_and_its_reason(probed: Probed) -> None:
 def test_the_result_tells_how_it_was_made(probed: Probed) -> None:
     told = probed.result
     assert told["base"] == {"name": str(probed.base), "revision": None}
+    assert told["content_id"] == read_artifact(probed.patch).metadata.content_id
     assert (told["map"], told["artifact"]) == (str(probed.patch), "safety patch")
     assert told["entries"] == sum(
         each.size for each in read_artifact(probed.patch).indices.values()

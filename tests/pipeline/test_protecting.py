@@ -84,5 +84,5 @@ def test_the_revision_of_a_base_on_the_hub_is_asked_of_the_base_alone(
     monkeypatch.setattr("safeweights_peft.pipeline.protecting.resolve_base", lambda *_: base)
     job = tuned, base.name, run.out / "map", tmp_path / "out", settings
     record = protect_tuned(*job, ComputeSettings(revision="main"))
-    assert record["base_revision"] == "0123abc"
+    assert record["base"]["revision"] == "0123abc"
     assert record["before"]["task_loss"] != record["after"]["task_loss"]

@@ -1,6 +1,7 @@
 """Merging is exact in both directions, whole or not at all, and equal to merging the files."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safeweights_peft import (
     UnsupportedFeatureError,
     merge,
     validate,
+    verify,
 )
 from tests.tuner.patches import (
     load_base,
@@ -59,6 +61,17 @@ def test_merge_and_unload_gives_the_bits_of_the_dense_twin_and_of_the_merged_fil
     merge(base, patch, tmp_path / "merged")
     assert same_weights(merged, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert torch.equal(logits(merged), logits(load_by_peft(base, patch)))
+
+
+def test_what_peft_merges_and_transformers_saves_is_verified(base, tmp_path):
+    patch = save_patch(base, tmp_path / "patch", values_dtype="bfloat16")
+    saved = tmp_path / "saved"
+    load_by_peft(base, patch).merge_and_unload().save_pretrained(saved)
+    assert "tokenizer.json missing" in verify(patch, base, saved).checks[-1].detail
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, saved)
+    report = verify(patch, base, saved)
+    assert report.ok, report
 
 
 def test_unmerging_restores_the_base_bit_by_bit(base):

@@ -1,0 +1,51 @@
+"""What a result was made with: of which base, and by the content id of which adapter.
+
+Every record of a job has these two, in the same form. A directory can be filled anew, a content id
+names what was in it; and as an adapter holds digests of its base, it names that base's entries too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safeweights_peft.errors import DataError
+from safeweights_peft.format import Adapter, SafetyMap, read_artifact
+from safeweights_peft.modeling import BaseModel
+
+
+def made_with(base: BaseModel, artifact: SafetyMap | Adapter | None) -> dict[str, Any]:
+    """Says what a result is made with, to be put into its record.
+
+    Args:
+        base: the base model.
+        artifact: the safety map or patch; None if there is none.
+
+    Returns:
+        Plain JSON: ``base`` with the name as it was given and the commit, which a plain directory
+        doesn't have; and ``content_id``, which is None without an artifact.
+    """
+    return {
+        "base": {"name": base.name, "revision": base.revision},
+        "content_id": artifact.metadata.content_id if artifact else None,
+    }
+
+
+def check_made_with(record: Mapping[str, Any], adapter: Path, source: Path) -> None:
+    """Checks that a result which is there already was made with an adapter as it now is.
+
+    Args:
+        record: the result.
+        adapter: the directory of a safety map or patch.
+        source: the result's file, for the message.
+
+    Raises:
+        DataError: it was made with another one.
+    """
+    content_id, found = read_artifact(adapter).metadata.content_id, record.get("content_id")
+    if found != content_id:
+        raise DataError(
+            f"{source}: expected a result for {adapter} with content id {content_id}, found one "
+            f"for {found}; delete it, and it is made again"
+        )
