@@ -295,16 +295,17 @@ def test_a_plan_writes_nothing(case: Case) -> None:
     assert sorted(case.base.parent.rglob("*")) == before
 
 
-def test_a_plan_counts_patch_and_edits_and_the_largest_tensor_per_thread_as_memory(
+def test_a_plan_counts_the_patch_new_entries_and_the_largest_tensor_per_thread_as_memory(
     case: Case,
 ) -> None:
     deltas = case.adapter.deltas
     delta_bytes = sum(delta.size_bytes for delta in deltas.values())
     head = deltas[EMBEDDINGS].count
-    edit_bytes = 2 * 2 * (sum(delta.count for delta in deltas.values()) + head)  # before and after
+    edit_bytes = 2 * (sum(delta.count for delta in deltas.values()) + head)
     largest = case.tensors[EMBEDDINGS].nbytes
     planned = plan(case.base, case.patch, case.out)
     assert planned["memory_bytes"] == THREADS * largest + delta_bytes + edit_bytes
+    assert plan(case.base, case.patch, None)["memory_bytes"] == THREADS * largest + delta_bytes
 
 
 @pytest.mark.parametrize("in_place", [False, True])

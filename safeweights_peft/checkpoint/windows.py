@@ -13,7 +13,7 @@ import numpy as np
 
 from safeweights_peft.delta import Array
 
-WINDOW_BYTES = 2**23
+WINDOW_BYTES = 2**22
 
 
 def windows(

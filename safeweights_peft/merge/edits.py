@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array
 from safeweights_peft.format import entries_by_block
-from safeweights_peft.merge.entries import MergedParameter, merge_parameters
+from safeweights_peft.merge.entries import merge_parameters
 from safeweights_peft.merge.patches import Patch
 
 
@@ -30,21 +30,18 @@ class Edit:
     merged: Array
 
 
-def edits(reader: CheckpointReader, patches: Sequence[Patch]) -> list[Edit]:
+def edits(reader: CheckpointReader, patches: Sequence[Patch]) -> Iterator[Edit]:
     """Compute what merging changes, tied copies included, from a base that is checked thereby.
 
     Args:
         reader: The base of every patch.
         patches: The patches, in the order in which they are added up.
 
-    Returns:
-        The changes of each tensor.
+    Yields:
+        The changes of one tensor after the other. The base is checked once all are there.
     """
-    return [edit for each in merge_parameters(reader, patches) for edit in _by_tensor(each)]
-
-
-def _by_tensor(parameter: MergedParameter) -> Iterator[Edit]:
-    for copy in parameter.copies:
-        for key, (positions, local) in entries_by_block(copy, parameter.indices).items():
-            if local.size:
-                yield Edit(key, local, parameter.base[positions], parameter.merged[positions])
+    for parameter in merge_parameters(reader, patches):
+        for copy in parameter.copies:
+            for key, (positions, local) in entries_by_block(copy, parameter.indices).items():
+                if local.size:
+                    yield Edit(key, local, parameter.base[positions], parameter.merged[positions])

@@ -4,7 +4,7 @@ Nothing is written here. ``edits`` brings the entries to the tensors of a checkp
 is being loaded, and exports, take them as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,15 +60,17 @@ def merged_entries(
     return {each.name: (each.indices, each.merged) for each in merge_parameters(reader, patches)}
 
 
-def merge_parameters(reader: CheckpointReader, patches: Sequence[Patch]) -> list[MergedParameter]:
+def merge_parameters(
+    reader: CheckpointReader, patches: Sequence[Patch]
+) -> Iterator[MergedParameter]:
     """Add up the values of patches for all parameters, and check the base and the results.
 
     Args:
         reader: The checkpoint, which should be the base of every patch.
         patches: The patches, checked together, in the order in which they are added up.
 
-    Returns:
-        What becomes of each parameter that they change.
+    Yields:
+        What becomes of one parameter after the other. The base is checked once all are there.
 
     Raises:
         AlreadyMergedError: It holds the merged values of a patch.
@@ -87,7 +89,7 @@ def merge_parameters(reader: CheckpointReader, patches: Sequence[Patch]) -> list
             name, found, indices, base, _merge(reader, patches, name, indices, base)
         )
 
-    return list(in_threads(merge, parameters(patches).items()))
+    yield from in_threads(merge, parameters(patches).items())
 
 
 def _merge(

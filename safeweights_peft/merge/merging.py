@@ -6,17 +6,17 @@ the disk, another is copied.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, Progress, draft_copy
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, MergeError
 from safeweights_peft.files import check_apart, check_target, sync
 from safeweights_peft.merge.card import CARD_FILE, card
-from safeweights_peft.merge.edits import Edit, edits
+from safeweights_peft.merge.edits import edits
 from safeweights_peft.merge.fit import PathLike, check_floats
 from safeweights_peft.merge.patches import (
     Adapters,
@@ -126,21 +126,20 @@ def merge(
         check_apart(Path(out_dir), inputs, MergeError)
     shared = overlaps(patches, on_overlap)
     reader = open_base(base_dir)
-    changes = edits(reader, patches)
-    by_shard: dict[str, list[Edit]] = defaultdict(list)
-    for edit in changes:
-        by_shard[reader.info(edit.key).shard].append(edit)
+    changes: dict[str, list[tuple[str, Array, Array]]] = {name: [] for name in reader.index.shards}
+    for edit in edits(reader, patches):  # what the base holds is let go
+        changes[reader.info(edit.key).shard].append((edit.key, edit.indices, edit.merged))
 
     def write(draft: CheckpointDraft, shard: str) -> None:
-        for edit in by_shard[shard]:
-            draft.patch(edit.key, edit.indices, edit.merged)
+        for change in changes[shard]:
+            draft.patch(*change)
         sync(draft.reader.directory / shard)
 
     copying = draft_copy(reader, out_dir, overwrite=overwrite, progress=progress, change=write)
     with copying as draft:
         path = draft.reader.directory / CARD_FILE
         path.write_text(card(patches, shared), encoding="utf-8")
-    return MergeReport.of(out_dir, patches, shared, len(changes), started)
+    return MergeReport.of(out_dir, patches, shared, sum(map(len, changes.values())), started)
 
 
 def open_base(base_dir: PathLike) -> CheckpointReader:

@@ -46,7 +46,7 @@ def plan(
 
     Returns:
         Plain JSON: tensors and entries that change, entries that patches share, bytes to be written
-        (the copy, or the undo journal), bytes of memory (the patches, what becomes of their entries
+        (the copy, or the undo journal), bytes of memory (the patches, the new entries of a copy,
         and the parts of tensors that are looked at), seconds (what checking took now, and writing
         at ``WRITE_RATE``), bytes free there, and whether that is enough.
     """
@@ -54,28 +54,29 @@ def plan(
     patches = read_patches(adapters)
     shared = overlaps(patches, on_overlap)
     reader = open_base(base_dir)
-    changes = edits(reader, patches)
-    largest = max((reader.info(edit.key).size_bytes for edit in changes), default=0)
+    tensors = largest = undo_bytes = page_bytes = merged_bytes = 0
+    for edit in edits(reader, patches):
+        tensors, largest = tensors + 1, max(largest, reader.info(edit.key).size_bytes)
+        undo_bytes += journal_bytes(reader, edit.key, edit.indices.size)
+        page_bytes, merged_bytes = page_bytes + _page_bytes(edit), merged_bytes + edit.merged.nbytes
     if out_dir is None:
         check_own_files(reader)
-        write_bytes = sum(journal_bytes(reader, edit.key, edit.indices.size) for edit in changes)
-        patched_bytes = sum(map(_page_bytes, changes))
+        write_bytes, disk_bytes, held_bytes = undo_bytes, undo_bytes + page_bytes, 0
     else:
-        write_bytes, patched_bytes = sum(files_to_copy(reader).values()), 0
+        write_bytes = disk_bytes = sum(files_to_copy(reader).values())
+        held_bytes = merged_bytes
     place = reader.directory if out_dir is None else _existing_parent(Path(out_dir))
     free_bytes = shutil.disk_usage(place).free
     deltas = [delta for patch in patches for delta in patch.adapter.deltas.values()]
     return {
-        "tensors": len(changes),
+        "tensors": tensors,
         "entries": count_entries(patches),
         "overlap": [asdict(each) for each in shared],
         "write_bytes": write_bytes,
         "memory_bytes": THREADS * min(largest, WINDOW_BYTES)
         + sum(delta.size_bytes for delta in deltas)
-        + sum(edit.base.nbytes + edit.merged.nbytes for edit in changes),
-        "seconds": round(
-            time.perf_counter() - started + (write_bytes + patched_bytes) / WRITE_RATE, 1
-        ),
+        + held_bytes,
+        "seconds": round(time.perf_counter() - started + disk_bytes / WRITE_RATE, 1),
         "free_bytes": free_bytes,
         "fits": write_bytes <= free_bytes,
     }
