@@ -55,7 +55,7 @@ def merged_entries(
         By parameter: the ascending flat indices, and the merged entries in the checkpoint's dtype;
         both ``(count,)``.
     """
-    patches = [describe_patch(each, "the adapter") for each in adapters]
+    patches = [describe_patch(each, f"adapter {n}") for n, each in enumerate(adapters, 1)]
     check_together(patches)
     return {each.name: (each.indices, each.merged) for each in merge_parameters(reader, patches)}
 
