@@ -66,7 +66,8 @@ class CheckpointReader:
             The copy; it has the same shards and headers.
         """
         copy = type(self).__new__(type(self))
-        copy.index, copy._headers = replace(self.index, directory=directory), self._headers
+        copy.index = replace(self.index, directory=directory)
+        copy._headers = {shard: self._header(shard) for shard in self.index.shards}
         return copy
 
     @property
