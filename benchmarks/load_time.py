@@ -1,13 +1,15 @@
 """Time to load a model with a safety patch of 1 % of its weights, against the model alone.
 
-    python benchmarks/load_time.py [--model DIR] [--rounds 7]
+    python benchmarks/load_time.py [--model DIR [--patch DIR]] [--rounds 7]
 
+The patch is loaded plain, and in the compact encoding, which is decoded with the base's entries.
 Each load runs in a process of its own, the kinds in turn; imports come before the clock starts.
 Files are warm in the system's cache. Times are medians of wall-clock and CPU time on one thread.
 A LoRA of the same modules shows what PEFT takes to wrap them, whatever the method. On a CPU,
 transformers only maps a base's weights into memory, and a forward pass is the first to read them;
 so there is a second table of loading and one forward pass.
-Without ``--model``, a bfloat16 Llama of 135 million weights is built from a config.
+Without ``--model``, a bfloat16 Llama of 135 million weights is built from a config; without
+``--patch``, a patch of random entries of its linear layers.
 """
 
 import argparse
@@ -26,14 +28,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from safeweights_peft import Adapter, SparseDelta, write_adapter
+from safeweights_peft import Adapter, SparseDelta, convert, write_adapter
 from safeweights_peft.delta import add_rounded, digest, index_dtype
-from safeweights_peft.format import AdapterMetadata, Block, Mode, TensorRecord
+from safeweights_peft.format import AdapterMetadata, Block, Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.entries import to_numpy
 
 DENSITY = 0.01
 TOKENS = 16
-KINDS = ("base alone", "base and patch", "base and LoRA")
+KINDS = ("base alone", "base and patch", "base and compact patch", "base and LoRA")
 
 
 def build_base(path: Path) -> None:
@@ -51,8 +53,8 @@ def build_base(path: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
-def build_patch(base: Path, out: Path) -> int:
-    """Write a patch of random entries of all linear layers, and return their number."""
+def build_patch(base: Path, out: Path) -> Path:
+    """Write a patch of random entries of all linear layers."""
     random = np.random.default_rng(0)
     model = AutoModelForCausalLM.from_pretrained(base)
     records, deltas = {}, {}
@@ -72,9 +74,15 @@ def build_patch(base: Path, out: Path) -> int:
             base_digest=digest(entries),
             merged_digest=digest(add_rounded(entries, values)),
         )
-    metadata = AdapterMetadata(mode=Mode.SET, tensors=records)
-    write_adapter(out, Adapter(metadata, deltas))
-    return sum(delta.count for delta in deltas.values())
+    write_adapter(out, Adapter(AdapterMetadata(mode=Mode.SET, tensors=records), deltas))
+    return out
+
+
+def pack(base: Path, patch: Path, out: Path) -> None:
+    """Write a patch again in the compact encoding, and print what both take."""
+    report = convert(patch, Encoding.COMPACT, out, base)
+    plain, compact = report.before_bytes_per_entry, report.after_bytes_per_entry
+    print(f"{report.entries:,} entries: {plain:.2f} bytes each, compact {compact:.2f}")
 
 
 def build_lora(base: Path, out: Path) -> None:
@@ -109,19 +117,19 @@ def load_in_new_process(kind: str, base: Path, adapter: Path) -> list[list[float
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compare(base: Path, rounds: int) -> None:
-    """Measure both kinds in turn, and print a table."""
+def compare(base: Path, patch: Path | None, rounds: int) -> None:
+    """Measure all kinds in turn, and print a table."""
     times: dict[str, list[list[list[float]]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         adapters = {kind: Path(folder) / kind for kind in KINDS}
-        count = build_patch(base, adapters["base and patch"])
+        adapters["base and patch"] = patch or build_patch(base, adapters["base and patch"])
+        pack(base, adapters["base and patch"], adapters["base and compact patch"])
         build_lora(base, adapters["base and LoRA"])
         for number in range(rounds + 1):  # the first round warms the system's cache
             for kind in KINDS:
                 measured = load_in_new_process(kind, base, adapters[kind])
                 if number:
                     times[kind].append(measured)
-    print(f"{count:,} entries patched")
     medians = {kind: 1000 * np.median(each, axis=0) for kind, each in times.items()}
     for row, title in enumerate(("Loading", f"Loading and a forward pass of {TOKENS} tokens")):
         print(f"\n{title}\n\n| | wall, ms | ratio | CPU, ms | ratio |\n|---|---|---|---|---|")
@@ -134,6 +142,7 @@ def main() -> None:
     """Measure everything, or, as a child process, one load."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="directory of a Llama; otherwise one is built")
+    parser.add_argument("--patch", type=Path, help="directory of a patch of it, stored plain")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--load", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--adapter", help=argparse.SUPPRESS)
@@ -144,11 +153,11 @@ def main() -> None:
     if options.load:
         print(json.dumps(load(options.load, options.model, options.adapter)))
     elif options.model:
-        compare(options.model, options.rounds)
+        compare(options.model, options.patch, options.rounds)
     else:
         with tempfile.TemporaryDirectory() as folder:
             build_base(Path(folder))
-            compare(Path(folder), options.rounds)
+            compare(Path(folder), None, options.rounds)
 
 
 if __name__ == "__main__":

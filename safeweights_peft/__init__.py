@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from safeweights_peft.errors import DataError as DataError
     from safeweights_peft.errors import EvaluationError as EvaluationError
     from safeweights_peft.errors import FormatError as FormatError
+    from safeweights_peft.errors import HubError as HubError
     from safeweights_peft.errors import MergeError as MergeError
     from safeweights_peft.errors import ModelError as ModelError
     from safeweights_peft.errors import ReportError as ReportError
     from safeweights_peft.errors import SafeWeightsError as SafeWeightsError
+    from safeweights_peft.errors import SafeWeightsWarning as SafeWeightsWarning
     from safeweights_peft.errors import SelectionError as SelectionError
     from safeweights_peft.errors import SignatureError as SignatureError
     from safeweights_peft.errors import TrainingError as TrainingError
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
     from safeweights_peft.format import validate as validate
     from safeweights_peft.format import write_adapter as write_adapter
     from safeweights_peft.format import write_map as write_map
+    from safeweights_peft.hub import find_on_hub as find_on_hub
+    from safeweights_peft.hub import pull_from_hub as pull_from_hub
+    from safeweights_peft.hub import push_to_hub as push_to_hub
+    from safeweights_peft.merge import convert as convert
     from safeweights_peft.merge import merge as merge
     from safeweights_peft.merge import merge_in_place as merge_in_place
     from safeweights_peft.merge import protect as protect
@@ -63,10 +69,12 @@ _ROOMS = {
         "DataError",
         "EvaluationError",
         "FormatError",
+        "HubError",
         "MergeError",
         "ModelError",
         "ReportError",
         "SafeWeightsError",
+        "SafeWeightsWarning",
         "SelectionError",
         "SignatureError",
         "TrainingError",
@@ -83,7 +91,8 @@ _ROOMS = {
         "write_adapter",
         "write_map",
     ],
-    "merge": ["merge", "merge_in_place", "protect", "unmerge", "verify"],
+    "hub": ["find_on_hub", "pull_from_hub", "push_to_hub"],
+    "merge": ["convert", "merge", "merge_in_place", "protect", "unmerge", "verify"],
     "pipeline": ["load_model"],
     "signing": ["sign", "verify_signature"],
     "training": ["SafetyPreservingCallback", "preserve"],

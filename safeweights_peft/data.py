@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "builtin:"
 BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
+FILE_SUFFIXES = (".json", ".jsonl")
 IGNORED = -100
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -122,12 +124,17 @@ def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
 def _read_raw(source: str) -> list[tuple[int, Any]]:
     if source.startswith(BUILTIN):
         return _read_builtin(source.removeprefix(BUILTIN))
-    path = Path(source)
-    if path.suffix in {".json", ".jsonl"}:
-        if not path.is_file():
-            raise DataError(f"{source}: expected a file, found none; check the path")
+    if Path(source).suffix in FILE_SUFFIXES:
+        path = _existing(source)
         return _parse(_read_text(path), source, lines=path.suffix == ".jsonl")
     return _read_datasets(source)
+
+
+def _existing(source: str) -> Path:
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"{source}: expected a file, found none; check the path")
+    return path
 
 
 def _read_text(path: Path) -> str:
@@ -137,14 +144,40 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: expected UTF-8, found {error}; save the file as UTF-8") from error
 
 
+def source_digest(source: str) -> str:
+    """Names what a source of requests holds: its file's bytes, which other programs can hash too.
+
+    Args:
+        source: as for `read_rows`.
+
+    Returns:
+        ``sha256:`` and the hash of the file, a built-in set's included; what the datasets library
+        gives has no file, and gets the digest of its rows.
+
+    Raises:
+        DataError: the source is missing.
+    """
+    if source.startswith(BUILTIN):
+        content = _builtin_file(source.removeprefix(BUILTIN)).read_bytes()
+    elif Path(source).suffix in FILE_SUFFIXES:
+        content = _existing(source).read_bytes()
+    else:
+        return data_digest(read_rows(source))
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
 def _read_builtin(name: str) -> list[tuple[int, Any]]:
+    text = _builtin_file(name).read_text("utf-8")
+    return _parse(text, f"{BUILTIN}{name}", lines=False)
+
+
+def _builtin_file(name: str) -> Traversable:
     if name not in BUILTIN_SETS:
         raise DataError(
             f"{BUILTIN}{name}: expected one of {', '.join(BUILTIN_SETS)}, found {name!r}; "
             "name one of them, or give a file"
         )
-    text = (resources.files("safeweights_peft") / "prompts" / f"{name}.json").read_text("utf-8")
-    return _parse(text, f"{BUILTIN}{name}", lines=False)
+    return resources.files("safeweights_peft") / "prompts" / f"{name}.json"
 
 
 def _parse(text: str, source: str, *, lines: bool) -> list[tuple[int, Any]]:

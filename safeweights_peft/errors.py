@@ -62,8 +62,16 @@ class SignatureError(SafeWeightsError):
     """A signature cannot be made, is missing, or is not that of this key over these files."""
 
 
+class HubError(SafeWeightsError):
+    """A patch or a map cannot be shared on the Hub, or fetched from it, as asked."""
+
+
 class ReportError(SafeWeightsError):
     """A report cannot be written, or there is nothing to compare."""
+
+
+class SafeWeightsWarning(UserWarning):
+    """Something that is ignored, or done in another way than was asked."""
 
 
 class UnsupportedFeatureError(SafeWeightsError):

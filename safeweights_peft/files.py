@@ -6,17 +6,23 @@ repeated names, and gives no byte offsets; so the header is parsed here.
 Source: https://github.com/huggingface/safetensors#format
 """
 
+import ctypes
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+from safetensors import SafetensorError
 
 from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import SafeWeightsError
@@ -25,6 +31,8 @@ MAX_JSON_BYTES = 100_000_000
 """Limit on a JSON file and on a safetensors header, as in the safetensors library."""
 
 MAX_FILE_BYTES = 2**63 - 1
+
+_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 MAX_DIMS = 64
 """Limit on the dimensions of a tensor, as in numpy."""
@@ -47,6 +55,8 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 """The safetensors dtypes that this package can read; others may stand in a file, untouched."""
+
+_DTYPE = re.compile("[A-Z0-9_]{1,32}")
 
 
 class StoredTensor(NamedTuple):
@@ -163,9 +173,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        sync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Path:
@@ -180,6 +193,7 @@ def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> 
         The resolved path.
     """
     target = Path(os.path.realpath(path))
+    _recover(target)
     if not target.exists():
         return target
     if not target.is_dir():
@@ -235,7 +249,7 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
         yield draft
         _sync_all(draft)
         _replace(target, draft)
-    except OSError as reason:
+    except (OSError, SafetensorError) as reason:  # its library tells a full disk in its own way
         _refuse(error, path, "a writable directory", str(reason), reason, "free space or move it")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -277,8 +291,7 @@ def _check_is_file(path: Path, error: type[SafeWeightsError]) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in unique if names.count(name) > 1)
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {repeated[:80]!r} twice in one object")
     return unique
 
@@ -295,7 +308,7 @@ def _stored_tensor(
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(error, source, "dtype, shape and data_offsets", str(entry))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or not _are_sizes(shape):
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not _are_sizes(shape):
         _refuse(error, source, "a dtype and a shape", f"{dtype!r} and {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _refuse(error, source, "ascending data_offsets", repr(offsets))
@@ -340,17 +353,52 @@ def _sync_all(directory: Path) -> None:
 
 
 def _replace(target: Path, draft: Path) -> None:
-    """Move the old directory aside, rename the new one, delete the old one."""
-    old = draft.with_suffix(".old")
-    had_old = target.exists()
-    if had_old:
-        target.rename(old)
+    """Give a directory its name; what had it gets the draft's, and is deleted with it."""
+    _swap(target, draft)
+    try:
+        sync(target.parent)
+    except OSError:
+        _swap(draft, target)
+        raise
+
+
+def _swap(target: Path, draft: Path) -> None:
+    """Exchange two directories, of which the first may be missing."""
+    if not target.exists():
+        draft.rename(target)
+    elif not _exchange(target, draft):
+        _rename_twice(target, draft)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step, so that each name always has one; tell whether it did.
+
+    Linux can, on its own file systems. Python has no name for it.
+    """
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and not rename(_HERE, names[0], _HERE, names[1], _RENAME_EXCHANGE)
+
+
+def _rename_twice(target: Path, draft: Path) -> None:
+    """Exchange two directories by way of a third name, under which :func:`_recover` looks."""
+    aside = draft.with_suffix(".old")
+    target.rename(aside)
     try:
         draft.rename(target)
+        aside.rename(draft)
     except OSError:
-        if had_old:
-            old.rename(target)
+        if target.exists():
+            target.rename(draft)
+        aside.rename(target)
         raise
-    sync(target.parent)
-    if had_old:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Give its name back to a directory that was moved aside by a process that was ended then."""
+    if not target.exists():
+        for aside in target.parent.glob(f".{escape(target.name)}.*.old"):
+            aside.rename(target)
+            return

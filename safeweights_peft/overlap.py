@@ -12,7 +12,7 @@ import numpy as np
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import BaseMismatchError, ReportError
-from safeweights_peft.format import Adapter, SafetyMap, TensorRecord, read_artifact
+from safeweights_peft.format import Artifact, TensorRecord, read_artifact
 
 PathLike = str | os.PathLike[str]
 
@@ -54,7 +54,7 @@ def compare(paths: Sequence[PathLike]) -> dict[str, Any]:
     }
 
 
-def _numels(names: Sequence[str], artifacts: Sequence[Adapter | SafetyMap]) -> dict[str, int]:
+def _numels(names: Sequence[str], artifacts: Sequence[Artifact]) -> dict[str, int]:
     """Count the entries of every tensor that a map names, if it has one shape in all of them."""
     seen: dict[str, tuple[str, TensorRecord]] = {}
     for path, artifact in zip(names, artifacts, strict=True):
@@ -68,7 +68,7 @@ def _numels(names: Sequence[str], artifacts: Sequence[Adapter | SafetyMap]) -> d
     return {name: record.numel for name, (_, record) in seen.items()}
 
 
-def _describe(path: str, artifact: Adapter | SafetyMap) -> dict[str, Any]:
+def _describe(path: str, artifact: Artifact) -> dict[str, Any]:
     return {
         "path": path,
         "artifact": artifact.metadata.mode.artifact,

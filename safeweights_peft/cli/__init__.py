@@ -21,9 +21,11 @@ from safeweights_peft.cli.artifacts import (
     report_command,
     unmerge_command,
 )
-from safeweights_peft.cli.exchange import diff_command, export_command
+from safeweights_peft.cli.exchange import convert_command, diff_command, export_command
+from safeweights_peft.cli.extension import extend_hf_command
 from safeweights_peft.cli.options import (
     FiniteRange,
+    adapter,
     compute_options,
     compute_settings,
     dry_run,
@@ -48,12 +50,8 @@ from safeweights_peft.cli.options import (
     train_settings,
 )
 from safeweights_peft.cli.output import (
-    percent as percent,
-)
-from safeweights_peft.cli.output import (
-    rows_of as rows_of,
-)
-from safeweights_peft.cli.output import (
+    NO_CLEAR_YES,
+    printable,
     show,
     show_adapter,
     show_estimate,
@@ -63,13 +61,10 @@ from safeweights_peft.cli.output import (
     show_protected,
     show_run,
 )
-from safeweights_peft.cli.output import (
-    show_overlap as show_overlap,
-)
+from safeweights_peft.cli.reproducing import reproduce_command
+from safeweights_peft.cli.sharing import list_command, pull_command, push_command
 from safeweights_peft.cli.trust import sign_command, verify_command, verify_signature_command
 from safeweights_peft.errors import EvaluationError, SafeWeightsError
-
-NO_CLEAR_YES = 3
 
 
 class _Group(click.Group):
@@ -84,7 +79,7 @@ class _Group(click.Group):
         except (SafeWeightsError, OSError) as error:  # the system's: a full disk, no permission
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -156,7 +151,7 @@ def score_command(
 
 @main.command("train")
 @click.argument("base")
-@click.option("--map", "map_dir", required=True, type=existing, help="Safety map made by `score`.")
+@click.option("--map", "map_dir", required=True, type=adapter, help="Safety map made by `score`.")
 @out_directory
 @harmful_train
 @train_options
@@ -243,7 +238,7 @@ def preserve_command(
     "--map",
     "map_dir",
     required=True,
-    type=existing,
+    type=adapter,
     help="Safety map of the base, or safety patch that is merged into it.",
 )
 @out_directory
@@ -303,7 +298,7 @@ def protect_command(
 
 @main.command("eval")
 @click.argument("base")
-@click.option("--adapter", type=existing, help="Safety patch to be merged before measuring.")
+@click.option("--adapter", type=adapter, help="Safety patch to be merged before measuring.")
 @click.option("--out", type=new_file, help="New JSON file to be written with the whole result.")
 @click.option("--max-asr", type=FiniteRange(0, 1), help="Exit with 3 if the ASR is above this.")
 @evaluate_options
@@ -392,7 +387,13 @@ for each in (
     verify_command,
     sign_command,
     verify_signature_command,
+    convert_command,
     diff_command,
     export_command,
+    reproduce_command,
+    extend_hf_command,
+    push_command,
+    pull_command,
+    list_command,
 ):
     main.add_command(each)

@@ -10,6 +10,7 @@ import click
 
 from safeweights_peft.cli.options import (
     FiniteRange,
+    adapter,
     dry_run,
     existing,
     json_output,
@@ -29,18 +30,27 @@ from safeweights_peft.cli.output import (
 
 
 class _Scaled(click.ParamType):
-    """A patch's directory, perhaps with a factor on its values: DIRECTORY or DIRECTORY@FACTOR."""
+    """A patch's directory or Hub id, perhaps with a factor on its values: PATCH or PATCH@FACTOR."""
 
     name = "patch"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Path, float]:
-        """Splits at the last @, unless the whole names a directory."""
+        """Splits at the last @, unless the whole names a directory, or a revision follows it."""
         path, at, factor = str(value).rpartition("@")
-        if not at or Path(value).is_dir():
-            return existing.convert(value, param, ctx), 1.0
-        return existing.convert(path, param, ctx), FiniteRange().convert(factor, param, ctx)
+        of_hub = not Path(path).is_dir() and not _is_number(factor)
+        if not at or Path(value).is_dir() or of_hub:
+            return adapter.convert(value, param, ctx), 1.0
+        return adapter.convert(path, param, ctx), FiniteRange().convert(factor, param, ctx)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @click.command("merge")
@@ -107,7 +117,16 @@ def _check_place(base: str, out: Path | None, in_place: bool) -> None:
 
 
 def find_base(base: str, adapter: Path, revision: str | None) -> Path:
-    """Finds a base's directory; of a Hub id, by default at the commit that the patch names."""
+    """Finds a base's directory; of a Hub id, by default at the commit that the patch names.
+
+    Args:
+        base: The directory or Hub id.
+        adapter: The patch.
+        revision: Commit, tag or branch on the Hub, if another one is asked for.
+
+    Returns:
+        The directory.
+    """
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.format import read_metadata
@@ -131,7 +150,7 @@ def unmerge_command(directory: Path, as_json: bool) -> None:
 
 
 @click.command("inspect")
-@click.argument("adapter", type=existing)
+@click.argument("adapter", type=adapter)
 @json_output
 def inspect_command(adapter: Path, as_json: bool) -> None:
     """Describe ADAPTER, a safety patch or map, from its headers; needs no torch."""
@@ -141,7 +160,7 @@ def inspect_command(adapter: Path, as_json: bool) -> None:
 
 
 @click.command("report")
-@click.argument("map_dir", metavar="MAP", type=existing)
+@click.argument("map_dir", metavar="MAP", type=adapter)
 @click.option("--base", help="Its base: directory or Hub id.  [default: what MAP names]")
 @out_directory
 @overwrite
@@ -162,8 +181,8 @@ def report_command(
 
 
 @click.command("compare")
-@click.argument("map_dir", metavar="MAP", type=existing)
-@click.argument("others", type=existing, nargs=-1, required=True)
+@click.argument("map_dir", metavar="MAP", type=adapter)
+@click.argument("others", type=adapter, nargs=-1, required=True)
 @json_output
 def compare_command(map_dir: Path, others: tuple[Path, ...], as_json: bool) -> None:
     """Measure the overlap of MAP and OTHERS, safety maps or patches of one model.

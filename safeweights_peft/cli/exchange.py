@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 
 import click
 
+from safeweights_peft.cli.artifacts import find_base
 from safeweights_peft.cli.options import (
     FiniteRange,
-    existing,
+    adapter,
     json_output,
     out_directory,
     overwrite,
@@ -27,7 +28,7 @@ from safeweights_peft.cli.output import rows_of, show, show_progress
     help="Share of all weights to keep: those that changed most.  [default: all that changed]",
 )
 @click.option(
-    "--map", "map_dir", type=existing, help="Safety map of BASE; only its weights are kept."
+    "--map", "map_dir", type=adapter, help="Safety map of BASE; only its weights are kept."
 )
 @overwrite
 @json_output
@@ -61,12 +62,47 @@ def diff_command(
     show(asdict(report), rows_of(asdict(report)), as_json)
 
 
+@click.command("convert")
+@click.argument("adapter", type=adapter)
+@click.option(
+    "--encoding",
+    type=click.Choice(["plain", "compact"]),
+    required=True,
+    help="What every reader knows, or about a fifth of its bytes.",
+)
+@click.option("--base", help="Its base: directory or Hub id.  [default: what ADAPTER names]")
+@out_directory
+@overwrite
+@json_output
+def convert_command(
+    adapter: Path, encoding: str, base: str | None, out: Path, overwrite: bool, as_json: bool
+) -> None:
+    """Write ADAPTER, a safety patch or map, again in another encoding; needs no torch.
+
+    It stays the same adapter, with the same content id and, for a patch, the same merged weights
+    bit for bit; both are checked. A compact patch holds the steps from its base's weights to the
+    merged ones, so it needs its base. A base without a name, or a scale other than 1, makes it keep
+    its values themselves, which takes more bytes.
+    """
+    from dataclasses import asdict
+
+    from safeweights_peft.format import read_metadata
+    from safeweights_peft.merge import convert
+
+    metadata = read_metadata(adapter)
+    named = base or metadata.base_model_name_or_path
+    wanted = metadata.needs_base or (encoding == "compact" and metadata.may_need_base)
+    found = find_base(named, adapter, None) if named and wanted else None
+    report = asdict(convert(adapter, encoding, out, found, overwrite=overwrite))
+    show(report, rows_of(report), as_json)
+
+
 def _refuse_options() -> NoReturn:
     raise click.UsageError("--rank and --max-error belong to --to lora.")
 
 
 @click.command("export")
-@click.argument("adapter", type=existing)
+@click.argument("adapter", type=adapter)
 @click.option(
     "--to",
     "form",

@@ -35,6 +35,21 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class _Adapter(click.ParamType):
+    """An adapter's directory; or its Hub id, perhaps @REVISION, and then it is fetched."""
+
+    name = "adapter"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Finds the directory: what is here comes before what is on the Hub."""
+        if Path(value).is_dir():
+            return Path(value)
+        from safeweights_peft.hub import fetch_adapter, is_hub_id
+
+        return fetch_adapter(value) if is_hub_id(value) else existing.convert(value, param, ctx)
+
+
+adapter = _Adapter()
 existing = click.Path(exists=True, file_okay=False, path_type=Path)
 existing_file = click.Path(exists=True, dir_okay=False, path_type=Path)
 new = click.Path(path_type=Path)
@@ -59,7 +74,7 @@ map_of_base = click.option(
     "--map",
     "map_dir",
     required=True,
-    type=existing,
+    type=adapter,
     help="Safety map of BASE, or safety patch that is merged into it.",
 )
 out_directory = click.option("--out", required=True, type=new, help="Directory to be written.")

@@ -12,6 +12,9 @@ from typing import Any
 
 import click
 
+NO_CLEAR_YES = 3
+"""Exit code of a command that was asked a question, and its answer is not yes."""
+
 
 class _Bars:
     """The pipeline's progress, shown by rich on stderr."""
@@ -76,7 +79,12 @@ def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        click.echo(printable("  ".join(cells).rstrip()))
+
+
+def printable(text: str) -> str:
+    """Spells out what would move the cursor: names and paths may be a stranger's."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -119,22 +127,24 @@ def show_estimate(needs: Any, as_json: bool) -> None:
 
 
 def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
-    """Prints what an adapter's headers say, its content id among it where it stands there."""
-    from safeweights_peft.format import Mode, read_metadata
+    """Prints what an adapter's headers say."""
+    from safeweights_peft.format import Mode
     from safeweights_peft.report import size_text
 
-    content_id = read_metadata(path).content_id
     rows = [
         ("path", str(path)),
-        ("content id", content_id or "not in the headers; `safeweights verify` tells it"),
         ("kind", f"{Mode(content['mode']).artifact}, format {content['format_version']}"),
+        (
+            "content id",
+            content["content_id"] or "not in the headers; `safeweights verify` tells it",
+        ),
         ("base", str(content["base_model_name_or_path"])),
         ("revision", str(content["revision"])),
         ("parameters", str(content["parameters"])),
         ("entries", f"{content['entries']:,} ({content['density']:.3%} of these parameters)"),
         ("size", size_text(content["size_bytes"])),
     ]
-    show(content | {"content_id": content_id}, rows, as_json)
+    show(content, rows, as_json)
 
 
 def show_overlap(result: dict[str, Any], as_json: bool) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 import click
 
 from safeweights_peft.cli.artifacts import find_base
-from safeweights_peft.cli.options import existing, existing_file, json_output, new_file, overwrite
+from safeweights_peft.cli.options import (
+    adapter,
+    existing,
+    existing_file,
+    json_output,
+    new_file,
+    overwrite,
+)
 from safeweights_peft.cli.output import percent, rows_of, show, show_progress
 from safeweights_peft.errors import SafeWeightsError
 
@@ -16,7 +23,7 @@ EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": 3}
 
 
 @click.command("verify")
-@click.argument("adapter", type=existing)
+@click.argument("adapter", type=adapter)
 @click.option("--base", help="Its base: directory or Hub id.")
 @click.option(
     "--revision", help="Commit, tag or branch of --base on the Hub.  [default: what ADAPTER names]"

@@ -1,22 +1,37 @@
 """Safety patches and safety maps as directories; ``docs/format.md`` is the normative text."""
 
-from safeweights_peft.format.io import (
+from safeweights_peft.format.artifacts import (
     Adapter,
+    AnyPatch,
+    Artifact,
+    EncodedPatch,
     SafetyMap,
+    in_encoding,
+)
+from safeweights_peft.format.blocks import Block
+from safeweights_peft.format.entries import (
+    BaseEntries,
+    StoredEntries,
+    check_layout,
+    content_key,
+    decode_entries,
+    stored_arrays,
+)
+from safeweights_peft.format.io import (
     check_tensors,
+    file_bytes,
     inspect,
     read_adapter,
     read_artifact,
     read_map,
     read_metadata,
+    read_patch,
     validate,
     write_adapter,
     write_map,
 )
-from safeweights_peft.format.metadata import (
-    FORMAT_VERSION,
-    AdapterMetadata,
-    Block,
+from safeweights_peft.format.metadata import FORMAT_MINOR, FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.format.records import (
     Encoding,
     Mode,
     TensorRecord,
@@ -30,16 +45,27 @@ from safeweights_peft.format.metadata import (
 )
 
 __all__ = [
+    "FORMAT_MINOR",
     "FORMAT_VERSION",
     "Adapter",
     "AdapterMetadata",
+    "AnyPatch",
+    "Artifact",
+    "BaseEntries",
     "Block",
+    "EncodedPatch",
     "Encoding",
     "Mode",
     "SafetyMap",
+    "StoredEntries",
     "TensorRecord",
+    "check_layout",
     "check_tensors",
+    "content_key",
+    "decode_entries",
     "entries_by_block",
+    "file_bytes",
+    "in_encoding",
     "indices_key",
     "inspect",
     "parse_key",
@@ -47,9 +73,11 @@ __all__ = [
     "read_artifact",
     "read_map",
     "read_metadata",
+    "read_patch",
     "record_from_json",
     "record_to_json",
     "scores_key",
+    "stored_arrays",
     "validate",
     "values_key",
     "write_adapter",

@@ -56,13 +56,11 @@ class Block:
             Positions into ``indices``: a slice where they follow each other; and the flat row-major
             indices in the tensor, of an integer dtype that holds them.
         """
-        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
-        edges = np.array([self.offset, self.last], indices.dtype)
-        first = int(np.searchsorted(indices, edges[0]))
-        stop = int(np.searchsorted(indices, edges[1], side="right"))
-        if self.strides == row_major_strides(self.shape):
+        first, stop = self._reach(indices)
+        if self._is_dense():
             part = slice(first, stop)
-            return part, indices[part] - edges[0] if self.offset else indices[part]
+            offset = indices.dtype.type(self.offset)
+            return part, indices[part] - offset if offset else indices[part]
         rest = indices[first:stop].astype(np.int64) - self.offset
         inside = np.ones(rest.shape, bool)
         local = np.zeros(rest.shape, np.int64)
@@ -84,7 +82,7 @@ class Block:
             The flat indices in the parameter, int64, in the same order; ``(count,)``.
         """
         rest = local.astype(np.int64, copy=False)
-        if self.strides == row_major_strides(self.shape):
+        if self._is_dense():
             return rest + self.offset
         flat = np.full(rest.shape, self.offset, np.int64)
         for step, stride in zip(row_major_strides(self.shape), self.strides, strict=True):
@@ -111,6 +109,19 @@ class Block:
                 return False
             reach += self.strides[dim] * (self.shape[dim] - 1)
         return True
+
+    def _is_dense(self) -> bool:
+        """Tell whether its entries lie side by side in the parameter."""
+        return self.strides == row_major_strides(self.shape)
+
+    def _reach(self, indices: Array) -> tuple[int, int]:
+        """Find the stretch of ascending indices between the first entry and the last."""
+        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
+        edges = np.array([self.offset, self.last], indices.dtype)
+        return (
+            int(np.searchsorted(indices, edges[0])),
+            int(np.searchsorted(indices, edges[1], side="right")),
+        )
 
     def _wide_dims(self) -> list[int]:
         """Dimensions of more than one entry, by ascending stride."""

@@ -68,7 +68,7 @@ class Fields:
         for key in self.data:
             if key not in allowed:
                 raise CorruptAdapterError(
-                    self.message(repr(key), f"only {', '.join(sorted(allowed))}", "this field")
+                    self.message(repr(key[:80]), f"only {', '.join(sorted(allowed))}", "this field")
                 )
 
     def take(self, key: str, kind: type[T]) -> T:
@@ -188,12 +188,13 @@ class Fields:
             UnsupportedVersionError: It is no member.
         """
         name = self.take(key, str)
-        if name not in [choice.value for choice in choices]:
+        try:
+            return choices(name)
+        except ValueError:
             raise UnsupportedVersionError(
                 f"{self.where}: {key}: expected one of {', '.join(choices)}, found {name[:80]!r}; "
                 "install a newer safeweights_peft"
-            )
-        return choices(name)
+            ) from None
 
     def digest(self, key: str) -> str | None:
         """Take a digest or null.

@@ -1,99 +1,65 @@
 """Read, write and check adapter directories.
 
 Here live safety patches and safety maps as files. Models and checkpoints do not: nothing here can
-tell whether an adapter fits a base (see ``merge``). Every check stands in :func:`check_tensors` and
-in ``metadata``, so that a state dict goes through the same ones as a file.
+tell whether an adapter fits a base (see ``merge``). Every check stands in ``entries`` and in
+``metadata``, so that a state dict goes through the same ones as a file.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from safeweights_peft.delta import (
-    DTYPES,
-    Array,
-    SparseDelta,
-    check_finite,
-    check_indices,
-    digest,
-    index_dtype,
-)
+from safeweights_peft.delta import Array, check_indices
 from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
-from safeweights_peft.format.blocks import check_coverage
-from safeweights_peft.format.codec import decode_indices, encode_indices
-from safeweights_peft.format.metadata import (
-    FORMAT_VERSION,
-    AdapterMetadata,
-    Mode,
-    indices_key,
-    scores_key,
-    values_key,
+from safeweights_peft.format.artifacts import Adapter, AnyPatch, Artifact, EncodedPatch, SafetyMap
+from safeweights_peft.format.entries import (
+    BaseEntries,
+    StoredEntries,
+    check_base,
+    check_layout,
+    content_key,
+    decode_entries,
+    encode_entries,
+    stored_arrays,
 )
+from safeweights_peft.format.metadata import FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.format.records import Mode, indices_key
+from safeweights_peft.format.streams import Coding
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
 PathLike = str | os.PathLike[str]
-Layout = tuple[Any, tuple[int, ...]]  # dtype (a foreign name if numpy has none), shape
 
 
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """A safety patch.
-
-    Attributes:
-        metadata: Its description, of mode "set".
-        deltas: The change of each parameter, by its name in memory.
-    """
-
-    metadata: AdapterMetadata
-    deltas: dict[str, SparseDelta]
-
-    @property
-    def indices(self) -> dict[str, Array]:
-        """The flat indices of each parameter's entries, as a safety map has them; ``(count,)``."""
-        return {name: delta.indices for name, delta in self.deltas.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class SafetyMap:
-    """A safety map.
-
-    Attributes:
-        metadata: Its description, of mode "spa".
-        indices: The flat indices of each parameter's entries, by its name in memory; ``(count,)``.
-        scores: The float32 score of each of these entries; ``(count,)``.
-    """
-
-    metadata: AdapterMetadata
-    indices: dict[str, Array]
-    scores: dict[str, Array]
-
-
-def write_adapter(path: PathLike, adapter: Adapter, *, overwrite: bool = False) -> AdapterMetadata:
+def write_adapter(
+    path: PathLike, adapter: Adapter, *, base: BaseEntries | None = None, overwrite: bool = False
+) -> AdapterMetadata:
     """Write a safety patch as a directory that appears whole or not at all.
 
     Counts and digests of the content are computed here; the digests of the base must be there.
 
     Args:
         path: The directory.
-        adapter: The patch.
+        adapter: The patch; each record's encoding is what is asked for.
+        base: Gives the base's entries, so that float32 values may be stored as steps from them.
         overwrite: Replace an existing non-empty directory, whatever it holds.
 
     Returns:
-        The metadata as written.
+        The metadata as written; what is not smaller in the compact encoding is plain.
 
     Raises:
         FormatError: The patch contradicts its own metadata.
     """
+    path = Path(path)
     values = {name: delta.values for name, delta in adapter.deltas.items()}
     for name, delta in adapter.deltas.items():
         record = adapter.metadata.tensors.get(name)
@@ -102,7 +68,8 @@ def write_adapter(path: PathLike, adapter: Adapter, *, overwrite: bool = False) 
                 f"{path}: {name}: expected a delta of the recorded shape {list(record.shape)}, "
                 f"found {list(delta.shape)}; give the parameter's own shape"
             )
-    return _write(Path(path), adapter.metadata, Mode.SET, adapter.indices, values, overwrite)
+    _check_names(path, adapter.metadata, Mode.SET, adapter.indices, values)
+    return _write(path, adapter.metadata, adapter.indices, values, base, overwrite)
 
 
 def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False) -> AdapterMetadata:
@@ -112,31 +79,40 @@ def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False)
 
     Args:
         path: The directory.
-        safety_map: The map.
+        safety_map: The map; each record's encoding is what is asked for.
         overwrite: Replace an existing non-empty directory, whatever it holds.
 
     Returns:
-        The metadata as written.
+        The metadata as written; what is not smaller in the compact encoding is plain.
     """
-    indices, scores = safety_map.indices, safety_map.scores
-    return _write(Path(path), safety_map.metadata, Mode.SPA, indices, scores, overwrite)
+    path, indices, scores = Path(path), safety_map.indices, safety_map.scores
+    _check_names(path, safety_map.metadata, Mode.SPA, indices, scores)
+    return _write(path, safety_map.metadata, indices, scores, None, overwrite)
 
 
-def read_adapter(path: PathLike) -> Adapter:
+def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
     """Read and fully check a safety patch.
+
+    Args:
+        path: The directory.
+        base: Gives the base's entries; needed only if values are stored as steps from them.
+
+    Returns:
+        The patch, held in memory.
+    """
+    return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
+
+
+def read_patch(path: PathLike) -> AnyPatch:
+    """Read and check a safety patch, where its base is not read yet or not needed.
 
     Args:
         path: The directory.
 
     Returns:
-        The patch, held in memory.
+        The patch, held in memory; without values if they are stored as steps from the base.
     """
-    metadata, tensors = _read(Path(path), Mode.SET)
-    deltas = {}
-    for name, record in metadata.tensors.items():
-        indices = decode_indices(record.encoding, tensors[indices_key(name)])
-        deltas[name] = SparseDelta(record.shape, indices, tensors[values_key(name)])
-    return Adapter(metadata, deltas)
+    return _as_patch(*_read(Path(path), Mode.SET))
 
 
 def read_map(path: PathLike) -> SafetyMap:
@@ -148,25 +124,23 @@ def read_map(path: PathLike) -> SafetyMap:
     Returns:
         The map, held in memory.
     """
-    metadata, tensors = _read(Path(path), Mode.SPA)
-    indices = {
-        name: decode_indices(record.encoding, tensors[indices_key(name)])
-        for name, record in metadata.tensors.items()
-    }
-    scores = {name: tensors[scores_key(name)] for name in metadata.tensors}
-    return SafetyMap(metadata, indices, scores)
+    return _as_map(*_read(Path(path), Mode.SPA))
 
 
-def read_artifact(path: PathLike) -> Adapter | SafetyMap:
-    """Read and fully check a safety patch or a safety map, whichever its mode says it is.
+def read_artifact(path: PathLike) -> Artifact:
+    """Read and check a safety patch or a safety map, whichever its mode says it is.
 
     Args:
         path: The directory.
 
     Returns:
-        The patch or the map, held in memory.
+        The patch or the map, held in memory. A patch that needs its base for its values is given
+        without them, to be decoded.
     """
-    return read_map(path) if read_metadata(path).mode is Mode.SPA else read_adapter(path)
+    metadata, entries = _read(Path(path), None)
+    if metadata.mode is Mode.SPA:
+        return _as_map(metadata, entries)
+    return _as_patch(metadata, entries)
 
 
 def validate(path: PathLike) -> AdapterMetadata:
@@ -198,6 +172,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
     numel = sum(record.numel for record in records.values())
     return {
         "format_version": FORMAT_VERSION,
+        "content_id": metadata.content_id,
         "mode": metadata.mode.value,
         "base_model_name_or_path": metadata.base_model_name_or_path,
         "revision": metadata.revision,
@@ -209,18 +184,32 @@ def inspect(path: PathLike) -> dict[str, Any]:
         "entries": entries,
         "numel": numel,
         "density": entries / numel,
-        "size_bytes": (folder / TENSORS_FILE).stat().st_size,
+        "size_bytes": file_bytes(folder)[1],
         "tensors": {
             name: {
                 "shape": list(record.shape),
                 "dtype": record.dtype,
                 "count": record.count,
+                "encoding": record.encoding.value,
                 "density": record.count / record.numel,
                 "keys": list(record.keys),
             }
             for name, record in records.items()
         },
     }
+
+
+def file_bytes(path: PathLike) -> tuple[int, int]:
+    """Tell how large an adapter's files are.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Bytes of the config and of the tensors.
+    """
+    folder = Path(path)
+    return (folder / CONFIG_FILE).stat().st_size, (folder / TENSORS_FILE).stat().st_size
 
 
 def read_metadata(path: PathLike) -> AdapterMetadata:
@@ -252,63 +241,32 @@ def read_metadata(path: PathLike) -> AdapterMetadata:
     return metadata
 
 
-def check_tensors(metadata: AdapterMetadata, tensors: Mapping[str, Array], source: str) -> None:
-    """Check every tensor of an adapter: names, dtypes, sizes, then order, bounds, values, digest.
+def check_tensors(
+    metadata: AdapterMetadata, tensors: Mapping[str, Array], source: str
+) -> dict[str, StoredEntries]:
+    """Check every tensor of an adapter: names, dtypes, sizes, then order, bounds, values, digests.
 
     Args:
         metadata: The checked description.
         tensors: The stored arrays, by their safetensors names.
         source: What messages call them, such as the file's path.
+
+    Returns:
+        What they hold, by parameter name.
     """
     found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    _check_layout(metadata, found, source)
-    for name in metadata.tensors:
-        _check_content(metadata, name, tensors, source)
+    check_layout(metadata, found, source)
+    return {name: decode_entries(metadata, name, tensors, source) for name in metadata.tensors}
 
 
-def _content_key(metadata: AdapterMetadata, name: str) -> str:
-    """Name the safetensors entry that goes with the indices."""
-    return values_key(name) if metadata.mode is Mode.SET else scores_key(name)
+def _as_patch(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> AnyPatch:
+    patch = EncodedPatch(metadata, entries)
+    return patch if metadata.needs_base else patch.decode()
 
 
-def _check_layout(metadata: AdapterMetadata, found: Mapping[str, Layout], source: str) -> None:
-    """Check names, dtypes and shapes, which a header alone tells."""
-    expected: dict[str, Layout] = {}
-    for name, record in metadata.tensors.items():
-        expected[indices_key(name)] = (index_dtype(record.numel), (record.count,))
-        content_dtype = DTYPES[metadata.values_dtype]
-        expected[_content_key(metadata, name)] = (content_dtype, (record.count,))
-    for key in found:
-        if key not in expected:
-            raise CorruptAdapterError(
-                f"{source}: {key[:200]!r}: expected only tensors that {CONFIG_FILE} names, found "
-                "this one; do not use this adapter"
-            )
-    for key, (dtype, shape) in expected.items():
-        if found.get(key) != (dtype, shape):
-            now = f"{found[key][0]} {list(found[key][1])}" if key in found else "nothing"
-            raise CorruptAdapterError(
-                f"{source}: {key}: expected {dtype} {list(shape)}, found {now}; "
-                "do not use this adapter"
-            )
-
-
-def _check_content(
-    metadata: AdapterMetadata, name: str, tensors: Mapping[str, Array], source: str
-) -> None:
-    """Check the entries of one parameter."""
-    record, key = metadata.tensors[name], indices_key(name)
-    stored, content = tensors[key], tensors[_content_key(metadata, name)]
-    indices = decode_indices(record.encoding, stored)
-    check_indices(f"{source}: {key}", indices, record.shape)
-    check_finite(f"{source}: {_content_key(metadata, name)}", content)
-    check_coverage(f"{source}: {name}", record.blocks, indices)
-    found = digest(stored, content)
-    if found != record.digest:
-        raise CorruptAdapterError(
-            f"{source}: {name}: expected digest {record.digest}, found {found}; "
-            "fetch the adapter again"
-        )
+def _as_map(metadata: AdapterMetadata, entries: Mapping[str, StoredEntries]) -> SafetyMap:
+    indices = {name: each.indices for name, each in entries.items()}
+    return SafetyMap(metadata, indices, {name: each.content for name, each in entries.items()})
 
 
 def _check_header(folder: Path, metadata: AdapterMetadata) -> dict[str, StoredTensor]:
@@ -319,11 +277,12 @@ def _check_header(folder: Path, metadata: AdapterMetadata) -> dict[str, StoredTe
         key: (STORED_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
         for key, tensor in header.items()
     }
-    _check_layout(metadata, found, str(path))
+    check_layout(metadata, found, str(path))
     return header
 
 
-def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, Array]]:
+def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
+    """Read one parameter after the other, so that no more than one is held as it is stored."""
     metadata = read_metadata(folder)
     if mode not in (None, metadata.mode):
         other = "read_map" if mode is Mode.SET else "read_adapter"
@@ -332,29 +291,49 @@ def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, A
         )
     path = folder / TENSORS_FILE
     header = _check_header(folder, metadata)
-    tensors = {key: np.array(tensor.open(path)) for key, tensor in header.items()}
-    check_tensors(metadata, tensors, str(path))
-    return metadata, tensors
+    entries = {}
+    for name in metadata.tensors:
+        layouts = stored_arrays(metadata, name)
+        stored = {key: header[key].open(path) for key in layouts}
+        _check_mapped(metadata, name, stored, str(path))
+        for key, (dtype, _) in layouts.items():
+            if dtype != np.uint8:  # what is coded stays on the disk, and is decoded from there
+                stored[key] = np.array(stored[key])
+        entries[name] = decode_entries(metadata, name, stored, str(path))
+    records = {name: each.record for name, each in entries.items()}
+    return replace(metadata, tensors=records), entries
+
+
+def _check_mapped(
+    metadata: AdapterMetadata, name: str, stored: Mapping[str, Array], source: str
+) -> None:
+    """Check plain indices before they are copied: a file may be a hole, of terabytes at no cost."""
+    record, key = metadata.tensors[name], indices_key(name)
+    if record.stream("indices").coding is Coding.PLAIN:
+        check_indices(f"{source}: {key}", stored[key], record.shape)
 
 
 def _write(
     path: Path,
     metadata: AdapterMetadata,
-    mode: Mode,
     indices: Mapping[str, Array],
     contents: Mapping[str, Array],
+    base: BaseEntries | None,
     overwrite: bool,
 ) -> AdapterMetadata:
     tensors: dict[str, Array] = {}
     records = {}
-    _check_names(path, metadata, mode, indices, contents)
     for name, record in metadata.tensors.items():
         check_indices(f"{path}: {name}", indices[name], record.shape)
-        stored = encode_indices(record.encoding, indices[name], record.numel)
-        content = np.ascontiguousarray(contents[name])
-        tensors[indices_key(name)] = np.ascontiguousarray(stored)
-        tensors[_content_key(metadata, name)] = content
-        records[name] = replace(record, count=stored.size, digest=digest(stored, content))
+        entries = None
+        if base is not None and metadata.may_need_base and metadata.values_dtype == "float32":
+            entries = base(name, record, indices[name])
+            check_base(f"{path}: {name}", record, entries)
+        records[name], stored, content = encode_entries(
+            metadata.mode, record, indices[name], contents[name], entries
+        )
+        tensors[indices_key(name)] = stored
+        tensors[content_key(metadata, name)] = content
     config = _to_json(path, replace(metadata, tensors=records))
     written = AdapterMetadata.from_config(json.loads(config), str(path))
     check_tensors(written, tensors, str(path))

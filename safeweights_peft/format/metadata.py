@@ -1,107 +1,44 @@
-"""What an adapter says about itself: typed records, and their JSON form in ``adapter_config.json``.
+"""What an adapter says about itself, and its JSON form in ``adapter_config.json``.
 
-Here live the records, their strict checks, and the names of tensors in the safetensors file.
-Reading and writing files does not (see ``io``). The normative text is ``docs/format.md``.
+Here live the description as a whole, its checks, and the content id. What it says of one parameter
+does not (see ``records``), nor reading and writing files (see ``io``). The normative text is
+``docs/format.md``.
 """
 
 import hashlib
-import math
-import re
+import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
-from safeweights_peft.delta import DTYPES, MAX_NUMEL, WEIGHT_DTYPES, Array
-from safeweights_peft.errors import CorruptAdapterError, FormatError, UnsupportedVersionError
-from safeweights_peft.format.blocks import Block, check_blocks
-from safeweights_peft.format.fields import Fields
+import numpy as np
 
-__all__ = [
-    "FORMAT_VERSION",
-    "PEFT_TYPE",
-    "AdapterMetadata",
-    "Block",
-    "Encoding",
-    "Mode",
-    "TensorRecord",
-    "entries_by_block",
-    "indices_key",
-    "parse_key",
-    "record_from_json",
-    "record_to_json",
-    "scores_key",
-    "values_key",
-]
+from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, index_dtype
+from safeweights_peft.errors import (
+    CorruptAdapterError,
+    FormatError,
+    SafeWeightsWarning,
+    UnsupportedVersionError,
+)
+from safeweights_peft.format.fields import Fields
+from safeweights_peft.format.records import (
+    RECORD_FIELDS,
+    Encoding,
+    Mode,
+    TensorRecord,
+    check_name,
+    record_from_json,
+    record_to_json,
+)
+from safeweights_peft.format.streams import STEPS
 
 FORMAT_VERSION = 1
+FORMAT_MINOR = 1
 PEFT_TYPE = "SAFEWEIGHTS"
 
-_PREFIX = "base_model.model."
-_MAX_NAME = 1000
-_KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.safeweights_(?P<kind>indices|values|scores)__(?P<own>[^.]+)"
-)
-_RECORD_FIELDS = frozenset(
-    "shape dtype count encoding digest base_digest merged_digest blocks tied_keys".split()
-)
-_BLOCK_FIELDS = frozenset("key shape offset strides".split())
-
-
-class Mode(StrEnum):
-    """Kind of artifact: a safety patch (SET) or a safety map (SPA)."""
-
-    SET = "set"
-    SPA = "spa"
-
-    @property
-    def artifact(self) -> str:
-        """What messages call it."""
-        return {Mode.SET: "safety patch", Mode.SPA: "safety map"}[self]
-
-
-class Encoding(StrEnum):
-    """How indices and values are laid out; closed: a reader refuses any other name."""
-
-    PLAIN = "plain"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorRecord:
-    """What an adapter records for one parameter.
-
-    Attributes:
-        shape: Shape of the parameter in memory.
-        dtype: Name of its dtype in the checkpoint, a key of ``WEIGHT_DTYPES``.
-        count: Number of selected entries.
-        blocks: The checkpoint tensors that hold it.
-        tied_keys: Other checkpoint tensors that get the same edit where a base has them on disk.
-        encoding: Layout of indices and values in the file.
-        digest: Digest of the stored index bytes, then the stored value or score bytes.
-        base_digest: Digest of the base's entries at the indices, in ``dtype``.
-        merged_digest: Digest of the merged entries at the adapter's scale; None for a safety map.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    count: int = 0
-    blocks: tuple[Block, ...]
-    tied_keys: tuple[str, ...] = ()
-    encoding: Encoding = Encoding.PLAIN
-    digest: str | None = None
-    base_digest: str | None = None
-    merged_digest: str | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of entries of the parameter."""
-        return math.prod(self.shape)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Every checkpoint key that the record names."""
-        return tuple(block.key for block in self.blocks) + self.tied_keys
+_FRAME_OVERHEAD_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +66,28 @@ class AdapterMetadata:
     tensors: dict[str, TensorRecord]
 
     @property
-    def content_id(self) -> str:
-        """What the adapter stores, as one digest; see "Digests" in ``docs/format.md``."""
-        lines = (f"{name} {self.tensors[name].digest}\n" for name in sorted(self.tensors))
+    def content_id(self) -> str | None:
+        """What the adapter does to which base, as one digest; see "Identity" in ``docs/format.md``.
+
+        None where a content digest is missing, as in the header of a file of format 1.0.
+        """
+        records = [(name, self.tensors[name]) for name in sorted(self.tensors)]
+        if any(record.content_digest is None for _, record in records):
+            return None
+        scale = np.float32(self.scale).tobytes()[::-1].hex()
+        lines = [f"safeweights {FORMAT_VERSION} {self.mode} {scale}\n"]
+        lines += [_identity(name, record) for name, record in records]
         return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether values are stored as steps from the base's entries."""
+        return any(record.needs_base for record in self.tensors.values())
+
+    @property
+    def may_need_base(self) -> bool:
+        """Whether values may be stored as steps from the base's entries: the sum must be theirs."""
+        return self.mode is Mode.SET and self.scale == 1.0
 
     def to_config(self) -> dict[str, Any]:
         """Make the content of ``adapter_config.json``, with the keys that PEFT asks for.
@@ -148,6 +103,7 @@ class AdapterMetadata:
             "inference_mode": True,
             "target_modules": None,
             "format_version": FORMAT_VERSION,
+            "format_minor": FORMAT_MINOR,
             "mode": self.mode.value,
             "scale": self.scale,
             "values_dtype": self.values_dtype,
@@ -171,7 +127,7 @@ class AdapterMetadata:
             The metadata, complete with the digests that its mode asks for.
         """
         fields = Fields(config, source)
-        _check_version(fields)
+        newer = _check_version(fields)
         mode = Mode(fields.one_of("mode", [mode.value for mode in Mode]))
         metadata = cls(
             mode=mode,
@@ -181,188 +137,29 @@ class AdapterMetadata:
             scale=fields.number("scale"),
             transformers_version=fields.optional("transformers_version", str),
             selection=fields.take("selection", dict),
-            tensors=dict(_records_from_json(fields)),
+            tensors=dict(_records_from_json(fields, newer)),
         )
         _check_complete(metadata, fields)
         return metadata
 
 
-def record_to_json(record: TensorRecord) -> dict[str, Any]:
-    """Turn a record into plain JSON.
-
-    Args:
-        record: The record.
-
-    Returns:
-        A JSON object with every field of the record.
-    """
-    return {
-        "shape": list(record.shape),
-        "dtype": record.dtype,
-        "count": record.count,
-        "encoding": record.encoding.value,
-        "digest": record.digest,
-        "base_digest": record.base_digest,
-        "merged_digest": record.merged_digest,
-        "blocks": [
-            {
-                "key": block.key,
-                "shape": list(block.shape),
-                "offset": block.offset,
-                "strides": list(block.strides),
-            }
-            for block in record.blocks
-        ],
-        "tied_keys": list(record.tied_keys),
-    }
+def _identity(name: str, record: TensorRecord) -> str:
+    """What the content id says of one parameter; only the name may hold spaces."""
+    shape = json.dumps(record.shape, separators=(",", ":"))
+    digests = f"{record.content_digest} {record.base_digest} {record.merged_digest or '-'}"
+    return f"{name} {shape} {record.dtype} {digests}\n"
 
 
-def record_from_json(data: Any, where: str) -> TensorRecord:
-    """Check one record; digests may still be null, as in an adapter that is being trained.
-
-    Args:
-        data: The JSON object.
-        where: What messages call it.
-
-    Returns:
-        The record.
-
-    Raises:
-        CorruptAdapterError: A field is missing, unknown, of a wrong type, or contradicts another.
-    """
-    fields = Fields(data, where)
-    fields.only(_RECORD_FIELDS)
-    record = TensorRecord(
-        shape=fields.integers("shape", least=1),
-        dtype=fields.one_of("dtype", WEIGHT_DTYPES),
-        count=fields.integer("count", least=0),
-        encoding=fields.member("encoding", Encoding),
-        digest=fields.digest("digest"),
-        base_digest=fields.digest("base_digest"),
-        merged_digest=fields.digest("merged_digest"),
-        blocks=tuple(_blocks_from_json(fields)),
-        tied_keys=fields.texts("tied_keys"),
-    )
-    if record.numel > MAX_NUMEL:
-        raise CorruptAdapterError(
-            fields.message("shape", "fewer than 2**63 entries", str(list(record.shape)))
-        )
-    if record.count > record.numel:
-        raise CorruptAdapterError(
-            fields.message("count", f"at most {record.numel}", str(record.count))
-        )
-    if record.tied_keys and len(record.blocks) != 1:
-        raise CorruptAdapterError(
-            fields.message("tied_keys", "none beside several blocks", repr(record.tied_keys))
-        )
-    check_blocks(where, record.blocks, record.numel)
-    return record
-
-
-def entries_by_block(
-    record: TensorRecord, indices: Array
-) -> dict[str, tuple[Array | slice, Array]]:
-    """Sort a parameter's entries by the checkpoint tensor that holds them.
-
-    Args:
-        record: The parameter's record.
-        indices: Its checked flat indices; ``(count,)``.
-
-    Returns:
-        For each block's key the positions into ``indices``, and the flat indices in that tensor.
-    """
-    return {block.key: block.locate(indices) for block in record.blocks}
-
-
-def indices_key(parameter: str) -> str:
-    """Name the safetensors entry that holds a parameter's indices.
-
-    Args:
-        parameter: The parameter's name in memory, with a module path.
-
-    Returns:
-        The key.
-    """
-    return _tensor_key(parameter, "indices")
-
-
-def values_key(parameter: str) -> str:
-    """Name the safetensors entry that holds a parameter's values.
-
-    Args:
-        parameter: The parameter's name in memory, with a module path.
-
-    Returns:
-        The key.
-    """
-    return _tensor_key(parameter, "values")
-
-
-def scores_key(parameter: str) -> str:
-    """Name the safetensors entry that holds a parameter's scores.
-
-    Args:
-        parameter: The parameter's name in memory, with a module path.
-
-    Returns:
-        The key.
-    """
-    return _tensor_key(parameter, "scores")
-
-
-def parse_key(key: str) -> tuple[str, str]:
-    """Undo :func:`indices_key`, :func:`values_key` and :func:`scores_key`.
-
-    Args:
-        key: A name in the safetensors file.
-
-    Returns:
-        The parameter's name in memory, and "indices", "values" or "scores".
-
-    Raises:
-        CorruptAdapterError: The name has another form.
-    """
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise CorruptAdapterError(
-            f"{key}: expected a name like {_PREFIX}<module>.safeweights_indices__<parameter>, "
-            "found another; remove this tensor"
-        )
-    return f"{match['module']}.{match['own']}", match["kind"]
-
-
-def _tensor_key(parameter: str, kind: str) -> str:
-    module, _, own = parameter.rpartition(".")
-    if not module or not own:
-        raise CorruptAdapterError(
-            f"{parameter}: expected a parameter of a named module, found none; "
-            "select parameters of submodules only"
-        )
-    return f"{_PREFIX}{module}.safeweights_{kind}__{own}"
-
-
-def _records_from_json(fields: Fields) -> Iterator[tuple[str, TensorRecord]]:
+def _records_from_json(fields: Fields, newer: bool) -> Iterator[tuple[str, TensorRecord]]:
     for name, data in fields.take("tensors", dict).items():
-        if not name.isprintable() or len(name) > _MAX_NAME:
-            asked = f"printable names of at most {_MAX_NAME} characters"
-            raise CorruptAdapterError(fields.message("tensors", asked, repr(name)))
+        check_name(fields, "tensors", name)
+        if newer and isinstance(data, dict):
+            data = {key: value for key, value in data.items() if key in RECORD_FIELDS}
         yield name, record_from_json(data, f"{fields.where}: {name}")
 
 
-def _blocks_from_json(fields: Fields) -> Iterator[Block]:
-    for number, data in enumerate(fields.take("blocks", list)):
-        block = Fields(data, f"{fields.where}: blocks[{number}]")
-        block.only(_BLOCK_FIELDS)
-        yield Block(
-            key=block.take("key", str),
-            shape=block.integers("shape", least=1),
-            offset=block.integer("offset", least=0),
-            strides=block.integers("strides", least=1),
-        )
-
-
-def _check_version(fields: Fields) -> None:
-    """Refuse what another method or another format version has written."""
+def _check_version(fields: Fields) -> bool:
+    """Refuse what another method or another format version has written; tell a newer minor one."""
     peft_type = fields.data.get("peft_type")
     if peft_type != PEFT_TYPE:
         raise FormatError(
@@ -375,6 +172,15 @@ def _check_version(fields: Fields) -> None:
             f"{fields.where}: format_version: expected {FORMAT_VERSION}, "
             f"found {str(version)[:80]}; install a newer safeweights_peft"
         )
+    minor = fields.integer("format_minor", least=0) if "format_minor" in fields.data else 0
+    if minor > FORMAT_MINOR:
+        warnings.warn(
+            f"{fields.where}: format_minor: expected at most {FORMAT_MINOR}, found "
+            f"{str(minor)[:80]}, so what is new in it is ignored; install a newer safeweights_peft",
+            SafeWeightsWarning,
+            stacklevel=2,
+        )
+    return minor > FORMAT_MINOR
 
 
 def _check_complete(metadata: AdapterMetadata, fields: Fields) -> None:
@@ -383,15 +189,43 @@ def _check_complete(metadata: AdapterMetadata, fields: Fields) -> None:
         raise CorruptAdapterError(fields.message("tensors", "at least one parameter", "none"))
     patch = metadata.mode is Mode.SET
     for name, record in metadata.tensors.items():
-        indices_key(name)
+        if "." not in name:
+            raise CorruptAdapterError(fields.message(name, "a parameter of a named module", "none"))
         if record.digest is None or record.base_digest is None:
             raise CorruptAdapterError(fields.message(name, "a digest and a base_digest", "null"))
         if (record.merged_digest is not None) != patch:
             asked = "a merged_digest" if patch else "no merged_digest"
             raise CorruptAdapterError(fields.message(name, asked, str(record.merged_digest)))
+        if record.encoding is Encoding.COMPACT:
+            _check_streams(metadata, record, Fields({}, f"{fields.where}: {name}"))
     keys = Counter(key for record in metadata.tensors.values() for key in record.keys)
     for key, uses in keys.items():
         if uses > 1:
             raise CorruptAdapterError(
                 fields.message(repr(key), "each checkpoint key once", f"{uses} uses")
             )
+
+
+def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fields) -> None:
+    """Check what a compact record says of its streams against the adapter as a whole."""
+    content = "values" if metadata.mode is Mode.SET else "scores"
+    if record.streams.keys() != {"indices", content}:
+        found = ", ".join(record.streams) or "none"
+        raise CorruptAdapterError(fields.message("streams", f"indices and {content}", found))
+    for kind, stream in record.streams.items():
+        plain = index_dtype(record.numel) if kind == "indices" else DTYPES[metadata.values_dtype]
+        coded = WEIGHT_DTYPES[record.dtype] if stream.coding in STEPS else plain
+        frames = len(stream.planes(record.count, coded.itemsize))
+        if len(stream.sizes) != frames:
+            asked, found = f"bytes of {frames} frames", f"{len(stream.sizes)}"
+            raise CorruptAdapterError(fields.message(f"streams: {kind}", asked, found))
+        # Whoever loads by shape makes room for so many bytes before the first of them is seen.
+        most = record.count * plain.itemsize + _FRAME_OVERHEAD_BYTES * frames
+        if stream.size_bytes > most:
+            asked, found = f"at most {most} bytes", f"{stream.size_bytes}"
+            raise CorruptAdapterError(fields.message(f"streams: {kind}: bytes", asked, found))
+    fits = metadata.may_need_base and metadata.values_dtype == "float32"
+    if record.streams[content].coding in STEPS and not fits:
+        asked = "scale 1 and values_dtype float32 beside steps"
+        found = f"{metadata.scale} and {metadata.values_dtype}"
+        raise CorruptAdapterError(fields.message(f"streams: {content}", asked, found))

@@ -4,10 +4,12 @@
 ``entries`` tells what they are once merged, ``merging`` writes them as a new checkpoint (``card``
 is its card), ``in_place`` into the same one (``undo`` is its journal), ``planning`` foretells both,
 ``protecting`` puts a base's entries back into a tuned model, ``differing`` makes a patch of two
-checkpoints, ``exporting`` one for other programs, ``verifying`` checks adapters, bases and merged
-models (``comparing`` these). Merging inside a loaded model is PEFT's: see ``tuner``.
+checkpoints, ``exporting`` one for other programs, ``converting`` writes one in another encoding,
+``verifying`` checks adapters, bases and merged models (``comparing`` these). Merging inside a
+loaded model is PEFT's: see ``tuner``.
 """
 
+from safeweights_peft.merge.converting import ConvertReport, convert
 from safeweights_peft.merge.differing import (
     Change,
     Kept,
@@ -19,7 +21,7 @@ from safeweights_peft.merge.differing import (
 )
 from safeweights_peft.merge.entries import merged_entries
 from safeweights_peft.merge.exporting import export_vllm_patch
-from safeweights_peft.merge.fit import base_state, copies, gather_entries
+from safeweights_peft.merge.fit import base_entries, base_state, copies, gather_entries
 from safeweights_peft.merge.in_place import UnmergeReport, merge_in_place, unmerge
 from safeweights_peft.merge.merging import MergeReport, merge
 from safeweights_peft.merge.patches import MergedPatch, Overlap
@@ -30,6 +32,7 @@ from safeweights_peft.merge.verifying import Check, Verdict, VerifyReport, verif
 __all__ = [
     "Change",
     "Check",
+    "ConvertReport",
     "Kept",
     "MergeReport",
     "MergedPatch",
@@ -38,10 +41,12 @@ __all__ = [
     "UnmergeReport",
     "Verdict",
     "VerifyReport",
+    "base_entries",
     "base_state",
     "changed_keys",
     "check_exact",
     "check_patch",
+    "convert",
     "copies",
     "export_vllm_patch",
     "find_change",

@@ -9,7 +9,7 @@ from safeweights_peft.merge.patches import Overlap, Patch
 
 CARD_FILE = "README.md"
 
-_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
@@ -26,15 +26,14 @@ def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
     """
     metadata = patches[0].adapter.metadata
     lines = ["---", "library_name: transformers", "tags:", "- safeweights"]
-    name = metadata.base_model_name_or_path or ""
-    if _HUB_ID.fullmatch(name):
-        lines += [f"base_model: {name}", "base_model_relation: finetune"]
+    if hub_id := base_hub_id(metadata):
+        lines += [f"base_model: {hub_id}", "base_model_relation: finetune"]
     lines += [
         "---",
         "",
-        f"# {_base_name(metadata)} with safety patches",
+        f"# {base_name(metadata)} with safety patches",
         "",
-        f"Base: {_base_name(metadata)}"
+        f"Base: {base_name(metadata)}"
         + (f", commit {metadata.revision}" if metadata.revision else "")
         + ". Only the entries that the patches name differ from it.",
         "",
@@ -44,7 +43,7 @@ def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
     for patch in patches:
         told = patch.described
         lines.append(
-            f"| {_plain(Path(told.adapter).resolve().name)} | `{told.content_id}` | {told.scale:g} "
+            f"| {plain(Path(told.adapter).resolve().name)} | `{told.content_id}` | {told.scale:g} "
             f"| {told.entries:,} |"
         )
     if overlap:
@@ -59,12 +58,39 @@ def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _base_name(metadata: AdapterMetadata) -> str:
-    """Name the base: by its Hub id, or its directory's own name."""
-    name = metadata.base_model_name_or_path or "a base model"
-    return _plain(name if _HUB_ID.fullmatch(name) else Path(name).name)
+def base_hub_id(metadata: AdapterMetadata) -> str | None:
+    """Find the base's id on the Hub.
+
+    Args:
+        metadata: An adapter's description.
+
+    Returns:
+        The id, or None if the base was a directory, which has no commit but may look like an id.
+    """
+    name = metadata.base_model_name_or_path or ""
+    return name if metadata.revision and HUB_ID.fullmatch(name) else None
 
 
-def _plain(text: str) -> str:
-    """Keep what stands in a table's cell from being read as Markdown or HTML."""
-    return re.sub(r"[^\w.,/ -]", "_", text)
+def base_name(metadata: AdapterMetadata) -> str:
+    """Name the base for people.
+
+    Args:
+        metadata: An adapter's description.
+
+    Returns:
+        Its Hub id, or its directory's own name.
+    """
+    path = metadata.base_model_name_or_path or "a base model"
+    return base_hub_id(metadata) or plain(Path(path).name)
+
+
+def plain(text: str) -> str:
+    """Keep what stands in a table's cell from being read as Markdown or HTML.
+
+    Args:
+        text: Anything.
+
+    Returns:
+        The text with an underscore for every character that could be markup.
+    """
+    return re.sub(r"[^\w.,+/ -]", "_", text)

@@ -12,7 +12,7 @@ import numpy as np
 from safeweights_peft.checkpoint import CheckpointReader, in_threads
 from safeweights_peft.delta import Array, add_rounded, bits_differ, digest, sum_rounded
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError
-from safeweights_peft.format import Adapter, TensorRecord
+from safeweights_peft.format import AnyPatch, TensorRecord
 from safeweights_peft.merge.fit import base_state, copies, gather_entries
 from safeweights_peft.merge.patches import (
     Patch,
@@ -43,7 +43,7 @@ class MergedParameter:
 
 
 def merged_entries(
-    reader: CheckpointReader, adapters: Sequence[Adapter]
+    reader: CheckpointReader, adapters: Sequence[AnyPatch]
 ) -> dict[str, tuple[Array, Array]]:
     """Compute the entries that patches change, from their base; only these entries are read.
 
@@ -98,16 +98,17 @@ def _merge(
     """Add up the values of patches for one parameter, and check both its ends."""
     terms = []
     for patch in patches:
-        delta, record = patch.delta(name), patch.adapter.metadata.tensors.get(name)
-        if delta is None or record is None:
+        own = patch.indices(name)
+        if own is None:
             continue
-        scale = patch.described.scale
-        where = ... if delta.count == indices.size else np.searchsorted(indices, delta.indices)
-        terms.append((where, delta.values, scale))
+        scale, record = patch.described.scale, patch.adapter.metadata.tensors[name]
+        where = ... if own.size == indices.size else np.searchsorted(indices, own)
         if digest(base[where]) != record.base_digest:
             _refuse_base(reader, patches, name)
+        values = patch.adapter.values(name, base[where])
+        terms.append((where, values, scale))
         if scale == patch.adapter.metadata.scale:
-            found = digest(add_rounded(base[where], delta.values, scale))
+            found = digest(add_rounded(base[where], values, scale))
             if found != record.merged_digest:
                 raise MergeError(
                     f"{name}: expected merged entries with digest {record.merged_digest}, found "

@@ -14,7 +14,7 @@ from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array, index_dtype
 from safeweights_peft.errors import MergeError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
-from safeweights_peft.format import Adapter, entries_by_block, read_adapter
+from safeweights_peft.format import AnyPatch, entries_by_block, read_patch
 from safeweights_peft.merge.entries import merged_entries
 from safeweights_peft.merge.fit import PathLike, copies
 
@@ -43,7 +43,7 @@ def export_vllm_patch(
     """
     check_target(Path(out_dir), overwrite, MergeError)
     check_apart(Path(out_dir), {"base_dir": base_dir, "adapter_dir": adapter_dir}, MergeError)
-    adapter, reader = read_adapter(adapter_dir), CheckpointReader(base_dir)
+    adapter, reader = read_patch(adapter_dir), CheckpointReader(base_dir)
     found = _entries_by_key(reader, adapter)
     header = {
         "format": PATCH_FORMAT,
@@ -73,7 +73,7 @@ def export_vllm_patch(
     }
 
 
-def _entries_by_key(reader: CheckpointReader, adapter: Adapter) -> dict[str, tuple[Array, Array]]:
+def _entries_by_key(reader: CheckpointReader, adapter: AnyPatch) -> dict[str, tuple[Array, Array]]:
     """Sort merged entries by the tensor on disk that holds them; tied copies get the same."""
     found = {}
     for name, (indices, entries) in merged_entries(reader, [adapter]).items():

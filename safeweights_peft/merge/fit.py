@@ -10,7 +10,7 @@ from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
 from safeweights_peft.errors import BaseMismatchError, CheckpointError
 from safeweights_peft.files import read_json
-from safeweights_peft.format import AdapterMetadata, TensorRecord, entries_by_block
+from safeweights_peft.format import AdapterMetadata, BaseEntries, TensorRecord, entries_by_block
 
 PathLike = str | os.PathLike[str]
 
@@ -67,6 +67,22 @@ def gather_entries(
         _check_tensor(reader, name, block.key, block.shape, record.dtype)
     pieces = entries_by_block(record, indices)
     return reader.gather_pieces(pieces, indices.size, WEIGHT_DTYPES[record.dtype])
+
+
+def base_entries(reader: CheckpointReader) -> BaseEntries:
+    """Give a base's entries to what decodes a patch or encodes it.
+
+    Args:
+        reader: The base.
+
+    Returns:
+        A function that reads a parameter's entries, by name, record and flat indices.
+    """
+
+    def read(name: str, record: TensorRecord, indices: Array) -> Array:
+        return gather_entries(reader, name, copies(reader, record)[0], indices)
+
+    return read
 
 
 def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:

@@ -6,16 +6,16 @@ Here live each patch's factor and the overlap of patches. Their sum does not: se
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
 
-from safeweights_peft.delta import Array, SparseDelta
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import MergeError
-from safeweights_peft.format import Adapter, Mode, TensorRecord, read_adapter, read_metadata
+from safeweights_peft.format import AnyPatch, Mode, TensorRecord, read_metadata, read_patch
 from safeweights_peft.merge.fit import PathLike
 
 OnOverlap = Literal["add", "error"]
@@ -68,19 +68,19 @@ class Patch:
         described: What reports say of it.
     """
 
-    adapter: Adapter
+    adapter: AnyPatch
     described: MergedPatch
 
-    def delta(self, name: str) -> SparseDelta | None:
-        """Look up its change of a parameter.
+    def indices(self, name: str) -> Array | None:
+        """Look up which entries of a parameter it changes.
 
         Args:
             name: The parameter.
 
         Returns:
-            The change; None if it leaves the parameter alone.
+            The flat indices, ``(count,)``; None if it leaves the parameter alone.
         """
-        return self.adapter.deltas.get(name)
+        return self.adapter.indices.get(name)
 
 
 def read_patches(adapters: Adapters) -> list[Patch]:
@@ -104,7 +104,7 @@ def read_patches(adapters: Adapters) -> list[Patch]:
     return patches
 
 
-def describe_patch(adapter: Adapter, source: str, scale: float = 1.0) -> Patch:
+def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
     """Say what is merged of a patch that has been read.
 
     Args:
@@ -117,9 +117,9 @@ def describe_patch(adapter: Adapter, source: str, scale: float = 1.0) -> Patch:
     """
     described = MergedPatch(
         adapter=source,
-        content_id=adapter.metadata.content_id,
+        content_id=str(adapter.metadata.content_id),
         scale=_factor(adapter.metadata.scale, scale),
-        entries=sum(delta.count for delta in adapter.deltas.values()),
+        entries=sum(each.size for each in adapter.indices.values()),
     )
     return Patch(adapter, described)
 
@@ -159,7 +159,7 @@ def changed_entries(patches: Sequence[Patch], name: str) -> Array:
     Returns:
         Flat indices, ascending and unique; ``(count,)``.
     """
-    each = [delta.indices for patch in patches if (delta := patch.delta(name)) is not None]
+    each = [found for patch in patches if (found := patch.indices(name)) is not None]
     return reduce(np.union1d, each[1:], each[0])
 
 
@@ -201,11 +201,11 @@ def overlaps(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> tuple[O
 
 def _overlaps(patches: Sequence[Patch]) -> Iterator[Overlap]:
     for left, right in combinations(patches, 2):
-        for name, delta in left.adapter.deltas.items():
-            other = right.delta(name)
+        for name, indices in left.adapter.indices.items():
+            other = right.indices(name)
             if other is None:
                 continue
-            shared = np.intersect1d(delta.indices, other.indices, assume_unique=True).size
+            shared = np.intersect1d(indices, other, assume_unique=True).size
             if shared:
                 yield Overlap(left.described.adapter, right.described.adapter, name, shared)
 
@@ -216,7 +216,7 @@ def _read(directory: PathLike, scale: float) -> Patch:
             f"{directory}: expected a safety patch, found a safety map, which has no values; "
             "train with it instead"
         )
-    return describe_patch(read_adapter(directory), str(directory), scale)
+    return describe_patch(read_patch(directory), str(directory), scale)
 
 
 def _factor(own: float, requested: float) -> float:
@@ -247,10 +247,15 @@ def _check_pair(left: Patch, right: Patch) -> None:
             )
 
 
-def _homes(adapter: Adapter) -> dict[str, tuple[str, TensorRecord]]:
+def _homes(adapter: AnyPatch) -> dict[str, tuple[str, TensorRecord]]:
     """Tell of each checkpoint key which parameter it belongs to, and how that is laid out."""
     layouts = {
-        name: replace(record, count=0, digest=None, base_digest=None, merged_digest=None)
+        name: TensorRecord(
+            shape=record.shape,
+            dtype=record.dtype,
+            blocks=record.blocks,
+            tied_keys=record.tied_keys,
+        )
         for name, record in adapter.metadata.tensors.items()
     }
     return {key: (name, layout) for name, layout in layouts.items() for key in layout.keys}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.checkpoint import THREADS, WINDOW_BYTES, files_to_copy
+from safeweights_peft.delta import DTYPES, index_dtype
 from safeweights_peft.merge.edits import Edit, edits
 from safeweights_peft.merge.fit import PathLike
 from safeweights_peft.merge.in_place import check_own_files
@@ -61,21 +62,23 @@ def plan(
         page_bytes, merged_bytes = page_bytes + _page_bytes(edit), merged_bytes + edit.merged.nbytes
     if out_dir is None:
         check_own_files(reader)
-        write_bytes, disk_bytes, held_bytes = undo_bytes, undo_bytes + page_bytes, 0
+        write_bytes, disk_bytes, new_bytes = undo_bytes, undo_bytes + page_bytes, 0
     else:
         write_bytes = disk_bytes = sum(files_to_copy(reader).values())
-        held_bytes = merged_bytes
+        new_bytes = merged_bytes
     place = reader.directory if out_dir is None else _existing_parent(Path(out_dir))
     free_bytes = shutil.disk_usage(place).free
-    deltas = [delta for patch in patches for delta in patch.adapter.deltas.values()]
+    held = [
+        (index_dtype(record.numel).itemsize + DTYPES[metadata.values_dtype].itemsize) * record.count
+        for metadata in (patch.adapter.metadata for patch in patches)
+        for record in metadata.tensors.values()
+    ]
     return {
         "tensors": tensors,
         "entries": count_entries(patches),
         "overlap": [asdict(each) for each in shared],
         "write_bytes": write_bytes,
-        "memory_bytes": THREADS * min(largest, WINDOW_BYTES)
-        + sum(delta.size_bytes for delta in deltas)
-        + held_bytes,
+        "memory_bytes": THREADS * min(largest, WINDOW_BYTES) + sum(held) + new_bytes,
         "seconds": round(time.perf_counter() - started + disk_bytes / WRITE_RATE, 1),
         "free_bytes": free_bytes,
         "fits": write_bytes <= free_bytes,

@@ -16,9 +16,8 @@ from safeweights_peft.delta import DTYPES, Array, bits_differ
 from safeweights_peft.errors import BaseMismatchError, MergeError
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.format import (
-    Adapter,
+    Artifact,
     Mode,
-    SafetyMap,
     TensorRecord,
     entries_by_block,
     read_artifact,
@@ -106,7 +105,7 @@ def protect(
     )
 
 
-def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: SafetyMap | Adapter) -> None:
+def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: Artifact) -> None:
     """Overwrite an artifact's entries in a changed copy of its base with the base's own.
 
     Args:
@@ -118,7 +117,7 @@ def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: SafetyMap
         _put_back(base, draft, artifact, name, copies(base, record))
 
 
-def _check_base(base: CheckpointReader, artifact: SafetyMap | Adapter) -> None:
+def _check_base(base: CheckpointReader, artifact: Artifact) -> None:
     """Refuse a base without the safety that is to be kept: that of a patch must be merged in."""
     state = base_state(base, artifact.metadata, artifact.indices)
     if artifact.metadata.mode is Mode.SET and state == "base":
@@ -128,9 +127,7 @@ def _check_base(base: CheckpointReader, artifact: SafetyMap | Adapter) -> None:
         )
 
 
-def _tuned_copies(
-    tuned: CheckpointReader, name: str, artifact: SafetyMap | Adapter
-) -> Iterator[TensorRecord]:
+def _tuned_copies(tuned: CheckpointReader, name: str, artifact: Artifact) -> Iterator[TensorRecord]:
     """Find a parameter in the tuned checkpoint, tied copies included, in the dtype it has there."""
     for copy in copies(tuned, artifact.metadata.tensors[name]):
         for block in copy.blocks:
@@ -153,7 +150,7 @@ def _tuned_copies(
 def _put_back(
     base: CheckpointReader,
     draft: CheckpointDraft,
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     name: str,
     found: list[TensorRecord],
 ) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from safeweights_peft.checkpoint import CheckpointReader, Progress
 from safeweights_peft.errors import CheckpointError, CorruptAdapterError, SafeWeightsError
 from safeweights_peft.files import read_header
-from safeweights_peft.format import Adapter, SafetyMap, read_artifact, read_metadata
+from safeweights_peft.format import Artifact, SafetyMap, read_artifact, read_metadata
 from safeweights_peft.format.io import TENSORS_FILE
 from safeweights_peft.merge.comparing import (
     check_entries,
@@ -130,7 +130,7 @@ def verify(
     return VerifyReport(content_id, tuple(log.checks))
 
 
-def _check_adapter(folder: Path, log: _Log) -> Adapter | SafetyMap:
+def _check_adapter(folder: Path, log: _Log) -> Artifact:
     """Read an adapter: what can't be parsed is none, what breaks another rule is a broken one."""
     metadata = read_metadata(folder)
     read_header(folder / TENSORS_FILE, CorruptAdapterError)
@@ -143,7 +143,7 @@ def _check_adapter(folder: Path, log: _Log) -> Adapter | SafetyMap:
 
 
 def _check_base(
-    artifact: Adapter | SafetyMap,
+    artifact: Artifact,
     adapter_dir: PathLike,
     base_dir: PathLike | None,
     why_none: str,
@@ -161,7 +161,7 @@ def _check_base(
         return None
     log.end("holds the base values")
     _check_commit(Path(base_dir), artifact.metadata.revision, log)
-    if isinstance(artifact, Adapter):
+    if not isinstance(artifact, SafetyMap):
         log.begin("result")
         tensors = sum(1 for _ in edits(reader, read_patches(adapter_dir)))
         log.end(f"merges into {tensors} tensors to the entries that it promises")
@@ -185,7 +185,7 @@ def _check_commit(base: Path, recorded: str | None, log: _Log) -> None:
 
 
 def _check_merged(
-    artifact: Adapter | SafetyMap,
+    artifact: Artifact,
     adapter_dir: PathLike,
     base: CheckpointReader | None,
     merged_dir: PathLike,
@@ -205,7 +205,7 @@ def _check_merged(
     pairs = match_tensors(base, merged, artifact.metadata)
     log.end(f"{len(pairs)} tensors, in the base's dtypes and shapes")
     log.begin("weights")
-    patches = read_patches(adapter_dir) if isinstance(artifact, Adapter) else []
+    patches = [] if isinstance(artifact, SafetyMap) else read_patches(adapter_dir)
     compare_tensors(base, merged, pairs, edits(base, patches), progress)
     log.end("every entry is the base's, or what the adapter makes of it")
     log.begin("files")

@@ -8,9 +8,9 @@ from safeweights_peft.modeling.layout import (
     total_parameters,
 )
 from safeweights_peft.modeling.loading import (
+    MODEL_FILES,
     BaseModel,
     build_empty,
-    download,
     load_classifier,
     load_model,
     load_tokenizer,
@@ -20,13 +20,13 @@ from safeweights_peft.modeling.loading import (
 )
 
 __all__ = [
+    "MODEL_FILES",
     "ROUTER_NAMES",
     "AnswerBatch",
     "BaseModel",
     "answer_logits",
     "build_empty",
     "describe",
-    "download",
     "eligible_parameters",
     "last_columns",
     "load_classifier",

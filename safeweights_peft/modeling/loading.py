@@ -19,6 +19,7 @@ from transformers import (
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
+from safeweights_peft.fetching import download
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -71,35 +72,6 @@ def resolve_base(
             "give the directory that save_pretrained wrote, or a Hub id"
         )
     return BaseModel(base, path, commit)
-
-
-def download(
-    source: str, patterns: Sequence[str], wanted: str, revision: str | None = None
-) -> Path:
-    """Downloads files of a Hub repository into the cache, unless they are there.
-
-    Args:
-        source: the Hub id.
-        patterns: which files.
-        wanted: what the user was to give, for the message.
-        revision: branch, tag or commit; the default branch if None.
-
-    Returns:
-        The snapshot's directory, which is named by its commit.
-
-    Raises:
-        ModelError: there is no such repository, or it can't be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{source}: expected {wanted}, found neither ({error}); "
-            "check the spelling, the network and your access"
-        ) from error
 
 
 def pick_device(device: str | None = None) -> torch.device:

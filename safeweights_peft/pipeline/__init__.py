@@ -11,6 +11,7 @@ from safeweights_peft.pipeline.probing import count_evaluations, probe
 from safeweights_peft.pipeline.progress import Progress, Quiet
 from safeweights_peft.pipeline.protecting import protect_lora, protect_tuned
 from safeweights_peft.pipeline.reporting import report_map
+from safeweights_peft.pipeline.reproducing import Recorded, find_recorded, reproduce
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
@@ -31,6 +32,7 @@ __all__ = [
     "ProbeSettings",
     "Progress",
     "Quiet",
+    "Recorded",
     "ScoreSettings",
     "TrainSettings",
     "count_evaluations",
@@ -42,6 +44,7 @@ __all__ = [
     "export_patch",
     "export_supertuning",
     "figures",
+    "find_recorded",
     "load_model",
     "load_patched",
     "preserve_model",
@@ -49,6 +52,7 @@ __all__ = [
     "protect_lora",
     "protect_tuned",
     "report_map",
+    "reproduce",
     "score",
     "summarise",
     "train",

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
 from safeweights_peft.errors import ModelError
-from safeweights_peft.format import Adapter, Mode, SafetyMap, write_adapter
+from safeweights_peft.format import Adapter, Artifact, Mode, write_adapter
 from safeweights_peft.merge import gather_entries
 from safeweights_peft.modeling import BaseModel
 from safeweights_peft.training import lora_correction
@@ -49,7 +49,7 @@ Without the correction the LoRA moves those weights. `safeweights protect --lora
 """
 
 
-def correct(model: PeftModel, artifact: SafetyMap | Adapter) -> dict[str, Array]:
+def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
     """Computes what takes a LoRA's part at frozen entries out again.
 
     Args:
@@ -75,7 +75,7 @@ def write_corrected(
     folder: Path,
     model: PeftModel,
     base: BaseModel,
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     values: Mapping[str, Array],
 ) -> None:
     """Writes a LoRA, its correction and a card into a folder.
@@ -102,7 +102,7 @@ def write_corrected(
 
 
 def build_correction(
-    reader: CheckpointReader, artifact: SafetyMap | Adapter, values: Mapping[str, Array]
+    reader: CheckpointReader, artifact: Artifact, values: Mapping[str, Array]
 ) -> Adapter:
     """Makes a safety patch of values at an artifact's entries.
 

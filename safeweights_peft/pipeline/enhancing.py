@@ -11,10 +11,12 @@ from safeweights_peft.data import read_rows
 from safeweights_peft.errors import DataError
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.format import inspect
+from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.modeling import resolve_base
 from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.progress import Progress
 from safeweights_peft.pipeline.provenance import check_made_with
+from safeweights_peft.pipeline.recording import RunSettings, record_run
 from safeweights_peft.pipeline.resuming import once
 from safeweights_peft.pipeline.scoring import score
 from safeweights_peft.pipeline.settings import (
@@ -38,8 +40,8 @@ def enhance_model(
     """Makes a model safer and measures what that did.
 
     Each step leaves its result in `out`: ``before.json``, ``map/``, ``patch/``, ``after.json``,
-    ``result.json``. A step whose result is there is not run again, so an interrupted job goes on
-    where it stopped when it is called again with the same settings.
+    ``reproduce.json``, ``result.json``. A step whose result is there is not run again, so an
+    interrupted job goes on where it stopped when it is called again with the same settings.
 
     Args:
         base: directory or Hub id of the base model.
@@ -59,13 +61,9 @@ def enhance_model(
     score_settings = score_settings or ScoreSettings()
     train_settings = train_settings or TrainSettings()
     evaluate_settings = evaluate_settings or EvaluateSettings()
-    settings = {
-        "base": base,
-        "score": asdict(score_settings),
-        "train": asdict(train_settings),
-        "evaluate": asdict(evaluate_settings),
-        "compute": asdict(compute or ComputeSettings()),
-    }
+    compute = compute or ComputeSettings()
+    told = RunSettings(base, score_settings, train_settings, evaluate_settings, compute)
+    settings = asdict(told)
     _check_inputs(base, score_settings, train_settings, evaluate_settings, compute)
     _claim(out, settings)
 
@@ -81,6 +79,11 @@ def enhance_model(
     after = once(out / "after.json", lambda: measure(patch))
     check_made_with(after, patch, out / "after.json")
     result = summarise(patch, before, after) | {"settings": settings}
+    recorded = once(
+        out / REPRODUCE,
+        lambda: asdict(record_run(told, patch, result["before"], result["after"])),
+    )
+    check_made_with(recorded, patch, out / REPRODUCE)
     write_json(out / "result.json", result)
     return result
 
@@ -118,10 +121,10 @@ def _check_inputs(
     score: ScoreSettings,
     train: TrainSettings,
     evaluate: EvaluateSettings,
-    compute: ComputeSettings | None,
+    compute: ComputeSettings,
 ) -> None:
     """Finds out now, not hours later, that the base or a source of requests is missing."""
-    resolve_base(base, compute.revision if compute else None)
+    resolve_base(base, compute.revision)
     for source in dict.fromkeys((score.harmful, train.harmful, train.benign)):
         read_rows(source)
     check_requests(evaluate)

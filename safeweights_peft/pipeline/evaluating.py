@@ -24,7 +24,7 @@ from safeweights_peft.evaluation import (
     measure_utility,
     over_refusal_rate,
 )
-from safeweights_peft.format import Adapter, SafetyMap, read_artifact
+from safeweights_peft.format import Artifact, read_artifact
 from safeweights_peft.modeling import (
     BaseModel,
     load_model,
@@ -89,7 +89,7 @@ def evaluate(
     }
 
 
-def _read_patch(adapter: Path | None) -> SafetyMap | Adapter | None:
+def _read_patch(adapter: Path | None) -> Artifact | None:
     """Reads what a content id names: a safety patch, and not a LoRA."""
     return read_artifact(adapter) if adapter and is_patch(adapter) else None
 

@@ -22,12 +22,11 @@ from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, bits
 from safeweights_peft.errors import MergeError, UnsupportedFeatureError
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.format import Adapter, read_adapter
-from safeweights_peft.merge import export_vllm_patch, gather_entries, merged_entries
+from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
+from safeweights_peft.merge import base_entries, export_vllm_patch, gather_entries, merged_entries
 from safeweights_peft.modeling import BaseModel, build_empty
-from safeweights_peft.pipeline.patched import ADAPTER_FILES, find_base
+from safeweights_peft.pipeline.patched import find_base
 from safeweights_peft.tuner.entries import to_numpy
-
-CONFIG_FILE, TENSORS_FILE = ADAPTER_FILES
 
 
 def export_patch(
@@ -178,7 +177,8 @@ def _open(
     adapter_dir: Path, out: Path, base: str | None, overwrite: bool
 ) -> tuple[Adapter, BaseModel]:
     check_target(out, overwrite, MergeError)
-    adapter, found = read_adapter(adapter_dir), find_base(base, [adapter_dir])
+    found = find_base(base, [adapter_dir])
+    adapter = read_adapter(adapter_dir, base_entries(CheckpointReader(found.path)))
     check_apart(out, {"the base": found.path, "the patch": adapter_dir}, MergeError)
     return adapter, found
 

@@ -8,6 +8,7 @@ are those of a merged checkpoint, whatever the weights are loaded in.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,20 +18,20 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
+from safeweights_peft.fetching import latest_commit
 from safeweights_peft.files import read_json
-from safeweights_peft.format import Adapter, read_adapter
+from safeweights_peft.format import AnyPatch, read_patch
+from safeweights_peft.format.io import CONFIG_FILE
 from safeweights_peft.format.metadata import PEFT_TYPE
+from safeweights_peft.hub import fetch_adapter
 from safeweights_peft.merge import merged_entries
-from safeweights_peft.modeling import BaseModel, download, pick_device, resolve_base
+from safeweights_peft.modeling import BaseModel, pick_device, resolve_base
 from safeweights_peft.modeling import load_model as load_base
 from safeweights_peft.pipeline.adapting import CORRECTION
 from safeweights_peft.tuner.entries import to_torch
 from safeweights_peft.tuner.fit import find_parameter
 
 PathLike = str | os.PathLike[str]
-
-CONFIG_FILE = "adapter_config.json"
-ADAPTER_FILES = [CONFIG_FILE, "adapter_model.safetensors"]
 
 
 def load_model(
@@ -43,13 +44,15 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Loads a base with safety patches, at the commit that they were made for.
 
+    A warning says so if the base's main branch has moved on from there.
+
     Several patches add up: where they share an entry, their values are added in the order given,
     in float32, and the sum is rounded once.
 
     Args:
         base: directory or Hub id; what the first adapter names if None. A base by the name that an
             adapter records is taken at the commit recorded there.
-        adapters: directory or Hub id of a safety patch, or several.
+        adapters: directory or Hub id of a safety patch, perhaps ``@REVISION``, or several.
         merge: whether to merge the patches while loading; if not, they are PEFT adapters, all
             active, that can be switched off and unmerged.
         dtype: what to load the weights in; "auto" is the checkpoint's own. Merged entries are
@@ -68,6 +71,7 @@ def load_model(
         raise ModelError("adapters: expected at least one, found none; give a safety patch")
     folders = [_find_adapter(each) for each in given]
     found, place = find_base(base, folders), pick_device(device)
+    _tell_moved(found)
     if merge:
         return load_patched(found, folders, dtype, place)
     model = load_base(found, dtype, place)
@@ -96,17 +100,18 @@ def load_patched(
     loras = [each for each in adapters if not is_patch(each)]
     patches = [each for each in adapters if is_patch(each)]
     patches += [each / CORRECTION for each in loras if (each / CORRECTION).is_dir()]
+    read = [read_patch(each) for each in patches]  # a broken one is told before a base is loaded
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
-    if patches:
-        _put_merged(model, base, [read_adapter(each) for each in patches])
+    if read:
+        _put_merged(model, base, read)
     for each in loras:
         model = PeftModel.from_pretrained(model, str(each)).merge_and_unload()
     return model if dtype == "auto" else model.to(dtype)
 
 
 @torch.no_grad()
-def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[Adapter]) -> None:
+def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[AnyPatch]) -> None:
     """Writes merged entries over the base's own, in the loaded weights."""
     records = {name: each for patch in patches for name, each in patch.metadata.tensors.items()}
     for name, (indices, entries) in merged_entries(CheckpointReader(base.path), patches).items():
@@ -124,15 +129,34 @@ def is_patch(adapter: Path) -> bool:
 
     Returns:
         What its config says.
+
+    Raises:
+        FormatError: its config names no method.
     """
-    return read_json(adapter / CONFIG_FILE, FormatError).get("peft_type") == PEFT_TYPE
+    config = adapter / CONFIG_FILE
+    method = read_json(config, FormatError).get("peft_type")
+    if not isinstance(method, str):
+        raise FormatError(
+            f"{config}: peft_type: expected a method of PEFT, such as {PEFT_TYPE}, found "
+            f"{str(method)[:80]}; give the directory of an adapter"
+        )
+    return method == PEFT_TYPE
 
 
 def _find_adapter(adapter: PathLike) -> Path:
     path = Path(adapter)
-    if path.is_dir():
-        return path
-    return download(str(adapter), ADAPTER_FILES, "an adapter's directory or Hub id")
+    return path if path.is_dir() else fetch_adapter(str(adapter))
+
+
+def _tell_moved(base: BaseModel) -> None:
+    """Warns that a base has moved on, though the commit that is wanted is still there."""
+    latest = latest_commit(base.name) if base.revision else None
+    if latest not in (None, base.revision):
+        warnings.warn(
+            f"{base.name}: expected commit {base.revision}, which the patch was made for, at the "
+            f"tip of main, found {latest}; the former is loaded",
+            stacklevel=3,
+        )
 
 
 def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:

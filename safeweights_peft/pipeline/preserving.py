@@ -18,7 +18,7 @@ from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, draft
 from safeweights_peft.data import Row, data_digest, encode_example, read_rows
 from safeweights_peft.errors import CheckpointError, ModelError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
-from safeweights_peft.format import Adapter, SafetyMap, TensorRecord, read_artifact
+from safeweights_peft.format import Artifact, TensorRecord, read_artifact
 from safeweights_peft.merge import base_state, copies
 from safeweights_peft.modeling import (
     BaseModel,
@@ -132,7 +132,7 @@ def preserve_model(
 def _describe(
     base: BaseModel,
     map_dir: Path,
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     data: str,
     rows: Sequence[Row],
 ) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _matrix_dtype(
 def _save(
     model: nn.Module,
     layout: Mapping[str, TensorRecord],
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     reader: CheckpointReader,
     out: Path,
     record: dict[str, Any],

@@ -33,7 +33,7 @@ from safeweights_peft.evaluation import (
     zeros,
 )
 from safeweights_peft.files import check_apart, check_target, publish, write_json
-from safeweights_peft.format import Adapter, Mode, SafetyMap, read_artifact, read_map, write_map
+from safeweights_peft.format import Artifact, Mode, read_artifact, read_map, write_map
 from safeweights_peft.merge import copies, gather_entries
 from safeweights_peft.modeling import (
     BaseModel,
@@ -184,7 +184,7 @@ def _check_settings(settings: ProbeSettings) -> None:
             )
 
 
-def _check_entries(base: BaseModel, artifact: SafetyMap | Adapter) -> None:
+def _check_entries(base: BaseModel, artifact: Artifact) -> None:
     """Checks on disk, in the checkpoint's own dtype, that the map is the base's."""
     reader, metadata = CheckpointReader(base.path), artifact.metadata
     for name, record in metadata.tensors.items():
@@ -196,7 +196,7 @@ def _check_entries(base: BaseModel, artifact: SafetyMap | Adapter) -> None:
                 check_merged(name, entries, record, metadata.scale)
 
 
-def _check_layout(model: PreTrainedModel, base: BaseModel, artifact: SafetyMap | Adapter) -> None:
+def _check_layout(model: PreTrainedModel, base: BaseModel, artifact: Artifact) -> None:
     """Checks that the entries in memory are those that were found on disk."""
     for name, found in describe(model, artifact.indices, base.path).items():
         record = artifact.metadata.tensors[name]
@@ -211,7 +211,7 @@ def _check_layout(model: PreTrainedModel, base: BaseModel, artifact: SafetyMap |
 def _describe(
     base: BaseModel,
     map_dir: Path,
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     asker: Asker,
     scored: Sequence[Row],
 ) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _describe(
 def _find_bottom(
     model: PreTrainedModel,
     base: BaseModel,
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     asker: Asker,
     rows: list[Row],
     settings: ScoreSettings,

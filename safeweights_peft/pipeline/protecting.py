@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 from safeweights_peft.checkpoint import CheckpointReader, draft_copy
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, ModelError
+from safeweights_peft.fetching import download
 from safeweights_peft.files import check_apart, check_target, publish, write_json
-from safeweights_peft.format import Adapter, SafetyMap, read_artifact
+from safeweights_peft.format import Artifact, read_artifact
 from safeweights_peft.merge import protect, put_back
 from safeweights_peft.modeling import (
     BaseModel,
     describe,
-    download,
     load_model,
     pick_device,
     resolve_base,
@@ -182,7 +182,7 @@ def _describe(
     base: BaseModel,
     map_dir: Path,
     out: Path,
-    artifact: SafetyMap | Adapter,
+    artifact: Artifact,
     correction: Mapping[str, Array],
 ) -> dict[str, Any]:
     """Records what a LoRA was protected from doing: which entries it would move, and how far."""

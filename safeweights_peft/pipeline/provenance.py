@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.errors import DataError
-from safeweights_peft.format import Adapter, SafetyMap, read_artifact
+from safeweights_peft.format import Artifact, read_artifact
 from safeweights_peft.modeling import BaseModel
 
 
-def made_with(base: BaseModel, artifact: SafetyMap | Adapter | None) -> dict[str, Any]:
+def made_with(base: BaseModel, artifact: Artifact | None) -> dict[str, Any]:
     """Says what a result is made with, to be put into its record.
 
     Args:

@@ -10,6 +10,7 @@ from safeweights_peft.report.tables import (
     pattern_rows,
     probe_rows,
     rate_text,
+    reproduction_rows,
     size_text,
     verdict_lines,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "probe_rows",
     "rate_text",
     "render_page",
+    "reproduction_rows",
     "size_text",
     "verdict_lines",
 ]

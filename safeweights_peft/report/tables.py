@@ -56,6 +56,35 @@ def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row
     return rows
 
 
+def reproduction_rows(comparison: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Lays out a run beside the same run made again.
+
+    Args:
+        comparison: what `reproduce` returned.
+
+    Returns:
+        A head, then rows of (what, recorded, made again, verdict), as text; what differs in the
+        environment stands at the end.
+    """
+    verdicts = {True: "same", False: "DIFFERS"}
+    rows = [("", "recorded", "made again", "")]
+    for key, title in (("content_id", "content id"), ("merged_digest", "merged entries")):
+        told = comparison[key]
+        short = (told[each].removeprefix("sha256:")[:12] for each in ("recorded", "found"))
+        rows.append((title, *short, verdicts[told["recorded"] == told["found"]]))
+    if entries := comparison["entries"]:
+        told = f"{entries['shared']:,} in common, IoU {entries['iou']:.4f}"
+        rows.append(("entries", f"{entries['recorded']:,}", f"{entries['found']:,}", told))
+    for key, told in comparison["rates"].items():
+        stage, _, rate = key.partition(".")
+        title = f"{'ASR' if rate == 'attack_success_rate' else 'over-refusal'} {stage}"
+        verdict = "within the interval" if told["within"] else "OUTSIDE the interval"
+        rows.append((title, rate_text(told["recorded"]), rate_text(told["found"]), verdict))
+    for key, told in comparison["environment"].items():
+        rows.append((key, str(told["recorded"]), str(told["found"]), "another environment"))
+    return rows
+
+
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Lays out one evaluation's figures.
 

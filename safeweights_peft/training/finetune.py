@@ -31,7 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from safeweights_peft.data import IGNORED, Example, endless_shuffle
 from safeweights_peft.errors import TrainingError
-from safeweights_peft.training.preserve import Artifact, preserve
+from safeweights_peft.training.preserve import ArtifactOrPath, preserve
 
 BATCHES_SORTED = 16
 """Batches sorted by length together; unsorted, a third or more of their tokens is padding."""
@@ -83,7 +83,7 @@ def fine_tune(
     model: PreTrainedModel | PeftModel,
     pad_token_id: int,
     examples: Sequence[Example],
-    artifact: Artifact,
+    artifact: ArtifactOrPath,
     settings: PreserveSettings,
     work_dir: Path,
     dtype: torch.dtype = torch.float32,

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import Adapter, Mode, SafetyMap, TensorRecord, read_artifact
+from safeweights_peft.format import Artifact, Mode, TensorRecord, read_artifact
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.training.adapters import (
     check_adapters,
@@ -40,14 +40,14 @@ from safeweights_peft.tuner.entries import check_base, check_merged, to_torch
 
 logger = logging.getLogger(__name__)
 
-Artifact = SafetyMap | Adapter | str | os.PathLike[str]
+ArtifactOrPath = Artifact | str | os.PathLike[str]
 """A safety map or a safety patch, or its directory."""
 
 _WHOLE = "train it whole, on one device or with DDP"
 
 
 @contextmanager
-def preserve(model: nn.Module, artifact: Artifact) -> Iterator[None]:
+def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
     """Keeps the entries of a safety map or patch bit for bit as they are while the model trains.
 
     ::
@@ -111,7 +111,7 @@ class SafetyPreservingCallback(TrainerCallback):
     to evaluate what was trained, use `preserve`.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: ArtifactOrPath) -> None:
         """Takes a map or a patch, which is checked when training begins.
 
         Args:
@@ -168,7 +168,7 @@ class SafetyPreservingCallback(TrainerCallback):
 
 
 def lora_correction(
-    model: nn.Module, artifact: Artifact, adapter: str = "default"
+    model: nn.Module, artifact: ArtifactOrPath, adapter: str = "default"
 ) -> dict[str, Tensor]:
     """Tells what takes a LoRA adapter's part at the entries of a safety map or patch out again.
 
@@ -202,7 +202,7 @@ def lora_correction(
 class _Guard:
     """All hooks that protect one model, from ``attach`` to ``detach``."""
 
-    def __init__(self, model: nn.Module, artifact: Artifact) -> None:
+    def __init__(self, model: nn.Module, artifact: ArtifactOrPath) -> None:
         """Does all checks, and changes nothing yet."""
         artifact, model = _read(artifact), _unwrap(model)
         entries, adapted = _frozen_entries(model, artifact), has_adapters(model)
@@ -232,11 +232,11 @@ class _Guard:
             torch.compiler.reset()
 
 
-def _read(artifact: Artifact) -> SafetyMap | Adapter:
-    return artifact if isinstance(artifact, SafetyMap | Adapter) else read_artifact(artifact)
+def _read(artifact: ArtifactOrPath) -> Artifact:
+    return artifact if isinstance(artifact, Artifact) else read_artifact(artifact)
 
 
-def _frozen_entries(model: nn.Module, artifact: SafetyMap | Adapter) -> list[FrozenEntries]:
+def _frozen_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
     """Finds the entries of whatever stands for an artifact's parameters in a model, all checked."""
     metadata = artifact.metadata
     kind = metadata.mode.artifact

@@ -31,6 +31,7 @@ class SafeWeightsConfig(PeftConfig):
     Attributes:
         target_modules: Always None: ``tensors`` names the parameters.
         format_version: Version of the file format.
+        format_minor: Which of the additions to that version the file may use.
         mode: "set" for a safety patch, "spa" for a safety map, which is loaded to train under it.
         scale: Finite factor on the values.
         values_dtype: Storage dtype of the values; in memory they are float32.
@@ -41,6 +42,7 @@ class SafeWeightsConfig(PeftConfig):
 
     target_modules: None = field(default=None, metadata={"help": "Always None; see `tensors`."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format version."})
+    format_minor: int = field(default=0, metadata={"help": "Additions to that version."})
     mode: str = field(default="set", metadata={"help": "'set' or 'spa'."})
     scale: float = field(default=1.0, metadata={"help": "Finite factor on the values."})
     values_dtype: str = field(default="float32", metadata={"help": "Storage dtype of the values."})

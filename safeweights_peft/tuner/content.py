@@ -1,7 +1,7 @@
-"""What an adapter holds: made for a model, summed, described for its config, checked on loading.
+"""What an adapter holds: made for a model, summed, described for its config and saved.
 
 Here live the indices, values and digests of whole adapters. Where PEFT calls for them stands in
-``model``; the format's own rules in ``format``.
+``model``; how they are loaded, in ``loading``; the format's own rules in ``format``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,26 +19,26 @@ from safeweights_peft.delta import (
     Array,
     SparseDelta,
     add_rounded,
-    check_finite,
     digest,
     index_dtype,
 )
 from safeweights_peft.errors import (
     BaseMismatchError,
-    CorruptAdapterError,
     ModelError,
     UnsupportedFeatureError,
 )
 from safeweights_peft.format import (
+    FORMAT_MINOR,
     AdapterMetadata,
+    Encoding,
     Mode,
     TensorRecord,
-    indices_key,
     record_from_json,
     record_to_json,
-    values_key,
 )
+from safeweights_peft.format.entries import encode_entries
 from safeweights_peft.tuner.config import SafeWeightsConfig
+from safeweights_peft.tuner.containers import is_coded
 from safeweights_peft.tuner.entries import check_base, to_numpy, to_torch
 from safeweights_peft.tuner.fit import find_parameter
 from safeweights_peft.tuner.layer import named_layers, selected_parameters
@@ -149,6 +149,7 @@ def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "defaul
     dtype = getattr(torch, model.peft_config[adapter_name].values_dtype)
     with torch.no_grad():
         for each in selected_parameters(model, adapter_name):
+            each.layer.check([adapter_name])
             values = each.values[adapter_name]
             values.copy_(values.to(dtype))
 
@@ -210,6 +211,8 @@ def stored_tensors(
                 continue
             key = f"{path}.safeweights_{{}}__{each.own}.{adapter}".format
             indices, values = state_dict[key("indices")], state_dict[key("values")]
+            if is_coded(indices) or is_coded(values):  # as before the check
+                indices, values = each.indices[adapter], each.values[adapter].detach()
             values = values.to(getattr(torch, config.values_dtype))
             if isinstance(values, DTensor):
                 raise UnsupportedFeatureError(
@@ -222,7 +225,7 @@ def stored_tensors(
             entries = _base_entries(each, adapter, state_dict, f"{path}.base_layer.{each.own}")
             record = _with_digests(record, delta, entries, config.scale)
             records[each.name] = record_to_json(record)
-    config.tensors = records
+    config.tensors, config.format_minor = records, FORMAT_MINOR
     return stored
 
 
@@ -236,68 +239,14 @@ def _base_entries(
     return base.flatten().index_select(0, indices.to(base.device))
 
 
-def accept_new(
-    parts: Sequence[SelectedParameter],
-    adapter: str,
-    metadata: AdapterMetadata,
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Check the base for a new adapter whose tensors have passed the format's checks.
-
-    Args:
-        parts: The parameters in which it selects entries.
-        adapter: The adapter's name.
-        metadata: Its description.
-        tensors: Its tensors, by names in the file.
-    """
-    parts = [each for each in parts if not each.parameter.is_meta]
-    for each in parts:
-        indices = tensors[indices_key(each.name)].to(each.parameter.device)
-        check_base(each.name, each.originals(indices), metadata.tensors[each.name])
-    for each in parts:
-        each.indices[adapter].copy_(tensors[indices_key(each.name)])
-        each.layer.mark_checked(adapter)
-
-
-def check_again(
-    parts: Sequence[SelectedParameter], adapter: str, tensors: Mapping[str, Array]
-) -> None:
-    """Check tensors that are loaded into an adapter that is in use, as when training resumes.
-
-    Args:
-        parts: The parameters in which it selects entries.
-        adapter: The adapter's name.
-        tensors: The tensors, by names in the file.
-
-    Raises:
-        CorruptAdapterError: They are not values for the same indices.
-    """
-    names = {key(each.name) for each in parts for key in (indices_key, values_key)}
-    for key in sorted(names ^ set(tensors)):
-        raise CorruptAdapterError(
-            f"adapter {adapter!r}: {key}: expected the same parameters as before, found others; "
-            "load this adapter under another name"
-        )
-    for each in parts:
-        indices, values = tensors[indices_key(each.name)], tensors[values_key(each.name)]
-        if values.shape != indices.shape or not np.array_equal(
-            indices, to_numpy(each.indices[adapter])
-        ):
-            raise CorruptAdapterError(
-                f"adapter {adapter!r}: {each.name}: expected the same indices as before, found "
-                "others; load this adapter under another name"
-            )
-        check_finite(f"adapter {adapter!r}: {values_key(each.name)}", values)
-
-
 def _with_digests(
     record: TensorRecord, delta: SparseDelta, entries: Tensor, scale: float
 ) -> TensorRecord:
     base = to_numpy(entries.to(getattr(torch, record.dtype)))
+    plain = replace(record, encoding=Encoding.PLAIN)
+    described, *_ = encode_entries(Mode.SET, plain, delta.indices, delta.values, None)
     return replace(
-        record,
-        count=delta.count,
-        digest=digest(delta.indices, delta.values),
+        described,
         base_digest=digest(base),
         merged_digest=digest(add_rounded(base, delta.values, scale)),
     )
@@ -309,7 +258,10 @@ def _common_record(name: str, configs: Sequence[SafeWeightsConfig]) -> TensorRec
         replace(
             record_from_json(config.tensors[name], name),
             count=0,
+            encoding=Encoding.PLAIN,
+            streams={},
             digest=None,
+            content_digest=None,
             base_digest=None,
             merged_digest=None,
         )

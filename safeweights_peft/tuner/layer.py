@@ -6,38 +6,26 @@ model around the wrappers in ``model``.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from safeweights_peft.delta import Array, index_dtype
-from safeweights_peft.errors import CorruptAdapterError, MergeError, ModelError
+from safeweights_peft.errors import MergeError, ModelError
 from safeweights_peft.format import (
     AdapterMetadata,
-    TensorRecord,
-    check_tensors,
+    Encoding,
     indices_key,
+    stored_arrays,
     values_key,
 )
-from safeweights_peft.tuner.entries import check_base, to_numpy
+from safeweights_peft.tuner.containers import Indices, Values, indices_room, values_room
+from safeweights_peft.tuner.loading import Content, decode_loaded, put
 from safeweights_peft.tuner.parameter import ForwardMode, SelectedParameter
-
-
-class _Values(nn.ParameterDict):
-    """The values of one parameter, by adapter; ``model.half()`` and the like leave their dtype."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
 
 class SafeWeightsLayer(nn.Module, BaseTunerLayer):
@@ -63,9 +51,15 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         self.forward_mode = ForwardMode.AUTO
         self.merged_adapters: list[str] = []
         self.adapter_layer_names: tuple[str, ...] = ()
-        self.other_param_names: tuple[str, ...] = ("scaling", "_metadata", "_unchecked")
+        self.other_param_names: tuple[str, ...] = (
+            "scaling",
+            "_metadata",
+            "_unchecked",
+            "_awaited",
+        )
         self._metadata: dict[str, AdapterMetadata] = {}
         self._unchecked: dict[str, None] = {}  # a dict, because PEFT deletes by key
+        self._awaited: dict[str, set[str]] = {}  # coded ones: what was not set so far
 
     def __getattr__(self, name: str) -> Any:
         """Look up what the wrapped module has, such as ``in_features`` or ``num_experts``."""
@@ -88,28 +82,28 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
             adapter: The adapter's name.
             metadata: Its description, with the records of this module's parameters only.
         """
-        for name, record in metadata.tensors.items():
-            self._add_parameter(name.rpartition(".")[2], adapter, record)
+        for name in metadata.tensors:
+            self._add_parameter(name, adapter, metadata)
         self.scaling[adapter] = metadata.scale
         self._metadata[adapter] = metadata
         self._unchecked[adapter] = None
+        if any(record.encoding is not Encoding.PLAIN for record in metadata.tensors.values()):
+            owned = [each for each in self.owned if adapter in each.values]
+            self._awaited[adapter] = {key for each in owned for key in each.containers}
 
-    def _add_parameter(self, own: str, adapter: str, record: TensorRecord) -> None:
+    def _add_parameter(self, name: str, adapter: str, metadata: AdapterMetadata) -> None:
+        own = name.rpartition(".")[2]
         if own not in self.selected:
-            values, indices = f"safeweights_values__{own}", f"safeweights_indices__{own}"
-            self.add_module(values, _Values())
-            self.add_module(indices, BufferDict(persistent=True))
+            selected = self.selected[own] = SelectedParameter(self, own)
+            values, indices = selected.containers
+            self.add_module(values, Values(partial(self._arrived, values)))
+            self.add_module(indices, Indices(partial(self._arrived, indices)))
             self.adapter_layer_names += (values,)
             self.other_param_names += (indices,)
-            self.selected[own] = SelectedParameter(self, own)
-        selected = self.selected[own]
-        wide = index_dtype(record.numel) == np.int64
+        selected, layouts = self.selected[own], stored_arrays(metadata, name)
         device = selected.parameter.device
-        selected.values[adapter] = nn.Parameter(torch.zeros(record.count, device=device))
-        # -1 is no index: what was never loaded cannot pass the checks.
-        selected.indices[adapter] = torch.full(
-            (record.count,), -1, dtype=torch.int64 if wide else torch.int32, device=device
-        )
+        selected.values[adapter] = values_room(layouts[values_key(name)], device)
+        selected.indices[adapter] = indices_room(layouts[indices_key(name)], device)
 
     def share(self, own: str, selected: SelectedParameter) -> None:
         """Use another layer's selected parameter, which this module's parameter is tied to.
@@ -164,25 +158,44 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def _check(self, adapter: str) -> None:
-        metadata, source = self._metadata[adapter], f"adapter {adapter!r}"
         held = [each for each in self.owned if adapter in each.values]
-        if any(each.parameter.is_meta for each in held):
-            return  # checked when there are entries to see
-        tensors: dict[str, Array] = {}
-        for each in held:
-            indices = to_numpy(each.indices[adapter])
-            if indices.size and (indices == -1).all():
-                raise CorruptAdapterError(
-                    f"{source}: {each.name}: expected loaded indices, found none; "
-                    "load a complete adapter, or use create_adapter"
-                )
-            values = each.values[adapter].to(getattr(torch, metadata.values_dtype))
-            tensors |= {indices_key(each.name): indices, values_key(each.name): to_numpy(values)}
-        check_tensors(metadata, tensors, source)
-        for each in held:
-            entries = each.originals(each.indices[adapter])
-            check_base(each.name, entries, metadata.tensors[each.name])
+        if not any(each.parameter.is_meta for each in held):  # when there are entries to see
+            self.accept(adapter, decode_loaded(held, adapter, self._metadata[adapter]))
+
+    def _arrived(self, container: str, adapter: str) -> None:
+        """Decode an adapter as transformers sets the last of its tensors.
+
+        Its check could wait for the first use; an optimizer that asks for its values could not.
+        """
+        awaited = self._awaited.get(adapter, set())
+        if container in awaited:
+            awaited.remove(container)
+            if not awaited:
+                self.check([adapter])
+
+    def accept(self, adapter: str, content: Mapping[str, Content]) -> None:
+        """Use an adapter's content from now on.
+
+        Args:
+            adapter: The adapter's name.
+            content: What it has for each parameter that is held here, checked.
+        """
+        self._awaited.pop(adapter, None)
+        for each in self.owned:
+            if adapter in each.values:
+                put(each, adapter, content[each.name])
         self.mark_checked(adapter)
+
+    def described(self, adapter: str) -> AdapterMetadata:
+        """Give an adapter's description, as :meth:`add_adapter` got it.
+
+        Args:
+            adapter: The adapter's name.
+
+        Returns:
+            The description, with the records of this module's parameters only.
+        """
+        return self._metadata[adapter]
 
     def mark_checked(self, adapter: str) -> None:
         """Note that an adapter's indices and values may be used.
@@ -348,7 +361,8 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
             new = state_dict.get(f"{prefix}safeweights_indices__{selected.own}.{adapter}")
             if new is None:
                 continue
-            if indices.is_meta or not torch.equal(new.to(indices.device), indices):
+            same = not indices.is_meta and new.dtype == indices.dtype
+            if not same or not torch.equal(new.to(indices.device), indices):
                 self._unchecked[adapter] = None
 
 

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.delta import Array
-from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import Mode, check_tensors
+from safeweights_peft.errors import ModelError, SafeWeightsError, UnsupportedFeatureError
+from safeweights_peft.format import Mode
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.content import (
-    accept_new,
-    check_again,
     create_adapter,
     describe_deltas,
     fill,
@@ -32,6 +30,7 @@ from safeweights_peft.tuner.content import (
 from safeweights_peft.tuner.entries import to_numpy
 from safeweights_peft.tuner.fit import check_fit, share_tied
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers, selected_parameters
+from safeweights_peft.tuner.loading import take_in
 from safeweights_peft.tuner.parameter import ForwardMode
 from safeweights_peft.tuner.protection import hold_back, protect
 
@@ -151,6 +150,15 @@ class SafeWeightsModel(BaseTuner):
         """
         super().delete_adapter(adapter_name)
         self._release(adapter_name)
+
+    def _take_out(self, adapter_name: str) -> None:
+        """Leave the model as it was before a broken adapter came; one that is in use stays."""
+        parts = selected_parameters(self.model, adapter_name)
+        is_used = bool(parts) and all(each.layer.is_checked(adapter_name) for each in parts)
+        if not is_used and adapter_name not in self._end_protection:
+            self.delete_adapter(adapter_name)
+            if not self.peft_config:
+                self.unload()
 
     def _prepare_adapter_config(
         self, peft_config: SafeWeightsConfig, model_config: dict[str, Any]
@@ -308,22 +316,18 @@ class SafeWeightsModel(BaseTuner):
             _FILE_PREFIX + key.removeprefix(_FILE_PREFIX): tensor
             for key, tensor in state_dict.items()
         }
-        arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
-        if config.mode == Mode.SPA:
-            _tuner(model)._protect(adapter_name, config, arrays)
-            return {}
-        parts = selected_parameters(model, adapter_name)
-        if all(each.layer.is_checked(adapter_name) for each in parts):
-            check_again(parts, adapter_name, arrays)
-        else:
-            source = f"adapter {adapter_name!r}"
-            metadata = config.to_metadata(source)
-            check_tensors(metadata, arrays, source)
-            accept_new(parts, adapter_name, metadata, stored)
-        return {
-            f"{key}.{adapter_name}": tensor.float() if tensor.is_floating_point() else tensor
-            for key, tensor in stored.items()
-        }
+        try:
+            if config.mode == Mode.SPA:
+                arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
+                _tuner(model)._protect(adapter_name, config, arrays)
+                return {}
+            loaded = take_in(selected_parameters(model, adapter_name), adapter_name, stored)
+        except SafeWeightsError:
+            tuner = getattr(model, "base_model", None)
+            if isinstance(tuner, SafeWeightsModel):
+                tuner._take_out(adapter_name)
+            raise
+        return {f"{key}.{adapter_name}": tensor for key, tensor in loaded.items()}
 
 
 def _tuner(model: nn.Module) -> SafeWeightsModel:

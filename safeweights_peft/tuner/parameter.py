@@ -115,14 +115,19 @@ class SelectedParameter:
         return getattr(self.layer.base_layer, self.own)
 
     @property
+    def containers(self) -> tuple[str, str]:
+        """The layer's names for ``values`` and ``indices``."""
+        return f"safeweights_values__{self.own}", f"safeweights_indices__{self.own}"
+
+    @property
     def values(self) -> nn.ParameterDict:
         """The float32 values by adapter; each ``(count,)``."""
-        return getattr(self.layer, f"safeweights_values__{self.own}")
+        return getattr(self.layer, self.containers[0])
 
     @property
     def indices(self) -> BufferDict:
         """The flat indices by adapter; each ``(count,)``."""
-        return getattr(self.layer, f"safeweights_indices__{self.own}")
+        return getattr(self.layer, self.containers[1])
 
     def settle(self) -> None:
         """Note which tensor may be overwritten: the one that is here outside of any forward."""

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import AdapterMetadata, check_tensors, indices_key
+from safeweights_peft.format import AdapterMetadata, check_tensors
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.entries import check_base, to_torch
@@ -78,10 +78,9 @@ def protect(
     Raises:
         BaseMismatchError: The model's entries are not those that the map was made for.
     """
-    check_tensors(metadata, tensors, _SOURCE)
-    entries = []
+    stored, entries = check_tensors(metadata, tensors, _SOURCE), []
     for name, record in metadata.tensors.items():
-        indices = to_torch(tensors[indices_key(name)])
+        indices = to_torch(stored[name].indices)
         frozen = FrozenEntries(name, find_parameter(model, name, record), indices)
         check_base(name, frozen.originals, record, metadata.mode.artifact)
         entries.append(frozen)

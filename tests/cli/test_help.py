@@ -20,12 +20,17 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "enhance",
         "eval",
         "export",
+        "extend-hf",
         "inspect",
+        "list",
         "merge",
         "preserve",
         "probe",
         "protect",
+        "pull",
+        "push",
         "report",
+        "reproduce",
         "score",
         "sign",
         "train",
@@ -53,7 +58,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_is_named_in_the_help_text(command: str) -> None:
     arguments = [each for each in main.commands[command].params if isinstance(each, click.Argument)]
-    assert arguments or command == "protect"  # whose inputs are alternatives
+    assert arguments or command in ("extend-hf", "list", "protect")  # which take options alone
     text = main.commands[command].help
     assert [each.name for each in arguments if each.human_readable_name not in text] == []
 
@@ -64,7 +69,8 @@ def test_every_command_can_print_json(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["enhance", "eval", "merge", "preserve", "probe", "score", "train"]
+    "command",
+    ["enhance", "eval", "merge", "preserve", "probe", "reproduce", "score", "train"],
 )
 def test_every_command_that_takes_long_has_a_dry_run(command: str) -> None:
     options = options_of(main.commands[command])

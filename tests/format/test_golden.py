@@ -68,13 +68,21 @@ def test_the_map_reads_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize("kind", ["patch", "map"])
-def test_a_rewritten_adapter_has_the_same_bytes(kind: str, tmp_path: Path) -> None:
+def test_a_rewritten_adapter_has_the_same_bytes_but_for_what_is_new(
+    kind: str, tmp_path: Path
+) -> None:
     if kind == "patch":
         write_adapter(tmp_path / kind, read_adapter(GOLDEN / kind))
     else:
         write_map(tmp_path / kind, read_map(GOLDEN / kind))
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / kind / name).read_bytes() == (GOLDEN / kind / name).read_bytes()
+    name = "adapter_model.safetensors"
+    assert (tmp_path / kind / name).read_bytes() == (GOLDEN / kind / name).read_bytes()
+    name = "adapter_config.json"
+    config = json.loads((tmp_path / kind / name).read_text())
+    assert config.pop("format_minor") == 1
+    for record in config["tensors"].values():
+        assert record.pop("content_digest").startswith("sha256:")
+    assert config == json.loads((GOLDEN / kind / name).read_text())
 
 
 def stored_bytes(path: Path) -> dict[str, tuple[str, list[int], bytes]]:

@@ -18,9 +18,11 @@ from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.format import (
     Adapter,
     AdapterMetadata,
+    Encoding,
     Mode,
     SafetyMap,
     check_tensors,
+    in_encoding,
     indices_key,
     inspect,
     read_adapter,
@@ -98,7 +100,8 @@ def test_what_is_written_is_read(
 def replace_contents(metadata: AdapterMetadata) -> AdapterMetadata:
     """Take out what the writer computes."""
     tensors = {
-        name: replace(record, count=0, digest=None) for name, record in metadata.tensors.items()
+        name: replace(record, count=0, digest=None, content_digest=None)
+        for name, record in metadata.tensors.items()
     }
     return replace(metadata, tensors=tensors)
 
@@ -310,3 +313,20 @@ def test_inspect_refuses_a_header_that_contradicts_the_config(tmp_path: Path) ->
     config.write_text(config.read_text().replace('"count": 2', '"count": 3'))
     with pytest.raises(CorruptAdapterError, match=r"expected int32 \[3\], found int32 \[2\]"):
         inspect(tmp_path / "patch")
+
+
+def test_values_that_say_nothing_are_stored_plain_so_that_no_file_is_a_bomb(tmp_path: Path) -> None:
+    """Zeros side by side would take a byte for thousands of entries, which no reader takes."""
+    name = "model.up.weight"
+    records = {name: dense(name, (64, 128), "bfloat16")}
+    patch = random_patch(records, random_checkpoint(records), density=1)
+    zeros = np.zeros(64 * 128, np.float32)
+    scores = {name: zeros}
+    safety_map = replace(as_map(patch), scores=scores)
+    metadata = in_encoding(safety_map.metadata, Encoding.COMPACT)
+    written = write_map(tmp_path / "map", replace(safety_map, metadata=metadata))
+    assert {kind: each.coding.value for kind, each in written.tensors[name].streams.items()} == {
+        "indices": "gaps8",
+        "scores": "plain",
+    }
+    np.testing.assert_array_equal(read_map(tmp_path / "map").scores[name], zeros)

@@ -1,6 +1,7 @@
 """Records and their JSON: what may stand in adapter_config.json."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeweights_peft.delta import DTYPES
-from safeweights_peft.errors import CorruptAdapterError, FormatError, UnsupportedVersionError
+from safeweights_peft.errors import (
+    CorruptAdapterError,
+    FormatError,
+    SafeWeightsWarning,
+    UnsupportedVersionError,
+)
 from safeweights_peft.format import (
     AdapterMetadata,
     Block,
@@ -27,8 +33,10 @@ from safeweights_peft.format import (
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 DIGEST = "sha256:" + "0a" * 32
+OTHER_DIGEST = "sha256:" + "0b" * 32
 
 texts = st.text(min_size=1, max_size=9)
+checkpoint_keys = texts.filter(lambda key: key.isprintable() and all(key.split(".")))
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -43,7 +51,7 @@ json_values = st.recursive(
 @st.composite
 def metadatas(draw: st.DrawFn) -> AdapterMetadata:
     mode = draw(st.sampled_from(Mode))
-    keys = draw(st.lists(texts, min_size=3, max_size=6, unique=True))
+    keys = draw(st.lists(checkpoint_keys, min_size=3, max_size=6, unique=True))
     tensors = {}
     for number, key in enumerate(keys[:2]):
         shape = tuple(draw(st.lists(st.integers(1, 9), max_size=3)))
@@ -236,7 +244,7 @@ def test_an_unknown_encoding_asks_for_a_newer_package() -> None:
     config = sound_config()
     config["tensors"][NAME]["encoding"] = "gaps"
     with pytest.raises(
-        UnsupportedVersionError, match=r"expected one of plain, found .gaps.; install"
+        UnsupportedVersionError, match=r"expected one of plain, compact, found .gaps.; install"
     ):
         AdapterMetadata.from_config(config, "here")
 
@@ -293,3 +301,115 @@ def test_a_parameter_without_a_module_is_refused(parameter: str) -> None:
 def test_other_tensor_names_are_refused(key: str) -> None:
     with pytest.raises(CorruptAdapterError, match="expected a name like"):
         parse_key(key)
+
+
+def sound_compact() -> dict[str, Any]:
+    """A config whose one record says how its streams are laid out."""
+    config = sound_config()
+    streams = {
+        "indices": {"coding": "gaps8", "escapes": 1, "bytes": [12]},
+        "values": {"coding": "plain", "escapes": 0, "bytes": []},
+    }
+    config["tensors"][NAME].update(encoding="compact", streams=streams)
+    return config
+
+
+def test_compact_records_survive_json() -> None:
+    metadata = AdapterMetadata.from_config(sound_compact(), "here")
+    again = json.loads(json.dumps(metadata.to_config()))
+    assert again["tensors"][NAME]["streams"] == sound_compact()["tensors"][NAME]["streams"]
+    assert AdapterMetadata.from_config(again, "there") == metadata
+
+
+def test_a_newer_minor_version_is_read_with_a_warning_and_what_is_new_ignored() -> None:
+    config = sound_compact() | {"format_minor": 7}
+    known = AdapterMetadata.from_config(sound_compact(), "here")
+    for record in config["tensors"].values():
+        record["importance"] = {"of": "the future"}
+    with pytest.warns(
+        SafeWeightsWarning, match="format_minor: expected at most 1, found 7"
+    ) as told:
+        found = AdapterMetadata.from_config(config, "here")
+    assert len(told) == 1
+    assert found == known
+
+
+def test_a_known_minor_version_has_no_unknown_fields() -> None:
+    for minor in (0, 1):
+        config = sound_config() | {"format_minor": minor}
+        config["tensors"][NAME]["importance"] = 1
+        with pytest.raises(CorruptAdapterError, match="'importance': expected only base_digest"):
+            AdapterMetadata.from_config(config, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"encoding": "bitmask"}, UnsupportedVersionError),
+        ({"streams": {"indices": {"coding": "rice", "escapes": 0, "bytes": [1]}}}, FormatError),
+        (
+            {"blocks": [{"key": "w", "shape": [2], "offset": 0, "strides": [1], "new": 1}]},
+            FormatError,
+        ),
+    ],
+)
+def test_a_newer_minor_version_cannot_change_what_is_known(
+    change: dict[str, Any], error: type[FormatError]
+) -> None:
+    config = sound_compact() | {"format_minor": 7}
+    config["tensors"][NAME].update(change)
+    with pytest.warns(SafeWeightsWarning), pytest.raises(error):
+        AdapterMetadata.from_config(config, "here")
+
+
+def identified(**changes: Any) -> AdapterMetadata:
+    """Metadata with every digest, and some of it changed."""
+    config = sound_config()
+    config["tensors"][NAME]["content_digest"] = DIGEST
+    for key, value in changes.items():
+        (config if key in config else config["tensors"][NAME])[key] = value
+    return AdapterMetadata.from_config(config, "here")
+
+
+def test_the_content_id_is_the_digest_of_what_the_format_says() -> None:
+    metadata = identified(scale=0.5)
+    (record,) = metadata.tensors.values()
+    shape = json.dumps(list(record.shape)).replace(" ", "")
+    text = (
+        "safeweights 1 set 3f000000\n"
+        f"{NAME} {shape} {record.dtype} {DIGEST} {record.base_digest} {record.merged_digest}\n"
+    )
+    assert metadata.content_id == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": 0.25},
+        {"shape": [24], "blocks": [], "tied_keys": []},
+        {"dtype": "float16"},
+        {"content_digest": OTHER_DIGEST},
+        {"base_digest": OTHER_DIGEST},
+        {"merged_digest": OTHER_DIGEST},
+    ],
+)
+def test_the_content_id_changes_with_all_that_decides_the_result(change: dict[str, Any]) -> None:
+    assert identified(**change).content_id != identified().content_id
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"digest": OTHER_DIGEST},
+        {"revision": "another"},
+        {"selection": {"seed": 9}},
+        {"values_dtype": "bfloat16"},
+        {"tied_keys": []},
+    ],
+)
+def test_the_content_id_stays_where_the_result_does(change: dict[str, Any]) -> None:
+    assert identified(**change).content_id == identified().content_id
+
+
+def test_a_file_of_format_1_0_has_no_content_id_in_its_config() -> None:
+    assert AdapterMetadata.from_config(sound_config(), "here").content_id is None

@@ -17,7 +17,15 @@ from safeweights_peft.pipeline import ComputeSettings, Method, enhance_model
 from tests.pipeline.conftest import Run
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
 
-FILES = ["settings.json", "before.json", "map", "patch", "after.json", "result.json"]
+FILES = [
+    "settings.json",
+    "before.json",
+    "map",
+    "patch",
+    "after.json",
+    "reproduce.json",
+    "result.json",
+]
 TASKS = [
     ("Asking harmful requests", 1),
     ("Scoring safety", 1),

@@ -1,6 +1,7 @@
 """Random patches of the tiny models, and their slow twins: the same change in a dense model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from safeweights_peft import create_adapter, read_adapter
+from safeweights_peft import create_adapter, read_adapter, write_adapter
 from safeweights_peft.delta import Array
-from safeweights_peft.format import AdapterMetadata, Mode
+from safeweights_peft.format import AdapterMetadata, Encoding, Mode, TensorRecord, in_encoding
 from safeweights_peft.modeling import describe
+from safeweights_peft.tuner.entries import to_numpy
 from safeweights_peft.tuner.layer import selected_parameters
 
 INPUT_IDS = torch.arange(2 * 12).view(2, 12) * 7 % 250
@@ -62,6 +64,18 @@ def patch_model(
 def save_patch(base: Path, out: Path, **options: object) -> Path:
     """Save a random patch of a base."""
     patch_model(load_base(base), base, **options).save_pretrained(out)
+    return out
+
+
+def compact(base: Path, patch: Path, out: Path) -> Path:
+    """Save a patch once more, in the compact encoding."""
+    model, adapter = load_base(base), read_adapter(patch)
+
+    def entries(name: str, record: TensorRecord, indices: Array) -> Array:
+        return to_numpy(model.get_parameter(name)).reshape(-1)[indices]
+
+    metadata = in_encoding(adapter.metadata, Encoding.COMPACT)
+    write_adapter(out, replace(adapter, metadata=metadata), base=entries)
     return out
 
 

@@ -11,6 +11,7 @@ import peft.mapping
 import pytest
 from packaging.version import Version
 from peft import PeftModel, PeftModelForCausalLM
+from peft.config import PeftConfigMixin
 from peft.tuners import tuners_utils
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -60,7 +61,10 @@ CALLS = [
     ),
     (PeftModelForCausalLM, "set_adapter", "adapter_name inference_mode"),
     (PeftModelForCausalLM, "get_base_model", ""),
+    (PeftConfigMixin, "_split_kwargs", "kwargs"),
 ]
+# What registry.py wraps.
+WRAPPED = [(PeftConfigMixin, "from_pretrained", "pretrained_model_name_or_path subfolder kwargs")]
 # Tables that registry.py writes to.
 TABLES = ["CONFIG", "PREFIX", "TUNER"]
 # Torch's hooks that layer.py overrides.
@@ -94,7 +98,7 @@ def test_peft_has_the_hook_of_the_layer(name):
     assert name in vars(SafeWeightsLayer)
 
 
-@pytest.mark.parametrize(("owner", "name", "expected"), CALLS)
+@pytest.mark.parametrize(("owner", "name", "expected"), CALLS + WRAPPED)
 def test_peft_has_what_is_called(owner, name, expected):
     assert parameters(owner, name) == expected.split()
 

@@ -1,0 +1,242 @@
+"""Files of the Hub, brought into its cache; and what can go wrong there, said in one line.
+
+Here live waiting and trying again, and the words for the Hub's errors. What a base model needs is
+the matter of ``modeling``, what a shared patch has where of ``hub``.
+
+Uploads and listings are tried again by huggingface_hub itself; most other requests are not, and
+those go through :func:`patiently`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from safeweights_peft.errors import ModelError, SafeWeightsError
+
+Result = TypeVar("Result")
+
+WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
+"""How long to wait before each further try, where the server doesn't say."""
+
+LONGEST_WAIT_SECONDS = 300.0
+"""A server that asks for a longer wait is told to the user instead."""
+
+PASSING = (408, 429, 500, 502, 503, 504)
+"""Statuses of answers that another try may not get."""
+
+HUB_ERRORS = (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
+"""What huggingface_hub raises when the Hub, the network or a name is at fault."""
+
+
+def download(
+    source: str,
+    patterns: Sequence[str],
+    wanted: str,
+    revision: str | None = None,
+    error: type[SafeWeightsError] = ModelError,
+) -> Path:
+    """Downloads files of a Hub repository into the cache, unless they are there.
+
+    Args:
+        source: the Hub id.
+        patterns: which files.
+        wanted: what the user was to give, for the message.
+        revision: branch, tag or commit; the default branch if None.
+        error: what to raise if there is no such repository, or it can't be reached.
+
+    Returns:
+        The snapshot's directory, which is named by its commit.
+    """
+
+    def fetch() -> str:
+        found: str = huggingface_hub.snapshot_download(
+            source, revision=revision, allow_patterns=list(patterns)
+        )
+        return found
+
+    try:
+        return Path(patiently(fetch))
+    except HUB_ERRORS as reason:
+        at = f" at revision {revision}" if revision else ""
+        raise error(f"{source}: expected {wanted}{at}, {explain(reason, source)}") from reason
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Splits what a user gives for a repository, perhaps at a revision.
+
+    Args:
+        source: ``USER/NAME`` or ``USER/NAME@REVISION``.
+
+    Returns:
+        The Hub id, and the branch, tag or commit if there is one.
+    """
+    name, _, revision = source.partition("@")
+    return name, revision or None
+
+
+def latest_commit(repo_id: str) -> str | None:
+    """Asks for the commit at the tip of a model's main branch.
+
+    Args:
+        repo_id: the Hub id.
+
+    Returns:
+        The commit, or None where it can't be asked, such as offline.
+    """
+    try:
+        return huggingface_hub.HfApi().model_info(repo_id, timeout=10).sha
+    except HUB_ERRORS:
+        return None
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """Calls the Hub, and again after a wait if the answer is one that passes.
+
+    Args:
+        call: a request that may be sent more than once.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        BaseException: what the last call raised.
+    """
+    waits = iter(WAITS_SECONDS)
+    while True:
+        try:
+            return call()
+        except HUB_ERRORS as error:
+            if not wait_out(error, waits):
+                raise
+
+
+def wait_out(error: BaseException, waits: Iterator[float]) -> bool:
+    """Waits before another try, as long as the server asks, or else the next of some waits.
+
+    Args:
+        error: what the last try raised.
+        waits: the waits that are left, in seconds.
+
+    Returns:
+        False, without a wait, if another try would not help or enough were made.
+    """
+    if not is_passing(error) or (wait := next(waits, None)) is None:
+        return False
+    asked = _asked_wait(error)
+    if asked is not None and asked > LONGEST_WAIT_SECONDS:
+        return False
+    time.sleep(wait if asked is None else asked)
+    return True
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tells whether another try may go better: after a lost connection or a passing status.
+
+    Args:
+        error: what a request raised.
+
+    Returns:
+        Whether it may. Where nothing can be reached at all, as without a network, it won't soon.
+    """
+    cause = _cause(error)
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response.status_code in PASSING
+    if isinstance(cause, json.JSONDecodeError):
+        return True  # the page of some proxy in place of the Hub's answer
+    return isinstance(cause, HTTPError) and type(cause).__name__ != "ConnectError"
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """Says what went wrong at the Hub, and what to do.
+
+    Args:
+        error: what huggingface_hub raised.
+        repo_id: the repository.
+
+    Returns:
+        One line, to follow "expected ..., ".
+    """
+    found, do = _describe(_cause(error), repo_id)
+    return f"found {found}; {do}"
+
+
+def _describe(error: BaseException, repo_id: str) -> tuple[str, str]:
+    if isinstance(error, OfflineModeIsEnabled):
+        found = "not all of it in the cache, and HF_HUB_OFFLINE set"
+        return found, "unset it, or check the spelling"
+    if isinstance(error, GatedRepoError):
+        page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
+        return "a gated repository", f"ask for access at {page}, and log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "no such revision", "check the name of the branch or tag, or the whole commit"
+    if isinstance(error, RepositoryNotFoundError):
+        found = "no such repository that you can see"
+        return found, "check the spelling; if it is private, log in with `hf auth login`"
+    if isinstance(error, HfHubHTTPError):
+        return _describe_status(error)
+    if isinstance(error, HTTPError):
+        found = f"no answer from {huggingface_hub.constants.ENDPOINT} ({type(error).__name__})"
+        return found, "check the network, and call again"
+    if isinstance(error, HFValidationError):
+        return "a name that no repository can have", "check the spelling"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "not all of it in the cache", "check the network, and call again"
+    return f"{type(error).__name__}: {_line(str(error))}", "see the message, and call again"
+
+
+def _describe_status(error: HfHubHTTPError) -> tuple[str, str]:
+    status = error.response.status_code
+    if status == 401:
+        if huggingface_hub.get_token() is None:
+            return "no token", "log in with `hf auth login`, or set HF_TOKEN"
+        return "a token that the Hub doesn't accept, or no longer", "log in with `hf auth login`"
+    if status == 403:
+        return "that your token has no right to it", "use a token with the right, or ask for it"
+    if status == 429:
+        asked = _asked_wait(error)
+        wait = "some minutes" if asked is None else f"{asked:.0f} seconds"
+        return "too many requests (429)", f"wait {wait}, and call again"
+    if status in PASSING:
+        return f"an error of the server ({status})", "call again later"
+    return f"the answer {status}: {_line(error.server_message or '')}", "see the message"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Finds the answer or the lost connection behind what huggingface_hub made of it."""
+    while not isinstance(error, HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _asked_wait(error: BaseException) -> float | None:
+    """Reads how many seconds a server asks to wait, if it does."""
+    cause = _cause(error)
+    if not isinstance(cause, HfHubHTTPError):
+        return None
+    limits = parse_ratelimit_headers(cause.response.headers)
+    if limits is not None and limits.remaining == 0:
+        return float(limits.reset_in_seconds)
+    asked = cause.response.headers.get("Retry-After", "").strip()
+    return float(asked) if asked.isdigit() else None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]

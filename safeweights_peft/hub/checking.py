@@ -1,0 +1,44 @@
+"""Adapters that are on their way: checked in full, and called what the user knows them by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safeweights_peft.errors import FormatError
+from safeweights_peft.format import AdapterMetadata, read_artifact
+
+
+def check_adapter(folder: Path, known_as: str) -> AdapterMetadata:
+    """Checks an adapter by every rule of the format.
+
+    Args:
+        folder: where it is at the moment.
+        known_as: what messages call that place.
+
+    Returns:
+        Its metadata.
+    """
+    with calling(folder, known_as):
+        return read_artifact(folder).metadata
+
+
+@contextmanager
+def calling(folder: Path, known_as: str) -> Iterator[None]:
+    """Lets errors name a place as the user does.
+
+    Args:
+        folder: what they name.
+        known_as: what they are to name.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FormatError: one was raised, and is raised with the other name.
+    """
+    try:
+        yield
+    except FormatError as error:
+        raise type(error)(str(error).replace(str(folder), known_as)) from error

@@ -1,0 +1,68 @@
+"""Where a shared patch or map has its files in a repository; ``docs/hub.md`` says so to people.
+
+Here live the names alone. What stands in the files does not.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
+
+CARD = "README.md"
+MAP, RESULTS, IMAGES, FIGURES = "map", "results", "images", ".eval_results"
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
+SIGNATURE = "model.sig"
+PATTERNS = (
+    *ADAPTER_FILES,
+    CARD,
+    f"{FIGURES}/*.yaml",
+    f"{RESULTS}/*.json",
+    f"{IMAGES}/*.png",
+    SIGNATURE,
+    *(f"{MAP}/{name}" for name in (*ADAPTER_FILES, SIGNATURE)),
+)
+"""Every file that a push writes and a pull fetches; others in a repository are left alone."""
+
+UNSAFE = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+"""Endings of files that programs unpickle, which runs code."""
+
+_MODEL = (".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", *UNSAFE)
+
+
+def belongs(path: str) -> bool:
+    """Tells whether a file of a repository is of a shared patch or map.
+
+    Args:
+        path: its path in the repository.
+
+    Returns:
+        Whether it matches the layout.
+    """
+    return any(fnmatchcase(path, pattern) for pattern in PATTERNS)
+
+
+def is_unsafe(path: str) -> bool:
+    """Tells whether programs would unpickle a file.
+
+    Args:
+        path: its path in the repository.
+
+    Returns:
+        Whether its ending says so.
+    """
+    return PurePosixPath(path).suffix.lower() in UNSAFE
+
+
+def is_foreign(path: str) -> bool:
+    """Tells whether a file makes a repository that of something else, such as a whole model.
+
+    Args:
+        path: its path in the repository.
+
+    Returns:
+        Whether it is a model's config or holds weights, and is not of this layout.
+    """
+    other = not belongs(path)
+    return other and (path == "config.json" or PurePosixPath(path).suffix.lower() in _MODEL)

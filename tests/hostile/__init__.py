@@ -1,0 +1,1 @@
+"""Files from strangers, through every way in which an adapter can be read."""

@@ -1,0 +1,1 @@
+"""Tests of what is shared on the Hub, against one on loopback."""

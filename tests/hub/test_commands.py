@@ -1,0 +1,114 @@
+"""The commands that share: what they print, how they end; and Hub ids in place of directories."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import call
+from tests.hub.conftest import BASE, REPO
+from tests.hub_server import HubServer
+
+
+@pytest.fixture
+def pushed(hub: HubServer, run: Path) -> HubServer:
+    assert call("push", run, REPO).exit_code == 0
+    return hub
+
+
+def test_push_tells_the_commit_the_base_and_the_files(hub: HubServer, run: Path, base: str) -> None:
+    called = call("push", run, REPO, "--json", "--commit-message", "Mine", "--private")
+    assert called.exit_code == 0, called.output
+    told = json.loads(called.stdout)
+    repo = hub.repos[REPO]
+    assert told["commit"] == repo.refs["main"]
+    assert (told["base"], told["base_commit"]) == (BASE, base)
+    assert told["files"] == sorted(repo.files())
+    assert repo.private
+    assert repo.at("main").message == "Mine"
+
+
+def test_push_says_where_the_pull_request_is(hub: HubServer, run: Path) -> None:
+    hub.add_repo("bob/patch")
+    called = call("push", run, "bob/patch", "--create-pr")
+    assert f"pull request  {hub.url}/bob/patch/discussions/1" in called.stdout
+
+
+def test_pull_tells_what_it_fetched_and_what_it_left(pushed: HubServer, tmp_path: Path) -> None:
+    pushed.repos[REPO].put({"extra.pkl": b"\0"})
+    latest = pushed.repos[BASE].put({"README.md": b"more"}).oid
+    called = call("pull", REPO, "--out", tmp_path / "out", "--json")
+    assert called.exit_code == 0, called.output
+    assert json.loads(called.stdout)["commit"] == pushed.repos[REPO].refs["main"]
+    assert "Not fetched: extra.pkl, which can run code." in called.stderr
+    assert f"its main branch is at {latest}" in called.stderr
+
+
+def test_list_shows_what_is_there_for_a_base(pushed: HubServer) -> None:
+    called = call("list", "--base", BASE)
+    assert [line.split()[:3] for line in called.stdout.splitlines()] == [
+        ["repository", "kind", "date"],
+        [REPO, "safety", "patch"],
+    ]
+    told = json.loads(call("list", "--base", BASE, "--json").stdout)
+    assert [each["repo_id"] for each in told["found"]] == [REPO]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", REPO],
+        ["inspect", f"{REPO}@main"],
+        ["verify", REPO, "--base", "BASE"],
+        ["compare", REPO, REPO],
+        ["merge", "BASE", REPO, "--out", "OUT"],
+        ["merge", "BASE", f"{REPO}@0.5", "--out", "OUT"],
+        ["merge", "BASE", f"{REPO}@main@0.5", "--out", "OUT"],
+        ["merge", BASE, REPO, "--out", "OUT"],
+    ],
+    ids=" ".join,
+)
+def test_a_hub_id_stands_for_an_adapter_s_directory(
+    arguments: list[str], pushed: HubServer, tiny_llama_bf16: Path, tmp_path: Path
+) -> None:
+    places = {"BASE": str(tiny_llama_bf16), "OUT": str(tmp_path / "out")}
+    called = call(*(places.get(each, each) for each in arguments), "--json")
+    assert called.exit_code == 0, called.output
+    if arguments[0] == "merge":
+        scale = 0.5 if arguments[2].endswith("0.5") else 1.0
+        assert json.loads(called.stdout)["patches"][0]["scale"] == scale
+
+
+def test_a_directory_comes_before_a_hub_id(
+    hub: HubServer, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.parent)
+    hub.reset_count()
+    assert call("inspect", "made/patch").exit_code == 1  # no such repository
+    assert hub.log
+    hub.reset_count()
+    assert call("inspect", f"{made.name}/patch").exit_code == 0
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["push", "RUN", "bob/patch"],
+        ["push", "RUN", "patch"],
+        ["pull", "ann/nothing"],
+        ["pull", f"{REPO}@nowhere"],
+        ["inspect", "ann/nothing"],
+        ["list", "--base", "not an id"],
+    ],
+    ids=" ".join,
+)
+def test_what_fails_is_one_line_and_exit_code_1(
+    arguments: list[str], pushed: HubServer, run: Path
+) -> None:
+    pushed.add_repo("bob/patch")
+    called = call(*(str(run) if each == "RUN" else each for each in arguments))
+    assert called.exit_code == 1, called.output
+    lines = [line for line in called.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert called.stdout == ""

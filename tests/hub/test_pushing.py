@@ -1,0 +1,373 @@
+"""Pushing: one commit with all that belongs, or one line that says why not and nothing sent."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safeweights_peft.errors import CorruptAdapterError, HubError
+from safeweights_peft.format import read_metadata
+from safeweights_peft.hub import push_to_hub
+from tests.hub.conftest import BASE, REPO, TOKEN
+from tests.hub_server import Fault, HubServer
+from tests.tiny_files import edit_config, edit_tensors
+from tests.tiny_jobs import content
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(hub: HubServer, run: Path) -> Refuse:
+    """Pushes, expects one line that says why not, and that nothing was changed or even sent."""
+
+    def refused(source: Path = run, error: type[Exception] = HubError, **options: Any) -> str:
+        before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
+        hub.reset_count()
+        with pytest.raises(error) as told:
+            push_to_hub(source, options.pop("repo", REPO), **options)
+        assert {name: dict(repo.refs) for name, repo in hub.repos.items()} == before
+        assert not [each for each in hub.log if each.startswith("PUT")]
+        assert "\n" not in str(told.value)
+        return str(told.value)
+
+    return refused
+
+
+def write(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+# --- what is pushed ----------------------------------------------------------------------------
+
+
+def test_a_run_is_pushed_in_one_commit_with_each_file_in_its_place(
+    hub: HubServer, run: Path
+) -> None:
+    pushed = push_to_hub(run, REPO, message="My patch")
+    repo = hub.repos[REPO]
+    assert [each.message for each in repo.commits.values()] == ["initial commit", "My patch"]
+    files = repo.files()
+    assert tuple(sorted(files)) == pushed.files
+    assert set(files) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "images/result.png",
+        "map/adapter_config.json",
+        "map/adapter_model.safetensors",
+        "results/settings.json",
+    }
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert files[name] == (run / "patch" / name).read_bytes()
+        assert files[f"map/{name}"] == (run / "map" / name).read_bytes()
+    assert (pushed.commit, pushed.changed) == (repo.refs["main"], True)
+    assert not repo.private
+
+
+@pytest.mark.parametrize("kind", ["patch", "map"])
+def test_a_patch_or_a_map_alone_is_pushed(kind: str, hub: HubServer, run: Path) -> None:
+    push_to_hub(run / kind, REPO)
+    files = hub.repos[REPO].files()
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert f"safety-{kind}" in hub.describe(hub.repos[REPO], hub.repos[REPO].at("main"))["tags"]
+
+
+def test_what_a_repository_holds_already_is_not_pushed_again(hub: HubServer, run: Path) -> None:
+    first = push_to_hub(run, REPO)
+    again = push_to_hub(run, REPO)
+    assert (again.commit, again.changed) == (first.commit, False)
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_an_update_takes_old_files_away_and_leaves_those_of_others(
+    hub: HubServer, run: Path
+) -> None:
+    write(run / "old.json")
+    push_to_hub(run, REPO)
+    hub.repos[REPO].put({"LICENSE": b"free"})
+    (run / "old.json").unlink()
+    push_to_hub(run, REPO)
+    files = hub.repos[REPO].files()
+    assert "results/old.json" not in files
+    assert files["LICENSE"] == b"free"
+
+
+def test_local_files_stay_as_they_are(hub: HubServer, run: Path) -> None:
+    before = content(run)
+    push_to_hub(run, REPO)
+    assert content(run) == before
+
+
+def test_answers_stay_here(hub: HubServer, run: Path) -> None:
+    asked = [{"request": "Break in", "verdict": "complied", "answer": "Take a crowbar"}]
+    write(run / "own.json", harmful={"requests": asked})
+    push_to_hub(run, REPO)
+    pushed = json.loads(hub.repos[REPO].files()["results/own.json"])
+    assert pushed == {"harmful": {"requests": [{"request": "Break in", "verdict": "complied"}]}}
+
+
+def test_a_private_repository_is_made_if_asked_for(hub: HubServer, run: Path) -> None:
+    push_to_hub(run, REPO, private=True)
+    assert hub.repos[REPO].private
+
+
+def test_a_branch_gets_the_commit_and_main_does_not(hub: HubServer, run: Path) -> None:
+    repo = hub.add_repo(REPO)
+    repo.refs["next"] = before = repo.refs["main"]
+    push_to_hub(run, REPO, revision="next")
+    assert repo.refs["main"] == before
+    assert "adapter_config.json" in repo.files("next")
+
+
+def test_a_pull_request_needs_no_right_to_write(hub: HubServer, run: Path) -> None:
+    repo = hub.add_repo("bob/patch")
+    before = repo.refs["main"]
+    pushed = push_to_hub(run, "bob/patch", create_pr=True)
+    assert pushed.pull_request == f"{hub.url}/bob/patch/discussions/1"
+    assert repo.refs["main"] == before
+    assert "adapter_config.json" in repo.files("refs/pr/1")
+
+
+def test_a_signature_goes_along(hub: HubServer, run: Path) -> None:
+    (run / "patch" / "model.sig").write_text("{}", encoding="utf-8")
+    push_to_hub(run, REPO)
+    assert hub.repos[REPO].files()["model.sig"] == b"{}"
+
+
+# --- the base ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local(run: Path) -> Path:
+    """The run as it is when its base was a directory."""
+    named = {"base_model_name_or_path": "models/mine", "revision": None}
+    for each in ("patch", "map"):
+        edit_config(run / each, lambda config: config.update(named))
+    write(run / "settings.json", base="models/mine", seed=0)
+    write(run / "own.json", base={"name": "models/mine", "revision": None}, map="runs/1/map")
+    return run
+
+
+def test_of_a_base_in_a_directory_the_hub_id_is_asked_for(local: Path, refuse: Refuse) -> None:
+    told = refuse(local)
+    assert "expected a Hub id and its commit, found models/mine without a commit" in told
+    assert "--base USER/MODEL" in told
+
+
+def test_a_base_that_is_named_for_a_directory_takes_its_place_everywhere(
+    hub: HubServer, local: Path, base: str
+) -> None:
+    before, content_id = content(local), read_metadata(local / "patch").content_id
+    push_to_hub(local, REPO, base=BASE)
+    files = hub.repos[REPO].files()
+    for name in ("adapter_config.json", "map/adapter_config.json"):
+        config = json.loads(files[name])
+        assert (config["base_model_name_or_path"], config["revision"]) == (BASE, base)
+    assert json.loads(files["results/settings.json"]) == {"base": BASE, "seed": 0}
+    named = {"name": BASE, "revision": base}
+    assert json.loads(files["results/own.json"]) == {"base": named, "map": "map"}
+    assert not [name for name, raw in files.items() if b"models/mine" in raw]
+    assert content(local) == before
+    out = local.parent / "pushed"
+    out.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (out / name).write_bytes(files[name])
+    assert read_metadata(out).content_id == content_id
+
+
+def test_a_base_is_named_at_a_revision(hub: HubServer, local: Path, base: str) -> None:
+    hub.repos[BASE].put({"README.md": b"more"})
+    push_to_hub(local, REPO, base=f"{BASE}@{base}")
+    assert json.loads(hub.repos[REPO].files()["adapter_config.json"])["revision"] == base
+
+
+def test_a_signed_patch_is_not_changed_to_name_its_base(local: Path, refuse: Refuse) -> None:
+    (local / "patch" / "model.sig").write_text("{}", encoding="utf-8")
+    assert "expected the config to be pushed as it was signed" in refuse(local, base=BASE)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("nobody/nothing", "no such repository"),
+        (f"{BASE}@v9", "no such revision"),
+        ("not an id", "a name that no repository can have"),
+    ],
+)
+def test_a_base_that_is_not_there_is_refused(named: str, found: str, refuse: Refuse) -> None:
+    assert f"expected the base as a model on the Hub, found {found}" in refuse(base=named).replace(
+        " at revision v9", ""
+    )
+
+
+def test_a_gated_base_can_be_named(hub: HubServer, run: Path) -> None:
+    hub.repos[BASE].gated = True
+    assert push_to_hub(run, REPO).changed
+
+
+def test_a_map_of_another_base_is_not_put_beside_a_patch(run: Path, refuse: Refuse) -> None:
+    edit_config(run / "map", lambda config: config.update(base_model_name_or_path="other/base"))
+    assert f"expected a map of the patch's base {BASE}, found one of other/base" in refuse()
+
+
+# --- what must not be published ----------------------------------------------------------------
+
+
+def test_a_patch_whose_digest_is_wrong_is_refused(run: Path, refuse: Refuse) -> None:
+    name = "base_model.model.model.norm.safeweights_values__weight"
+    edit_tensors(run / "patch", lambda tensors: tensors.update({name: tensors[name] + 1}))
+    told = refuse(error=CorruptAdapterError)
+    assert told.startswith(str(run / "patch" / "adapter_model.safetensors"))
+    assert "expected digest" in told
+
+
+def test_a_local_path_in_the_config_is_refused(run: Path, refuse: Refuse) -> None:
+    edit_config(run / "patch", lambda config: config["selection"].update(harmful="/data/own.json"))
+    told = refuse()
+    assert told.startswith("adapter_config.json: selection: harmful: expected nothing of this")
+    assert "/data/own.json" in told
+
+
+def test_a_token_in_a_result_is_refused_and_not_repeated(run: Path, refuse: Refuse) -> None:
+    write(run / "own.json", command=["login", "--token", TOKEN])
+    told = refuse()
+    assert "results/own.json: command: 2: expected nothing secret, found a Hugging Face" in told
+    assert TOKEN not in told
+
+
+@pytest.mark.parametrize("missing", ["run", "patch"])
+def test_a_directory_without_a_patch_is_refused(missing: str, run: Path, refuse: Refuse) -> None:
+    shutil.rmtree(run / missing if missing == "patch" else run)
+    assert "expected adapter_config.json, or the patch of a finished" in refuse()
+
+
+# --- repositories that are there already -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "a LORA adapter"),
+        ({"config.json": b"{}", "model.safetensors": b"\0"}, "config.json"),
+        ({"weights/model.gguf": b"\0"}, "weights/model.gguf"),
+        ({"adapter_model.bin": b"\0"}, "adapter_model.bin"),
+    ],
+    ids=["a LoRA", "a model", "weights", "a pickle"],
+)
+def test_a_repository_of_something_else_is_left_alone(
+    files: dict[str, bytes], found: str, hub: HubServer, refuse: Refuse
+) -> None:
+    hub.add_repo(REPO, files)
+    told = refuse()
+    assert f"expected an empty repository or one of a safety patch or map, found {found}" in told
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: HubServer, refuse: Refuse) -> None:
+    hub.add_repo(REPO)
+    assert "expected a private repository, found a public one" in refuse(private=True)
+
+
+def test_a_branch_that_is_not_there_is_refused(hub: HubServer, refuse: Refuse) -> None:
+    hub.add_repo(REPO)
+    assert "expected to push to it, found no such revision" in refuse(revision="nowhere")
+
+
+def test_a_pull_request_on_nothing_is_refused(refuse: Refuse) -> None:
+    assert "found no such repository that you can see" in refuse(create_pr=True)
+
+
+# --- who may ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["patch", "ann/patches/one"])
+def test_a_repository_is_named_with_its_owner(name: str, refuse: Refuse) -> None:
+    assert refuse(repo=name).startswith(f"{name}: expected USER/NAME, found another form")
+
+
+def test_without_a_token_nothing_is_asked_of_the_hub(
+    hub: HubServer, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert "found no token; log in with `hf auth login`" in refuse()
+    assert hub.log == []
+
+
+def test_a_token_that_has_expired_is_refused(hub: HubServer, refuse: Refuse) -> None:
+    hub.users.clear()
+    assert "found a token that the Hub doesn't accept, or no longer" in refuse()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_token_without_the_right_to_write_is_refused(
+    there: bool, hub: HubServer, refuse: Refuse
+) -> None:
+    if there:
+        hub.add_repo(REPO)
+    hub.add_user("ann", TOKEN, may_write=False)
+    told = refuse()
+    assert "found that your token has no right to it" in told
+    assert "--create-pr" in told
+
+
+def test_a_token_that_expires_on_the_way_leaves_the_repository_as_it_was(
+    hub: HubServer, run: Path
+) -> None:
+    hub.on_commit = hub.users.clear
+    with pytest.raises(HubError, match="a token that the Hub doesn't accept, or no longer"):
+        push_to_hub(run, REPO)
+    assert hub.repos[REPO].files() == {}
+
+
+# --- others, and the network -------------------------------------------------------------------
+
+
+def test_who_pushes_second_is_told_and_overwrites_nothing(hub: HubServer, run: Path) -> None:
+    repo = hub.add_repo(REPO)
+    hub.on_commit = lambda: repo.put({"README.md": b"the first one's"}) and None
+    with pytest.raises(HubError, match=r"at the tip, found another, pushed meanwhile; look at it"):
+        push_to_hub(run, REPO)
+    assert repo.files() == {"README.md": b"the first one's"}
+
+
+def test_two_who_push_the_same_both_succeed(hub: HubServer, run: Path) -> None:
+    def first() -> None:
+        hub.on_commit = None
+        push_to_hub(run, REPO)
+
+    hub.on_commit = first
+    push_to_hub(run, REPO)
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub: HubServer, run: Path) -> None:
+    repo = hub.add_repo("bob/patch")
+    hub.faults = [Fault(path="/commit/", cut="after")]
+    with pytest.raises(HubError, match="look first whether the pull request is there"):
+        push_to_hub(run, "bob/patch", create_pr=True)
+    assert repo.pull_requests == 1
+
+
+def test_a_server_that_asks_for_a_wait_gets_it(
+    hub: HubServer, run: Path, waits: list[float]
+) -> None:
+    hub.faults = [Fault(1, 2, status=429, headers={"Retry-After": "7"})]
+    push_to_hub(run, REPO)
+    assert waits == [7.0, 7.0]
+
+
+def test_a_wait_that_is_too_long_is_told(hub: HubServer, run: Path, waits: list[float]) -> None:
+    limit = {"RateLimit": '"api";r=0;t=3000', "RateLimit-Policy": '"fixed";"api";q=1;w=3000'}
+    hub.faults = [Fault(1, status=429, headers=limit)]
+    with pytest.raises(HubError, match=r"found too many requests \(429\); wait 3000 seconds"):
+        push_to_hub(run, REPO)
+    assert waits == []
+
+
+def test_a_hub_that_is_down_is_told_at_once(hub: HubServer, run: Path, waits: list[float]) -> None:
+    hub.close()
+    with pytest.raises(HubError, match=r"found no answer from http.*check the network"):
+        push_to_hub(run, REPO)
+    assert waits == []
