@@ -1,34 +1,37 @@
 """Merging from shards to shards, against copying the same checkpoint with `cp -r`.
 
-    python benchmarks/merge.py [--gigabytes 2] [--rounds 5] [--kills 100] [--spread random]
+    python benchmarks/merge.py [--gigabytes 2] [--rounds 5] [--kills 100]
 
-A bfloat16 checkpoint of eight shards and a patch of 1 % of its entries are made in a temporary
-directory (``--folder`` chooses the disk). Each merge is a process of its own, from its start to its
-end, and peak memory is that of the whole process, mapped files included; the ways take turns.
-Files are warm in the system's cache. A merge brings its result to the disk before it ends, so that
-it survives a power failure; `cp -r` doesn't, so there is a column for `cp -r` followed by `sync`.
-Times are medians. ``--spread clustered`` puts the entries into 1 % of the rows instead of anywhere:
-then a merge in place touches 1 % of the pages, and not all of them.
+A bfloat16 checkpoint of eight shards and two patches of 1 % of its entries are made in a temporary
+directory (``--folder`` chooses the disk): of entries anywhere, which lie in every page of every
+file, and of 1 % of the rows. Each way is a process of its own, from its start to its end, and peak
+memory is that of the whole process, mapped files included; the ways take turns. Files are warm in
+the system's cache. A merge brings its result to the disk before it ends, so that it survives a
+power failure; `cp -r` doesn't, so there is a column for `cp -r` followed by `sync`. Times are
+medians, and ratios the medians of each round's.
 
-Then a merge in place and an unmerge are killed (SIGKILL) at random moments. Each time the next call
-must finish the merge or restore the base, bit for bit.
+The bare loop is what changing the entries takes in itself: their positions and new values lie ready
+in a file, numpy writes them into the mapped shards and syncs these, and nothing is checked or kept.
+
+Then, on a smaller checkpoint, merges, merges in place and unmerges are killed (SIGKILL) at random
+moments of their work. A merge must have left the whole result or none, and the next call must
+finish the merge in place or restore the base, bit for bit.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from merge_kills import kill_at_random
 
 from safeweights_peft import Adapter, SparseDelta, write_adapter
 from safeweights_peft.checkpoint import CheckpointReader
@@ -37,6 +40,7 @@ from safeweights_peft.format import AdapterMetadata, Block, Mode, TensorRecord
 
 DENSITY = 0.01
 SHARDS = 8
+SPREADS = {"random": "anywhere", "rows": "in rows"}
 ROWS, COLUMNS = 4096, 2048
 TENSOR_BYTES = ROWS * COLUMNS * 2
 
@@ -85,9 +89,9 @@ def choose(spread: str, chosen: np.random.Generator) -> np.ndarray:
 
 
 def build_patch(base: Path, path: Path, spread: str) -> int:
-    """Write a patch of every tensor, and return its number of entries."""
+    """Write a patch of every tensor and, beside it, what a bare loop needs; count its entries."""
     reader, chosen = CheckpointReader(base), np.random.default_rng(1)
-    records, deltas = {}, {}
+    records, deltas, bare = {}, {}, {}
     for key in reader.keys():
         indices = choose(spread, chosen).astype(index_dtype(ROWS * COLUMNS))
         values = (chosen.standard_normal(indices.size) * 1e-3).astype(np.float32)
@@ -100,6 +104,11 @@ def build_patch(base: Path, path: Path, spread: str) -> int:
             base_digest=digest(entries),
             merged_digest=digest(add_rounded(entries, values)),
         )
+        info = reader.info(key)
+        place = f"{info.shard}:{info.offset}"
+        bare[f"{place}:indices"] = indices
+        bare[f"{place}:new"] = add_rounded(entries, values).view(np.uint16)
+    np.savez(path.with_suffix(".npz"), **bare)
     write_adapter(path, Adapter(AdapterMetadata(mode=Mode.SET, tensors=records), deltas))
     return sum(delta.count for delta in deltas.values())
 
@@ -114,6 +123,25 @@ try:
     main()
 finally:
     print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
+"""
+
+BARE_LOOP = """
+import os, sys
+from pathlib import Path
+import numpy as np
+shards = set()
+with np.load(sys.argv[1]) as bare:
+    for name in bare.files:
+        shard, offset, part = name.split(":")
+        if part == "indices":
+            path = Path(sys.argv[2], shard)
+            shards.add(path)
+            raw = np.memmap(path, np.uint8, "r+", int(offset), (int(sys.argv[3]),))
+            raw.view(np.ndarray).view(np.uint16)[bare[name]] = bare[f"{shard}:{offset}:new"]
+for shard in shards:
+    with open(shard, "r+b") as file:
+        os.fsync(file.fileno())
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
 """
 
 
@@ -138,17 +166,31 @@ def copy_with_cp(base: Path, out: Path, sync: bool) -> Callable[[], tuple[float,
     return lambda: measure(["sh", "-c", script, str(base), str(out)])
 
 
-def compare(folder: Path, base: Path, patch: Path, rounds: int) -> None:
-    """Measure all ways in turn, and print a table."""
-    out, here = folder / "out", folder / "here"
-    shutil.copytree(base, here)
+def find_ways(folder: Path, base: Path, patches: dict[str, Path]) -> dict[str, Callable]:
+    """List what is measured, in the order in which it is run."""
+    out, here, loose = folder / "out", folder / "here", folder / "loose"
     ways = {
         "cp -r": copy_with_cp(base, out, sync=False),
         "cp -r, then sync": copy_with_cp(base, out, sync=True),
-        "merge": lambda: measure(command("merge", base, patch, "--out", out)),
-        "merge --in-place": lambda: measure(command("merge", here, patch, "--in-place")),
-        "unmerge": lambda: measure(command("unmerge", here)),
     }
+    for spread, patch in patches.items():
+        loop = [sys.executable, "-c", BARE_LOOP, str(patch.with_suffix(".npz")), str(loose)]
+        for way, arguments in {
+            "merge": command("merge", base, patch, "--out", out),
+            "merge --in-place": command("merge", here, patch, "--in-place"),
+            "unmerge": command("unmerge", here),
+            "bare loop": [*loop, str(TENSOR_BYTES)],
+        }.items():
+            ways[f"{way}, {SPREADS[spread]}"] = partial(measure, arguments)
+    return ways
+
+
+def compare(folder: Path, base: Path, patches: dict[str, Path], rounds: int) -> None:
+    """Measure all ways in turn, and print a table."""
+    out = folder / "out"
+    for copy in ("here", "loose"):  # merged in place and back; changed by the bare loop
+        shutil.copytree(base, folder / copy)
+    ways = find_ways(folder, base, patches)
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for number in range(rounds + 1):  # the first round warms the system's cache
         for way, run in ways.items():
@@ -158,82 +200,40 @@ def compare(folder: Path, base: Path, patch: Path, rounds: int) -> None:
             if number:
                 found[way].append(measured)
     shutil.rmtree(out, ignore_errors=True)
-    medians = {way: np.median(each, axis=0) for way, each in found.items()}
-    plain, synced = medians["cp -r"][0], medians["cp -r, then sync"][0]
+    plain, synced = (np.array(found[way])[:, 0] for way in ("cp -r", "cp -r, then sync"))
     print("\n| | seconds | against cp -r | against cp -r, sync | peak memory, MB |")
     print("|---|---|---|---|---|")
-    for way, (seconds, memory) in medians.items():
-        peak = "" if np.isnan(memory) else f"{memory / 1e6:.0f}"
-        ratios = f"{seconds / plain:.2f} | {seconds / synced:.2f}"
-        print(f"| {way} | {seconds:.2f} | {ratios} | {peak} |")
-
-
-def content(directory: Path) -> dict[str, str]:
-    """Hash every file of a directory."""
-    return {
-        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-def kill(arguments: list[str], seconds: float) -> bool:
-    """Start a process and kill it after some time; tell whether it was still running."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
-    return False
-
-
-def kill_at_random(folder: Path, base: Path, patch: Path, kills: int) -> None:
-    """Kill merges and unmerges in place, recover by the next call, and print how often that held.
-
-    Every other time the merge is finished by the same call before it is taken back.
-    """
-    here, moment = folder / "here", random.Random(0)
-    merge, unmerge = command("merge", here, patch, "--in-place"), command("unmerge", here)
-    whole = content(base)
-    duration, _ = measure(merge)
-    merged = {name: each for name, each in content(here).items() if name in whole}
-    back, _ = measure(unmerge)
-    running = recovered = 0
-    for number in range(kills):
-        if number % 2:
-            running += kill(merge, moment.uniform(0, duration))
-        else:
-            measure(merge)
-            running += kill(unmerge, moment.uniform(0, back))
-        good = True
-        if number % 4 > 1:
-            measure(merge)
-            now = content(here)
-            good = all(now[name] == each for name, each in merged.items())
-        subprocess.run(unmerge, check=False, capture_output=True)  # nothing may be left to undo
-        recovered += good and content(here) == whole
-    print(f"\nkilled {kills} times ({running} while it ran): recovered {recovered} of {kills}")
+    for way, each in found.items():
+        seconds, memory = np.array(each).T
+        peak = "" if np.isnan(memory).any() else f"{np.median(memory) / 1e6:.0f}"
+        ratios = " | ".join(f"{np.median(seconds / other):.2f}" for other in (plain, synced))
+        print(f"| {way} | {np.median(seconds):.2f} | {ratios} | {peak} |")
 
 
 def main() -> None:
-    """Build a checkpoint and a patch, compare, and kill."""
+    """Build checkpoints and patches, compare, and kill."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--spread", choices=["random", "clustered"], default="random")
     parser.add_argument("--folder", help="where the temporary directory goes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        build_base(folder / "base", options.gigabytes)
-        count = build_patch(folder / "base", folder / "patch", options.spread)
-        size = CheckpointReader(folder / "base").size_bytes
-        print(f"{size / 1e9:.2f} GB in {SHARDS} shards, {count:,} entries patched")
-        compare(folder, folder / "base", folder / "patch", options.rounds)
-        kill_at_random(folder, folder / "base", folder / "patch", options.kills)
+        if options.rounds:
+            build_base(folder / "base", options.gigabytes)
+            patches = {spread: folder / spread for spread in SPREADS}
+            for spread, patch in patches.items():
+                count = build_patch(folder / "base", patch, spread)
+                print(f"{count:,} entries patched {SPREADS[spread]}")
+            size = CheckpointReader(folder / "base").size_bytes
+            print(f"{size / 1e9:.2f} GB in {SHARDS} shards")
+            compare(folder, folder / "base", patches, options.rounds)
+            shutil.rmtree(folder / "base")
+        if options.kills:
+            build_base(folder / "small", 0)  # one tensor in each shard
+            build_patch(folder / "small", folder / "patch", "random")
+            kill_at_random(folder / "small", folder / "patch", options.kills)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from safeweights_peft.checkpoint import THREADS
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES
 from safeweights_peft.errors import (
     AlreadyMergedError,
@@ -250,7 +251,8 @@ merge(*sys.argv[1:])
 def test_entries_are_sorted_by_the_matrix_that_holds_them() -> None:
     record = fused_experts("e", experts=2, inner=2, outer=3, dtype="float32")
     found = entries_by_block(record, np.array([0, 7, 12, 23], np.int32))
-    assert {key: (a.tolist(), b.tolist()) for key, (a, b) in found.items()} == {
+    positions = np.arange(4)
+    assert {key: (positions[a].tolist(), b.tolist()) for key, (a, b) in found.items()} == {
         "e.0.w1.weight": ([0], [0]),
         "e.0.w3.weight": ([1], [1]),
         "e.1.w1.weight": ([2], [0]),
@@ -293,11 +295,28 @@ def test_a_plan_writes_nothing(case: Case) -> None:
     assert sorted(case.base.parent.rglob("*")) == before
 
 
-def test_a_plan_counts_the_patch_and_the_largest_tensor_that_changes_as_memory(case: Case) -> None:
-    delta_bytes = sum(delta.size_bytes for delta in case.adapter.deltas.values())
+def test_a_plan_counts_the_patch_new_entries_and_the_largest_tensor_per_thread_as_memory(
+    case: Case,
+) -> None:
+    deltas = case.adapter.deltas
+    delta_bytes = sum(delta.size_bytes for delta in deltas.values())
+    head = deltas[EMBEDDINGS].count
+    edit_bytes = 2 * (sum(delta.count for delta in deltas.values()) + head)
     largest = case.tensors[EMBEDDINGS].nbytes
     planned = plan(case.base, case.patch, case.out)
-    assert planned["memory_bytes"] == largest + delta_bytes
+    assert planned["memory_bytes"] == THREADS * largest + delta_bytes + edit_bytes
+    assert plan(case.base, case.patch, None)["memory_bytes"] == THREADS * largest + delta_bytes
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_plans_time_grows_with_what_goes_to_the_disk(
+    case: Case, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    out = None if in_place else case.out
+    monkeypatch.setattr(sys.modules["safeweights_peft.merge.planning"], "WRITE_RATE", 1)
+    planned = plan(case.base, case.patch, out)
+    pages = 4 * 4096 if in_place else 0  # of four tensors, each smaller than a page
+    assert 0 <= planned["seconds"] - (planned["write_bytes"] + pages) < 60
 
 
 def test_a_plan_tells_whether_the_disk_has_room(

@@ -2,6 +2,7 @@
 
 from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
+from safeweights_peft.checkpoint.threads import THREADS, in_threads
 from safeweights_peft.checkpoint.windows import WINDOW_BYTES
 from safeweights_peft.checkpoint.writer import (
     CheckpointDraft,
@@ -12,6 +13,7 @@ from safeweights_peft.checkpoint.writer import (
 )
 
 __all__ = [
+    "THREADS",
     "WINDOW_BYTES",
     "CheckpointDraft",
     "CheckpointIndex",
@@ -21,5 +23,6 @@ __all__ = [
     "draft_copy",
     "files_that_load",
     "files_to_copy",
+    "in_threads",
     "open_index",
 ]

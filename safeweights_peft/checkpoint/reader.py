@@ -6,9 +6,9 @@ pages that are touched. Adapters do not.
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -55,6 +55,20 @@ class CheckpointReader:
         """
         self.index = open_index(Path(directory))
         self._headers: dict[str, dict[str, StoredTensor]] = {}
+
+    def copied_to(self, directory: Path) -> Self:
+        """Open a copy that is being made of this checkpoint, before its files are there.
+
+        Args:
+            directory: Where they appear.
+
+        Returns:
+            The copy; it has the same shards and headers.
+        """
+        copy = type(self).__new__(type(self))
+        copy.index = replace(self.index, directory=directory)
+        copy._headers = {shard: self._header(shard) for shard in self.index.shards}
+        return copy
 
     @property
     def directory(self) -> Path:
@@ -145,7 +159,7 @@ class CheckpointReader:
         return entries
 
     def gather_pieces(
-        self, pieces: Mapping[str, tuple[Array, Array]], count: int, dtype: np.dtype[Any]
+        self, pieces: Mapping[str, tuple[Array | slice, Array]], count: int, dtype: np.dtype[Any]
     ) -> Array:
         """Read entries that lie in several tensors.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from safeweights_peft.delta import Array
 
-WINDOW_BYTES = 2**25
+WINDOW_BYTES = 2**22
 
 
 def windows(
@@ -49,5 +49,7 @@ def windows(
         length = (int(ordered[stop - 1]) - first + 1) * dtype.itemsize
         raw = np.memmap(os.fspath(path), np.uint8, mode, offset + first * dtype.itemsize, (length,))
         positions = slice(start, stop) if isinstance(order, slice) else order[start:stop]
-        yield raw.view(np.ndarray).view(dtype), ordered[start:stop] - first, positions
+        # As numpy indexes with, so that it need not convert them at each use.
+        local = np.subtract(ordered[start:stop], first, dtype=np.intp)
+        yield raw.view(np.ndarray).view(dtype), local, positions
         start = stop

@@ -14,8 +14,9 @@ import numpy as np
 from safeweights_peft.checkpoint.copying import copy_file
 from safeweights_peft.checkpoint.index import INDEX_FILE
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo, check_bounds
+from safeweights_peft.checkpoint.threads import in_threads
 from safeweights_peft.checkpoint.windows import windows
-from safeweights_peft.delta import Array
+from safeweights_peft.delta import Array, bits_differ
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import publish
 
@@ -42,16 +43,16 @@ class CheckpointDraft:
 
     reader: CheckpointReader
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, reader: CheckpointReader) -> None:
         """Open it for changes.
 
         Args:
-            directory: Where it lies for now.
+            reader: The checkpoint.
         """
-        self.reader = CheckpointReader(directory)
+        self.reader = reader
 
     def patch(self, key: str, flat_indices: Array, entries: Array) -> None:
-        """Overwrite some entries of a tensor on disk.
+        """Overwrite some entries of a tensor on disk, and check that they are there.
 
         Args:
             key: The tensor's key.
@@ -59,7 +60,7 @@ class CheckpointDraft:
             entries: What to write there, in the tensor's own dtype; ``(count,)``.
 
         Raises:
-            CheckpointError: The dtype is not the tensor's.
+            CheckpointError: The dtype is not the tensor's, or other entries are read back.
         """
         info = self._check_dtype(key, entries)
         check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
@@ -67,6 +68,11 @@ class CheckpointDraft:
         parts = windows(path, info.offset, entries.dtype, flat_indices, "r+")
         for window, local, positions in parts:
             window[local] = entries[positions]
+            if bits_differ(window[local], entries[positions]).any():
+                raise CheckpointError(
+                    f"{path}: expected in {key} what was written there, found other entries; "
+                    "the disk may be failing, try another"
+                )
 
     def write(self, key: str, tensor: Array) -> None:
         """Overwrite a tensor on disk whole.
@@ -106,6 +112,7 @@ def draft_copy(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    change: Callable[[CheckpointDraft, str], None] | None = None,
 ) -> Iterator[CheckpointDraft]:
     """Copy a checkpoint to a temporary sibling directory; publish it when the block ends well.
 
@@ -117,13 +124,16 @@ def draft_copy(
         out_dir: Where the copy is to appear, whole or not at all.
         overwrite: Replace an existing non-empty directory, whatever it holds.
         progress: Told of the bytes copied.
+        change: Called with the copy and each shard's file name once that is copied, for several
+            shards at a time. What is changed thus can go to the disk while others are copied.
 
     Yields:
         The copy, to be changed.
     """
     with publish(Path(out_dir), overwrite, CheckpointError) as directory:
-        _copy_files(reader, directory, progress)
-        yield CheckpointDraft(directory)
+        draft = CheckpointDraft(reader.copied_to(directory))
+        _copy_files(reader, draft, progress, change)
+        yield draft
 
 
 def files_to_copy(reader: CheckpointReader) -> dict[str, int]:
@@ -156,12 +166,23 @@ def files_that_load(directory: Path) -> list[str]:
     return sorted(name for name in names if name != INDEX_FILE and not _is_legal_text(name))
 
 
-def _copy_files(reader: CheckpointReader, directory: Path, progress: Progress | None) -> None:
+def _copy_files(
+    reader: CheckpointReader,
+    draft: CheckpointDraft,
+    progress: Progress | None,
+    change: Callable[[CheckpointDraft, str], None] | None,
+) -> None:
+    def copy(name: str) -> int:
+        target = draft.reader.directory / name
+        target.parent.mkdir(exist_ok=True)
+        copy_file(reader.directory / name, target)
+        if change is not None and name in reader.index.shards:
+            change(draft, name)
+        return sizes[name]
+
     sizes = files_to_copy(reader)
     done, total = 0, sum(sizes.values())
-    for name, size in sizes.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        copy_file(reader.directory / name, directory / name)
+    for size in in_threads(copy, sizes):
         done += size
         if progress is not None:
             progress(done, total)

@@ -46,19 +46,22 @@ class Block:
         """
         return cls(key=key, shape=tuple(shape), offset=0, strides=row_major_strides(shape))
 
-    def locate(self, indices: Array) -> tuple[Array, Array]:
+    def locate(self, indices: Array) -> tuple[Array | slice, Array]:
         """Find which entries of the parameter this tensor holds, and where.
 
         Args:
             indices: Ascending flat indices in the parameter; ``(count,)``.
 
         Returns:
-            Positions into ``indices``, and the flat row-major indices in the tensor; both int64.
+            Positions into ``indices``: a slice where they follow each other; and the flat row-major
+            indices in the tensor, of an integer dtype that holds them.
         """
         first, stop = self._reach(indices)
-        rest = indices[first:stop].astype(np.int64) - self.offset
         if self._is_dense():
-            return np.arange(first, stop), rest
+            part = slice(first, stop)
+            offset = indices.dtype.type(self.offset)
+            return part, indices[part] - offset if offset else indices[part]
+        rest = indices[first:stop].astype(np.int64) - self.offset
         inside = np.ones(rest.shape, bool)
         local = np.zeros(rest.shape, np.int64)
         steps = row_major_strides(self.shape)
@@ -68,17 +71,6 @@ class Block:
             local += coordinate * steps[dim]
         inside &= rest == 0
         return first + np.flatnonzero(inside), local[inside]
-
-    def holders(self, indices: Array) -> Array | slice:
-        """Find which entries of the parameter this tensor holds, and not where.
-
-        Args:
-            indices: Ascending flat indices in the parameter; ``(count,)``.
-
-        Returns:
-            Positions into ``indices``, as an array or as a slice.
-        """
-        return slice(*self._reach(indices)) if self._is_dense() else self.locate(indices)[0]
 
     def spread(self, local: Array) -> Array:
         """Find where entries of this tensor are in the parameter; undoes :meth:`locate`.
@@ -193,9 +185,9 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     """
     holders = np.zeros(indices.shape, np.uint8)
     for block in blocks:
-        held = block.holders(indices)
-        holders[held] += 1
-        if holders[held].max(initial=0) > 1:
+        positions, _ = block.locate(indices)
+        holders[positions] += 1
+        if holders[positions].max(initial=0) > 1:
             raise CorruptAdapterError(
                 f"{name}: expected each entry in one block, found {block.key!r} overlapping "
                 "another; do not use this adapter"

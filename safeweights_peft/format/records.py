@@ -192,7 +192,9 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
     return replace(record, streams=_streams_from_json(fields, record))
 
 
-def entries_by_block(record: TensorRecord, indices: Array) -> dict[str, tuple[Array, Array]]:
+def entries_by_block(
+    record: TensorRecord, indices: Array
+) -> dict[str, tuple[Array | slice, Array]]:
     """Sort a parameter's entries by the checkpoint tensor that holds them.
 
     Args:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint import CheckpointReader, in_threads
 from safeweights_peft.delta import (
+    WEIGHT_DTYPES,
     Array,
     SparseDelta,
     add_rounded,
@@ -79,7 +80,12 @@ def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
         The keys of tensors in which the bits of an entry differ, sorted.
     """
     _check_comparable(base, tuned)
-    return [key for key in base.keys() if bits_differ(base.read(key), tuned.read(key)).any()]
+
+    def differs(key: str) -> bool:
+        return _differ(base, key, tuned, key)
+
+    keys = base.keys()
+    return [key for key, each in zip(keys, in_threads(differs, keys), strict=True) if each]
 
 
 def find_change(
@@ -207,19 +213,31 @@ def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> No
     own, *tied = copies(reader, record)
     for copy in tied:
         (first,), (second,) = own.blocks, copy.blocks
-        if bits_differ(reader.read(first.key), reader.read(second.key)).any():
+        if _differ(reader, first.key, reader, second.key):
             raise MergeError(
                 f"{name}: expected {second.key} in {reader.directory} as a copy of {first.key}, "
                 "found another tensor; untie them in the base's config.json if they are two"
             )
 
 
+def _differ(left: CheckpointReader, key: str, right: CheckpointReader, other: str) -> bool:
+    """Tell whether the bytes of two tensors of one size differ."""
+    pairs = zip(left.read_windows(key), right.read_windows(other), strict=True)
+    return any(bits_differ(one, two).any() for one, two in pairs)
+
+
 def _changed_in(
     base: CheckpointReader, tuned: CheckpointReader, block: Block
 ) -> tuple[Array, Array, Array]:
-    before, after = (reader.read(block.key).reshape(-1) for reader in (base, tuned))
-    local = np.flatnonzero(bits_differ(before, after))
-    return block.spread(local), before[local], after[local]
+    dtype, start = WEIGHT_DTYPES[base.info(block.key).dtype], 0
+    found = []
+    for windows in zip(base.read_windows(block.key), tuned.read_windows(block.key), strict=True):
+        before, after = (window.view(dtype) for window in windows)
+        local = np.flatnonzero(bits_differ(before, after))
+        found.append((block.spread(local + start), before[local], after[local]))
+        start += before.size
+    indices, was, now = (np.concatenate(part) for part in zip(*found, strict=True))
+    return indices, was, now
 
 
 def _check_finite(name: str, indices: Array, entries: Array, reader: CheckpointReader) -> None:

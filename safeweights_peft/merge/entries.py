@@ -4,16 +4,42 @@ Nothing is written here. ``edits`` brings the entries to the tensors of a checkp
 is being loaded, and exports, take them as they are.
 """
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.delta import Array, add_rounded, digest, sum_rounded
-from safeweights_peft.errors import AlreadyMergedError, MergeError
-from safeweights_peft.format import AnyPatch
-from safeweights_peft.merge.fit import base_state, gather_entries
+from safeweights_peft.checkpoint import CheckpointReader, in_threads
+from safeweights_peft.delta import Array, add_rounded, bits_differ, digest, sum_rounded
+from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError
+from safeweights_peft.format import AnyPatch, TensorRecord
+from safeweights_peft.merge.fit import base_state, copies, gather_entries
+from safeweights_peft.merge.patches import (
+    Patch,
+    changed_entries,
+    check_together,
+    describe_patch,
+    parameters,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class MergedParameter:
+    """What patches make of one parameter.
+
+    Attributes:
+        name: The parameter.
+        copies: Where it lies in the checkpoint, tied copies included.
+        indices: The ascending flat indices of the entries that change; ``(count,)``.
+        base: The base's entries there, in the checkpoint's dtype; ``(count,)``.
+        merged: What they become; ``(count,)``.
+    """
+
+    name: str
+    copies: list[TensorRecord]
+    indices: Array
+    base: Array
+    merged: Array
 
 
 def merged_entries(
@@ -28,52 +54,60 @@ def merged_entries(
     Returns:
         By parameter: the ascending flat indices, and the merged entries in the checkpoint's dtype;
         both ``(count,)``.
-
-    Raises:
-        MergeError: Two patches place a parameter in different ways.
     """
-    for adapter in adapters:
-        check_unmerged(reader, adapter, "the adapter")
-    merged = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter.metadata.tensors):
-        holders = [(each, each.metadata.scale) for each in adapters if name in each.indices]
-        record = holders[0][0].metadata.tensors[name]
-        if any(each.metadata.tensors[name].blocks != record.blocks for each, _ in holders):
-            raise MergeError(
-                f"{name}: expected patches that place it alike on disk, found two layouts; "
-                "merge patches that were made with one version of transformers"
-            )
-        indices = reduce(np.union1d, [each.indices[name] for each, _ in holders])
-        base = gather_entries(reader, name, record, indices)
-        merged[name] = indices, merge_parameter(name, holders, indices, base)
-    return merged
+    patches = [describe_patch(each, f"adapter {n}") for n, each in enumerate(adapters, 1)]
+    check_together(patches)
+    return {each.name: (each.indices, each.merged) for each in merge_parameters(reader, patches)}
 
 
-def merge_parameter(
-    name: str, holders: Sequence[tuple[AnyPatch, float]], indices: Array, base: Array
-) -> Array:
-    """Add up the values of patches for one parameter, and check the result.
+def merge_parameters(
+    reader: CheckpointReader, patches: Sequence[Patch]
+) -> Iterator[MergedParameter]:
+    """Add up the values of patches for all parameters, and check the base and the results.
 
     Args:
-        name: The parameter.
-        holders: The patches that change it, in the order in which they are added up, each with the
-            factor on its values.
-        indices: The ascending flat indices of all entries that they change; ``(count,)``.
-        base: The base's entries there; ``(count,)``.
+        reader: The checkpoint, which should be the base of every patch.
+        patches: The patches, checked together, in the order in which they are added up.
 
-    Returns:
-        The merged entries, in the base's dtype; ``(count,)``.
+    Yields:
+        What becomes of one parameter after the other. The base is checked once all are there.
 
     Raises:
+        AlreadyMergedError: It holds the merged values of a patch.
+        BaseMismatchError: It is not the base of a patch.
         MergeError: A result is NaN, or not the one that a patch promises at its own scale.
     """
+
+    def merge(named: tuple[str, TensorRecord]) -> MergedParameter:
+        name, record = named
+        found = copies(reader, record)
+        indices = changed_entries(patches, name)
+        base, *others = (gather_entries(reader, name, each, indices) for each in found)
+        if any(bits_differ(base, other).any() for other in others):
+            _refuse_base(reader, patches, name)
+        return MergedParameter(
+            name, found, indices, base, _merge(reader, patches, name, indices, base)
+        )
+
+    yield from in_threads(merge, parameters(patches).items())
+
+
+def _merge(
+    reader: CheckpointReader, patches: Sequence[Patch], name: str, indices: Array, base: Array
+) -> Array:
+    """Add up the values of patches for one parameter, and check both its ends."""
     terms = []
-    for adapter, scale in holders:
-        record = adapter.metadata.tensors[name]
-        where = ... if len(holders) == 1 else np.searchsorted(indices, adapter.indices[name])
-        values = adapter.values(name, base[where])
+    for patch in patches:
+        own = patch.indices(name)
+        if own is None:
+            continue
+        scale, record = patch.described.scale, patch.adapter.metadata.tensors[name]
+        where = ... if own.size == indices.size else np.searchsorted(indices, own)
+        if digest(base[where]) != record.base_digest:
+            _refuse_base(reader, patches, name)
+        values = patch.adapter.values(name, base[where])
         terms.append((where, values, scale))
-        if scale == adapter.metadata.scale:
+        if scale == patch.adapter.metadata.scale:
             found = digest(add_rounded(base[where], values, scale))
             if found != record.merged_digest:
                 raise MergeError(
@@ -89,19 +123,16 @@ def merge_parameter(
     return merged
 
 
-def check_unmerged(reader: CheckpointReader, adapter: AnyPatch, source: str) -> None:
-    """Check that a checkpoint is a patch's base, and doesn't hold its merged values already.
-
-    Args:
-        reader: The checkpoint.
-        adapter: The patch.
-        source: What messages call the patch.
-
-    Raises:
-        AlreadyMergedError: It holds the merged values.
-    """
-    if base_state(reader, adapter.metadata, adapter.indices) == "merged":
-        raise AlreadyMergedError(
-            f"{reader.directory}: expected the base, found the values of {source} already merged "
-            "into it; use it as it is, or give the original base"
-        )
+def _refuse_base(reader: CheckpointReader, patches: Sequence[Patch], name: str) -> None:
+    """Say what a checkpoint is that lacks a patch's base entries: merged already, or another."""
+    for patch in patches:
+        if base_state(reader, patch.adapter.metadata, patch.adapter.indices) == "merged":
+            raise AlreadyMergedError(
+                f"{reader.directory}: expected the base, found the values of "
+                f"{patch.described.adapter} already merged into it; use it as it is, or give the "
+                "original base"
+            )
+    raise BaseMismatchError(
+        f"{name}: expected {reader.directory} to stay as it is, found it changed meanwhile; "
+        "try again when nothing else writes to it"
+    )

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Literal
 
 from safeweights_peft.checkpoint import CheckpointReader
-from safeweights_peft.delta import WEIGHT_DTYPES, Array, bits_differ, digest
-from safeweights_peft.errors import BaseMismatchError, CheckpointError, MergeError
+from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
+from safeweights_peft.errors import BaseMismatchError, CheckpointError
 from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, BaseEntries, TensorRecord, entries_by_block
 
@@ -129,28 +129,6 @@ def check_floats(reader: CheckpointReader) -> None:
                 f"{reader.directory}: expected float weights, found {key} in {dtype}, quantized by "
                 f"{str(method)[:80]!r}; use the model that was quantized"
             )
-
-
-def check_written(
-    reader: CheckpointReader, name: str, key: str, indices: Array, new: Array
-) -> None:
-    """Check that a checkpoint holds what was written to it.
-
-    Args:
-        reader: The checkpoint.
-        name: The parameter, for the message.
-        key: The tensor.
-        indices: Flat indices in the tensor; ``(count,)``.
-        new: What was written there; ``(count,)``.
-
-    Raises:
-        MergeError: It holds something else.
-    """
-    if bits_differ(reader.gather(key, indices), new).any():
-        raise MergeError(
-            f"{name}: expected in {key} of {reader.directory} what was written there, found other "
-            "entries; the disk may be failing, try another"
-        )
 
 
 def _on_disk(reader: CheckpointReader, key: str) -> str:

@@ -62,7 +62,7 @@ def merge_in_place(
     shared = overlaps(patches, on_overlap)
     journal = _begun(CheckpointReader(base_dir), patches)
     if journal is None:
-        reader = open_base(base_dir, patches)
+        reader = open_base(base_dir)
         check_own_files(reader)
         sweep(reader.directory)
         described = [patch.described for patch in patches]

@@ -1,7 +1,8 @@
 """Merge safety patches into a checkpoint as a new one.
 
 Files are copied as they are, then only the touched entries are overwritten, so memory stays at the
-patches and one parameter's entries.
+patches and what becomes of their entries. Several shards are under way at a time: while one goes to
+the disk, another is copied.
 """
 
 import time
@@ -10,17 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from safeweights_peft.checkpoint import (
-    CheckpointReader,
-    Progress,
-    draft_copy,
-)
+from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, Progress, draft_copy
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, MergeError
-from safeweights_peft.files import check_apart, check_target
+from safeweights_peft.files import check_apart, check_target, sync
 from safeweights_peft.merge.card import CARD_FILE, card
 from safeweights_peft.merge.edits import edits
-from safeweights_peft.merge.entries import check_unmerged
-from safeweights_peft.merge.fit import PathLike, check_floats, check_written
+from safeweights_peft.merge.fit import PathLike, check_floats
 from safeweights_peft.merge.patches import (
     Adapters,
     MergedPatch,
@@ -128,24 +125,28 @@ def merge(
         inputs = {"base_dir": base_dir, "adapter_dir": patch.described.adapter}
         check_apart(Path(out_dir), inputs, MergeError)
     shared = overlaps(patches, on_overlap)
-    reader = open_base(base_dir, patches)
-    tensors = 0
-    with draft_copy(reader, out_dir, overwrite=overwrite, progress=progress) as draft:
-        for edit in edits(reader, patches):
-            draft.patch(edit.key, edit.indices, edit.merged)
-            check_written(draft.reader, edit.name, edit.key, edit.indices, edit.merged)
-            tensors += 1
+    reader = open_base(base_dir)
+    changes: dict[str, list[tuple[str, Array, Array]]] = {name: [] for name in reader.index.shards}
+    for edit in edits(reader, patches):  # what the base holds is let go
+        changes[reader.info(edit.key).shard].append((edit.key, edit.indices, edit.merged))
+
+    def write(draft: CheckpointDraft, shard: str) -> None:
+        for change in changes[shard]:
+            draft.patch(*change)
+        sync(draft.reader.directory / shard)
+
+    copying = draft_copy(reader, out_dir, overwrite=overwrite, progress=progress, change=write)
+    with copying as draft:
         path = draft.reader.directory / CARD_FILE
         path.write_text(card(patches, shared), encoding="utf-8")
-    return MergeReport.of(out_dir, patches, shared, tensors, started)
+    return MergeReport.of(out_dir, patches, shared, sum(map(len, changes.values())), started)
 
 
-def open_base(base_dir: PathLike, patches: Sequence[Patch]) -> CheckpointReader:
-    """Open a checkpoint, and check that it is the base of every patch.
+def open_base(base_dir: PathLike) -> CheckpointReader:
+    """Open a checkpoint that patches are to be merged into, as far as headers tell.
 
     Args:
         base_dir: The checkpoint.
-        patches: The patches.
 
     Returns:
         The checkpoint, opened.
@@ -161,6 +162,4 @@ def open_base(base_dir: PathLike, patches: Sequence[Patch]) -> CheckpointReader:
             f"{base_dir}: expected a whole checkpoint, found an unfinished merge; "
             "run `safeweights unmerge` on it, or the same merge again"
         )
-    for patch in patches:
-        check_unmerged(reader, patch.adapter, patch.described.adapter)
     return reader

@@ -100,9 +100,38 @@ def read_patches(adapters: Adapters) -> list[Patch]:
     if not several:
         raise MergeError("adapters: expected at least one patch, found none; give its directory")
     patches = [_read(*each) if isinstance(each, tuple) else _read(each, 1.0) for each in several]
+    check_together(patches)
+    return patches
+
+
+def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
+    """Say what is merged of a patch that has been read.
+
+    Args:
+        adapter: The patch.
+        source: Its directory, or what messages call it.
+        scale: The requested factor, on top of its own.
+
+    Returns:
+        The patch.
+    """
+    described = MergedPatch(
+        adapter=source,
+        content_id=str(adapter.metadata.content_id),
+        scale=_factor(adapter.metadata.scale, scale),
+        entries=sum(each.size for each in adapter.indices.values()),
+    )
+    return Patch(adapter, described)
+
+
+def check_together(patches: Sequence[Patch]) -> None:
+    """Check that patches can be added up: all different, and each parameter placed alike.
+
+    Args:
+        patches: The patches.
+    """
     for left, right in combinations(patches, 2):
         _check_pair(left, right)
-    return patches
 
 
 def parameters(patches: Sequence[Patch]) -> dict[str, TensorRecord]:
@@ -187,14 +216,7 @@ def _read(directory: PathLike, scale: float) -> Patch:
             f"{directory}: expected a safety patch, found a safety map, which has no values; "
             "train with it instead"
         )
-    adapter = read_patch(directory)
-    described = MergedPatch(
-        adapter=str(directory),
-        content_id=str(adapter.metadata.content_id),
-        scale=_factor(adapter.metadata.scale, scale),
-        entries=sum(each.size for each in adapter.indices.values()),
-    )
-    return Patch(adapter, described)
+    return describe_patch(read_patch(directory), str(directory), scale)
 
 
 def _factor(own: float, requested: float) -> float:

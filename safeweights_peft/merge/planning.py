@@ -1,13 +1,16 @@
-"""What a merge would do and need: counts, disk and memory, before anything is written."""
+"""What a merge would do and need: counts, disk, memory and time, before anything is written."""
 
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.checkpoint import WINDOW_BYTES, files_to_copy
+import numpy as np
+
+from safeweights_peft.checkpoint import THREADS, WINDOW_BYTES, files_to_copy
 from safeweights_peft.delta import DTYPES, index_dtype
-from safeweights_peft.merge.edits import changed_tensors
+from safeweights_peft.merge.edits import Edit, edits
 from safeweights_peft.merge.fit import PathLike
 from safeweights_peft.merge.in_place import check_own_files
 from safeweights_peft.merge.merging import open_base
@@ -19,6 +22,11 @@ from safeweights_peft.merge.patches import (
     read_patches,
 )
 from safeweights_peft.merge.undo import journal_bytes
+
+WRITE_RATE = 500_000_000
+"""Bytes per second that the disk, which a merge waits for, is taken to write: an ordinary SSD's."""
+
+_PAGE_BYTES = 4096
 
 
 def plan(
@@ -39,19 +47,25 @@ def plan(
 
     Returns:
         Plain JSON: tensors and entries that change, entries that patches share, bytes to be written
-        (the copy, or the undo journal), bytes of memory (the patches and the part of a tensor that
-        is looked at), bytes free there, and whether that is enough.
+        (the copy, or the undo journal), bytes of memory (the patches, the new entries of a copy,
+        and the parts of tensors that are looked at), seconds (what checking took now, and writing
+        at ``WRITE_RATE``), bytes free there, and whether that is enough.
     """
+    started = time.perf_counter()
     patches = read_patches(adapters)
     shared = overlaps(patches, on_overlap)
-    reader = open_base(base_dir, patches)
-    counts = {key: local.size for key, local in changed_tensors(reader, patches)}
-    largest = max((reader.info(key).size_bytes for key in counts), default=0)
+    reader = open_base(base_dir)
+    tensors = largest = undo_bytes = page_bytes = merged_bytes = 0
+    for edit in edits(reader, patches):
+        tensors, largest = tensors + 1, max(largest, reader.info(edit.key).size_bytes)
+        undo_bytes += journal_bytes(reader, edit.key, edit.indices.size)
+        page_bytes, merged_bytes = page_bytes + _page_bytes(edit), merged_bytes + edit.merged.nbytes
     if out_dir is None:
         check_own_files(reader)
-        write_bytes = sum(journal_bytes(reader, key, count) for key, count in counts.items())
+        write_bytes, disk_bytes, new_bytes = undo_bytes, undo_bytes + page_bytes, 0
     else:
-        write_bytes = sum(files_to_copy(reader).values())
+        write_bytes = disk_bytes = sum(files_to_copy(reader).values())
+        new_bytes = merged_bytes
     place = reader.directory if out_dir is None else _existing_parent(Path(out_dir))
     free_bytes = shutil.disk_usage(place).free
     held = [
@@ -60,14 +74,21 @@ def plan(
         for record in metadata.tensors.values()
     ]
     return {
-        "tensors": len(counts),
+        "tensors": tensors,
         "entries": count_entries(patches),
         "overlap": [asdict(each) for each in shared],
         "write_bytes": write_bytes,
-        "memory_bytes": min(largest, WINDOW_BYTES) + sum(held),
+        "memory_bytes": THREADS * min(largest, WINDOW_BYTES) + sum(held) + new_bytes,
+        "seconds": round(time.perf_counter() - started + disk_bytes / WRITE_RATE, 1),
         "free_bytes": free_bytes,
         "fits": write_bytes <= free_bytes,
     }
+
+
+def _page_bytes(edit: Edit) -> int:
+    """Count the bytes of the pages that an edit touches, each of which is written whole."""
+    pages = edit.indices.astype(np.int64) * edit.base.itemsize // _PAGE_BYTES
+    return np.unique(pages).size * _PAGE_BYTES
 
 
 def _existing_parent(path: Path) -> Path:

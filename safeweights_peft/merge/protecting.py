@@ -154,7 +154,7 @@ def _put_back(
     name: str,
     found: list[TensorRecord],
 ) -> tuple[int, float]:
-    """Overwrite one parameter's entries, read them back, and tell how many had moved, how far."""
+    """Overwrite one parameter's entries, and tell how many had moved, how far."""
     indices = artifact.indices[name]
     own = copies(base, artifact.metadata.tensors[name])[0]
     original = gather_entries(base, name, own, indices)
@@ -163,11 +163,6 @@ def _put_back(
         entries = original.astype(DTYPES[record.dtype])
         for key, (positions, local) in entries_by_block(record, indices).items():
             draft.patch(key, local, entries[positions])
-        if gather_entries(draft.reader, name, record, indices).tobytes() != entries.tobytes():
-            raise MergeError(
-                f"{name}: expected the base's entries in the new checkpoint, found others; the "
-                "disk may be failing, try another"
-            )
     return _distance(before, original.astype(before.dtype))
 
 

@@ -9,19 +9,18 @@ each call may write them again, either way.
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader
-from safeweights_peft.delta import WEIGHT_DTYPES, Array, bits_differ, digest, index_dtype
+from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, in_threads
+from safeweights_peft.delta import WEIGHT_DTYPES, bits_differ, digest, index_dtype
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import publish, read_json, sync, write_json
 from safeweights_peft.merge.edits import Edit
-from safeweights_peft.merge.fit import check_written
 from safeweights_peft.merge.patches import MergedPatch
 
 UNDO_DIR = "safeweights_undo"
@@ -92,19 +91,23 @@ class UndoJournal:
         Raises:
             CheckpointError: An entry is neither: the checkpoint was changed since.
         """
-        is_base = is_merged = True
-        for key, indices, base, merged in self._edits():
-            now = self.reader.gather(key, indices)
-            as_base, as_merged = ~bits_differ(now, base), ~bits_differ(now, merged)
-            if not (as_base | as_merged).all():
+
+        def compare(key: str) -> tuple[bool, bool]:
+            edit = self._edit(key)
+            now = self.reader.gather(key, edit.indices)
+            not_base, not_merged = bits_differ(now, edit.base), bits_differ(now, edit.merged)
+            if (not_base & not_merged).any():
                 raise CheckpointError(
                     f"{self.reader.directory}: {key}: expected the entries from before the merge "
                     "or after it, found others, so the checkpoint was changed since; use the "
                     "original base"
                 )
-            is_base &= bool(as_base.all())
-            is_merged &= bool(as_merged.all())
-        return "merged" if is_merged else "base" if is_base else "unfinished"
+            return not not_base.any(), not not_merged.any()
+
+        found = list(in_threads(compare, self._tensors))
+        if all(is_merged for _, is_merged in found):
+            return "merged"
+        return "base" if all(is_base for is_base, _ in found) else "unfinished"
 
     def write(self, state: Literal["base", "merged"]) -> None:
         """Overwrite the entries, bring them to the disk, and check that they are there.
@@ -112,13 +115,17 @@ class UndoJournal:
         Args:
             state: What the checkpoint is to hold.
         """
-        draft = CheckpointDraft(self.reader.directory)
-        for key, indices, base, merged in self._edits():
-            entries = base if state == "base" else merged
-            draft.patch(key, indices, entries)
-            check_written(draft.reader, key, key, indices, entries)
-        for shard in self.shards:
+        draft = CheckpointDraft(self.reader)
+
+        def restore(shard: str) -> None:
+            for key, record in self._tensors.items():
+                if record["shard"] == shard:
+                    edit = self._edit(key)
+                    draft.patch(key, edit.indices, edit.base if state == "base" else edit.merged)
             sync(self.reader.directory / shard)
+
+        for _ in in_threads(restore, self.shards):
+            pass
 
     def remove(self) -> None:
         """Remove the journal, whole or not at all."""
@@ -127,21 +134,20 @@ class UndoJournal:
         sync(old.parent)
         shutil.rmtree(old)
 
-    def _edits(self) -> Iterator[tuple[str, Array, Array, Array]]:
-        """Read each tensor's indices and its entries before and after, checked by their digest."""
-        path = self._path / ENTRIES_FILE
-        for key, record in self._tensors.items():
-            count, start = record["count"], record["start"]
-            of_indices, of_entries = _dtypes(record)
-            indices = np.fromfile(path, of_indices, count, offset=start)
-            start += count * of_indices.itemsize
-            base = np.fromfile(path, of_entries, count, offset=start)
-            start += count * of_entries.itemsize
-            merged = np.fromfile(path, of_entries, count, offset=start)
-            found = digest(indices, base, merged)
-            if found != record.get("digest"):
-                self._refuse(f"entries of {key} with digest {record.get('digest')}", found)
-            yield key, indices, base, merged
+    def _edit(self, key: str) -> Edit:
+        """Read a tensor's indices and its entries before and after, checked by their digest."""
+        path, record = self._path / ENTRIES_FILE, self._tensors[key]
+        count, start = record["count"], record["start"]
+        of_indices, of_entries = _dtypes(record)
+        indices = np.fromfile(path, of_indices, count, offset=start)
+        start += count * of_indices.itemsize
+        base = np.fromfile(path, of_entries, count, offset=start)
+        start += count * of_entries.itemsize
+        merged = np.fromfile(path, of_entries, count, offset=start)
+        found = digest(indices, base, merged)
+        if found != record.get("digest"):
+            self._refuse(f"entries of {key} with digest {record.get('digest')}", found)
+        return Edit(key, indices, base, merged)
 
     def _check_record(self, key: str, record: Any) -> None:
         if key not in self.reader:

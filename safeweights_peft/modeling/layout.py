@@ -90,29 +90,52 @@ def describe(
     """
     reader = None if base_path is None else CheckpointReader(base_path)
     parameters, tied = dict(model.named_parameters()), _names_by_parameter(model)
-    records = {}
+    asked = {}
     for name in names:
         if name not in parameters:
             raise ModelError(
                 f"{name}: expected a parameter of the model, found none; a tied one goes by its "
                 "first name, as in named_parameters()"
             )
-        record = _describe_parameter(model, name, parameters[name], reader)
-        others = tuple(other for other in tied[parameters[name]] if other != name)
+        asked[name] = parameters[name]
+    kept = _find_kept(model, asked)
+    records = {}
+    for name, parameter in asked.items():
+        if name in kept:
+            blocks: tuple[Block, ...] = (Block.dense(name, parameter.shape),)
+        else:
+            blocks = _convert(model, name, parameter)
+        record = _describe_parameter(model, name, parameter, blocks, reader)
+        others = tuple(other for other in tied[parameter] if other != name)
         records[name] = replace(record, tied_keys=others)
     return records
 
 
-def _describe_parameter(
-    model: PreTrainedModel, name: str, parameter: nn.Parameter, reader: CheckpointReader | None
-) -> TensorRecord:
+def _find_kept(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Finds the parameters that are saved as they are, all at once and without any data."""
+    empty = {name: torch.empty(p.shape, device="meta") for name, p in parameters.items()}
+    saved = revert_weight_conversion(model, dict(empty))
+    return {name for name, each in empty.items() if saved.get(name) is each}
+
+
+def _convert(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> tuple[Block, ...]:
+    """Follows each entry of a parameter to where it is saved."""
     # The largest thing here: as narrow as positions allow.
     narrow = torch.int32 if parameter.numel() < 2**31 else torch.int64
     positions = torch.arange(parameter.numel(), dtype=narrow).view(parameter.shape)
-    blocks = tuple(
+    return tuple(
         _block(name, key, value.numpy())
         for key, value in revert_weight_conversion(model, {name: positions}).items()
     )
+
+
+def _describe_parameter(
+    model: PreTrainedModel,
+    name: str,
+    parameter: nn.Parameter,
+    blocks: tuple[Block, ...],
+    reader: CheckpointReader | None,
+) -> TensorRecord:
     dtype = str(parameter.dtype).removeprefix("torch.")
     if reader is not None:
         blocks = tuple(_on_disk(model, name, block, reader) for block in blocks)

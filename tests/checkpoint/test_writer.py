@@ -5,7 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safeweights_peft.checkpoint import CheckpointReader, draft_copy, files_that_load
+from safeweights_peft.checkpoint import (
+    CheckpointDraft,
+    CheckpointReader,
+    draft_copy,
+    files_that_load,
+)
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import CheckpointError
 from tests.tiny_files import SIDE_FILES, load_checkpoint, save_checkpoint
@@ -53,6 +58,22 @@ def test_entries_are_written_in_any_order_whatever_the_window(
     expected = TENSORS["a"].copy()
     expected.reshape(-1)[order] = new
     assert CheckpointReader(tmp_path / "out").read("a").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_each_shard_can_be_changed_as_soon_as_it_is_copied(tmp_path: Path, shards: int) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path / "base", TENSORS, shards))
+
+    def change(draft: CheckpointDraft, shard: str) -> None:
+        for key, tensor in TENSORS.items():
+            if draft.reader.info(key).shard == shard:
+                draft.patch(key, np.array([1]), np.array([-1]).astype(tensor.dtype))
+
+    with draft_copy(reader, tmp_path / "out", change=change):
+        pass
+    for key, found in load_checkpoint(tmp_path / "out").items():
+        assert found.reshape(-1)[1] == -1
+        assert reader.read(key).reshape(-1)[1] == 1
 
 
 @pytest.mark.parametrize("key", TENSORS)

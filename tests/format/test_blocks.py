@@ -46,7 +46,8 @@ def test_locate_agrees_with_counting_entry_by_entry(block: Block, chosen: set[in
     oracle = flat_by_entry(block)
     positions, local = block.locate(indices)
     expected = [(at, oracle[flat]) for at, flat in enumerate(indices.tolist()) if flat in oracle]
-    assert list(zip(positions.tolist(), local.tolist(), strict=True)) == expected
+    found = np.arange(indices.size)[positions]
+    assert list(zip(found.tolist(), local.tolist(), strict=True)) == expected
     assert block.is_injective()
     assert block.last == max(oracle)
 
@@ -137,5 +138,5 @@ def test_indices_beyond_32_bits_are_located() -> None:
     flat = np.array([2**31 - 1, 2**32 + 5, 2**33 - 1])
     positions, local = block.locate(flat)
     np.testing.assert_array_equal(local, flat)
-    assert positions.tolist() == [0, 1, 2]
+    assert positions == slice(0, 3)
     assert row_major_strides(shape) == (2**17, 1)

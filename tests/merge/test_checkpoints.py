@@ -34,7 +34,7 @@ def test_a_checkpoint_whose_keys_lack_the_prefix_gets_the_same_edit(tmp_path: Pa
     merge(bare, case.patch, case.out)
     expected = slow_merge(case.tensors, (case.adapter, 1.0))
     assert_same_tensors(load_checkpoint(case.out), without_prefix(expected))
-    assert verify(case.patch, case.out).checks[-1].detail == "holds the merged values"
+    assert verify(case.patch, case.out).checks[-1].detail.startswith("holds the merged values")
 
 
 def test_a_checkpoint_whose_keys_have_the_prefix_gets_the_edit_of_a_patch_without(

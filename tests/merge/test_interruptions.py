@@ -215,4 +215,5 @@ def test_restored_shards_are_on_the_disk_before_the_journal_goes(tmp_path: Path)
         )
         unmerge(case.base)
     shards = sorted(path.name for path in case.base.glob("*.safetensors"))
-    assert order == [*shards, UNDO_DIR, "base"]
+    assert sorted(order[:-2]) == shards
+    assert order[-2:] == [UNDO_DIR, "base"]
