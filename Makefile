@@ -23,7 +23,7 @@ help:  ## show the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
 
 test: quality  ## set up .venv, then every check and every test but those on the real model
-	$(BIN)/pytest -m "not real_model"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not real_model"  # a process for each core
 
 demo: .venv/.demo  ## set up .venv, then make, train and evaluate a safety patch for SmolLM2-135M
 	$(BIN)/python examples/prepare_smollm2.py demo/base
