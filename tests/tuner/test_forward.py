@@ -124,7 +124,8 @@ def test_training_is_the_same_in_both_modes(base):
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert losses[:3] == losses[3:]
+    # The modes sum gradients in another order, so that on some processors the last digits differ.
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)
     assert losses[2] < losses[0]
 
 
