@@ -248,7 +248,7 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
         draft.mkdir(parents=True)
         yield draft
         _sync_all(draft)
-        _replace(target, draft)
+        _replace(target, draft, overwrite)
     except (OSError, SafetensorError) as reason:  # its library tells a full disk in its own way
         _refuse(error, path, "a writable directory", str(reason), reason, "free space or move it")
     finally:
@@ -352,9 +352,18 @@ def _sync_all(directory: Path) -> None:
         sync(Path(folder))
 
 
-def _replace(target: Path, draft: Path) -> None:
-    """Give a directory its name; what had it gets the draft's, and is deleted with it."""
-    _swap(target, draft)
+def _replace(target: Path, draft: Path, overwrite: bool) -> None:
+    """Give a directory its name; what had it gets the draft's, and is deleted with it.
+
+    Without ``overwrite`` only an empty directory can have it: what came meanwhile stays.
+
+    Raises:
+        OSError: The system refuses; all is as it was.
+    """
+    if overwrite:
+        _swap(target, draft)
+    else:
+        draft.rename(target)
     try:
         sync(target.parent)
     except OSError:
@@ -399,6 +408,7 @@ def _rename_twice(target: Path, draft: Path) -> None:
 def _recover(target: Path) -> None:
     """Give its name back to a directory that was moved aside by a process that was ended then."""
     if not target.exists():
-        for aside in target.parent.glob(f".{escape(target.name)}.*.old"):
+        name = f".{escape(target.name)}.{'[0-9a-f]' * 8}.old"
+        for aside in filter(Path.is_dir, target.parent.glob(name)):
             aside.rename(target)
             return

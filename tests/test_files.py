@@ -236,6 +236,16 @@ def test_an_old_directory_is_replaced_whole_only_when_asked(tmp_path: Path) -> N
     assert names_in(tmp_path) == ["out", "out/inner", "out/inner/new"]
 
 
+def test_a_directory_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    late = publish(tmp_path / "out", False, FormatError)
+    fill(late.__enter__())
+    with publish(tmp_path / "out", False, FormatError) as first:
+        fill(first, "first")
+    with pytest.raises(FormatError, match="not empty"):
+        late.__exit__(None, None, None)
+    assert names_in(tmp_path) == ["out", "out/inner", "out/inner/first"]
+
+
 def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with publish(tmp_path / "out", False, FormatError) as draft:

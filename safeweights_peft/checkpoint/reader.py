@@ -55,6 +55,7 @@ class CheckpointReader:
         """
         self.index = open_index(Path(directory))
         self._headers: dict[str, dict[str, StoredTensor]] = {}
+        self._stamps: dict[str, tuple[int, int, int]] = {}
 
     def copied_to(self, directory: Path) -> Self:
         """Open a copy that is being made of this checkpoint, before its files are there.
@@ -68,7 +69,23 @@ class CheckpointReader:
         copy = type(self).__new__(type(self))
         copy.index = replace(self.index, directory=directory)
         copy._headers = {shard: self._header(shard) for shard in self.index.shards}
+        copy._stamps = {}
         return copy
+
+    def check_unchanged(self, shard: str) -> None:
+        """Check that a shard is the file whose header was read, as it was then.
+
+        Args:
+            shard: Its file name.
+
+        Raises:
+            CheckpointError: It was replaced or written to since.
+        """
+        if self._stamp(shard) != self._stamps[shard]:
+            raise CheckpointError(
+                f"{self.directory / shard}: expected it to stay as it is, found it changed "
+                "meanwhile; try again when nothing else writes to it"
+            )
 
     @property
     def directory(self) -> Path:
@@ -205,6 +222,7 @@ class CheckpointReader:
         """Read a header once; a tensor that the index places elsewhere too would be ambiguous."""
         if shard in self._headers:
             return self._headers[shard]
+        stamp = self._stamp(shard)
         header = read_header(self.directory / shard, CheckpointError)
         for key in header:
             home = self.index.weight_map.get(key, shard)
@@ -213,8 +231,16 @@ class CheckpointReader:
                     f"{self.directory / shard}: {key}: expected it in {home} alone, as the index "
                     "says, found it here too; fetch the checkpoint again"
                 )
-        self._headers[shard] = header
+        self._headers[shard], self._stamps[shard] = header, stamp
         return header
+
+    def _stamp(self, shard: str) -> tuple[int, int, int]:
+        """Identify a file as it now is: its inode, size, and time of the last change."""
+        try:
+            found = (self.directory / shard).stat()
+        except OSError:
+            return 0, 0, 0  # reading it will tell
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def check_bounds(key: str, flat_indices: Array, numel: int) -> None:

@@ -3,8 +3,9 @@
 Copying, hashing, gathering and waiting for the disk all leave Python's lock alone.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 THREADS = 4
@@ -15,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Do some work on each item, on a few at a time; the first error stops it.
+    """Do some work on each item, on a few at a time, and not far ahead; the first error stops it.
 
     Args:
         work: What to do.
@@ -25,4 +26,14 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
         The results, in the order of the items.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(work, items)
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > THREADS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()

@@ -176,8 +176,10 @@ def _copy_files(
         target = draft.reader.directory / name
         target.parent.mkdir(exist_ok=True)
         copy_file(reader.directory / name, target)
-        if change is not None and name in reader.index.shards:
-            change(draft, name)
+        if name in reader.index.shards:
+            reader.check_unchanged(name)
+            if change is not None:
+                change(draft, name)
         return sizes[name]
 
     sizes = files_to_copy(reader)

@@ -8,14 +8,8 @@ from pathlib import Path
 import click
 
 from safeweights_peft.cli.artifacts import find_base
-from safeweights_peft.cli.options import (
-    adapter,
-    existing,
-    existing_file,
-    json_output,
-    new_file,
-    overwrite,
-)
+from safeweights_peft.cli.options import adapter as adapter_type
+from safeweights_peft.cli.options import existing, existing_file, json_output, new_file, overwrite
 from safeweights_peft.cli.output import percent, rows_of, show, show_progress
 from safeweights_peft.errors import SafeWeightsError
 
@@ -23,7 +17,7 @@ EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": 3}
 
 
 @click.command("verify")
-@click.argument("adapter", type=adapter)
+@click.argument("adapter")
 @click.option("--base", help="Its base: directory or Hub id.")
 @click.option(
     "--revision", help="Commit, tag or branch of --base on the Hub.  [default: what ADAPTER names]"
@@ -33,7 +27,7 @@ EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": 3}
 )
 @json_output
 def verify_command(
-    adapter: Path, base: str | None, revision: str | None, merged: Path | None, as_json: bool
+    adapter: str, base: str | None, revision: str | None, merged: Path | None, as_json: bool
 ) -> None:
     """Check ADAPTER, its fit to --base, and that --merged is just the two.
 
@@ -43,12 +37,13 @@ def verify_command(
     """
     from safeweights_peft.merge import verify
 
-    found, why_none = _look_for_base(base, adapter, revision)
+    folder = _fetch(adapter)
+    found, why_none = _look_for_base(base, folder, revision)
     if merged and found:
         with show_progress() as progress, progress.task("Comparing", 100) as advance:
-            report = verify(adapter, found, merged, progress=percent(advance))
+            report = verify(folder, found, merged, progress=percent(advance))
     else:
-        report = verify(adapter, found, merged, why_no_base=why_none)
+        report = verify(folder, found, merged, why_no_base=why_none)
     checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail} for c in report.checks]
     result = {"verdict": report.verdict, "content_id": report.content_id, "checks": checks}
     words = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unknown": "UNKNOWN"}
@@ -56,6 +51,15 @@ def verify_command(
     rows += [("content id", str(report.content_id)), ("verdict", report.verdict)]
     show(result, rows, as_json)
     sys.exit(EXIT_CODES[report.verdict])
+
+
+def _fetch(adapter: str) -> Path:
+    """Finds the adapter's directory; one that can't be had is unreadable, and no failed check."""
+    try:
+        return adapter_type.convert(adapter, None, None)
+    except SafeWeightsError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(EXIT_CODES["unreadable"])
 
 
 def _look_for_base(

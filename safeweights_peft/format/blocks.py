@@ -13,6 +13,9 @@ import numpy as np
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CorruptAdapterError
 
+_MAX_INTERLEAVED = 256
+"""Blocks that may reach over an entry, on average: looking for entries in a block takes time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
@@ -71,6 +74,18 @@ class Block:
             local += coordinate * steps[dim]
         inside &= rest == 0
         return first + np.flatnonzero(inside), local[inside]
+
+    def looked_at(self, indices: Array) -> int:
+        """Count the entries of the parameter that finding this tensor's goes through one by one.
+
+        Args:
+            indices: Ascending flat indices in the parameter; ``(count,)``.
+
+        Returns:
+            The number; 0 where the tensor holds all that it reaches.
+        """
+        first, stop = self._reach(indices)
+        return 0 if self._is_dense() else stop - first
 
     def spread(self, local: Array) -> Array:
         """Find where entries of this tensor are in the parameter; undoes :meth:`locate`.
@@ -183,6 +198,12 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     Raises:
         CorruptAdapterError: An entry lies in no block, or in two.
     """
+    looked_at = sum(block.looked_at(indices) for block in blocks)
+    if looked_at > _MAX_INTERLEAVED * indices.size:
+        raise CorruptAdapterError(
+            f"{name}: blocks: expected an entry to be in the reach of {_MAX_INTERLEAVED} at most, "
+            f"found {looked_at / indices.size:.0f} on average; do not use this adapter"
+        )
     holders = np.zeros(indices.shape, np.uint8)
     for block in blocks:
         positions, _ = block.locate(indices)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array
+from safeweights_peft.errors import MergeError
 from safeweights_peft.format import entries_by_block
 from safeweights_peft.merge.entries import merge_parameters
 from safeweights_peft.merge.patches import Patch
@@ -39,9 +40,18 @@ def edits(reader: CheckpointReader, patches: Sequence[Patch]) -> Iterator[Edit]:
 
     Yields:
         The changes of one tensor after the other. The base is checked once all are there.
+
+    Raises:
+        MergeError: Two parameters lie in one tensor, as their keys differ by a prefix alone.
     """
+    holders: dict[str, str] = {}
     for parameter in merge_parameters(reader, patches):
         for copy in parameter.copies:
             for key, (positions, local) in entries_by_block(copy, parameter.indices).items():
+                if holders.setdefault(key, parameter.name) != parameter.name:
+                    raise MergeError(
+                        f"{parameter.name}: expected a tensor of its own in {reader.directory}, "
+                        f"found {key}, which holds {holders[key]}; do not use this adapter"
+                    )
                 if local.size:
                     yield Edit(key, local, parameter.base[positions], parameter.merged[positions])

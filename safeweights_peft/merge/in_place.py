@@ -68,7 +68,8 @@ def merge_in_place(
         described = [patch.described for patch in patches]
         journal = write_journal(reader, described, edits(reader, patches))
     journal.write("merged")
-    return MergeReport.of(base_dir, patches, shared, journal.tensors, started)
+    size_bytes = CheckpointReader(base_dir).size_bytes
+    return MergeReport.of(base_dir, size_bytes, patches, shared, journal.tensors, started)
 
 
 def unmerge(directory: PathLike) -> UnmergeReport:

@@ -57,6 +57,7 @@ class MergeReport:
     def of(
         cls,
         out_dir: PathLike,
+        size_bytes: int,
         patches: Sequence[Patch],
         overlap: tuple[Overlap, ...],
         tensors: int,
@@ -66,6 +67,7 @@ class MergeReport:
 
         Args:
             out_dir: The merged checkpoint.
+            size_bytes: Size of its shards.
             patches: What was merged.
             overlap: What the patches share.
             tensors: Number of tensors changed.
@@ -80,7 +82,7 @@ class MergeReport:
             overlap=overlap,
             tensors=tensors,
             entries=count_entries(patches),
-            size_bytes=CheckpointReader(out_dir).size_bytes,
+            size_bytes=size_bytes,
             seconds=time.perf_counter() - started,
         )
 
@@ -139,7 +141,9 @@ def merge(
     with copying as draft:
         path = draft.reader.directory / CARD_FILE
         path.write_text(card(patches, shared), encoding="utf-8")
-    return MergeReport.of(out_dir, patches, shared, sum(map(len, changes.values())), started)
+        size_bytes = CheckpointReader(draft.reader.directory).size_bytes  # opened as a user will
+    tensors = sum(map(len, changes.values()))
+    return MergeReport.of(out_dir, size_bytes, patches, shared, tensors, started)
 
 
 def open_base(base_dir: PathLike) -> CheckpointReader:

@@ -94,13 +94,14 @@ def protect(
             moved, furthest = _put_back(base, draft, artifact, name, found)
             tensors += sum(len(each.blocks) for each in found)
             changed, largest = changed + moved, max(largest, furthest)
+        size_bytes = CheckpointReader(draft.reader.directory).size_bytes
     return ProtectReport(
         out_dir=str(out_dir),
         tensors=tensors,
         entries=sum(each.size for each in artifact.indices.values()),
         changed=changed,
         largest_change=largest,
-        size_bytes=CheckpointReader(out_dir).size_bytes,
+        size_bytes=size_bytes,
         seconds=time.perf_counter() - started,
     )
 

@@ -5,6 +5,7 @@ base in ``fit``, a merged model in ``comparing``.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +23,7 @@ from safeweights_peft.merge.comparing import (
 )
 from safeweights_peft.merge.edits import edits
 from safeweights_peft.merge.fit import PathLike, base_state
-from safeweights_peft.merge.patches import read_patches
+from safeweights_peft.merge.patches import Patch, describe_patch
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -120,9 +121,12 @@ def verify(
     try:
         artifact = _check_adapter(Path(adapter_dir), log)
         content_id = artifact.metadata.content_id
-        base = _check_base(artifact, adapter_dir, base_dir, why_no_base, log)
+        patches = []
+        if not isinstance(artifact, SafetyMap):
+            patches = [describe_patch(artifact, str(adapter_dir))]
+        base = _check_base(artifact, patches, base_dir, why_no_base, log)
         if merged_dir is not None:
-            _check_merged(artifact, adapter_dir, base, merged_dir, log, progress)
+            _check_merged(artifact, patches, base, merged_dir, log, progress)
     except (CheckpointError, OSError) as reason:
         log.end(str(reason), Verdict.UNREADABLE)
     except SafeWeightsError as reason:
@@ -144,7 +148,7 @@ def _check_adapter(folder: Path, log: _Log) -> Artifact:
 
 def _check_base(
     artifact: Artifact,
-    adapter_dir: PathLike,
+    patches: Sequence[Patch],
     base_dir: PathLike | None,
     why_none: str,
     log: _Log,
@@ -161,9 +165,9 @@ def _check_base(
         return None
     log.end("holds the base values")
     _check_commit(Path(base_dir), artifact.metadata.revision, log)
-    if not isinstance(artifact, SafetyMap):
+    if patches:
         log.begin("result")
-        tensors = sum(1 for _ in edits(reader, read_patches(adapter_dir)))
+        tensors = sum(1 for _ in edits(reader, patches))
         log.end(f"merges into {tensors} tensors to the entries that it promises")
     return reader
 
@@ -186,7 +190,7 @@ def _check_commit(base: Path, recorded: str | None, log: _Log) -> None:
 
 def _check_merged(
     artifact: Artifact,
-    adapter_dir: PathLike,
+    patches: Sequence[Patch],
     base: CheckpointReader | None,
     merged_dir: PathLike,
     log: _Log,
@@ -205,7 +209,6 @@ def _check_merged(
     pairs = match_tensors(base, merged, artifact.metadata)
     log.end(f"{len(pairs)} tensors, in the base's dtypes and shapes")
     log.begin("weights")
-    patches = [] if isinstance(artifact, SafetyMap) else read_patches(adapter_dir)
     compare_tensors(base, merged, pairs, edits(base, patches), progress)
     log.end("every entry is the base's, or what the adapter makes of it")
     log.begin("files")

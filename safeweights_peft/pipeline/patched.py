@@ -171,6 +171,7 @@ def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
 
     Raises:
         ModelError: the base is neither given nor named, or can't be found.
+        FormatError: what a config has as its commit is none.
     """
     configs = [read_json(each / CONFIG_FILE, FormatError) for each in adapters]
     name = configs[0].get("base_model_name_or_path") if base is None else str(base)
@@ -179,4 +180,10 @@ def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
             f"{adapters[0]}: expected the name of its base in {CONFIG_FILE}, found none; give base"
         )
     named = [each for each in configs if each.get("base_model_name_or_path") == name]
-    return resolve_base(name, named[0].get("revision") if named else None)
+    revision = named[0].get("revision") if named else None
+    if not isinstance(revision, str | None):
+        raise FormatError(
+            f"{adapters[0]}: {CONFIG_FILE}: revision: expected a commit or null, found "
+            f"{str(revision)[:80]}; do not use this adapter"
+        )
+    return resolve_base(name, revision)

@@ -13,6 +13,7 @@ from typing import Any
 
 from safeweights_peft.data import FILE_SUFFIXES, source_digest
 from safeweights_peft.errors import BaseMismatchError, DataError, FormatError, ModelError
+from safeweights_peft.fetching import split_revision
 from safeweights_peft.files import read_json
 from safeweights_peft.format import read_metadata
 from safeweights_peft.hub.layout import RESULTS
@@ -74,13 +75,16 @@ def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()
     record = read_record(file)
     patch = _find_patch(file.parent, record)
     settings = _with_data(_settings_here(file.parent, record), record, data)
-    name, revision = base or settings.base, record.base.revision
+    name, revision = settings.base, record.base.revision
     if base is None and revision is None and patch and not Path(name).is_dir():
         metadata = read_metadata(patch)
         name, revision = metadata.base_model_name_or_path or name, metadata.revision
+    if base is not None:
+        given, asked = (base, None) if Path(base).is_dir() else split_revision(base)
+        name, revision = given, asked or (revision if given == name else None)
     if Path(name).is_dir():
         revision = None
-    elif revision is None:
+    elif base is None and revision is None:
         raise ModelError(
             f"base: expected the directory {record.base.name!r} or a Hub id and its commit, found "
             "neither; give it by --base"
@@ -188,11 +192,12 @@ def _check_source(key: str, source: str, digest: str) -> None:
 
 def _check_model(key: str, name: str, revision: str | None, recorded: ModelFiles) -> None:
     files = describe_model(resolve_base(name, revision)).files
-    other = [file for file, digest in recorded.files.items() if files.get(file) != digest]
-    if other:
+    every = recorded.files.keys() | (files.keys() if Path(name).is_dir() else set())
+    other = [file for file in sorted(every) if files.get(file) != recorded.files.get(file)]
+    if other or not every:
         raise BaseMismatchError(
             f"{key}: {name}: expected the files of the recorded run, found another or no "
-            f"{', '.join(other)}; give the model that was used"
+            f"{', '.join(other) or 'record of any'}; give the model that was used"
         )
 
 

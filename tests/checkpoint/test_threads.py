@@ -33,4 +33,13 @@ def test_the_first_error_is_raised_and_what_has_not_begun_is_left() -> None:
 
     with pytest.raises(KeyError):
         list(in_threads(work, range(100_000)))
-    assert THREADS - 1 < len(begun) < 100_000
+    assert 0 < len(begun) <= THREADS + 1
+
+
+def test_work_is_not_done_far_ahead_of_its_use() -> None:
+    begun: list[int] = []
+    results = in_threads(begun.append, range(1000))
+    for taken in range(1, 100):
+        next(results)
+        assert len(begun) <= taken + THREADS
+    results.close()

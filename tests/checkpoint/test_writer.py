@@ -76,6 +76,20 @@ def test_each_shard_can_be_changed_as_soon_as_it_is_copied(tmp_path: Path, shard
         assert reader.read(key).reshape(-1)[1] == 1
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_shard_that_changed_since_it_was_read_is_not_copied(tmp_path: Path, shards: int) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path / "base", TENSORS, shards))
+    for key in TENSORS:
+        reader.read(key)
+    save_checkpoint(tmp_path / "base", TENSORS, shards)
+    with (
+        pytest.raises(CheckpointError, match="found it changed meanwhile"),
+        draft_copy(reader, tmp_path / "out"),
+    ):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("key", TENSORS)
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_tensor_written_whole_changes_and_no_other(tmp_path: Path, shards: int, key: str) -> None:

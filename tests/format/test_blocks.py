@@ -140,3 +140,12 @@ def test_indices_beyond_32_bits_are_located() -> None:
     np.testing.assert_array_equal(local, flat)
     assert positions == slice(0, 3)
     assert row_major_strides(shape) == (2**17, 1)
+
+
+def test_blocks_that_interleave_a_thousandfold_are_refused() -> None:
+    indices = np.arange(10_000, dtype=np.int32)
+    blocks = [
+        Block(key=str(start), shape=(2,), offset=start, strides=(5000,)) for start in range(5000)
+    ]
+    with pytest.raises(CorruptAdapterError, match="in the reach of 256 at most"):
+        check_coverage("weight", blocks, indices)

@@ -6,13 +6,22 @@ import re
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from safeweights_peft.delta import digest
-from safeweights_peft.format import TensorRecord, read_metadata, write_map
+from safeweights_peft.errors import MergeError
+from safeweights_peft.format import (
+    Adapter,
+    TensorRecord,
+    read_adapter,
+    read_metadata,
+    write_adapter,
+    write_map,
+)
 from safeweights_peft.merge import Verdict, VerifyReport, merge, merge_in_place, verify
 from tests.merge.cases import (
     EMBEDDINGS,
@@ -463,3 +472,21 @@ def test_progress_is_told_in_bytes_of_the_merged_model(case: Case) -> None:
     size = sum(each.nbytes for each in load_checkpoint(case.out).values())
     assert told[-1] == (size, size)
     assert told == sorted(told)
+
+
+def test_two_parameters_that_would_share_a_tensor_of_the_base_are_refused(case: Case) -> None:
+    adapter = read_adapter(case.patch)
+    record = adapter.metadata.tensors[UP]
+    (block,) = record.blocks
+    double = replace(record, blocks=(replace(block, key=f"model.{block.key}"),))
+    if block.key.startswith("model."):
+        double = replace(record, blocks=(replace(block, key=block.key.removeprefix("model.")),))
+    metadata = replace(
+        adapter.metadata, tensors=adapter.metadata.tensors | {"other.weight": double}
+    )
+    both = Adapter(metadata, adapter.deltas | {"other.weight": adapter.deltas[UP]})
+    write_adapter(case.patch, both, overwrite=True)
+    with pytest.raises(MergeError, match="expected a tensor of its own"):
+        merge(case.base, case.patch, case.out.with_name("again"))
+    found = verify_all(case).checks[-1]
+    assert (found.name, found.verdict) == ("result", Verdict.FAILED)
