@@ -82,7 +82,8 @@ def write_card(folder: Path, repo_id: str) -> Path:
         HubError: a result was made for another adapter.
     """
     metadata = read_artifact(folder).metadata  # with a content id, even of format 1.0
-    measured = read_results(folder, metadata.content_id)
+    base = metadata.base_model_name_or_path, metadata.revision
+    measured = read_results(folder, metadata.content_id, base)
     licence = find_licence(metadata)
     data = _card_data(metadata, measured, licence, repo_id)
     card = ModelCard.from_template(
