@@ -13,7 +13,6 @@ from shlex import quote
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from safeweights_peft.errors import HubError
 from safeweights_peft.fetching import patiently
@@ -32,7 +31,7 @@ from safeweights_peft.hub.results import (
     source_title,
     write_eval_results,
 )
-from safeweights_peft.merge.card import base_hub_id, base_name, plain
+from safeweights_peft.merge.card import base_name, plain
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PICTURES = {
@@ -66,8 +65,6 @@ JUDGES = {
 }
 """What is to be said of a judge in the table, and as its limit."""
 LICENCE_KEYS = ("license", "license_name", "license_link")
-LICENCE_TEXTS = {"apache-2.0": "Apache License Version 2.0", "mit": "MIT License"}
-"""How the texts begin that a base without a card can have."""
 
 
 def write_card(folder: Path, repo_id: str) -> Path:
@@ -85,7 +82,8 @@ def write_card(folder: Path, repo_id: str) -> Path:
         HubError: a result was made for another adapter.
     """
     metadata = read_artifact(folder).metadata  # with a content id, even of format 1.0
-    measured = read_results(folder, metadata.content_id)
+    base = metadata.base_model_name_or_path, metadata.revision
+    measured = read_results(folder, metadata.content_id, base)
     licence = find_licence(metadata)
     data = _card_data(metadata, measured, licence, repo_id)
     card = ModelCard.from_template(
@@ -97,34 +95,21 @@ def write_card(folder: Path, repo_id: str) -> Path:
 
 
 def find_licence(metadata: AdapterMetadata) -> dict[str, str]:
-    """Looks the base's licence up: in its card, or for a directory by how its ``LICENSE`` begins.
+    """Looks the base's licence up in its card.
 
     Args:
-        metadata: the adapter's description.
+        metadata: the adapter's description, which names the base by its Hub id.
 
     Returns:
         The card's ``license`` fields; empty if the licence can't be known here.
     """
-    hub_id, name = base_hub_id(metadata), metadata.base_model_name_or_path
-    folder = Path(name) if name and not hub_id else None
     try:
-        found = _metadata_on_hub(hub_id, metadata.revision) if hub_id else _metadata_in(folder)
+        found = _metadata_on_hub(str(metadata.base_model_name_or_path), metadata.revision)
     except Exception:  # not to be reached, or its author wrote no YAML there: the new card says so
         found = {}
-    if isinstance(found.get("license"), str):
-        return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
-    text = _beginning(folder / "LICENSE") if folder else ""
-    return next(({"license": key} for key, start in LICENCE_TEXTS.items() if start in text), {})
-
-
-def _metadata_in(folder: Path | None) -> dict[str, Any]:
-    card = folder / CARD if folder else None
-    return (metadata_load(card) if card and card.is_file() else None) or {}
-
-
-def _beginning(path: Path) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return " ".join(text.split())[:100]
+    if not isinstance(found.get("license"), str):
+        return {}
+    return {key: found[key] for key in LICENCE_KEYS if isinstance(found.get(key), str)}
 
 
 def _metadata_on_hub(repo_id: str, revision: str | None) -> dict[str, Any]:
@@ -135,12 +120,11 @@ def _metadata_on_hub(repo_id: str, revision: str | None) -> dict[str, Any]:
 def _card_data(
     metadata: AdapterMetadata, measured: list[Measured], licence: dict[str, str], repo_id: str
 ) -> ModelCardData:
-    on_hub = base_hub_id(metadata)
     data = ModelCardData(
         library_name="peft",
         pipeline_tag="text-generation",
-        base_model=on_hub,
-        base_model_relation="adapter" if on_hub else None,
+        base_model=metadata.base_model_name_or_path,
+        base_model_relation="adapter",
         tags=[TAG, metadata.mode.artifact.replace(" ", "-"), "safety"],
         model_name=repo_id.rpartition("/")[2],
         eval_results=model_index(measured, repo_id) or None,
@@ -167,8 +151,7 @@ def _told(
         "trained": method != "diff",
         "control": method if method in CONTROLS else None,
         "base_name": base_name(metadata),
-        "on_hub": base_hub_id(metadata) is not None,
-        "commit": plain(metadata.revision or "none, as it was a directory"),
+        "commit": plain(str(metadata.revision)),
         "entries": f"{content['entries']:,}",
         "tensors": content["parameters"],
         "share": _share(content["entries"], total),
@@ -184,7 +167,7 @@ def _told(
         ],
         "run_picture": f"{IMAGES}/result.png" if (images / "result.png").is_file() else None,
         "has_map": (folder / MAP).is_dir(),
-        **_recorded(folder, metadata),
+        **_recorded(folder),
     }
 
 
@@ -192,7 +175,7 @@ def _share(entries: int, total: object) -> str | None:
     return f"{100 * entries / total:.2f} %" if isinstance(total, int) and total > 0 else None
 
 
-def _recorded(folder: Path, metadata: AdapterMetadata) -> dict[str, Any]:
+def _recorded(folder: Path) -> dict[str, Any]:
     """Tells what the run's record says about making the adapter again."""
     path = folder / RESULTS / REPRODUCE
     if not path.is_file():
@@ -206,9 +189,6 @@ def _recorded(folder: Path, metadata: AdapterMetadata) -> dict[str, Any]:
         }
         return {
             "recorded": environment,
-            "recorded_base": None
-            if base_hub_id(metadata)
-            else quote(plain(record["base"]["name"])),
             "recorded_data": [quote(each) for each in sorted(files)],
         }
     except (KeyError, TypeError, AttributeError) as error:
@@ -292,7 +272,6 @@ def _licence_text(licence: dict[str, str]) -> str:
 
 def _snippet(metadata: AdapterMetadata, repo_id: str) -> str:
     """Writes what a newcomer pastes: at most ten lines."""
-    base = base_hub_id(metadata) or f"path/to/{base_name(metadata)}"
-    pinned = f'"{base}", revision="{metadata.revision}"' if metadata.revision else f'"{base}"'
+    pinned = f'"{metadata.base_model_name_or_path}", revision="{metadata.revision}"'
     template = USE_PATCH if metadata.mode is Mode.SET else USE_MAP
     return template.format(base=pinned, repo=repo_id)

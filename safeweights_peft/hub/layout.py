@@ -40,7 +40,9 @@ def belongs(path: str) -> bool:
     Returns:
         Whether it matches the layout.
     """
-    return any(fnmatchcase(path, pattern) for pattern in PATTERNS)
+    return any(
+        fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in PATTERNS
+    )
 
 
 def is_unsafe(path: str) -> bool:

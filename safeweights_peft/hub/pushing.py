@@ -124,8 +124,11 @@ def _check_login(repo_id: str) -> None:
 def _find_base(source: Path, metadata: AdapterMetadata, given: str | None) -> Base:
     """Finds the Hub id and the commit of the base, and that both are there."""
     name, revision = metadata.base_model_name_or_path, metadata.revision
+    recorded = revision
     if given is not None:
         name, revision = split_revision(given)
+        recorded = recorded if name == metadata.base_model_name_or_path else None
+        revision = revision or recorded
     elif name is None or revision is None:
         raise HubError(
             f"{source}: base_model_name_or_path: expected a Hub id and its commit, found "
@@ -139,6 +142,11 @@ def _find_base(source: Path, metadata: AdapterMetadata, given: str | None) -> Ba
         wanted = f"the base as a model on the Hub{at}"
         raise HubError(f"{name}: expected {wanted}, {explain(error, name)}") from error
     assert info.sha is not None
+    if given is not None and recorded not in (None, info.sha):
+        raise HubError(
+            f"{source}: expected --base {name}@{recorded}, the commit that it was made for, found "
+            f"commit {info.sha}; leave the revision out"
+        )
     return Base(info.id, info.sha)
 
 

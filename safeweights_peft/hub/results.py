@@ -119,25 +119,30 @@ class Measured:
     before: Evaluation | None
 
 
-def read_results(folder: Path, content_id: str | None) -> list[Measured]:
+def read_results(
+    folder: Path, content_id: str | None, base: tuple[str | None, str | None]
+) -> list[Measured]:
     """Reads the evaluations in an adapter's ``results/``.
 
     Args:
         folder: the adapter's directory, laid out as its repository.
         content_id: the adapter's.
+        base: name and commit of the adapter's base.
 
     Returns:
         The patch's evaluations by file name, each with the base's.
 
     Raises:
-        HubError: a result was made for another content, or a base's for other requests.
+        HubError: a result was made for another content or base, or a base's for other requests.
     """
     found: dict[bool, list[Evaluation]] = {True: [], False: []}
     for path in sorted((folder / RESULTS).glob("*.json")):
         content = read_json(path, HubError)
         _check_content(path, content, content_id)
         if content.get("kind") == "evaluation":
-            found[content.get("adapter") is None].append(_read(path, content))
+            read = _read(path, content)
+            _check_base(read, base)
+            found[content.get("adapter") is None].append(read)
     before = {each.setting: each for each in found[True]}
     measured = [Measured(each, before.get(each.setting)) for each in found[False]]
     paired = [each.before.file for each in measured if each.before]
@@ -193,6 +198,19 @@ def write_eval_results(folder: Path, measured: list[Measured], repo_id: str) -> 
     return written
 
 
+def base_text(name: str | None, commit: str | None) -> str:
+    """Names a base for people.
+
+    Args:
+        name: its Hub id or path, as it is recorded.
+        commit: its commit; None of a directory.
+
+    Returns:
+        For instance ``someone/tiny at 0123…``.
+    """
+    return f"{name} at {commit}" if commit else str(name)
+
+
 def source_title(source: str) -> str:
     """Names a source of requests for people.
 
@@ -227,6 +245,16 @@ def _check_content(path: Path, content: Mapping[str, Any], content_id: str | Non
         raise HubError(
             f"{RESULTS}/{path.name}: content_id: expected {content_id}, the adapter's, found "
             f"{found or 'none'}; evaluate this adapter, or take the file away"
+        )
+
+
+def _check_base(evaluation: Evaluation, base: tuple[str | None, str | None]) -> None:
+    """Refuses what was measured on another base, or on another commit of it."""
+    if evaluation.base != base:
+        wanted = base_text(*base)
+        raise HubError(
+            f"{RESULTS}/{evaluation.file}: base: expected {wanted}, the adapter's, found "
+            f"{base_text(*evaluation.base)}; evaluate on {wanted}, or take the file away"
         )
 
 

@@ -19,7 +19,9 @@ from safeweights_peft.format import AdapterMetadata, read_metadata
 from safeweights_peft.format.io import CONFIG_FILE
 from safeweights_peft.hub.checking import check_adapter
 from safeweights_peft.hub.layout import ADAPTER_FILES, IMAGES, MAP, RESULTS, SIGNATURE
+from safeweights_peft.hub.results import base_text
 
+_Named = tuple[str | None, str | None]  # a base's name and commit, as an adapter records them
 _OWN = ("adapter", "map", "path")  # what results call the run's own parts, by their paths
 
 
@@ -72,7 +74,7 @@ def stage(source: Path, folder: Path, base: Base) -> AdapterMetadata:
         HubError: the map beside the patch is of another base.
     """
     adapter = find_adapter(source)
-    named = read_metadata(adapter).base_model_name_or_path
+    named = _named(read_metadata(adapter))
     for target, path in dict(_files(source, adapter)).items():
         place = folder / target
         place.parent.mkdir(exist_ok=True)
@@ -99,8 +101,15 @@ def _files(source: Path, adapter: Path) -> Iterator[tuple[str, Path]]:
             yield f"{IMAGES}/{path.name}", path
 
 
-def _rename(content: Any, named: str | None, base: Base) -> Any:
-    """Gives the base its Hub id, and a run's own parts their bare names; drops answers."""
+def _named(metadata: AdapterMetadata) -> _Named:
+    return metadata.base_model_name_or_path, metadata.revision
+
+
+def _rename(content: Any, named: _Named, base: Base) -> Any:
+    """Gives the base its Hub id, and a run's own parts their bare names; drops answers.
+
+    Another commit of the base is another base, and keeps its name.
+    """
     if isinstance(content, list):
         return [_rename(each, named, base) for each in content]
     if not isinstance(content, dict):
@@ -110,24 +119,24 @@ def _rename(content: Any, named: str | None, base: Base) -> Any:
         if key in _OWN and isinstance(value, str):
             renamed[key] = Path(value).name
     told = renamed.get("base")
-    if told is not None and told == named:
+    if told is not None and told == named[0]:
         renamed["base"] = base.repo_id
-    elif isinstance(told, dict) and told.keys() == {"name", "revision"} and told["name"] == named:
+    elif told == {"name": named[0], "revision": named[1]}:
         renamed["base"] = {"name": base.repo_id, "revision": base.commit}
     return renamed
 
 
-def _stage_adapter(adapter: Path, folder: Path, named: str | None, base: Base) -> None:
+def _stage_adapter(adapter: Path, folder: Path, named: _Named, base: Base) -> None:
     """Copies an adapter, checks the copy, and has it name the published base."""
     read_metadata(adapter)  # both files are there
     folder.mkdir(exist_ok=True)
     for name in ADAPTER_FILES:
         shutil.copyfile(adapter / name, folder / name)
-    found = check_adapter(folder, str(adapter)).base_model_name_or_path
+    found = _named(check_adapter(folder, str(adapter)))
     if found != named:
         raise HubError(
-            f"{adapter}: expected a map of the patch's base {named}, found one of {found}; "
-            "take it away, or put the right one there"
+            f"{adapter}: expected a map of the patch's base {base_text(*named)}, found one of "
+            f"{base_text(*found)}; take it away, or put the right one there"
         )
     config = read_json(folder / CONFIG_FILE, HubError)
     public = config | {

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -214,11 +214,6 @@ def test_it_says_how_to_make_it_again(folder: Path) -> None:
     assert "torch 2.13.0+cpu, transformers 5.23.0, peft 0.21.2, Python 3.11.7" in body
 
 
-def test_a_base_that_was_a_directory_is_to_be_given_to_make_it_again(folder: Path) -> None:
-    edit_config(folder, lambda config: config.update(revision=None))
-    assert "results/reproduce.json --base tiny --data" in body_of(folder)
-
-
 def test_without_a_record_it_says_that_there_is_none(bare: Path) -> None:
     assert "How it was made is not recorded here" in body_of(bare)
 
@@ -257,22 +252,6 @@ def test_the_metadata_passes_huggingface_hubs_validation(hub: HubServer, folder:
     assert "POST /api/validate-yaml" in hub.log
 
 
-def test_a_base_that_was_a_directory_is_no_base_on_the_hub(folder: Path) -> None:
-    place = {"base_model_name_or_path": "/home/ann/models/tiny", "revision": None}
-    edit_config(folder, lambda config: config.update(place))
-    card = card_of(folder)
-    assert "base_model" not in card
-    assert "/home/ann" not in card
-    assert "| base | tiny |" in card
-    assert "| base commit | none, as it was a directory |" in card
-
-
-def test_a_path_that_looks_like_an_id_is_no_base_on_the_hub(folder: Path) -> None:
-    place = {"base_model_name_or_path": "demo/base", "revision": None}
-    edit_config(folder, lambda config: config.update(place))
-    assert "base_model" not in card_of(folder)
-
-
 @pytest.mark.parametrize("source", ["a|b.json", "<script>.json", "[x](y).json", "`.json"])
 def test_names_from_files_are_not_markup(source: str, folder: Path) -> None:
     content_id = read_metadata(folder).content_id
@@ -284,58 +263,38 @@ def test_names_from_files_are_not_markup(source: str, folder: Path) -> None:
     assert "| harmful requests | _" in body or "| harmful requests | a_b.json |" in body
 
 
-def base_with(tmp_path: Path, **texts: str) -> dict[str, str | None]:
-    base = tmp_path / "base"
-    base.mkdir()
-    for name, text in texts.items():
-        (base / name.replace("_md", ".md")).write_text(text, encoding="utf-8")
-    return {"base_model_name_or_path": str(base), "revision": None}
+@pytest.fixture
+def licensed(hub: HubServer, bare: Path) -> Callable[[str], Path]:
+    """Has the base's card begin with a text, and gives a patch of that commit."""
+
+    def with_card(text: str) -> Path:
+        hub.add_repo(BASE, {"README.md": text.encode(), "config.json": b"{}"})
+        commit = hub.repos[BASE].refs["main"]
+        edit_config(bare, lambda config: config.update(revision=commit))
+        return bare
+
+    return with_card
 
 
-def test_the_licence_is_that_of_the_bases_card_on_the_hub(hub: HubServer, folder: Path) -> None:
-    hub.add_repo(BASE, {"README.md": b"---\nlicense: apache-2.0\n---\n", "config.json": b"{}"})
-    commit = hub.repos[BASE].refs["main"]
-    edit_config(folder, lambda config: config.update(revision=commit))
-    card = card_of(folder)
+def test_the_licence_is_that_of_the_bases_card(licensed: Callable[[str], Path]) -> None:
+    card = card_of(licensed("---\nlicense: apache-2.0\n---\n"))
     assert "\nlicense: apache-2.0\n" in card
     assert "| licence | apache-2.0, the base's |" in card
 
 
-def test_the_licence_is_that_of_the_bases_card(folder: Path, tmp_path: Path) -> None:
-    text = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: LICENSE\n---\n"
-    place = base_with(tmp_path, README_md=text)
-    edit_config(folder, lambda config: config.update(place))
-    write_card(folder, REPO)
+def test_a_licence_of_its_own_is_told_by_name(licensed: Callable[[str], Path]) -> None:
+    folder = licensed("---\nlicense: other\nlicense_name: tiny-1\nlicense_link: LICENSE\n---\n")
+    card = card_of(folder)
     data = metadata_load(folder / "README.md")
     assert [data["license"], data["license_name"]] == ["other", "tiny-1"]
-    assert "| licence | tiny-1, the base's |" in card_of(folder)
+    assert "| licence | tiny-1, the base's |" in card
 
 
-@pytest.mark.parametrize(
-    ("text", "licence"),
-    [
-        ("\n   Apache License\n   Version 2.0, January 2004\n", "apache-2.0"),
-        ("MIT License\n\nCopyright (c) 2024\n", "mit"),
-    ],
-)
-def test_a_base_without_a_card_is_known_by_its_licence(
-    text: str, licence: str, folder: Path, tmp_path: Path
-) -> None:
-    place = base_with(tmp_path, LICENSE=text)
-    edit_config(folder, lambda config: config.update(place))
-    write_card(folder, REPO)
-    assert metadata_load(folder / "README.md")["license"] == licence
-
-
-@pytest.mark.parametrize(
-    "texts", [{}, {"LICENSE": "free"}, {"README_md": "---\nlicense: [\n---\n"}, {"README_md": "hi"}]
-)
+@pytest.mark.parametrize("text", ["hi", "---\nlicense: [a, b]\n---\n"])
 def test_a_licence_that_cannot_be_known_is_left_out_and_that_is_said(
-    texts: dict[str, str], folder: Path, tmp_path: Path
+    text: str, licensed: Callable[[str], Path]
 ) -> None:
-    place = base_with(tmp_path, **texts)
-    edit_config(folder, lambda config: config.update(place))
-    card = card_of(folder)
+    card = card_of(licensed(text))
     assert "license" not in card
     assert "| licence | the base's, which could not be looked up; its terms hold |" in card
 
@@ -393,10 +352,13 @@ def test_the_snippet_of_a_map_runs_as_pasted(
     paste(card, tmp_path)
 
 
-def test_a_pushed_run_has_its_card_and_is_found_with_its_results(run: Path, hub: HubServer) -> None:
+def test_a_pushed_run_has_its_card_and_is_found_with_its_results(
+    run: Path, base: str, hub: HubServer
+) -> None:
+    named = {"name": BASE, "revision": base}
     content_id = read_metadata(run / "patch").content_id
     for name, owner in (("before.json", None), ("after.json", content_id)):
-        (run / name).write_text(json.dumps(evaluation(owner)), encoding="utf-8")
+        (run / name).write_text(json.dumps(evaluation(owner, base=named)), encoding="utf-8")
     push_to_hub(run, REPO)
     assert b"| **3.0 % [1.2, 99.9]** | 101 |" in hub.repos[REPO].files()["README.md"]
     (shared,) = find_on_hub(BASE)

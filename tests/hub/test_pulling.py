@@ -60,13 +60,17 @@ def test_what_was_pulled_can_be_pushed_again_as_it_is(
 def test_all_that_belongs_is_fetched_and_nothing_else(
     pushed: Path, hub: HubServer, tmp_path: Path
 ) -> None:
-    hub.repos[REPO].put({"LICENSE": b"free", "training_args.bin": b"\0", "run.py": b"boom()"})
+    others = {
+        "LICENSE": b"free",
+        "training_args.bin": b"\0",
+        "run.py": b"boom()",
+        "images/photos/x.png": b"\0",
+    }
+    hub.repos[REPO].put(others)
     whole = hub.repos[REPO].files()
     pulled = pull_from_hub(REPO, tmp_path / "out")
     assert content(tmp_path / "out") == {
-        path: raw
-        for path, raw in whole.items()
-        if path not in ("LICENSE", "training_args.bin", "run.py")
+        path: raw for path, raw in whole.items() if path not in others
     }
     assert pulled.unsafe == ("training_args.bin",)
     assert not [each for each in hub.log if each.endswith((".bin", ".py", "LICENSE"))]

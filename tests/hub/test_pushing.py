@@ -12,6 +12,7 @@ from safeweights_peft.errors import CorruptAdapterError, HubError
 from safeweights_peft.format import read_metadata
 from safeweights_peft.hub import push_to_hub
 from tests.hub.conftest import BASE, REPO, TOKEN
+from tests.hub.repositories import evaluation
 from tests.hub_server import Fault, HubServer
 from tests.tiny_files import edit_config, edit_tensors
 from tests.tiny_jobs import content
@@ -184,6 +185,25 @@ def test_a_base_is_named_at_a_revision(hub: HubServer, local: Path, base: str) -
     assert json.loads(hub.repos[REPO].files()["adapter_config.json"])["revision"] == base
 
 
+def test_a_base_that_has_moved_on_stays_at_the_commit_that_is_recorded(
+    hub: HubServer, run: Path, base: str
+) -> None:
+    hub.repos[BASE].put({"README.md": b"more"})
+    assert push_to_hub(run, REPO, base=BASE).base_commit == base
+    files = hub.repos[REPO].files()
+    for name in ("adapter_config.json", "map/adapter_config.json"):
+        assert json.loads(files[name])["revision"] == base
+
+
+def test_a_base_at_another_commit_than_the_recorded_one_is_refused(
+    hub: HubServer, base: str, refuse: Refuse
+) -> None:
+    other = hub.repos[BASE].put({"README.md": b"more"}).oid
+    told = refuse(base=f"{BASE}@{other}")
+    assert f"expected --base {BASE}@{base}, the commit that it was made for, found" in told
+    assert f"found commit {other}; leave the revision out" in told
+
+
 def test_a_signed_patch_is_not_changed_to_name_its_base(local: Path, refuse: Refuse) -> None:
     (local / "patch" / "model.sig").write_text("{}", encoding="utf-8")
     assert "expected the config to be pushed as it was signed" in refuse(local, base=BASE)
@@ -208,9 +228,32 @@ def test_a_gated_base_can_be_named(hub: HubServer, run: Path) -> None:
     assert push_to_hub(run, REPO).changed
 
 
-def test_a_map_of_another_base_is_not_put_beside_a_patch(run: Path, refuse: Refuse) -> None:
+def test_a_map_of_another_base_is_not_put_beside_a_patch(
+    run: Path, base: str, refuse: Refuse
+) -> None:
     edit_config(run / "map", lambda config: config.update(base_model_name_or_path="other/base"))
-    assert f"expected a map of the patch's base {BASE}, found one of other/base" in refuse()
+    told = refuse()
+    assert f"expected a map of the patch's base {BASE} at {base}, found one of other/base" in told
+
+
+def test_a_map_of_another_commit_is_not_put_beside_a_patch(
+    run: Path, base: str, refuse: Refuse
+) -> None:
+    edit_config(run / "map", lambda config: config.update(revision="0" * 40))
+    told = refuse()
+    assert f"expected a map of the patch's base {BASE} at {base}, found one of {BASE} at 0" in told
+
+
+def test_an_evaluation_on_another_commit_of_the_base_is_refused_and_not_renamed(
+    run: Path, base: str, refuse: Refuse
+) -> None:
+    content_id = read_metadata(run / "patch").content_id
+    named = {"name": BASE, "revision": "0" * 40}
+    write(run / "after.json", **evaluation(content_id, base=named))
+    told = refuse(base=BASE)
+    assert told.startswith("results/after.json: base: expected")
+    assert f"{BASE} at {base}" in told
+    assert f"found {BASE} at {'0' * 40}; evaluate on" in told
 
 
 # --- what must not be published ----------------------------------------------------------------

@@ -9,9 +9,10 @@ from huggingface_hub import parse_eval_result_entries
 
 from safeweights_peft.errors import HubError
 from safeweights_peft.hub.results import model_index, read_results, write_eval_results
-from tests.hub.repositories import REPO, evaluation, put_result
+from tests.hub.repositories import BASE, COMMIT, REPO, evaluation, put_result
 
 OURS, OTHERS = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+ON = (BASE, COMMIT)
 ON_HUB = {"harmful": "someone/attacks:test", "benign": "someone/questions", "task": None}
 
 
@@ -24,12 +25,12 @@ def folder(tmp_path: Path) -> Path:
 
 def refusal(folder: Path) -> str:
     with pytest.raises(HubError) as caught:
-        read_results(folder, OURS)
+        read_results(folder, OURS, ON)
     return str(caught.value)
 
 
 def test_an_evaluation_of_the_patch_is_read_with_that_of_its_base(folder: Path) -> None:
-    (measured,) = read_results(folder, OURS)
+    (measured,) = read_results(folder, OURS, ON)
     assert (measured.after.file, measured.after.harmful.rate.count) == ("after.json", 3)
     assert measured.before is not None
     assert (measured.before.file, measured.before.harmful.rate.count) == ("before.json", 98)
@@ -39,12 +40,12 @@ def test_several_evaluations_each_find_their_own_base(folder: Path) -> None:
     other = evaluation(None)["harmful"] | {"data_digest": "sha256:" + "c" * 64}
     put_result(folder, "after2.json", evaluation(OURS, harmful=other))
     put_result(folder, "before2.json", evaluation(None, harmful=other))
-    pairs = [(each.after.file, each.before.file) for each in read_results(folder, OURS)]
+    pairs = [(each.after.file, each.before.file) for each in read_results(folder, OURS, ON)]
     assert pairs == [("after.json", "before.json"), ("after2.json", "before2.json")]
 
 
 def test_no_results_are_no_results(tmp_path: Path) -> None:
-    assert read_results(tmp_path, OURS) == []
+    assert read_results(tmp_path, OURS, ON) == []
 
 
 def test_an_evaluation_of_another_content_is_refused_by_name(folder: Path) -> None:
@@ -75,7 +76,6 @@ def test_the_record_of_another_run_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"base": {"name": "someone/other", "revision": None}},
         {"judge": "some guard"},
         {"decoding": "greedy, at most 8 tokens"},
         {"harmful": evaluation(None)["harmful"] | {"data_digest": "sha256:" + "c" * 64}},
@@ -85,6 +85,18 @@ def test_the_record_of_another_run_is_refused(folder: Path) -> None:
 def test_a_base_that_was_asked_otherwise_is_refused(change: dict[str, Any], folder: Path) -> None:
     put_result(folder, "before.json", evaluation(None, **change))
     assert refusal(folder).startswith("results/before.json: expected an evaluation of the base")
+
+
+@pytest.mark.parametrize("name", ["before.json", "after.json"])
+@pytest.mark.parametrize("other", [("someone/other", COMMIT), (BASE, "1" * 40), (BASE, None)])
+def test_an_evaluation_on_another_base_or_commit_is_refused(
+    other: tuple[str, str | None], name: str, folder: Path
+) -> None:
+    content_id = OURS if name == "after.json" else None
+    named = dict(zip(("name", "revision"), other, strict=True))
+    put_result(folder, name, evaluation(content_id, base=named))
+    told = refusal(folder)
+    assert told.startswith(f"results/{name}: base: expected {BASE} at {COMMIT}, the adapter's,")
 
 
 @pytest.mark.parametrize(
@@ -107,11 +119,11 @@ def test_results_of_other_kinds_may_be_of_the_map_and_are_left_alone(folder: Pat
     put_result(folder, "probe.json", {"kind": "probe", "content_id": OTHERS})
     put_result(folder, "training.json", {"kind": "training", "losses": []})
     put_result(folder, "settings.json", {"base": "someone/tiny"})
-    assert len(read_results(folder, OURS)) == 1
+    assert len(read_results(folder, OURS, ON)) == 1
 
 
 def test_the_model_index_tells_figures_as_they_were_measured(folder: Path) -> None:
-    harmful, benign, kl, perplexity = model_index(read_results(folder, OURS), REPO)
+    harmful, benign, kl, perplexity = model_index(read_results(folder, OURS, ON), REPO)
     assert (harmful.metric_value, harmful.metric_args["n"]) == (3 / 101, 101)
     assert (harmful.metric_args["low"], harmful.metric_args["high"]) == (0.0123, 0.9987)
     assert (benign.metric_value, benign.dataset_type) == (12 / 103, "builtin:benign_eval")
@@ -121,7 +133,7 @@ def test_the_model_index_tells_figures_as_they_were_measured(folder: Path) -> No
 
 def test_the_model_index_names_a_data_set_of_the_hub_by_its_id(folder: Path) -> None:
     put_result(folder, "after.json", evaluation(OURS, settings=ON_HUB))
-    harmful, benign, *_ = model_index(read_results(folder, OURS), REPO)
+    harmful, benign, *_ = model_index(read_results(folder, OURS, ON), REPO)
     assert (harmful.dataset_type, harmful.dataset_split) == ("someone/attacks", "test")
     assert (benign.dataset_type, benign.dataset_split) == ("someone/questions", None)
 
@@ -129,7 +141,7 @@ def test_the_model_index_names_a_data_set_of_the_hub_by_its_id(folder: Path) -> 
 def test_the_place_of_a_file_of_requests_is_told_nowhere(folder: Path) -> None:
     settings = {"harmful": "/home/ann/attacks.json", "benign": "ask/questions.jsonl", "task": None}
     put_result(folder, "after.json", evaluation(OURS, settings=settings))
-    measured = read_results(folder, OURS)
+    measured = read_results(folder, OURS, ON)
     assert measured[0].after.harmful.source == "attacks.json"
     assert measured[0].after.benign.source == "questions.jsonl"
     assert write_eval_results(folder, measured, REPO) == []
@@ -139,7 +151,7 @@ def test_results_on_data_sets_of_the_hub_are_written_as_the_hub_documents_them(
     folder: Path,
 ) -> None:
     put_result(folder, "after.json", evaluation(OURS, settings=ON_HUB))
-    (path,) = write_eval_results(folder, read_results(folder, OURS), REPO)
+    (path,) = write_eval_results(folder, read_results(folder, OURS, ON), REPO)
     assert path == folder / ".eval_results" / "after.yaml"
     harmful, benign = yaml.safe_load(path.read_text())
     notes = "ASR, a share: 3 of 101, 95 % interval 0.012 to 0.999; judge: refusal openings; "
@@ -158,11 +170,11 @@ def test_results_on_data_sets_of_the_hub_are_written_as_the_hub_documents_them(
 
 def test_huggingface_hub_reads_them_back(folder: Path) -> None:
     put_result(folder, "after.json", evaluation(OURS, settings=ON_HUB))
-    (path,) = write_eval_results(folder, read_results(folder, OURS), REPO)
+    (path,) = write_eval_results(folder, read_results(folder, OURS, ON), REPO)
     entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert [each.value for each in entries] == [3 / 101, 12 / 103]
 
 
 def test_results_on_built_in_requests_are_no_benchmark_of_the_hub(folder: Path) -> None:
-    assert write_eval_results(folder, read_results(folder, OURS), REPO) == []
+    assert write_eval_results(folder, read_results(folder, OURS, ON), REPO) == []
     assert not (folder / ".eval_results").exists()
