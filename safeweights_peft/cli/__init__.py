@@ -108,7 +108,8 @@ def enhance_command(base: str, out: Path, dry_run: bool, as_json: bool, **option
     """Make BASE safer: evaluate, score, train, evaluate again.
 
     BASE is a model's directory or Hub id. OUT gets before.json, map/, patch/, after.json,
-    result.json and result.png. An interrupted run goes on where it stopped when called again.
+    result.json, result.png and reproduce.json. An interrupted run goes on where it stopped when
+    called again.
     """
     from safeweights_peft.pipeline import enhance_model, estimate
 

@@ -16,6 +16,7 @@ def options_of(command: click.Command) -> list[click.Option]:
 def test_the_commands_are_the_steps_of_the_work() -> None:
     jobs = [
         "compare",
+        "convert",
         "diff",
         "enhance",
         "eval",
