@@ -44,6 +44,20 @@ def test_pull_tells_what_it_fetched_and_what_it_left(pushed: HubServer, tmp_path
     assert f"its main branch is at {latest}" in called.stderr
 
 
+def test_pull_spells_out_what_a_stranger_s_names_would_do_to_the_terminal(
+    pushed: HubServer,
+) -> None:
+    pushed.repos[REPO].put({"a\x1b[2J.pkl": b"\0"})
+    config = json.loads(pushed.repos[REPO].files()["adapter_config.json"])
+    config["revision"] = "\x1b[2J"
+    pushed.repos[REPO].put({"adapter_config.json": json.dumps(config).encode()})
+    called = call("pull", REPO)
+    assert called.exit_code == 0, called.output
+    assert "Not fetched: a\\x1b[2J.pkl, which can run code." in called.stderr
+    assert "made for commit \\x1b[2J, its main" in called.stderr
+    assert "\x1b" not in called.stdout
+
+
 def test_list_shows_what_is_there_for_a_base(pushed: HubServer) -> None:
     called = call("list", "--base", BASE)
     assert [line.split()[:3] for line in called.stdout.splitlines()] == [
