@@ -128,17 +128,20 @@ def patiently(call: Callable[[], Result]) -> Result:
                 raise
 
 
-def wait_out(error: BaseException, waits: Iterator[float]) -> bool:
+def wait_out(
+    error: BaseException, waits: Iterator[float], passing: Sequence[int] = PASSING
+) -> bool:
     """Waits before another try, as long as the server asks, or else the next of some waits.
 
     Args:
         error: what the last try raised.
         waits: the waits that are left, in seconds.
+        passing: statuses that another try may not get.
 
     Returns:
         False, without a wait, if another try would not help or enough were made.
     """
-    if not is_passing(error) or (wait := next(waits, None)) is None:
+    if not is_passing(error, passing) or (wait := next(waits, None)) is None:
         return False
     asked = _asked_wait(error)
     if asked is not None and asked > LONGEST_WAIT_SECONDS:
@@ -147,18 +150,19 @@ def wait_out(error: BaseException, waits: Iterator[float]) -> bool:
     return True
 
 
-def is_passing(error: BaseException) -> bool:
+def is_passing(error: BaseException, passing: Sequence[int] = PASSING) -> bool:
     """Tells whether another try may go better: after a lost connection or a passing status.
 
     Args:
         error: what a request raised.
+        passing: the statuses that do.
 
     Returns:
         Whether it may. Where nothing can be reached at all, as without a network, it won't soon.
     """
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
-        return cause.response.status_code in PASSING
+        return cause.response.status_code in passing
     if isinstance(cause, json.JSONDecodeError):
         return True  # the page of some proxy in place of the Hub's answer
     return isinstance(cause, HTTPError) and type(cause).__name__ != "ConnectError"

@@ -15,15 +15,12 @@ from typing import Any
 from safeweights_peft.errors import SignatureError
 from safeweights_peft.files import sync
 from safeweights_peft.format import read_artifact
-from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
+from safeweights_peft.format.io import ADAPTER_FILES
 
 PathLike = str | os.PathLike[str]
 
 SIGNATURE_FILE = "model.sig"
 """The name that model-signing's own command line gives a signature."""
-
-SIGNED_FILES = (CONFIG_FILE, TENSORS_FILE)
-"""What decides an adapter's result: readers must ignore every other file beside it."""
 
 _KEY = "an elliptic-curve key (P-256, P-384 or P-521), unencrypted, in PEM form"
 
@@ -125,7 +122,7 @@ def _signature(adapter_dir: PathLike, given: PathLike | None) -> Path:
 def _record(signature: Path, content_id: str | None) -> dict[str, Any]:
     return {
         "signature": str(signature),
-        "files": list(SIGNED_FILES),
+        "files": list(ADAPTER_FILES),
         "content_id": content_id,
     }
 
@@ -144,7 +141,7 @@ def _import() -> Any:
 def _hashing(folder: Path) -> Any:
     """Hash the adapter's own files alone, also where they are links, as in the Hub's cache."""
     hashing = _import().hashing
-    others = {SIGNATURE_FILE, *(path.name for path in folder.iterdir())} - {*SIGNED_FILES}
+    others = {SIGNATURE_FILE, *(path.name for path in folder.iterdir())} - {*ADAPTER_FILES}
     config = hashing.Config().set_ignored_paths(paths=sorted(others), ignore_git_paths=False)
     return config.set_allow_symlinks(True)
 
@@ -152,7 +149,7 @@ def _hashing(folder: Path) -> Any:
 def _told(reason: Exception) -> str:
     """Tell the library's reason in a line; of a mismatch, which it tells in bytes, the names."""
     text = " ".join(str(reason).split())
-    changed = [name for name in SIGNED_FILES if name in text]
+    changed = [name for name in ADAPTER_FILES if name in text]
     if changed:
         return f"{' and '.join(changed)} other than what was signed"
     return f"{type(reason).__name__} ({text[:200]})" if text else type(reason).__name__

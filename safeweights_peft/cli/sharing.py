@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from safeweights_peft.cli.options import existing, json_output, new, overwrite
-from safeweights_peft.cli.output import show
+from safeweights_peft.cli.output import printable, show
 
 
 @click.command("push")
@@ -82,11 +82,12 @@ def pull_command(source: str, out: Path | None, overwrite: bool, as_json: bool) 
     ]
     show(asdict(pulled), rows, as_json)
     for name in pulled.unsafe:
-        click.echo(f"Not fetched: {name}, which can run code.", err=True)
+        click.echo(f"Not fetched: {printable(name)}, which can run code.", err=True)
     if pulled.base_moved_on:
+        base, commit = printable(str(pulled.base)), printable(str(pulled.base_commit))
         click.echo(
-            f"{pulled.base} has moved on: this was made for commit {pulled.base_commit}, its main "
-            f"branch is at {pulled.base_latest}. The former is loaded unless you give another.",
+            f"{base} has moved on: this was made for commit {commit}, its main branch is at "
+            f"{pulled.base_latest}. The former is loaded unless you give another.",
             err=True,
         )
 

@@ -36,6 +36,8 @@ from safeweights_peft.format.streams import Coding
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
+"""What decides an adapter's result: readers must ignore every other file beside it."""
 
 PathLike = str | os.PathLike[str]
 

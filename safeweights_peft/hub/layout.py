@@ -8,20 +8,19 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
+from safeweights_peft.format.io import ADAPTER_FILES
+from safeweights_peft.signing import SIGNATURE_FILE
 
 CARD = "README.md"
 MAP, RESULTS, IMAGES, FIGURES = "map", "results", "images", ".eval_results"
-ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
-SIGNATURE = "model.sig"
 PATTERNS = (
     *ADAPTER_FILES,
     CARD,
     f"{FIGURES}/*.yaml",
     f"{RESULTS}/*.json",
     f"{IMAGES}/*.png",
-    SIGNATURE,
-    *(f"{MAP}/{name}" for name in (*ADAPTER_FILES, SIGNATURE)),
+    SIGNATURE_FILE,
+    *(f"{MAP}/{name}" for name in (*ADAPTER_FILES, SIGNATURE_FILE)),
 )
 """Every file that a push writes and a pull fetches; others in a repository are left alone."""
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from safeweights_peft.errors import HubError
 from safeweights_peft.format.io import TENSORS_FILE
 
@@ -29,11 +31,9 @@ _SECRETS = {
 _SECRET = re.compile("|".join(f"({pattern})" for pattern in _SECRETS.values()))
 
 _END = r"[^\s\"'`<>|)]*"
-# Roots under which a path tells of a machine or its user, wherever it stands.
-_ROOTED = (
-    r"(?<![\w.:/-])(?:file://|/(?:home|Users|root|tmp|var/folders|mnt|media|scratch|Volumes)/)"
-    + _END
-)
+# Under these a path tells of a machine or its user, wherever it stands.
+_ROOTS = "home|Users|root|tmp|var/folders|mnt|media|scratch|Volumes|data|work|workspace|srv|opt"
+_ROOTED = rf"(?<![\w.:/-])(?:file://|/(?:{_ROOTS})/)" + _END
 _IN_PICTURE = re.compile(_ROOTED)  # the shorter ones come about by chance there
 _IN_TEXT = re.compile(rf"{_ROOTED}|(?<![\w.:/-])~/{_END}|\b[A-Za-z]:\\{_END}")
 # As a whole value, each absolute path is one.
@@ -59,8 +59,10 @@ def check_shareable(folder: Path) -> None:
 def _texts(path: Path, name: str) -> Iterator[tuple[str, str, re.Pattern[str]]]:
     """Takes a file apart: where, what stands there, and what a local path looks like there."""
     if path.name == TENSORS_FILE:
-        return  # numbers, under names that the config has as well
-    if path.suffix == ".json":
+        # Numbers, under names that the config has as well; but the header has room for texts.
+        with safe_open(path, "numpy") as file:
+            yield from _strings(file.metadata() or {}, f"{name}: __metadata__")
+    elif path.suffix == ".json":
         yield from _strings(json.loads(path.read_text(encoding="utf-8")), name)
     elif path.suffix == ".png":
         for text in re.findall(rb"[ -~]{12,}", path.read_bytes()):

@@ -23,11 +23,13 @@ from safeweights_peft.fetching import (
     split_revision,
 )
 from safeweights_peft.files import check_target, publish
-from safeweights_peft.format.io import CONFIG_FILE
+from safeweights_peft.format.io import ADAPTER_FILES, CONFIG_FILE
 from safeweights_peft.hub.checking import check_adapter
-from safeweights_peft.hub.layout import ADAPTER_FILES, MAP, PATTERNS, belongs, is_unsafe
+from safeweights_peft.hub.layout import MAP, PATTERNS, belongs, is_unsafe
+from safeweights_peft.merge.card import HUB_ID
+from safeweights_peft.signing import SIGNATURE_FILE
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+_ID = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def is_hub_id(source: str) -> bool:
     return _ID.fullmatch(source) is not None
 
 
-def fetch_adapter(source: str, patterns: Sequence[str] = ADAPTER_FILES) -> Path:
+def fetch_adapter(source: str, patterns: Sequence[str] = (*ADAPTER_FILES, SIGNATURE_FILE)) -> Path:
     """Fetches the files of an adapter into the Hub's cache, unless they are there.
 
     Args:

@@ -25,6 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from safeweights_peft.errors import HubError
 from safeweights_peft.fetching import (
     HUB_ERRORS,
+    PASSING,
     WAITS_SECONDS,
     download,
     explain,
@@ -40,6 +41,9 @@ from safeweights_peft.hub.card import write_card
 from safeweights_peft.hub.layout import belongs, is_foreign
 from safeweights_peft.hub.leaks import check_shareable
 from safeweights_peft.hub.staging import Base, find_adapter, stage
+
+TIP_MOVED = 412
+"""The Hub's answer to a commit on top of one that isn't the tip, or for a while isn't yet."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +198,20 @@ class _Change:
         """
         remote = self._look()
         if remote is None:
+            if self.revision not in (None, "main"):
+                raise HubError(
+                    f"{self.repo_id}: expected a repository with the branch {self.revision}, found "
+                    "none that you can see; push to its main branch first"
+                )
             patiently(
                 lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
             )
             remote = self._look()
-            assert remote is not None
+            if remote is None:
+                raise HubError(
+                    f"{self.repo_id}: expected the repository that was just made, found none yet; "
+                    "call again"
+                )
         elif private and not remote.private:
             raise HubError(
                 f"{self.repo_id}: expected a private repository, found a public one; make it "
@@ -266,7 +279,7 @@ class _Change:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if self.create_pr and status != 429:
                     raise  # it may have been opened, and another try would open a second one
-                if status != 412 and not wait_out(error, waits):
+                if not wait_out(error, waits, (*PASSING, TIP_MOVED)):
                     raise
             now = self._look()
             if now is not None and now.holds(self.files):

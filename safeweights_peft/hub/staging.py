@@ -16,10 +16,11 @@ from typing import Any
 from safeweights_peft.errors import HubError
 from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, read_metadata
-from safeweights_peft.format.io import CONFIG_FILE
+from safeweights_peft.format.io import ADAPTER_FILES, CONFIG_FILE
 from safeweights_peft.hub.checking import check_adapter
-from safeweights_peft.hub.layout import ADAPTER_FILES, IMAGES, MAP, RESULTS, SIGNATURE
+from safeweights_peft.hub.layout import IMAGES, MAP, RESULTS
 from safeweights_peft.hub.results import base_text
+from safeweights_peft.signing import SIGNATURE_FILE
 
 _Named = tuple[str | None, str | None]  # a base's name and commit, as an adapter records them
 _OWN = ("adapter", "map", "path")  # what results call the run's own parts, by their paths
@@ -144,7 +145,7 @@ def _stage_adapter(adapter: Path, folder: Path, named: _Named, base: Base) -> No
         "base_model_name_or_path": base.repo_id,
         "revision": base.commit,
     }
-    signature = adapter / SIGNATURE
+    signature = adapter / SIGNATURE_FILE
     if public != config:
         if signature.exists():
             raise HubError(
@@ -155,4 +156,4 @@ def _stage_adapter(adapter: Path, folder: Path, named: _Named, base: Base) -> No
         text = json.dumps(public, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     elif signature.exists():
-        shutil.copyfile(signature, folder / SIGNATURE)
+        shutil.copyfile(signature, folder / SIGNATURE_FILE)

@@ -5,15 +5,22 @@ from pathlib import Path
 
 import pytest
 
+from safeweights_peft.signing import sign
 from tests.cli.conftest import call
 from tests.hub.conftest import BASE, REPO
 from tests.hub_server import HubServer
+from tests.test_signing import Keys
 
 
 @pytest.fixture
 def pushed(hub: HubServer, run: Path) -> HubServer:
     assert call("push", run, REPO).exit_code == 0
     return hub
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path)
 
 
 def test_push_tells_the_commit_the_base_and_the_files(hub: HubServer, run: Path, base: str) -> None:
@@ -42,6 +49,20 @@ def test_pull_tells_what_it_fetched_and_what_it_left(pushed: HubServer, tmp_path
     assert json.loads(called.stdout)["commit"] == pushed.repos[REPO].refs["main"]
     assert "Not fetched: extra.pkl, which can run code." in called.stderr
     assert f"its main branch is at {latest}" in called.stderr
+
+
+def test_pull_spells_out_what_a_stranger_s_names_would_do_to_the_terminal(
+    pushed: HubServer,
+) -> None:
+    pushed.repos[REPO].put({"a\x1b[2J.pkl": b"\0"})
+    config = json.loads(pushed.repos[REPO].files()["adapter_config.json"])
+    config["revision"] = "\x1b[2J"
+    pushed.repos[REPO].put({"adapter_config.json": json.dumps(config).encode()})
+    called = call("pull", REPO)
+    assert called.exit_code == 0, called.output
+    assert "Not fetched: a\\x1b[2J.pkl, which can run code." in called.stderr
+    assert "made for commit \\x1b[2J, its main" in called.stderr
+    assert "\x1b" not in called.stdout
 
 
 def test_list_shows_what_is_there_for_a_base(pushed: HubServer) -> None:
@@ -77,6 +98,17 @@ def test_a_hub_id_stands_for_an_adapter_s_directory(
     if arguments[0] == "merge":
         scale = 0.5 if arguments[2].endswith("0.5") else 1.0
         assert json.loads(called.stdout)["patches"][0]["scale"] == scale
+
+
+def test_a_signature_on_the_hub_is_verified_there(
+    hub: HubServer, run: Path, keys: Keys, tmp_path: Path
+) -> None:
+    sign(run / "patch", keys.private)
+    assert call("push", run, REPO).exit_code == 0
+    called = call("verify-signature", REPO, "--key", keys.public)
+    assert called.exit_code == 0, called.output
+    other = Keys(tmp_path, "other").public
+    assert call("verify-signature", REPO, "--key", other).exit_code == 1
 
 
 def test_a_directory_comes_before_a_hub_id(

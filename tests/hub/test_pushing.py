@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from safeweights_peft.errors import CorruptAdapterError, HubError
+from safeweights_peft.fetching import WAITS_SECONDS
 from safeweights_peft.format import read_metadata
 from safeweights_peft.hub import push_to_hub
 from tests.hub.conftest import BASE, REPO, TOKEN
@@ -88,12 +89,13 @@ def test_an_update_takes_old_files_away_and_leaves_those_of_others(
 ) -> None:
     write(run / "old.json")
     push_to_hub(run, REPO)
-    hub.repos[REPO].put({"LICENSE": b"free"})
+    others = {"LICENSE": b"free", "images/photos/x.png": b"\0", "results/raw/a.json": b"{}"}
+    hub.repos[REPO].put(others)
     (run / "old.json").unlink()
     push_to_hub(run, REPO)
     files = hub.repos[REPO].files()
     assert "results/old.json" not in files
-    assert files["LICENSE"] == b"free"
+    assert others.items() <= files.items()
 
 
 def test_local_files_stay_as_they_are(hub: HubServer, run: Path) -> None:
@@ -318,6 +320,18 @@ def test_a_branch_that_is_not_there_is_refused(hub: HubServer, refuse: Refuse) -
     assert "expected to push to it, found no such revision" in refuse(revision="nowhere")
 
 
+def test_no_repository_is_made_for_a_branch_that_it_would_not_have(refuse: Refuse) -> None:
+    told = refuse(revision="next")
+    assert "expected a repository with the branch next, found none" in told
+
+
+def test_a_new_repository_that_is_not_seen_yet_is_told(hub: HubServer, run: Path) -> None:
+    unseen = {"X-Error-Code": "RepoNotFound"}
+    hub.faults = [Fault(path=f"/api/models/{REPO}", status=404, headers=unseen)]
+    with pytest.raises(HubError, match="that was just made, found none yet; call again"):
+        push_to_hub(run, REPO)
+
+
 def test_a_pull_request_on_nothing_is_refused(refuse: Refuse) -> None:
     assert "found no such repository that you can see" in refuse(create_pr=True)
 
@@ -373,6 +387,17 @@ def test_who_pushes_second_is_told_and_overwrites_nothing(hub: HubServer, run: P
     with pytest.raises(HubError, match=r"at the tip, found another, pushed meanwhile; look at it"):
         push_to_hub(run, REPO)
     assert repo.files() == {"README.md": b"the first one's"}
+
+
+def test_a_tip_that_is_said_to_have_moved_and_has_not_is_waited_for_and_then_told(
+    hub: HubServer, run: Path, waits: list[float]
+) -> None:
+    hub.add_repo(REPO)
+    hub.faults = [Fault(path="/commit/", status=412)]
+    with pytest.raises(HubError, match="expected to push to it, found the answer 412"):
+        push_to_hub(run, REPO)
+    assert waits == list(WAITS_SECONDS)
+    assert hub.repos[REPO].files() == {}
 
 
 def test_two_who_push_the_same_both_succeed(hub: HubServer, run: Path) -> None:
