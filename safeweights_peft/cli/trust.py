@@ -99,7 +99,7 @@ def sign_command(
 
 
 @click.command("verify-signature")
-@click.argument("adapter", type=adapter)
+@click.argument("adapter", type=adapter_type)
 @click.option("--key", required=True, type=existing_file, help="The signer's public key, PEM.")
 @click.option(
     "--signature", type=existing_file, help="The signature.  [default: ADAPTER/model.sig]"

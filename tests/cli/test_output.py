@@ -26,7 +26,15 @@ def test_enhance_prints_its_result_as_json(run: Run) -> None:
 
 
 def test_enhance_leaves_the_files_that_its_help_names(run: Run) -> None:
-    named = {"before.json", "map", "patch", "after.json", "result.json", "result.png", "reproduce.json"}
+    named = {
+        "before.json",
+        "map",
+        "patch",
+        "after.json",
+        "result.json",
+        "result.png",
+        "reproduce.json",
+    }
     assert {path.name for path in run.out.iterdir()} == named | {"settings.json"}
     assert (run.out / "result.png").read_bytes().startswith(b"\x89PNG")
 

@@ -144,3 +144,11 @@ def test_what_fails_is_one_line_and_exit_code_1(
     lines = [line for line in called.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1
     assert called.stdout == ""
+
+
+def test_an_adapter_that_the_hub_does_not_have_is_unreadable_and_no_failed_check(
+    pushed: HubServer,
+) -> None:
+    called = call("verify", "ann/nothing-here")
+    assert called.exit_code == 2
+    assert "ann/nothing-here" in called.stderr
