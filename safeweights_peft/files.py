@@ -355,7 +355,10 @@ def _sync_all(directory: Path) -> None:
 def _replace(target: Path, draft: Path, overwrite: bool) -> None:
     """Give a directory its name; what had it gets the draft's, and is deleted with it.
 
-    Without ``overwrite`` only an empty directory can have it: what came meanwhile stays.
+    Args:
+        target: The name.
+        draft: The directory.
+        overwrite: Without it only an empty directory can have the name: what came meanwhile stays.
 
     Raises:
         OSError: The system refuses; all is as it was.
