@@ -33,7 +33,7 @@ class Adapter:
 
         Args:
             name: The parameter.
-            base: The base's entries at its indices; ``(count,)``.
+            base: The base's entries at its indices, checked; ``(count,)``.
 
         Returns:
             The values; ``(count,)``.
@@ -63,12 +63,12 @@ class EncodedPatch:
 
         Args:
             name: The parameter.
-            base: The base's entries at its indices; ``(count,)``.
+            base: The base's entries at its indices, checked; ``(count,)``.
 
         Returns:
             The values; ``(count,)``.
         """
-        return self.entries[name].values(base)
+        return self.entries[name].values_at(base)
 
     def decode(self, base: BaseEntries | None = None) -> Adapter:
         """Give the patch with its values.

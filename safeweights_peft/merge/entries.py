@@ -103,12 +103,13 @@ def _merge(
             continue
         scale, record = patch.described.scale, patch.adapter.metadata.tensors[name]
         where = ... if own.size == indices.size else np.searchsorted(indices, own)
-        if digest(base[where]) != record.base_digest:
+        own_base = base[where]
+        if digest(own_base) != record.base_digest:
             _refuse_base(reader, patches, name)
-        values = patch.adapter.values(name, base[where])
+        values = patch.adapter.values(name, own_base)
         terms.append((where, values, scale))
         if scale == patch.adapter.metadata.scale:
-            found = digest(add_rounded(base[where], values, scale))
+            found = digest(add_rounded(own_base, values, scale))
             if found != record.merged_digest:
                 raise MergeError(
                     f"{name}: expected merged entries with digest {record.merged_digest}, found "
