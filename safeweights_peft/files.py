@@ -247,6 +247,7 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
     try:
         draft.mkdir(parents=True)
         yield draft
+        _open_to_readers(draft)
         _sync_all(draft)
         _replace(target, draft, overwrite)
     except (OSError, SafetensorError) as reason:  # its library tells a full disk in its own way
@@ -342,6 +343,17 @@ def _check_cover(
         at += tensor.size_bytes
     if at != size:
         _refuse(error, path, f"{at} bytes, as its header says", str(size))
+
+
+def _open_to_readers(directory: Path) -> None:
+    """Give files the permissions that the umask leaves new ones.
+
+    The safetensors library makes files for their owner alone, which a shared folder is not meant
+    for. What the umask leaves is read off the directory, since asking for it would set it.
+    """
+    usual = directory.stat().st_mode & 0o666
+    for path in filter(Path.is_file, directory.rglob("*")):
+        path.chmod(usual)
 
 
 def _sync_all(directory: Path) -> None:

@@ -7,7 +7,6 @@ tell whether an adapter fits a base (see ``merge``). Every check stands in ``ent
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -342,8 +341,6 @@ def _write(
     with publish(path, overwrite, FormatError) as draft:
         (draft / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
-        # The library makes files for their owner alone, which a shared folder is not meant for.
-        shutil.copymode(draft / CONFIG_FILE, draft / TENSORS_FILE)
     return written
 
 

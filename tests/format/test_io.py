@@ -1,7 +1,7 @@
 """Adapters as directories: what is written is read, whole or not at all."""
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -154,7 +154,7 @@ def test_an_interrupted_writer_leaves_nothing(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copymode", stop)  # both files are written by then
+    monkeypatch.setattr(os, "fsync", stop)  # both files are written by then
     with pytest.raises(KeyboardInterrupt):
         write_adapter(tmp_path / "patch", tiny_patch())
     assert files_in(tmp_path) == []
@@ -162,10 +162,10 @@ def test_an_interrupted_writer_leaves_nothing(
 
 def test_a_killed_writer_leaves_no_adapter(tmp_path: Path) -> None:
     code = """
-import os, shutil, sys
+import os, sys
 from safeweights_peft.format import write_adapter
 from tests.format.test_io import tiny_patch
-shutil.copymode = lambda *_: os._exit(9)
+os.fsync = lambda *_: os._exit(9)
 write_adapter(sys.argv[1], tiny_patch())
 """
     out = tmp_path / "patch"
