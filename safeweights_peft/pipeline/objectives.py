@@ -113,7 +113,8 @@ def check_judges(settings: ScoreSettings) -> None:
         settings: those of a scoring job.
 
     Raises:
-        SelectionError: there are two judges, or one without its profile or label, or these alone.
+        SelectionError: there are two judges, one without its profile or label, or what only a judge
+            needs without one.
     """
     if settings.guard and settings.classifier:
         raise SelectionError("--guard: expected one judge, found --classifier too; choose one")
@@ -124,12 +125,18 @@ def check_judges(settings: ScoreSettings) -> None:
         if bool(judge) != bool(detail):
             given, missing = (name, name.split("-")[0]) if detail else (name.split("-")[0], name)
             raise SelectionError(f"--{given}: expected --{missing} with it, found none; give both")
+    judge_given = bool(settings.guard or settings.classifier)
     judge = "--guard" if settings.guard else "--classifier"
-    if (settings.guard or settings.classifier) and settings.method is Method.RANDOM:
+    if judge_given and settings.method is Method.RANDOM:
         raise SelectionError(
             f"{judge}: expected --method esi or bottom with it, found random, which asks nobody; "
             "leave one out"
         )
+    for name in ("temperature", "samples"):
+        if not judge_given and getattr(settings, name) != getattr(ScoreSettings, name):
+            raise SelectionError(
+                f"--{name}: expected --guard or --classifier with it, found neither; name the judge"
+            )
     if settings.paper_exact and not settings.guard:
         raise SelectionError("--paper-exact: expected --guard with it, found none; name the guard")
     if settings.guard:

@@ -417,6 +417,8 @@ def test_a_classifier_judges_the_models_own_answers(
         ({"guard": "g"}, "--guard: expected --guard-profile with it, found none"),
         ({"profile": "wildguard"}, "--guard-profile: expected --guard with it, found none"),
         ({"paper_exact": True}, "--paper-exact: expected --guard with it, found none"),
+        ({"samples": 2}, "--samples: expected --guard or --classifier with it, found neither"),
+        ({"temperature": 1.0}, "--temperature: expected --guard or --classifier with it"),
         ({"classifier": "c"}, "--classifier: expected --classifier-label with it, found none"),
         ({"classifier": "c", "label": "bad"}, "expected safe=LABEL or unsafe=LABEL, found 'bad'"),
         ({"guard": "g", "profile": "nobody"}, "nobody: expected a JSON file or one of llama-guard"),
