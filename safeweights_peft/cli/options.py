@@ -173,7 +173,7 @@ train_options = _options(
     click.option(
         "--lr",
         type=FiniteRange(0, min_open=True),
-        help="Peak learning rate.  [default: 6e-4]",
+        help="Peak learning rate.  [default: 5e-4]",
     ),
     click.option(
         "--retain-weight",

@@ -49,10 +49,10 @@ class EnhanceSettings:
     """
 
     steps: int = 100
-    learning_rate: float = 6e-4
+    learning_rate: float = 5e-4
     retain_weight: float = 14.0
-    harmful_batch_size: int = 8
-    benign_batch_size: int = 24
+    harmful_batch_size: int = 12
+    benign_batch_size: int = 36
     token_decay: float = 0.7
     warmup_steps: int = 5
     checkpoint_steps: int = 25
