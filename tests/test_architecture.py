@@ -19,7 +19,7 @@ CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["import
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "datasets", "accelerate", "matplotlib"}
-NUMPY_ROOMS = ("delta", "files", "format", "checkpoint", "merge", "overlap", "signing")
+NUMPY_ROOMS = ("delta", "rates", "files", "format", "checkpoint", "merge", "overlap", "signing")
 VAGUE_NAMES = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 100

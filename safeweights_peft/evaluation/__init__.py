@@ -3,12 +3,7 @@
 from safeweights_peft.evaluation.draws import Mean, mean_over_draws, rate_over_draws
 from safeweights_peft.evaluation.generate import end_token_ids, generate_answers
 from safeweights_peft.evaluation.judges import Judge, RefusalJudge, Verdict
-from safeweights_peft.evaluation.metrics import (
-    Rate,
-    attack_success_rate,
-    over_refusal_rate,
-    wilson,
-)
+from safeweights_peft.evaluation.metrics import attack_success_rate, over_refusal_rate
 from safeweights_peft.evaluation.perturb import Change, noise, perturbed, zeros
 from safeweights_peft.evaluation.specificity import Harm, Specificity, judge_specificity
 from safeweights_peft.evaluation.utility import Utility, measure_utility
@@ -18,7 +13,6 @@ __all__ = [
     "Harm",
     "Judge",
     "Mean",
-    "Rate",
     "RefusalJudge",
     "Specificity",
     "Utility",
@@ -33,6 +27,5 @@ __all__ = [
     "over_refusal_rate",
     "perturbed",
     "rate_over_draws",
-    "wilson",
     "zeros",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from safeweights_peft.evaluation.metrics import Rate, wilson_interval
+from safeweights_peft.rates import Rate, wilson_interval
 
 
 @dataclass(frozen=True)

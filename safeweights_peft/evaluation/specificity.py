@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from safeweights_peft.evaluation.draws import difference_interval
-from safeweights_peft.evaluation.metrics import Rate
+from safeweights_peft.rates import Rate
 
 NEGLIGIBLE = 0.1
 """A rise of the ASR below this, 10 points, doesn't make a map specific."""

@@ -25,13 +25,13 @@ from safeweights_peft.hub.results import (
     Asked,
     Evaluation,
     Measured,
-    Rate,
     model_index,
     read_results,
     source_title,
     write_eval_results,
 )
 from safeweights_peft.merge.card import base_name, plain
+from safeweights_peft.rates import Rate
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 PICTURES = {

@@ -22,30 +22,12 @@ from safeweights_peft.errors import HubError
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import FIGURES, RESULTS
 from safeweights_peft.merge.card import HUB_ID
+from safeweights_peft.rates import Rate
 
 REPRODUCE = "reproduce.json"
 """The record of the run, among the results of what it made."""
 OF_ADAPTER = ("enhancement", "reproduction")
 """Kinds of results that are always of an adapter; others may be of its map, and aren't told."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share with its 95 % interval, as a result has it.
-
-    Attributes:
-        count: how often it happened.
-        n: out of how many.
-        rate: count / n.
-        low: the interval's lower end.
-        high: the interval's upper end.
-    """
-
-    count: int
-    n: int
-    rate: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

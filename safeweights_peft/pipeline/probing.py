@@ -23,13 +23,11 @@ from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.evaluation import (
     Change,
     Harm,
-    Rate,
     judge_specificity,
     mean_over_draws,
     noise,
     perturbed,
     rate_over_draws,
-    wilson,
     zeros,
 )
 from safeweights_peft.files import check_apart, check_target, publish, write_json
@@ -56,6 +54,7 @@ from safeweights_peft.pipeline.settings import (
     ProbeSettings,
     ScoreSettings,
 )
+from safeweights_peft.rates import Rate, wilson
 from safeweights_peft.report import plot_probe
 from safeweights_peft.selection import Order, build_map, check_left, random_scores, select_lowest
 from safeweights_peft.tuner.entries import check_base, check_merged, to_torch

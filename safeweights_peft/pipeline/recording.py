@@ -21,7 +21,6 @@ import torch
 
 from safeweights_peft.data import source_digest
 from safeweights_peft.errors import DataError
-from safeweights_peft.evaluation import Rate
 from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, read_metadata
 from safeweights_peft.hub.results import REPRODUCE
@@ -32,6 +31,7 @@ from safeweights_peft.pipeline.settings import (
     ScoreSettings,
     TrainSettings,
 )
+from safeweights_peft.rates import Rate
 
 Kind = TypeVar("Kind")
 

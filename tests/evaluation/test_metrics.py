@@ -1,81 +1,13 @@
-"""Rates and their intervals, held to the definition of Wilson's interval."""
+"""What counts as a successful attack, and as a refusal by mistake."""
 
 import math
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.evaluation import (
-    Rate,
-    Verdict,
-    attack_success_rate,
-    over_refusal_rate,
-    wilson,
-)
+from safeweights_peft.evaluation import Verdict, attack_success_rate, over_refusal_rate
 
-Z = 1.9599639845400545
 COMPLIED, REFUSED, INVALID = Verdict.COMPLIED, Verdict.REFUSED, Verdict.INVALID
-
-
-def wilson_twin(count: int, n: int) -> tuple[float, float]:
-    """Solves (count / n - p)**2 = Z**2 p (1 - p) / n for p, which defines the interval's ends."""
-    share = count / n
-    low, high = sorted(np.roots([1 + Z**2 / n, -(2 * share + Z**2 / n), share**2]).real)
-    return float(low), float(high)
-
-
-@st.composite
-def counts(draw: st.DrawFn) -> tuple[int, int]:
-    n = draw(st.integers(1, 2000))
-    return draw(st.integers(0, n)), n
-
-
-@given(counts())
-def test_the_interval_solves_the_quadratic_that_defines_it(case: tuple[int, int]) -> None:
-    rate = wilson(*case)
-    assert (rate.low, rate.high) == pytest.approx(wilson_twin(*case), abs=1e-7)
-
-
-@given(counts())
-def test_the_share_lies_within_its_interval_and_both_within_0_and_1(case: tuple[int, int]) -> None:
-    rate = wilson(*case)
-    assert 0 <= rate.low <= rate.rate <= rate.high <= 1
-
-
-@pytest.mark.parametrize(
-    ("count", "n", "low", "high"),
-    [
-        (0, 10, 0.0, 0.277533),
-        (1, 10, 0.017876, 0.404150),
-        (5, 10, 0.236593, 0.763407),
-        (10, 10, 0.722467, 1.0),
-        (81, 263, 0.255283, 0.366233),
-    ],
-)
-def test_known_intervals_come_out(count: int, n: int, low: float, high: float) -> None:
-    rate = wilson(count, n)
-    assert (rate.count, rate.n, rate.rate) == (count, n, count / n)
-    assert (rate.low, rate.high) == pytest.approx((low, high), abs=2e-4)
-
-
-def test_the_ends_of_a_rate_of_none_or_all_are_exact() -> None:
-    assert wilson(0, 7).low == 0.0
-    assert wilson(7, 7).high == 1.0
-
-
-def test_the_interval_covers_the_true_rate_about_19_times_in_20() -> None:
-    rates = [wilson(int(count), 80) for count in np.random.default_rng(0).binomial(80, 0.2, 4000)]
-    covered = sum(rate.low <= 0.2 <= rate.high for rate in rates) / len(rates)
-    assert covered == pytest.approx(0.95, abs=0.02)
-
-
-@pytest.mark.parametrize(("count", "n"), [(0, 0), (-1, 5), (6, 5)])
-def test_a_count_outside_0_and_n_is_refused(count: int, n: int) -> None:
-    with pytest.raises(EvaluationError, match=f"expected 0 <= count <= n .* found {count} of {n}"):
-        wilson(count, n)
 
 
 def test_an_invalid_answer_counts_as_a_successful_attack() -> None:
@@ -98,8 +30,3 @@ def test_the_two_rates_of_the_same_answers_add_up_to_one() -> None:
 def test_a_rate_over_no_answers_is_refused(metric) -> None:
     with pytest.raises(EvaluationError, match="n >= 1"):
         metric([])
-
-
-def test_a_rate_is_plain_numbers() -> None:
-    assert wilson(1, 2) == Rate(1, 2, 0.5, wilson(1, 2).low, wilson(1, 2).high)
-    assert {type(value) for value in vars(wilson(0, 2)).values()} == {int, float}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from safeweights_peft.evaluation import Harm, Specificity, judge_specificity, wilson
+from safeweights_peft.evaluation import Harm, Specificity, judge_specificity
+from safeweights_peft.rates import wilson
 
 N = 100
 

@@ -24,7 +24,6 @@ from safeweights_peft.evaluation import (
     generate_answers,
     mean_over_draws,
     measure_utility,
-    wilson,
 )
 from safeweights_peft.format import read_artifact, read_map, write_map
 from safeweights_peft.merge import merge
@@ -44,6 +43,7 @@ from safeweights_peft.pipeline import (
     probe,
     score,
 )
+from safeweights_peft.rates import wilson
 from safeweights_peft.selection import random_scores, select_lowest
 from tests.pipeline.conftest import Run
 from tests.tiny_jobs import BENIGN, Interrupted, Recorder, Requests, content
