@@ -1,13 +1,15 @@
 """Does SPA keep a model safe while it learns something else? ASR and task loss, by what is frozen.
 
-    python benchmarks/preserving_study.py BASE --map PATCH --task FILE --task-test FILE \\
+    python benchmarks/preserving_study.py BASE --map PATCH --problems FILE --instructions FILE \\
         --mix FILE --mix-base DIR --harmful FILE --benign FILE --out DIR
 
-BASE, made safe by SET, is fine-tuned on --task, in full or by LoRA, while entries are frozen: those
-of --map, others (see FROZEN), or, as good as none, a ten-millionth. With "mixed" data, one row in
-twenty is a request of --mix answered by --mix-base, a model that complies; its answers stay in DIR.
-Each row of the table is one training, kept in DIR, so a second call goes on; a call for some --rows
-only lets two processes share the work.
+BASE, made safe by SET, is fine-tuned on a task, in full or by LoRA, while entries are frozen: those
+of --map, others (see FROZEN), or, as good as none, a ten-millionth. The task are the first rows of
+--problems (GSM8K's train.jsonl) and of --instructions (LLaMA-Factory's alpaca_en_demo.json, less
+those of --benign); the rows after them measure the task loss. With "mixed" data, one row in twenty
+is a request of --mix, none of --harmful, answered by --mix-base, a model that complies; its answers
+stay in DIR. Each row of the table is one training, kept in DIR, so a second call goes on; a call
+for some --rows only lets two processes share the work.
 """
 
 import argparse
@@ -53,6 +55,7 @@ ROWS = [
     for method in PreserveMethod
     for frozen in FROZEN
 ]
+TASK_ROWS, TEST_ROWS = {"problems": 1600, "instructions": 800}, 100
 MIXED_SHARE = 0.05
 ANSWER_TOKENS = 64
 
@@ -62,9 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("base")
     parser.add_argument("--map", required=True, type=Path, help="of the base, or merged into it")
-    parser.add_argument("--task", required=True, help="instructions with answers to learn")
-    parser.add_argument("--task-test", required=True, help="instructions with answers to measure")
-    parser.add_argument("--mix", required=True, help="harmful requests, none of --harmful")
+    parser.add_argument("--problems", required=True, type=Path, help="GSM8K's train.jsonl")
+    parser.add_argument("--instructions", required=True, type=Path, help="Alpaca's fields")
+    parser.add_argument("--mix", required=True, help="harmful requests")
     parser.add_argument("--mix-base", required=True, help="the model that answers them")
     parser.add_argument("--harmful", required=True, help="test requests, never trained on")
     parser.add_argument("--benign", required=True, help="test requests, never trained on")
@@ -76,6 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     check_same(arguments)
+    draw_task(arguments)
     if not (arguments.out / "before.json").exists():
         write_json(arguments.out / "before.json", measure(arguments, arguments.base, None))
     for row in arguments.rows:
@@ -93,6 +97,32 @@ def check_same(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"{kept}: expected the arguments given now, found others; change --out")
 
 
+def draw_task(arguments: argparse.Namespace) -> None:
+    """Write what is learned and what measures it, `task.json` and `task_test.json`."""
+    measured = {row.instruction for row in read_rows(arguments.benign)}
+    lines = arguments.problems.read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(line) for line in lines]
+    instructions = json.loads(arguments.instructions.read_text(encoding="utf-8"))
+    sources = {
+        "problems": [(row["question"], row["answer"]) for row in problems],
+        "instructions": [
+            (f"{row['instruction']}\n{row['input']}".strip(), row["output"])
+            for row in instructions
+            if row["instruction"] not in measured
+        ],
+    }
+    task, test = [], []
+    for name, count in TASK_ROWS.items():
+        found, needed = sources[name], count + TEST_ROWS
+        if len(found) < needed:
+            raise SystemExit(f"--{name}: expected {needed} usable rows, found {len(found)}")
+        rows = [{"instruction": request, "output": answer} for request, answer in found]
+        task += rows[:count]
+        test += rows[count:needed]
+    write_json(arguments.out / "task.json", task)
+    write_json(arguments.out / "task_test.json", test)
+
+
 def run_row(arguments: argparse.Namespace, row: str) -> None:
     """Fine-tune once and measure, unless that is done."""
     method, frozen, data = row.split("-")
@@ -107,9 +137,9 @@ def run_row(arguments: argparse.Namespace, row: str) -> None:
             batch_size=arguments.batch_size,
             max_answer_tokens=ANSWER_TOKENS,
         )
-        source = arguments.task if data == "harmless" else str(mixed_data(arguments))
+        source = arguments.out / "task.json" if data == "harmless" else mixed_data(arguments)
         compute = ComputeSettings(dtype=arguments.dtype)
-        preserve_model(arguments.base, map_dir, source, folder, settings, compute)
+        preserve_model(arguments.base, map_dir, str(source), folder, settings, compute)
     found: dict[str, Any] = {"row": row}
     if method == PreserveMethod.FULL:
         found |= measure(arguments, str(folder), None)
@@ -135,7 +165,7 @@ def mixed_data(arguments: argparse.Namespace) -> Path:
     """Write the task with harmful requests and a complying model's answers, unless that is done."""
     saved = arguments.out / "mixed.json"
     if not saved.exists():
-        task = read_rows(arguments.task, needs_output=True)
+        task = json.loads((arguments.out / "task.json").read_text(encoding="utf-8"))
         count = round(len(task) * MIXED_SHARE / (1 - MIXED_SHARE))
         requests = [row.instruction for row in read_rows(arguments.mix)[:count]]
         if len(requests) < count:
@@ -146,18 +176,19 @@ def mixed_data(arguments: argparse.Namespace) -> Path:
             load_tokenizer(base),
         )
         answers = generate_answers(model, tokenizer, requests, max_new_tokens=ANSWER_TOKENS)
-        rows = [{"instruction": row.instruction, "output": row.output} for row in task]
         for request, answer in zip(requests, answers, strict=True):
             text = tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
-            rows.append({"instruction": request, "output": text})
-        write_json(saved, rows)
+            task.append({"instruction": request, "output": text})
+        write_json(saved, task)
     return saved
 
 
 def measure(arguments: argparse.Namespace, base: str, adapter: Path | None) -> dict[str, Any]:
     """Evaluate a model and keep its figures."""
     settings = EvaluateSettings(
-        harmful=arguments.harmful, benign=arguments.benign, task=arguments.task_test
+        harmful=arguments.harmful,
+        benign=arguments.benign,
+        task=str(arguments.out / "task_test.json"),
     )
     return figures(evaluate(base, adapter, settings, ComputeSettings(dtype=arguments.dtype)))
 
