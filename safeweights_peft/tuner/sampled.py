@@ -109,15 +109,28 @@ class _SampledLinear(torch.autograd.Function):
         (input,) = ctx.saved_tensors
         ctx.graph = None
         to_input, _, to_bias = ctx.needs_input_grad[:3]
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows, inputs = _tokens(gradient), _tokens(input)
+        # Padding has no gradient, nor has what comes after the last token that is learned.
+        learned = rows.any(1).nonzero().squeeze(1)
+        rows = rows[learned]
         return (
-            gradient @ ctx.weight if to_input else None,
-            _products(gradient, input, ctx.indices),
+            _scattered(rows @ ctx.weight, learned, input) if to_input else None,
+            _products(rows, inputs[learned], ctx.indices),
             rows.sum(0) if to_bias else None,
             None,
             None,
             None,
         )
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _scattered(rows: Tensor, positions: Tensor, input: Tensor) -> Tensor:
+    """Put the gradients of some tokens where they belong in the input's."""
+    gradient = torch.zeros_like(input, memory_format=torch.contiguous_format)
+    return _tokens(gradient).index_copy_(0, positions, rows).view_as(input)
 
 
 def _products(gradient: Tensor, input: Tensor, indices: Tensor) -> Tensor:

@@ -56,6 +56,16 @@ def test_gradients_are_the_dense_ones_gathered(sampled, shape):
     assert torch.equal(input.grad, at_input)
 
 
+def test_tokens_that_nothing_is_learned_from_change_no_gradient(sampled):
+    input = torch.randn(3, 5, IN, requires_grad=True)
+    used = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]]).bool()
+    F.linear(input, sampled)[used].square().sum().backward()
+    _, at_entries, at_input = dense_gradients(sampled, input[used])
+    torch.testing.assert_close(sampled.entries.grad, at_entries)
+    torch.testing.assert_close(input.grad[used], at_input)
+    assert not input.grad[~used].any()
+
+
 def test_a_bias_is_added_and_gets_its_gradient(sampled):
     input, bias = torch.randn(4, 5, IN), torch.randn(OUT, requires_grad=True)
     F.linear(input, sampled, bias=bias).square().sum().backward()
