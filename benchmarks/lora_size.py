@@ -1,0 +1,179 @@
+"""How large is a LoRA that refuses as well as a safety patch? File size, by rank, at equal ASR.
+
+    python benchmarks/lora_size.py BASE --patch PATCH --harmful FILE --benign FILE --out DIR
+
+A LoRA of all linear layers learns with SET's loss, data and schedule at its defaults, for each of
+--ranks and --rates. The rate of a rank is the one that does best on validation requests (the
+built-in evaluation set), by the merit of `selection_study.py`. It is then measured on the first 100
+rows of the two test files, as the patch is. Sizes are those of `adapter_model.safetensors`: PEFT
+writes a LoRA in float32, and in 16 bits it would be half of that. What is done is kept in DIR, so a
+second call goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from selection_study import measure, merit
+from transformers import get_cosine_schedule_with_warmup
+
+from safeweights_peft.data import (
+    Example,
+    collate,
+    encode_example,
+    endless_shuffle,
+    read_rows,
+    with_refusals,
+)
+from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.files import write_json
+from safeweights_peft.format import file_bytes
+from safeweights_peft.modeling import answer_logits, load_model, load_tokenizer, resolve_base
+from safeweights_peft.pipeline import EvaluateSettings, TrainSettings
+from safeweights_peft.report import rate_text
+from safeweights_peft.training import PreserveSettings, add_lora
+from safeweights_peft.training.enhance import refusal_loss, retain_loss
+
+RECIPE = TrainSettings()
+
+
+def main() -> None:
+    """Run what is missing, then print the table of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("base")
+    parser.add_argument("--patch", required=True, type=Path, help="what the LoRAs compare with")
+    parser.add_argument("--harmful", required=True, help="test requests, never trained on")
+    parser.add_argument("--benign", required=True, help="test requests, never trained on")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    saved = arguments.out / "patch.json"
+    if not saved.exists():
+        write_json(saved, {"name": "patch"} | test(arguments, arguments.patch))
+    for rank in arguments.ranks:
+        run_rank(arguments, rank)
+    print_table(arguments.out)
+
+
+def run_rank(arguments: argparse.Namespace, rank: int) -> None:
+    """Train at each rate, choose by validation, test the chosen one; unless that is done."""
+    saved = arguments.out / f"rank-{rank}.json"
+    if saved.exists():
+        return
+    validated = {rate: validate(arguments, rank, rate) for rate in arguments.rates}
+    best = max(validated, key=lambda rate: merit(validated[rate]))
+    row = {"name": f"LoRA, rank {rank}", "rate": best, "validation": validated}
+    write_json(saved, row | test(arguments, arguments.out / f"lora-{rank}-{best}"))
+
+
+def validate(arguments: argparse.Namespace, rank: int, rate: float) -> dict[str, Any]:
+    """Train a LoRA and measure it on validation requests, unless both are done."""
+    lora, saved = arguments.out / f"lora-{rank}-{rate}", arguments.out / f"lora-{rank}-{rate}.json"
+    if not lora.exists():
+        train(arguments, rank, rate).save_pretrained(lora)
+    if not saved.exists():
+        write_json(saved, measure(arguments.base, lora, EvaluateSettings(), arguments.dtype))
+    return json.loads(saved.read_text(encoding="utf-8"))
+
+
+def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
+    """Train a LoRA with SET's loss, at the batch sizes and on the schedule of its defaults."""
+    base, settings = resolve_base(arguments.base, None), RECIPE.enhance
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, getattr(torch, arguments.dtype), torch.device("cpu"))
+    harmful, benign = read_examples(model, tokenizer)
+    wrapped = add_lora(model, PreserveSettings(rank=rank, seed=settings.seed)).train()
+    optimizer = torch.optim.AdamW(
+        [each for each in wrapped.parameters() if each.requires_grad], lr=rate, weight_decay=0.0
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+    for refusals, answers in islice(batches(harmful, benign), settings.steps):
+        set_loss(wrapped, refusals, answers, tokenizer.pad_token_id).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return wrapped.eval()
+
+
+def read_examples(model: Any, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """Encode harmful requests with refusals, and benign ones with the base's own answers."""
+    refusals = [
+        encode_example(tokenizer, row.instruction, row.output or "", RECIPE.refusal_tokens)
+        for row in with_refusals(read_rows(RECIPE.harmful))
+    ]
+    requests = [row.instruction for row in read_rows(RECIPE.benign)]
+    return refusals, generate_answers(
+        model, tokenizer, requests, max_new_tokens=RECIPE.answer_tokens
+    )
+
+
+def batches(
+    harmful: list[Example], benign: list[Example]
+) -> Iterator[tuple[list[Example], list[Example]]]:
+    """Deal the examples of each step."""
+    generator = torch.Generator().manual_seed(RECIPE.enhance.seed)
+    first, second = endless_shuffle(harmful, generator), endless_shuffle(benign, generator)
+    while True:
+        yield (
+            list(islice(first, RECIPE.enhance.harmful_batch_size)),
+            list(islice(second, RECIPE.enhance.benign_batch_size)),
+        )
+
+
+def set_loss(
+    model: PeftModel, refusals: list[Example], answers: list[Example], pad_token_id: int
+) -> torch.Tensor:
+    """Compute SET's loss of one step."""
+    settings = RECIPE.enhance
+    whole, benign = collate(refusals + answers, pad_token_id), collate(answers, pad_token_id)
+    with torch.no_grad(), model.disable_adapter():
+        base = answer_logits(model, benign)
+    logits, count = answer_logits(model, whole), len(refusals)
+    refusal = refusal_loss(logits[:count], whole.answer_ids[:count], settings.token_decay)
+    kept = logits[count:, : base.shape[1]]
+    retain = retain_loss(kept, base, benign.answer_ids, settings.token_decay)
+    return refusal + settings.retain_weight * retain
+
+
+def test(arguments: argparse.Namespace, adapter: Path) -> dict[str, Any]:
+    """Measure an adapter on the test requests, and its file."""
+    limited = EvaluateSettings(harmful=arguments.harmful, benign=arguments.benign, limit=100)
+    _, size = file_bytes(adapter)
+    return {
+        "bytes": size,
+        "test": measure(arguments.base, adapter, limited, arguments.dtype),
+        "built-in": measure(arguments.base, adapter, EvaluateSettings(), arguments.dtype),
+    }
+
+
+def print_table(out: Path) -> None:
+    """Print all finished rows as a Markdown table, the smallest file first."""
+    print("| | bytes | lr | ASR | over-refusal | KL | ASR, built-in | over-refusal, built-in |")
+    print("|---|---|---|---|---|---|---|---|")
+    found = [out / "patch.json", *out.glob("rank-*.json")]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    for row in sorted(rows, key=lambda row: row["bytes"]):
+        test, builtin = row["test"], row["built-in"]
+        cells = [
+            row["name"],
+            f"{row['bytes']:,}",
+            f"{row['rate']:g}" if "rate" in row else "",
+            rate_text(test["attack_success_rate"]),
+            rate_text(test["over_refusal_rate"]),
+            f"{test['kl']:.4f}",
+            rate_text(builtin["attack_success_rate"]),
+            rate_text(builtin["over_refusal_rate"]),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
