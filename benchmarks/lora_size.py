@@ -31,9 +31,10 @@ from safeweights_peft.data import (
     with_refusals,
 )
 from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
 from safeweights_peft.format import file_bytes
-from safeweights_peft.modeling import answer_logits, load_model, load_tokenizer, resolve_base
+from safeweights_peft.modeling import answer_logits, load_model, load_tokenizer
 from safeweights_peft.pipeline import EvaluateSettings, TrainSettings
 from safeweights_peft.report import rate_text
 from safeweights_peft.training import PreserveSettings, add_lora

@@ -24,9 +24,10 @@ from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.data import read_rows
 from safeweights_peft.delta import Array
 from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
 from safeweights_peft.format import read_artifact
-from safeweights_peft.modeling import load_model, load_tokenizer, resolve_base
+from safeweights_peft.modeling import load_model, load_tokenizer
 from safeweights_peft.pipeline import (
     ComputeSettings,
     EvaluateSettings,

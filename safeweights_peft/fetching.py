@@ -1,7 +1,7 @@
-"""Files of the Hub, brought into its cache; and what can go wrong there, said in one line.
+"""Where base models are; files of the Hub, brought into its cache; what can go wrong there.
 
-Here live waiting and trying again, and the words for the Hub's errors. What a base model needs is
-the matter of ``modeling``, what a shared patch has where of ``hub``.
+Here live waiting and trying again, and the words for the Hub's errors, in one line. It runs without
+torch. Loading a model is the matter of ``modeling``, what a shared patch has where of ``hub``.
 
 Uploads and listings are tried again by huggingface_hub itself; most other requests are not, and
 those go through :func:`patiently`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +34,9 @@ from safeweights_peft.errors import ModelError, SafeWeightsError
 
 Result = TypeVar("Result")
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What of a model's repository is needed, as patterns."""
+
 WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
 """How long to wait before each further try, where the server doesn't say."""
 
@@ -44,6 +48,56 @@ PASSING = (408, 429, 500, 502, 503, 504)
 
 HUB_ERRORS = (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises when the Hub, the network or a name is at fault."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where a base model was found.
+
+    Attributes:
+        name: the Hub id or path as the user gave it; recorded in adapters.
+        path: the local directory with its files.
+        revision: the Hub commit, or None for a plain directory.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+
+
+def resolve_base(
+    base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
+) -> BaseModel:
+    """Finds a base model: a local directory, or a Hub id (downloaded into the cache).
+
+    Args:
+        base: directory or Hub id.
+        revision: branch, tag or commit on the Hub; the default branch if None.
+        files: which files of a Hub id are needed, as patterns.
+
+    Returns:
+        The local directory and, for a Hub id, the commit that it holds.
+
+    Raises:
+        ModelError: there is no such directory or repository, it has no config.json, or a revision
+            of a directory is asked for.
+    """
+    path = Path(base)
+    commit = None
+    if path.is_dir() and revision is not None:
+        raise ModelError(
+            f"--revision {revision}: expected a base on the Hub, found the directory {base}, which "
+            "has no revisions; leave it out"
+        )
+    if not path.is_dir():
+        path = download(base, files, "a model directory or a Hub id", revision)
+        commit = path.name
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"{base}: expected a Hugging Face model with config.json, found none; "
+            "give the directory that save_pretrained wrote, or a Hub id"
+        )
+    return BaseModel(base, path, commit)
 
 
 def download(

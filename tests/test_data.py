@@ -25,7 +25,8 @@ from safeweights_peft.data import (
     with_refusals,
 )
 from safeweights_peft.errors import DataError
-from safeweights_peft.modeling import load_tokenizer, resolve_base
+from safeweights_peft.fetching import resolve_base
+from safeweights_peft.modeling import load_tokenizer
 from tests.tiny_models import END
 
 PAD = 256

@@ -1,4 +1,4 @@
-"""Base models: found, loaded, named, and located on disk entry by entry."""
+"""Base models: loaded, named, and located on disk entry by entry."""
 
 import json
 import shutil
@@ -22,9 +22,9 @@ from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.data import Batch, Example, collate
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.format import record_from_json, record_to_json
 from safeweights_peft.modeling import (
-    BaseModel,
     answer_logits,
     describe,
     eligible_parameters,
@@ -32,7 +32,6 @@ from safeweights_peft.modeling import (
     load_tokenizer,
     pick_device,
     pick_dtype,
-    resolve_base,
     total_parameters,
 )
 from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
@@ -62,44 +61,6 @@ def rename(tensors: Tensors, new_name: Callable[[str], str]) -> None:
 def base(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
-
-
-# --- finding -----------------------------------------------------------------------------------
-
-
-def test_a_directory_is_its_own_base_without_a_revision(tiny_llama: Path) -> None:
-    assert resolve_base(str(tiny_llama)) == BaseModel(str(tiny_llama), tiny_llama, None)
-
-
-def test_a_revision_of_a_directory_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(ModelError, match="--revision main: expected a base on the Hub, found the"):
-        resolve_base(str(tiny_llama), "main")
-
-
-def test_a_directory_without_a_config_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"expected a Hugging Face model with config\.json") as e:
-        resolve_base(str(tmp_path))
-    assert str(tmp_path) in str(e.value)
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "no/such/directory", "nobody/no model"])
-def test_what_is_neither_a_directory_nor_a_hub_id_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ModelError, match=f"{name}: expected a model directory or a Hub id"):
-        resolve_base(name)
-
-
-def test_a_cached_hub_model_resolves_to_its_commit(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache is laid out as the Hub's client does, so that no network is needed."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "models--someone--tiny"
-    shutil.copytree(tiny_llama, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = resolve_base("someone/tiny")
-    assert found == BaseModel("someone/tiny", repo / "snapshots" / commit, commit)
 
 
 # --- device and dtype --------------------------------------------------------------------------

@@ -129,8 +129,8 @@ def find_base(base: str, adapter: Path, revision: str | None) -> Path:
     """
     if Path(base).is_dir() and revision is None:
         return Path(base)
+    from safeweights_peft.fetching import resolve_base
     from safeweights_peft.format import read_metadata
-    from safeweights_peft.modeling import resolve_base
 
     made_for = read_metadata(adapter)
     if made_for.base_model_name_or_path == base:

@@ -1,4 +1,4 @@
-"""Models: find and load them, say where their parameters live, compute answers' logits."""
+"""Models: load them, say where their parameters live, compute answers' logits."""
 
 from safeweights_peft.modeling.answers import AnswerBatch, answer_logits, last_columns
 from safeweights_peft.modeling.layout import (
@@ -8,22 +8,17 @@ from safeweights_peft.modeling.layout import (
     total_parameters,
 )
 from safeweights_peft.modeling.loading import (
-    MODEL_FILES,
-    BaseModel,
     build_empty,
     load_classifier,
     load_model,
     load_tokenizer,
     pick_device,
     pick_dtype,
-    resolve_base,
 )
 
 __all__ = [
-    "MODEL_FILES",
     "ROUTER_NAMES",
     "AnswerBatch",
-    "BaseModel",
     "answer_logits",
     "build_empty",
     "describe",
@@ -34,6 +29,5 @@ __all__ = [
     "load_tokenizer",
     "pick_device",
     "pick_dtype",
-    "resolve_base",
     "total_parameters",
 ]

@@ -1,10 +1,7 @@
-"""Base models, guards and tokenizers: where they are, and how they are loaded."""
+"""Base models, guards and tokenizers: how they are loaded, and where they run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,59 +16,7 @@ from transformers import (
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
-from safeweights_peft.fetching import download
-
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Where a base model was found.
-
-    Attributes:
-        name: the Hub id or path as the user gave it; recorded in adapters.
-        path: the local directory with its files.
-        revision: the Hub commit, or None for a plain directory.
-    """
-
-    name: str
-    path: Path
-    revision: str | None
-
-
-def resolve_base(
-    base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
-) -> BaseModel:
-    """Finds a base model: a local directory, or a Hub id (downloaded into the cache).
-
-    Args:
-        base: directory or Hub id.
-        revision: branch, tag or commit on the Hub; the default branch if None.
-        files: which files of a Hub id are needed, as patterns.
-
-    Returns:
-        The local directory and, for a Hub id, the commit that it holds.
-
-    Raises:
-        ModelError: there is no such directory or repository, it has no config.json, or a revision
-            of a directory is asked for.
-    """
-    path = Path(base)
-    commit = None
-    if path.is_dir() and revision is not None:
-        raise ModelError(
-            f"--revision {revision}: expected a base on the Hub, found the directory {base}, which "
-            "has no revisions; leave it out"
-        )
-    if not path.is_dir():
-        path = download(base, files, "a model directory or a Hub id", revision)
-        commit = path.name
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{base}: expected a Hugging Face model with config.json, found none; "
-            "give the directory that save_pretrained wrote, or a Hub id"
-        )
-    return BaseModel(base, path, commit)
+from safeweights_peft.fetching import BaseModel
 
 
 def pick_device(device: str | None = None) -> torch.device:

@@ -15,9 +15,9 @@ from peft import PeftModel
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
 from safeweights_peft.errors import ModelError
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.format import Adapter, Artifact, Mode, write_adapter
 from safeweights_peft.merge import gather_entries
-from safeweights_peft.modeling import BaseModel
 from safeweights_peft.training import lora_correction
 from safeweights_peft.tuner.entries import to_numpy
 

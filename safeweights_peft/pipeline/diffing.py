@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import MergeError
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish
 from safeweights_peft.format import (
     Adapter,
@@ -37,13 +38,7 @@ from safeweights_peft.merge import (
     find_change,
     keep,
 )
-from safeweights_peft.modeling import (
-    BaseModel,
-    build_empty,
-    describe,
-    resolve_base,
-    total_parameters,
-)
+from safeweights_peft.modeling import build_empty, describe, total_parameters
 from safeweights_peft.pipeline.progress import Progress, Quiet
 from safeweights_peft.selection import select
 

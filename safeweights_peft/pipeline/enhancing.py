@@ -9,10 +9,10 @@ from typing import Any
 
 from safeweights_peft.data import read_rows
 from safeweights_peft.errors import DataError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.format import inspect
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.modeling import resolve_base
 from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.progress import Progress
 from safeweights_peft.pipeline.provenance import check_made_with

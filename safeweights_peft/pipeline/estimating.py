@@ -15,7 +15,8 @@ import torch
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.data import Row, read_rows
-from safeweights_peft.modeling import BaseModel, pick_device, pick_dtype, resolve_base
+from safeweights_peft.fetching import BaseModel, resolve_base
+from safeweights_peft.modeling import pick_device, pick_dtype
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
     EvaluateSettings,

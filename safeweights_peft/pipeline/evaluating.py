@@ -24,15 +24,9 @@ from safeweights_peft.evaluation import (
     measure_utility,
     over_refusal_rate,
 )
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.format import Artifact, read_artifact
-from safeweights_peft.modeling import (
-    BaseModel,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    resolve_base,
-)
+from safeweights_peft.modeling import load_model, load_tokenizer, pick_device, pick_dtype
 from safeweights_peft.pipeline.patched import is_patch, load_patched
 from safeweights_peft.pipeline.progress import Progress, Quiet
 from safeweights_peft.pipeline.provenance import made_with

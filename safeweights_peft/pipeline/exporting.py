@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, bits_differ
 from safeweights_peft.errors import MergeError, UnsupportedFeatureError
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.format import Adapter, read_adapter
 from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
 from safeweights_peft.merge import base_entries, export_vllm_patch, gather_entries, merged_entries
-from safeweights_peft.modeling import BaseModel, build_empty
+from safeweights_peft.modeling import build_empty
 from safeweights_peft.pipeline.patched import find_base
 from safeweights_peft.tuner.entries import to_numpy
 

@@ -11,13 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safeweights_peft.data import Example, Row, encode_example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.evaluation import end_token_ids, generate_answers
-from safeweights_peft.modeling import (
-    BaseModel,
-    load_classifier,
-    load_model,
-    load_tokenizer,
-    resolve_base,
-)
+from safeweights_peft.fetching import BaseModel, resolve_base
+from safeweights_peft.modeling import load_classifier, load_model, load_tokenizer
 from safeweights_peft.pipeline.progress import Progress
 from safeweights_peft.pipeline.settings import Method, ScoreSettings
 from safeweights_peft.selection import (

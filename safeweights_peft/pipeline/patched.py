@@ -18,15 +18,15 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
-from safeweights_peft.fetching import latest_commit
+from safeweights_peft.fetching import BaseModel, latest_commit, resolve_base
 from safeweights_peft.files import read_json
 from safeweights_peft.format import AnyPatch, read_patch
 from safeweights_peft.format.io import CONFIG_FILE
 from safeweights_peft.format.metadata import PEFT_TYPE
 from safeweights_peft.hub import fetch_adapter
 from safeweights_peft.merge import merged_entries
-from safeweights_peft.modeling import BaseModel, pick_device, resolve_base
 from safeweights_peft.modeling import load_model as load_base
+from safeweights_peft.modeling import pick_device
 from safeweights_peft.pipeline.adapting import CORRECTION
 from safeweights_peft.tuner.entries import to_torch
 from safeweights_peft.tuner.fit import find_parameter

@@ -17,18 +17,11 @@ from torch import nn
 from safeweights_peft.checkpoint import CheckpointDraft, CheckpointReader, draft_copy
 from safeweights_peft.data import Row, data_digest, encode_example, read_rows
 from safeweights_peft.errors import CheckpointError, ModelError
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import Artifact, TensorRecord, read_artifact
 from safeweights_peft.merge import base_state, copies
-from safeweights_peft.modeling import (
-    BaseModel,
-    describe,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    resolve_base,
-)
+from safeweights_peft.modeling import describe, load_model, load_tokenizer, pick_device, pick_dtype
 from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.provenance import made_with

@@ -30,17 +30,16 @@ from safeweights_peft.evaluation import (
     rate_over_draws,
     zeros,
 )
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import Artifact, Mode, read_artifact, read_map, write_map
 from safeweights_peft.merge import copies, gather_entries
 from safeweights_peft.modeling import (
-    BaseModel,
     describe,
     eligible_parameters,
     load_model,
     pick_device,
     pick_dtype,
-    resolve_base,
 )
 from safeweights_peft.pipeline.evaluating import Asker, figures, make_asker
 from safeweights_peft.pipeline.objectives import safety_objective

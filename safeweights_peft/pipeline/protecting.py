@@ -20,17 +20,11 @@ from transformers import PreTrainedModel
 from safeweights_peft.checkpoint import CheckpointReader, draft_copy
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, ModelError
-from safeweights_peft.fetching import download
+from safeweights_peft.fetching import BaseModel, download, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import Artifact, read_artifact
 from safeweights_peft.merge import protect, put_back
-from safeweights_peft.modeling import (
-    BaseModel,
-    describe,
-    load_model,
-    pick_device,
-    resolve_base,
-)
+from safeweights_peft.modeling import describe, load_model, pick_device
 from safeweights_peft.pipeline.adapting import correct, write_corrected
 from safeweights_peft.pipeline.evaluating import check_requests, evaluate, figures
 from safeweights_peft.pipeline.preserving import write_parameters

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.errors import DataError
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.format import Artifact, read_artifact
-from safeweights_peft.modeling import BaseModel
 
 
 def made_with(base: BaseModel, artifact: Artifact | None) -> dict[str, Any]:

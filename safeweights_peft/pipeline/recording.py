@@ -21,10 +21,11 @@ import torch
 
 from safeweights_peft.data import source_digest
 from safeweights_peft.errors import DataError
+from safeweights_peft.fetching import MODEL_FILES, BaseModel, resolve_base
 from safeweights_peft.files import read_json
 from safeweights_peft.format import AdapterMetadata, read_metadata
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.modeling import MODEL_FILES, BaseModel, pick_device, pick_dtype, resolve_base
+from safeweights_peft.modeling import pick_device, pick_dtype
 from safeweights_peft.pipeline.settings import (
     ComputeSettings,
     EvaluateSettings,

@@ -13,9 +13,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.format import AdapterMetadata, read_artifact
-from safeweights_peft.modeling import BaseModel, build_empty, eligible_parameters, resolve_base
+from safeweights_peft.modeling import build_empty, eligible_parameters
 from safeweights_peft.report import plot_pattern, render_page
 from safeweights_peft.selection import Part, count_parts, tabulate
 

@@ -13,12 +13,11 @@ from typing import Any
 
 from safeweights_peft.data import FILE_SUFFIXES, source_digest
 from safeweights_peft.errors import BaseMismatchError, DataError, FormatError, ModelError
-from safeweights_peft.fetching import split_revision
+from safeweights_peft.fetching import resolve_base, split_revision
 from safeweights_peft.files import read_json
 from safeweights_peft.format import read_metadata
 from safeweights_peft.hub.layout import RESULTS
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.modeling import resolve_base
 from safeweights_peft.overlap import compare
 from safeweights_peft.pipeline.enhancing import enhance_model
 from safeweights_peft.pipeline.progress import Progress

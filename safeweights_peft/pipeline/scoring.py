@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from safeweights_peft.data import Row, data_digest, read_rows, with_refusals
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.format import SafetyMap, write_map
 from safeweights_peft.modeling import (
@@ -26,7 +27,6 @@ from safeweights_peft.modeling import (
     load_tokenizer,
     pick_device,
     pick_dtype,
-    resolve_base,
     total_parameters,
 )
 from safeweights_peft.pipeline.objectives import (

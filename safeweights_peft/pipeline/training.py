@@ -21,16 +21,11 @@ from safeweights_peft.data import (
 )
 from safeweights_peft.errors import FormatError
 from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import check_target, publish, write_json
 from safeweights_peft.format import AdapterMetadata, read_map
 from safeweights_peft.merge import base_state
-from safeweights_peft.modeling import (
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    resolve_base,
-)
+from safeweights_peft.modeling import load_model, load_tokenizer, pick_device, pick_dtype
 from safeweights_peft.pipeline.progress import Progress, Quiet, advance_to
 from safeweights_peft.pipeline.resuming import clear_work, work_dir_beside
 from safeweights_peft.pipeline.settings import ComputeSettings, TrainSettings

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import DTYPES, digest
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.format import AdapterMetadata, Mode, SafetyMap, entries_by_block
-from safeweights_peft.modeling import BaseModel, describe
+from safeweights_peft.modeling import describe
 from safeweights_peft.selection.topk import Selected
 
 

@@ -11,6 +11,7 @@ from tests.test_signing import Keys
 
 HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplotlib")
 REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,26 @@ def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Pat
     done = call_afresh(*arguments, code=REPORT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize("command", ["verify", "convert", "merge"])
+def test_for_a_base_on_the_hub_a_command_on_files_loads_the_hub_s_client_alone(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = tmp_path / "models--someone--tiny"
+    shutil.copytree(run.base, repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    patch, out = run.out / "patch", tmp_path / "out"
+    arguments = {
+        "verify": ["verify", patch, "--base", "someone/tiny"],
+        "convert": ["convert", patch, "--encoding", "compact", "--base", "someone/tiny"],
+        "merge": ["merge", "someone/tiny", patch],
+    }[command]
+    done = call_afresh(*arguments, *([] if command == "verify" else ["--out", out]), code=REPORT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "huggingface_hub"
 
 
 def test_the_probe_notices_torch(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import CorruptAdapterError, FormatError, HubError, ModelError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.format import read_artifact
 from safeweights_peft.hub import fetch_adapter, pull_from_hub, push_to_hub
 from safeweights_peft.merge import merge, verify
-from safeweights_peft.modeling import resolve_base
 from tests.hub.conftest import BASE, REPO
 from tests.hub_server import Fault, HubServer
 from tests.tiny_jobs import content

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from safeweights_peft import BaseMismatchError, read_map
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.errors import ModelError, SafeWeightsError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.merge import gather_entries, verify
-from safeweights_peft.modeling import load_model, resolve_base
+from safeweights_peft.modeling import load_model
 from safeweights_peft.pipeline import evaluate, preserve_model, protect_lora, score
 from safeweights_peft.training import PreserveMethod, PreserveSettings
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content

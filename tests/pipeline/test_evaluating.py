@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from safeweights_peft.data import encode_example, read_rows
 from safeweights_peft.errors import BaseMismatchError, DataError, SafeWeightsError
 from safeweights_peft.evaluation import generate_answers, measure_utility
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.merge import merge
-from safeweights_peft.modeling import load_model, load_tokenizer, resolve_base
+from safeweights_peft.modeling import load_model, load_tokenizer
 from safeweights_peft.pipeline import ComputeSettings, evaluate
 from tests.pipeline.conftest import Run
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Recorder, Requests

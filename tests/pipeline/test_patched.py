@@ -11,9 +11,9 @@ from peft import PeftModel
 
 from safeweights_peft import load_model
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError, ModelError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.format import read_adapter, write_adapter
 from safeweights_peft.merge import merge
-from safeweights_peft.modeling import resolve_base
 from safeweights_peft.pipeline import load_patched
 from tests.tiny_jobs import content
 from tests.tiny_models import save_tiny_llama

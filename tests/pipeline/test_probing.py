@@ -25,13 +25,13 @@ from safeweights_peft.evaluation import (
     mean_over_draws,
     measure_utility,
 )
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.format import read_artifact, read_map, write_map
 from safeweights_peft.merge import merge
 from safeweights_peft.modeling import (
     eligible_parameters,
     load_model,
     load_tokenizer,
-    resolve_base,
     total_parameters,
 )
 from safeweights_peft.pipeline import (

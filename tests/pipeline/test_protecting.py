@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import DataError
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.files import read_json
 from safeweights_peft.merge import verify
-from safeweights_peft.modeling import BaseModel
 from safeweights_peft.pipeline import (
     ComputeSettings,
     EvaluateSettings,

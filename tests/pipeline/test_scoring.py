@@ -15,14 +15,10 @@ from transformers import AutoModelForCausalLM
 from safeweights_peft.data import encode_example
 from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.format import SafetyMap, read_map
 from safeweights_peft.merge import verify
-from safeweights_peft.modeling import (
-    eligible_parameters,
-    load_tokenizer,
-    resolve_base,
-    total_parameters,
-)
+from safeweights_peft.modeling import eligible_parameters, load_tokenizer, total_parameters
 from safeweights_peft.pipeline import Method, score, scoring
 from safeweights_peft.selection import (
     ReferenceObjective,

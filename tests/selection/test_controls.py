@@ -7,7 +7,8 @@ import pytest
 from torch import nn
 
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.modeling import eligible_parameters, load_model, resolve_base
+from safeweights_peft.fetching import resolve_base
+from safeweights_peft.modeling import eligible_parameters, load_model
 from safeweights_peft.selection import check_left, random_scores, select_lowest
 
 SHAPES = {"a": (4, 5), "b": (30,), "c": (7, 2)}

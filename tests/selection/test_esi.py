@@ -13,12 +13,8 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.data import Example, encode_example
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.modeling import (
-    eligible_parameters,
-    load_model,
-    load_tokenizer,
-    resolve_base,
-)
+from safeweights_peft.fetching import resolve_base
+from safeweights_peft.modeling import eligible_parameters, load_model, load_tokenizer
 from safeweights_peft.selection import (
     Accumulated,
     Aggregation,

@@ -9,8 +9,9 @@ import transformers
 
 from safeweights_peft.checkpoint import CheckpointReader
 from safeweights_peft.delta import DTYPES, digest
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.format import Mode, SafetyMap, TensorRecord, read_map, write_map
-from safeweights_peft.modeling import eligible_parameters, load_model, resolve_base
+from safeweights_peft.modeling import eligible_parameters, load_model
 from safeweights_peft.selection import build_map, random_scores, select
 from tests.tiny_models import save_tiny_llama
 

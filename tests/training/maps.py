@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from safeweights_peft import Adapter, SafetyMap
-from safeweights_peft.modeling import BaseModel
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.topk import Selected
 

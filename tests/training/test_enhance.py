@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from safeweights_peft.data import IGNORED, Example, collate, encode_example
 from safeweights_peft.errors import TrainingError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.format import AdapterMetadata, Mode
-from safeweights_peft.modeling import describe, load_model, load_tokenizer, resolve_base
+from safeweights_peft.modeling import describe, load_model, load_tokenizer
 from safeweights_peft.training import EnhanceSettings, StepLoss, enhance
 from safeweights_peft.training.enhance import refusal_loss, retain_loss, token_weights
 from safeweights_peft.tuner import create_adapter
