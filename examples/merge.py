@@ -30,8 +30,8 @@ def main(base: str, patch: str, out: str) -> None:
     print(f"writes {needs['write_bytes']:,} bytes; {needs['free_bytes']:,} are free")
     report = merge(base, patch, out, overwrite=True)
     print(f"changed {report.entries:,} entries of {report.tensors} tensors")
-    for check in verify(patch, out).checks:
-        print(f"{check.name}: {check.detail}")
+    checked = verify(patch, base, out)
+    print(f"it is the base with this patch, and nothing else: {checked.verdict}")
 
     # In memory: PEFT merges and takes the merge back.
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch)

@@ -33,7 +33,11 @@ def make_patch(base: str, out: Path) -> Path:
         The patch's directory.
     """
     few = ScoreSettings(examples=16, density=0.01)
-    short = TrainSettings(enhance=EnhanceSettings(steps=10, warmup_steps=2))
+    short = TrainSettings(
+        enhance=EnhanceSettings(
+            steps=10, warmup_steps=2, harmful_batch_size=4, benign_batch_size=12
+        )
+    )
     score(base, out / "map", few, overwrite=True)
     train(base, out / "map", out / "patch", short, overwrite=True)
     return out / "patch"

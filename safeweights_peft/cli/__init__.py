@@ -107,9 +107,9 @@ def main(debug: bool) -> None:
 def enhance_command(base: str, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Make BASE safer: evaluate, score, train, evaluate again.
 
-    BASE is a model's directory or Hub id. OUT gets before.json, map/, patch/, after.json,
-    result.json, result.png and reproduce.json. An interrupted run goes on where it stopped when
-    called again.
+    BASE is a model's directory or Hub id. OUT gets settings.json, before.json, map/, patch/,
+    after.json, result.json, result.png and reproduce.json. An interrupted run goes on when called
+    again: with the step that it was in, scoring and training from where they stopped.
     """
     from safeweights_peft.pipeline import enhance_model, estimate
 

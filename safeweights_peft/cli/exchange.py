@@ -68,7 +68,7 @@ def diff_command(
     "--encoding",
     type=click.Choice(["plain", "compact"]),
     required=True,
-    help="What every reader knows, or about a fifth of its bytes.",
+    help="What every reader knows, or about a quarter of its bytes.",
 )
 @click.option("--base", help="Its base: directory or Hub id.  [default: what ADAPTER names]")
 @out_directory

@@ -178,7 +178,7 @@ train_options = _options(
     click.option(
         "--retain-weight",
         type=FiniteRange(0),
-        help="Weight of staying like the base against refusing.",
+        help="Weight of staying like the base against refusing.  [default: 14]",
     ),
 )
 preserve_options = _options(

@@ -66,6 +66,22 @@ def test_a_model_loads_in_a_process_that_only_imported_the_package(tiny_llama, t
     assert run(code) == "SafeWeightsLayer"
 
 
+def test_without_the_import_peft_ends_with_the_error_that_the_pages_name(tiny_llama, tmp_path):
+    from tests.tuner.patches import save_patch
+
+    patch = save_patch(tiny_llama, tmp_path)
+    code = (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"base = AutoModelForCausalLM.from_pretrained({str(tiny_llama)!r})\n"
+        "try:\n"
+        f"    PeftModel.from_pretrained(base, {str(patch)!r})\n"
+        "except KeyError as error:\n"
+        "    print(repr(error))"
+    )
+    assert run(code) == "KeyError('SAFEWEIGHTS')"
+
+
 def test_registering_again_does_no_harm():
     register()
     register()
