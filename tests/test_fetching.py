@@ -1,6 +1,5 @@
 """Base models found; waiting and trying again, and the words for what goes wrong at the Hub."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from safeweights_peft.fetching import (
     resolve_base,
     split_revision,
 )
+from tests.tiny_files import cache_model
 
 
 def test_a_directory_is_its_own_base_without_a_revision(tiny_llama: Path) -> None:
@@ -41,15 +41,11 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_refused_by_name(name: str) 
 def test_a_cached_hub_model_resolves_to_its_commit(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache is laid out as the Hub's client does, so that no network is needed."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repo = tmp_path / "models--someone--tiny"
-    shutil.copytree(tiny_llama, repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
+    snapshot = cache_model(tmp_path, tiny_llama, commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = resolve_base("someone/tiny")
-    assert found == BaseModel("someone/tiny", repo / "snapshots" / commit, commit)
+    assert found == BaseModel("someone/tiny", snapshot, commit)
 
 
 class Failing:

@@ -37,6 +37,24 @@ SIDE_FILES = {
 }
 
 
+def cache_model(cache: Path, model: Path, commit: str) -> Path:
+    """Lays a model out in a Hub cache as the main branch of someone/tiny, as the Hub's client does.
+
+    Args:
+        cache: the cache's directory.
+        model: the model's.
+        commit: of the main branch.
+
+    Returns:
+        The snapshot's directory.
+    """
+    repo = cache / "models--someone--tiny"
+    shutil.copytree(model, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return repo / "snapshots" / commit
+
+
 def dense(name: str, shape: tuple[int, ...], dtype: str, **fields: Any) -> TensorRecord:
     """Record a parameter that is one tensor of the same name on disk."""
     return TensorRecord(shape=shape, dtype=dtype, blocks=(Block.dense(name, shape),), **fields)

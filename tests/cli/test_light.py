@@ -8,10 +8,10 @@ import pytest
 from safeweights_peft.merge import merge, merge_in_place
 from tests.cli.conftest import Run, call_afresh
 from tests.test_signing import Keys
+from tests.tiny_files import cache_model
 
 HEAVY = ("torch", "transformers", "peft", "huggingface_hub", "datasets", "matplotlib")
 REPORT = f"print(*sorted({set(HEAVY)} & set(sys.modules)), file=sys.stderr)"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize(
@@ -60,18 +60,24 @@ def test_a_command_on_files_loads_no_torch(command: str, run: Run, tmp_path: Pat
 def test_for_a_base_on_the_hub_a_command_on_files_loads_the_hub_s_client_alone(
     command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repo = tmp_path / "models--someone--tiny"
-    shutil.copytree(run.base, repo / "snapshots" / COMMIT)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(COMMIT)
+    cache_model(tmp_path, run.base, "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     patch, out = run.out / "patch", tmp_path / "out"
     arguments = {
         "verify": ["verify", patch, "--base", "someone/tiny"],
-        "convert": ["convert", patch, "--encoding", "compact", "--base", "someone/tiny"],
-        "merge": ["merge", "someone/tiny", patch],
+        "convert": [
+            "convert",
+            patch,
+            "--encoding",
+            "compact",
+            "--base",
+            "someone/tiny",
+            "--out",
+            out,
+        ],
+        "merge": ["merge", "someone/tiny", patch, "--out", out],
     }[command]
-    done = call_afresh(*arguments, *([] if command == "verify" else ["--out", out]), code=REPORT)
+    done = call_afresh(*arguments, code=REPORT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "huggingface_hub"
 
