@@ -34,11 +34,11 @@ from safeweights_peft.evaluation import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
 from safeweights_peft.format import file_bytes
-from safeweights_peft.modeling import answer_logits, load_model, load_tokenizer
+from safeweights_peft.modeling import load_model, load_tokenizer
 from safeweights_peft.pipeline import EvaluateSettings, TrainSettings
 from safeweights_peft.report import rate_text
 from safeweights_peft.training import PreserveSettings, add_lora
-from safeweights_peft.training.enhance import refusal_loss, retain_loss
+from safeweights_peft.training.enhance import step_losses
 
 RECIPE = TrainSettings()
 
@@ -135,12 +135,7 @@ def set_loss(
     """Compute SET's loss of one step."""
     settings = RECIPE.enhance
     whole, benign = collate(refusals + answers, pad_token_id), collate(answers, pad_token_id)
-    with torch.no_grad(), model.disable_adapter():
-        base = answer_logits(model, benign)
-    logits, count = answer_logits(model, whole), len(refusals)
-    refusal = refusal_loss(logits[:count], whole.answer_ids[:count], settings.token_decay)
-    kept = logits[count:, : base.shape[1]]
-    retain = retain_loss(kept, base, benign.answer_ids, settings.token_decay)
+    refusal, retain = step_losses(model, whole, benign, settings.token_decay)
     return refusal + settings.retain_weight * retain
 
 

@@ -213,14 +213,9 @@ class _EnhanceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
-        decay, device = self.settings.token_decay, self.args.device
+        device = self.args.device
         whole, benign = inputs["whole"].to(device), inputs["benign"].to(device)
-        with torch.no_grad(), model.disable_adapter():
-            base = answer_logits(model, benign)
-        logits = answer_logits(model, whole)
-        harmful = len(logits) - len(base)
-        refusal = refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
-        retain = retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
+        refusal, retain = step_losses(model, whole, benign, self.settings.token_decay)
         self._report(refusal.item(), retain.item())
         return refusal + self.settings.retain_weight * retain
 
@@ -233,6 +228,29 @@ class _EnhanceTrainer(Trainer):
             )
         self.state.log_history.append(asdict(step))  # kept in checkpoints, unlike the trainer
         self.on_step(step)
+
+
+def step_losses(
+    model: PeftModel, whole: Batch, benign: Batch, decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes both terms of SET's loss.
+
+    Args:
+        model: the model in training; without its adapter it is the base.
+        whole: a step's harmful rows with refusals, then its benign rows.
+        benign: the benign rows alone, with the base's own answers.
+        decay: weight of an answer token relative to the one before it.
+
+    Returns:
+        The refusal and the retain term, scalars, nats per token.
+    """
+    with torch.no_grad(), model.disable_adapter():
+        base = answer_logits(model, benign)
+    logits = answer_logits(model, whole)
+    harmful = len(logits) - len(base)
+    refusal = refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
+    retain = retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
+    return refusal, retain
 
 
 def refusal_loss(logits: torch.Tensor, answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
