@@ -83,14 +83,7 @@ class Batch:
     shared: int
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch on another device.
-
-        Args:
-            device: where the tensors go.
-
-        Returns:
-            A batch whose tensors are on `device`.
-        """
+        """Return the batch on another device."""
         return Batch(
             self.input_ids.to(device),
             self.attention_mask.to(device),
@@ -101,19 +94,7 @@ class Batch:
 
 
 def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
-    """Reads requests from a built-in set, a file, or the datasets library.
-
-    Args:
-        source: ``builtin:NAME``, the path of a ``.json`` or ``.jsonl`` file, or a ``datasets`` id,
-            optionally with a split: ``owner/name:train``.
-        needs_output: every row must carry the wished answer.
-
-    Returns:
-        The rows in the source's order; duplicates are kept.
-
-    Raises:
-        DataError: the source is missing, malformed, empty, or lacks a field.
-    """
+    """Read requests from a built-in set, a file, or the datasets library."""
     raw = _read_raw(source)
     rows = [_row(item, f"{source}, row {position}", needs_output) for position, item in raw]
     if not rows:
@@ -145,18 +126,7 @@ def _read_text(path: Path) -> str:
 
 
 def source_digest(source: str) -> str:
-    """Names what a source of requests holds: its file's bytes, which other programs can hash too.
-
-    Args:
-        source: as for `read_rows`.
-
-    Returns:
-        ``sha256:`` and the hash of the file, a built-in set's included; what the datasets library
-        gives has no file, and gets the digest of its rows.
-
-    Raises:
-        DataError: the source is missing.
-    """
+    """Name what a source of requests holds: its file's bytes, which other programs can hash too."""
     if source.startswith(BUILTIN):
         content = _builtin_file(source.removeprefix(BUILTIN)).read_bytes()
     elif Path(source).suffix in FILE_SUFFIXES:
@@ -230,14 +200,7 @@ def _row(item: Any, where: str, needs_output: bool) -> Row:
 
 
 def with_refusals(rows: Sequence[Row]) -> list[Row]:
-    """Gives harmful requests that have no wished answer a short refusal, in turn.
-
-    Args:
-        rows: harmful requests.
-
-    Returns:
-        The rows, each with an output.
-    """
+    """Give harmful requests that have no wished answer a short refusal, in turn."""
     return [
         row if row.output else Row(row.instruction, REFUSALS[position % len(REFUSALS)])
         for position, row in enumerate(rows)
@@ -245,31 +208,13 @@ def with_refusals(rows: Sequence[Row]) -> list[Row]:
 
 
 def data_digest(rows: Sequence[Row]) -> str:
-    """Names a set of rows by its content.
-
-    Args:
-        rows: the rows, in order.
-
-    Returns:
-        ``sha256:`` and the hash of the rows as JSON.
-    """
+    """Name a set of rows by its content."""
     text = json.dumps([[row.instruction, row.output] for row in rows])
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
-    """Applies the chat template to a request, up to the cue for the answer.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        instruction: the user's request.
-
-    Returns:
-        The text that the model continues.
-
-    Raises:
-        DataError: the tokenizer has no chat template.
-    """
+    """Applie the chat template to a request, up to the cue for the answer."""
     if not tokenizer.chat_template:
         raise DataError(
             f"{tokenizer.name_or_path}: expected a chat template, found none; set "
@@ -280,15 +225,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> tuple[int, ...]:
-    """Renders a request and turns it into token ids.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        instruction: the user's request.
-
-    Returns:
-        The ids; special tokens come from the template alone.
-    """
+    """Render a request and turns it into token ids."""
     text = render_prompt(tokenizer, instruction)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -296,20 +233,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> tuple
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str, max_answer_tokens: int
 ) -> Example:
-    """Renders a request and its answer, and turns them into token ids.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        instruction: the user's request.
-        answer: the assistant's answer.
-        max_answer_tokens: longer answers are cut.
-
-    Returns:
-        The example; its answer ends with the template's end of turn unless cut.
-
-    Raises:
-        DataError: the template's rendering of the conversation doesn't begin with its own prompt.
-    """
+    """Render a request and its answer, and turns them into token ids."""
     prompt = render_prompt(tokenizer, instruction)
     conversation = str(
         tokenizer.apply_chat_template(
@@ -331,30 +255,14 @@ def encode_example(
 
 
 def endless_shuffle(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
-    """Deals examples out in random order, all of them before any comes again.
-
-    Args:
-        examples: at least one.
-        generator: fixes the order; used as far as examples are asked for.
-
-    Yields:
-        Examples, without end.
-    """
+    """Deal examples out in random order, all of them before any comes again."""
     while True:
         for position in torch.randperm(len(examples), generator=generator).tolist():
             yield examples[position]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Lays examples side by side so that all answers start in the same column.
-
-    Args:
-        examples: at least one.
-        pad_token_id: what stands where no token does.
-
-    Returns:
-        The batch, on the CPU.
-    """
+    """Lay examples side by side so that all answers start in the same column."""
     shared = _shared_start([example.prompt_ids for example in examples])
     width = max(len(example.prompt_ids) for example in examples)
     length = max(len(example.answer_ids) for example in examples)
@@ -373,7 +281,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
-    """Counts the leading tokens that all prompts share, and leaves each at least one of its own."""
+    """Count the leading tokens that all prompts share, and leaves each at least one of its own."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     differing = (n for n, tokens in enumerate(columns) if len(set(tokens)) > 1)
     return next(differing, min(len(prompt) for prompt in prompts) - 1)

@@ -39,16 +39,7 @@ _WINDOW = 2**20
 
 
 def add_rounded(base: Array, values: Array, scale: float = 1.0) -> Array:
-    """Add scaled values to base entries, by :func:`sum_rounded`.
-
-    Args:
-        base: Entries of the base, of a dtype in ``WEIGHT_DTYPES``.
-        values: Values to add, one per entry of ``base``.
-        scale: Finite factor on the values.
-
-    Returns:
-        The new entries, in the base's dtype and shape.
-    """
+    """Add scaled values to base entries, by :func:`sum_rounded`."""
     return sum_rounded(base, [(..., values, scale)])
 
 
@@ -60,17 +51,6 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
     nearest even to the base's dtype. Overflow gives infinity, as in torch, or NaN where the dtype
     has none. NaN stays NaN, but its payload is not part of the rule: torch's own casts differ there
     between processors, so :mod:`safeweights_peft.merge` refuses NaN.
-
-    Args:
-        base: Entries of the base, of a dtype in ``WEIGHT_DTYPES``.
-        terms: For each patch, in order: which of these entries it changes (an index into ``base``
-            without repeats), its values there, and a finite factor on them.
-
-    Returns:
-        The new entries, in the base's dtype and shape.
-
-    Raises:
-        UnsupportedFeatureError: The base's dtype is not in ``WEIGHT_DTYPES``.
     """
     if base.dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedFeatureError(
@@ -91,14 +71,6 @@ def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
     entry is an interval of sums that the exact difference lies in or borders on, so if any float32
     value leads into it, so does the nearest one on one side. There is none where the base is so
     large that values near the difference are coarser than the tuned entry, as from 1 to 1e-30.
-
-    Args:
-        base: Finite entries of the base, of a dtype in ``DTYPES``; ``(count,)``.
-        tuned: What they are to become, in the same dtype, each of other bits; ``(count,)``.
-
-    Returns:
-        Float32 values, and whether each gives the tuned entry exactly; where it does not, the
-        value is the nearest. It is NaN where the tuned entry is. Both ``(count,)``.
     """
     limit = np.finfo(np.float32).max
     with np.errstate(over="ignore", invalid="ignore"):
@@ -114,29 +86,14 @@ def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
 
 
 def bits_differ(left: Array, right: Array) -> Array:
-    """Compare the bits of two arrays, so that NaN equals itself and zeros of two signs differ.
-
-    Args:
-        left: An array.
-        right: An array of the same dtype and shape.
-
-    Returns:
-        Whether the bits of each entry differ; bool, in their shape.
-    """
+    """Compare the bits of two arrays, so that NaN equals itself and zeros of two signs differ."""
     bits = np.dtype(f"u{left.dtype.itemsize}")
     differ: Array = left.view(bits) != right.view(bits)
     return differ
 
 
 def digest(*arrays: Array) -> str:
-    """Hash the contiguous little-endian bytes of arrays, one after the other.
-
-    Args:
-        *arrays: The arrays; their shapes and dtypes do not enter the digest.
-
-    Returns:
-        ``"sha256:"`` and 64 lowercase hexadecimal digits.
-    """
+    """Hash the contiguous little-endian bytes of arrays, one after the other."""
     sha = hashlib.sha256()
     for array in arrays:
         sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -144,28 +101,12 @@ def digest(*arrays: Array) -> str:
 
 
 def index_dtype(numel: int) -> np.dtype[Any]:
-    """Choose the dtype of the flat indices of a tensor.
-
-    Args:
-        numel: Number of entries of the tensor.
-
-    Returns:
-        int32 if ``numel`` is below 2**31, otherwise int64.
-    """
+    """Choose the dtype of the flat indices of a tensor."""
     return np.dtype(np.int32 if numel < 2**31 else np.int64)
 
 
 def check_indices(name: str, indices: Array, shape: Sequence[int]) -> None:
-    """Check flat, row-major indices: integer dtype, one dimension, ascending, unique, in range.
-
-    Args:
-        name: What the message calls the indices.
-        indices: The indices to check.
-        shape: Shape of the tensor that they point into.
-
-    Raises:
-        CorruptAdapterError: One of the rules is broken.
-    """
+    """Check flat, row-major indices: integer dtype, one dimension, ascending, unique, in range."""
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
         raise CorruptAdapterError(
             f"{name}: expected integer indices of one dimension, found {indices.dtype.name} of "
@@ -191,15 +132,7 @@ def check_indices(name: str, indices: Array, shape: Sequence[int]) -> None:
 
 
 def check_finite(name: str, values: Array) -> None:
-    """Check that floating values hold no NaN and no infinity.
-
-    Args:
-        name: What the message calls the values.
-        values: The values to check.
-
-    Raises:
-        CorruptAdapterError: A value is not finite.
-    """
+    """Check that floating values hold no NaN and no infinity."""
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise CorruptAdapterError(

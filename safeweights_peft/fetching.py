@@ -68,20 +68,7 @@ class BaseModel:
 def resolve_base(
     base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
 ) -> BaseModel:
-    """Finds a base model: a local directory, or a Hub id (downloaded into the cache).
-
-    Args:
-        base: directory or Hub id.
-        revision: branch, tag or commit on the Hub; the default branch if None.
-        files: which files of a Hub id are needed, as patterns.
-
-    Returns:
-        The local directory and, for a Hub id, the commit that it holds.
-
-    Raises:
-        ModelError: there is no such directory or repository, it has no config.json, or a revision
-            of a directory is asked for.
-    """
+    """Find a base model: a local directory, or a Hub id (downloaded into the cache)."""
     path = Path(base)
     commit = None
     if path.is_dir() and revision is not None:
@@ -107,18 +94,7 @@ def download(
     revision: str | None = None,
     error: type[SafeWeightsError] = ModelError,
 ) -> Path:
-    """Downloads files of a Hub repository into the cache, unless they are there.
-
-    Args:
-        source: the Hub id.
-        patterns: which files.
-        wanted: what the user was to give, for the message.
-        revision: branch, tag or commit; the default branch if None.
-        error: what to raise if there is no such repository, or it can't be reached.
-
-    Returns:
-        The snapshot's directory, which is named by its commit.
-    """
+    """Download files of a Hub repository into the cache, unless they are there."""
 
     def fetch() -> str:
         found: str = huggingface_hub.snapshot_download(
@@ -134,27 +110,13 @@ def download(
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Splits what a user gives for a repository, perhaps at a revision.
-
-    Args:
-        source: ``USER/NAME`` or ``USER/NAME@REVISION``.
-
-    Returns:
-        The Hub id, and the branch, tag or commit if there is one.
-    """
+    """Split what a user gives for a repository, perhaps at a revision."""
     name, _, revision = source.partition("@")
     return name, revision or None
 
 
 def latest_commit(repo_id: str) -> str | None:
-    """Asks for the commit at the tip of a model's main branch.
-
-    Args:
-        repo_id: the Hub id.
-
-    Returns:
-        The commit, or None where it can't be asked, such as offline.
-    """
+    """Ask for the commit at the tip of a model's main branch."""
     try:
         return huggingface_hub.HfApi().model_info(repo_id, timeout=10).sha
     except HUB_ERRORS:
@@ -162,17 +124,7 @@ def latest_commit(repo_id: str) -> str | None:
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """Calls the Hub, and again after a wait if the answer is one that passes.
-
-    Args:
-        call: a request that may be sent more than once.
-
-    Returns:
-        What it returns.
-
-    Raises:
-        BaseException: what the last call raised.
-    """
+    """Call the Hub, and again after a wait if the answer is one that passes."""
     waits = iter(WAITS_SECONDS)
     while True:
         try:
@@ -185,16 +137,7 @@ def patiently(call: Callable[[], Result]) -> Result:
 def wait_out(
     error: BaseException, waits: Iterator[float], passing: Sequence[int] = PASSING
 ) -> bool:
-    """Waits before another try, as long as the server asks, or else the next of some waits.
-
-    Args:
-        error: what the last try raised.
-        waits: the waits that are left, in seconds.
-        passing: statuses that another try may not get.
-
-    Returns:
-        False, without a wait, if another try would not help or enough were made.
-    """
+    """Wait before another try, as long as the server asks, or else the next of some waits."""
     if not is_passing(error, passing) or (wait := next(waits, None)) is None:
         return False
     asked = _asked_wait(error)
@@ -205,15 +148,7 @@ def wait_out(
 
 
 def is_passing(error: BaseException, passing: Sequence[int] = PASSING) -> bool:
-    """Tells whether another try may go better: after a lost connection or a passing status.
-
-    Args:
-        error: what a request raised.
-        passing: the statuses that do.
-
-    Returns:
-        Whether it may. Where nothing can be reached at all, as without a network, it won't soon.
-    """
+    """Tell whether another try may go better: after a lost connection or a passing status."""
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in passing
@@ -223,15 +158,7 @@ def is_passing(error: BaseException, passing: Sequence[int] = PASSING) -> bool:
 
 
 def explain(error: BaseException, repo_id: str) -> str:
-    """Says what went wrong at the Hub, and what to do.
-
-    Args:
-        error: what huggingface_hub raised.
-        repo_id: the repository.
-
-    Returns:
-        One line, to follow "expected ..., ".
-    """
+    """Say what went wrong at the Hub, and what to do."""
     found, do = _describe(_cause(error), repo_id)
     return f"found {found}; {do}"
 
@@ -278,14 +205,14 @@ def _describe_status(error: HfHubHTTPError) -> tuple[str, str]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Finds the answer or the lost connection behind what huggingface_hub made of it."""
+    """Find the answer or the lost connection behind what huggingface_hub made of it."""
     while not isinstance(error, HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _asked_wait(error: BaseException) -> float | None:
-    """Reads how many seconds a server asks to wait, if it does."""
+    """Read how many seconds a server asks to wait, if it does."""
     cause = _cause(error)
     if not isinstance(cause, HfHubHTTPError):
         return None

@@ -75,14 +75,7 @@ class StoredTensor(NamedTuple):
     size_bytes: int
 
     def open(self, path: Path) -> Array:
-        """Map the tensor, so that only the touched pages are read.
-
-        Args:
-            path: The file whose header this came from.
-
-        Returns:
-            A flat read-only view of the file; ``(numel,)``.
-        """
+        """Map the tensor, so that only the touched pages are read."""
         dtype = STORED_DTYPES[self.dtype]
         if not self.size_bytes:
             return np.empty(0, dtype)
@@ -91,15 +84,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_json(path: Path, error: type[SafeWeightsError]) -> dict[str, Any]:
-    """Read a JSON object strictly: whole UTF-8, no repeated keys, no NaN or infinity.
-
-    Args:
-        path: The file.
-        error: What to raise if it cannot be read.
-
-    Returns:
-        The object.
-    """
+    """Read a JSON object strictly: whole UTF-8, no repeated keys, no NaN or infinity."""
     _check_is_file(path, error)
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -111,16 +96,7 @@ def read_json(path: Path, error: type[SafeWeightsError]) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> dict[str, Any]:
-    """Parse a JSON object as :func:`read_json` does.
-
-    Args:
-        content: The bytes.
-        source: What the message calls them.
-        error: What to raise if they are anything else.
-
-    Returns:
-        The object.
-    """
+    """Parse a JSON object as :func:`read_json` does."""
     try:
         parsed = json.loads(
             content.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
@@ -135,15 +111,7 @@ def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> di
 
 
 def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTensor]:
-    """Read and check the header of a safetensors file, and none of its tensors.
-
-    Args:
-        path: The file.
-        error: What to raise if it is no complete safetensors file.
-
-    Returns:
-        The entries by name; they cover the rest of the file without holes or overlaps.
-    """
+    """Read and check the header of a safetensors file, and none of its tensors."""
     _check_is_file(path, error)
     try:
         with path.open("rb") as file:
@@ -165,12 +133,7 @@ def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTe
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that appears whole or not at all.
-
-    Args:
-        path: The file; an existing one is replaced.
-        content: Plain JSON.
-    """
+    """Write a JSON file that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -182,16 +145,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Path:
-    """Check that a directory may be published at a path.
-
-    Args:
-        path: The place.
-        overwrite: Whether an existing non-empty directory may be replaced.
-        error: What to raise if it may not.
-
-    Returns:
-        The resolved path.
-    """
+    """Check that a directory may be published at a path."""
     target = Path(os.path.realpath(path))
     _recover(target)
     if not target.exists():
@@ -210,13 +164,7 @@ def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> 
 def check_apart(
     path: Path, inputs: Mapping[str, str | os.PathLike[str]], error: type[SafeWeightsError]
 ) -> None:
-    """Check that a directory to be published neither holds an input nor lies in one.
-
-    Args:
-        path: The place.
-        inputs: Directories by what the message calls them.
-        error: What to raise if one shares the place.
-    """
+    """Check that a directory to be published neither holds an input nor lies in one."""
     target = Path(os.path.realpath(path))
     for role, each in inputs.items():
         source = Path(os.path.realpath(each))
@@ -232,16 +180,7 @@ def check_apart(
 
 @contextmanager
 def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Iterator[Path]:
-    """Fill a temporary sibling directory, and give it its name once it is complete and on disk.
-
-    Args:
-        path: Where the directory is to appear, whole or not at all.
-        overwrite: Whether an existing non-empty directory is replaced.
-        error: What to raise if the directory may not be written there.
-
-    Yields:
-        The directory to fill.
-    """
+    """Fill a temporary sibling directory, and give it its name once it is complete and on disk."""
     target = check_target(path, overwrite, error)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -257,11 +196,7 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a directory to the disk.
-
-    Args:
-        path: What to wait for.
-    """
+    """Bring a file or a directory to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a directory
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -365,16 +300,7 @@ def _sync_all(directory: Path) -> None:
 
 
 def _replace(target: Path, draft: Path, overwrite: bool) -> None:
-    """Give a directory its name; what had it gets the draft's, and is deleted with it.
-
-    Args:
-        target: The name.
-        draft: The directory.
-        overwrite: Without it only an empty directory can have the name: what came meanwhile stays.
-
-    Raises:
-        OSError: The system refuses; all is as it was.
-    """
+    """Give a directory its name; what had it gets the draft's, and is deleted with it."""
     if overwrite:
         _swap(target, draft)
     else:

@@ -27,13 +27,7 @@ class FrozenEntries:
     """Entries of one parameter, and what they hold: index and value, nothing of the dense size."""
 
     def __init__(self, name: str, parameter: nn.Parameter, indices: Tensor) -> None:
-        """Note what the entries hold.
-
-        Args:
-            name: The parameter's name, for messages.
-            parameter: The parameter; it may be moved to another device or dtype later.
-            indices: Flat row-major indices of the entries, in range; ``(count,)``.
-        """
+        """Note what the entries hold."""
         self.name = name
         self.parameter = parameter
         self.indices = indices.to(parameter.device)
@@ -47,23 +41,12 @@ class FrozenEntries:
 
     @torch.no_grad()
     def write(self, values: Tensor) -> None:
-        """Write other entries into the parameter.
-
-        Args:
-            values: The entries, in the parameter's dtype; ``(count,)``.
-        """
+        """Write other entries into the parameter."""
         self._write(self.parameter, values)
 
     @torch.no_grad()
     def clear_gradient(self, parameter: Tensor) -> None:
-        """Zero the gradient of the entries in place.
-
-        Args:
-            parameter: The parameter, whose gradient has just been accumulated.
-
-        Raises:
-            UnsupportedFeatureError: The gradient is a sparse tensor.
-        """
+        """Zero the gradient of the entries in place."""
         gradient = parameter.grad
         if gradient is None:  # an optimizer that steps during the backward pass has used it up
             return

@@ -24,17 +24,6 @@ def compare(paths: Sequence[PathLike]) -> dict[str, Any]:
     random selections of the same sizes: from all tensors that any of the maps names, and from each
     tensor as many as the map has there. An IoU near the second says that the maps agree on tensors,
     not on entries.
-
-    Args:
-        paths: At least two directories.
-
-    Returns:
-        Plain JSON: what each map is, the entries that chance draws from, whether all maps name the
-        same base, and the figures of each pair.
-
-    Raises:
-        ReportError: There are fewer than two.
-        BaseMismatchError: A tensor has another shape in another map.
     """
     if len(paths) < 2:
         raise ReportError(f"maps: expected at least two, found {len(paths)}; name another one")

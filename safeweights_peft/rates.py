@@ -30,33 +30,14 @@ class Rate:
 
 
 def wilson(count: int, n: int) -> Rate:
-    """Estimates a share (Wilson 1927), sound also near 0 and 1 and for small n.
-
-    Args:
-        count: how often it happened.
-        n: out of how many.
-
-    Returns:
-        The share and its 95 % interval.
-
-    Raises:
-        EvaluationError: n is not positive, or count lies outside [0, n].
-    """
+    """Estimate a share (Wilson 1927), sound also near 0 and 1 and for small n."""
     if n < 1 or not 0 <= count <= n:
         raise EvaluationError(f"rate: expected 0 <= count <= n and n >= 1, found {count} of {n}")
     return Rate(count, n, count / n, *wilson_interval(count / n, n))
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Computes the ends of Wilson's 95 % interval.
-
-    Args:
-        share: the share found, in [0, 1].
-        n: among how many.
-
-    Returns:
-        The lower and the upper end.
-    """
+    """Compute the ends of Wilson's 95 % interval."""
     z2 = Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)

@@ -24,10 +24,6 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes: by sharing its blocks, else inside the kernel, else through memory.
 
     Blocks that are shared (btrfs, XFS, NFS) become the copy's own when it is changed.
-
-    Args:
-        source: The file, or a link to it.
-        target: The copy; an existing file is replaced.
     """
     if not _copy_in_kernel(source, target):
         shutil.copyfile(source, target)

@@ -34,17 +34,7 @@ class CheckpointIndex:
 
 
 def open_index(directory: Path) -> CheckpointIndex:
-    """Find the shards of a checkpoint, from its only file or from its index.
-
-    Args:
-        directory: A directory as ``save_pretrained`` writes it.
-
-    Returns:
-        The index; every shard that it names is there.
-
-    Raises:
-        CheckpointError: There is no safetensors checkpoint, or two, or the index is not sound.
-    """
+    """Find the shards of a checkpoint, from its only file or from its index."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
         raise CheckpointError(

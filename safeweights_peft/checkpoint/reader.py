@@ -48,24 +48,13 @@ class CheckpointReader:
     index: CheckpointIndex
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Find the shards.
-
-        Args:
-            directory: A directory as ``save_pretrained`` writes it.
-        """
+        """Find the shards."""
         self.index = open_index(Path(directory))
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
 
     def copied_to(self, directory: Path) -> Self:
-        """Open a copy that is being made of this checkpoint, before its files are there.
-
-        Args:
-            directory: Where they appear.
-
-        Returns:
-            The copy; it has the same shards and headers.
-        """
+        """Open a copy that is being made of this checkpoint, before its files are there."""
         copy = type(self).__new__(type(self))
         copy.index = replace(self.index, directory=directory)
         copy._headers = {shard: self._header(shard) for shard in self.index.shards}
@@ -73,14 +62,7 @@ class CheckpointReader:
         return copy
 
     def check_unchanged(self, shard: str) -> None:
-        """Check that a shard is the file whose header was read, as it was then.
-
-        Args:
-            shard: Its file name.
-
-        Raises:
-            CheckpointError: It was replaced or written to since.
-        """
+        """Check that a shard is the file whose header was read, as it was then."""
         if self._stamp(shard) != self._stamps[shard]:
             raise CheckpointError(
                 f"{self.directory / shard}: expected it to stay as it is, found it changed "
@@ -98,19 +80,11 @@ class CheckpointReader:
         return sum((self.directory / name).stat().st_size for name in self.index.shards)
 
     def keys(self) -> list[str]:
-        """List the tensors.
-
-        Returns:
-            Their keys, sorted.
-        """
+        """List the tensors."""
         return sorted(self.index.weight_map)
 
     def unlisted(self) -> list[str]:
-        """List tensors that stand in a shard although the index doesn't name them.
-
-        Returns:
-            Their keys, sorted; a program that loads whole shards gets them too.
-        """
+        """List tensors that stand in a shard although the index doesn't name them."""
         headers = (self._header(shard) for shard in self.index.shards)
         return sorted({key for header in headers for key in header} - self.index.weight_map.keys())
 
@@ -119,54 +93,25 @@ class CheckpointReader:
         return key in self.index.weight_map
 
     def info(self, key: str) -> TensorInfo:
-        """Look a tensor up, without reading it.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            Where and what it is.
-        """
+        """Look a tensor up, without reading it."""
         shard, stored = self._stored(key)
         dtype = STORED_DTYPES[stored.dtype].name if stored.dtype in STORED_DTYPES else stored.dtype
         return TensorInfo(stored.shape, dtype, shard, stored.offset, stored.size_bytes)
 
     def read(self, key: str) -> Array:
-        """Read a whole tensor.
-
-        Args:
-            key: Its key.
-
-        Returns:
-            A copy in memory, in the dtype on disk.
-        """
+        """Read a whole tensor."""
         path, stored = self._readable(key)
         return np.array(stored.open(path)).reshape(stored.shape)
 
     def read_windows(self, key: str) -> Iterator[Array]:
-        """Read a whole tensor as bytes, one window after the other, whatever its dtype.
-
-        Args:
-            key: Its key.
-
-        Yields:
-            Copies in memory, in order, of at most ``WINDOW_BYTES`` each.
-        """
+        """Read a whole tensor as bytes, one window after the other, whatever its dtype."""
         info = self.info(key)
         path, end = self.directory / info.shard, info.offset + info.size_bytes
         for start in range(info.offset, end, WINDOW_BYTES):
             yield np.fromfile(path, np.uint8, min(WINDOW_BYTES, end - start), offset=start)
 
     def gather(self, key: str, flat_indices: Array) -> Array:
-        """Read some entries of a tensor; only the pages that hold them are touched.
-
-        Args:
-            key: Its key.
-            flat_indices: Flat row-major indices; ``(count,)``.
-
-        Returns:
-            The entries, in the dtype on disk; ``(count,)``.
-        """
+        """Read some entries of a tensor; only the pages that hold them are touched."""
         path, stored = self._readable(key)
         dtype = STORED_DTYPES[stored.dtype]
         check_bounds(key, flat_indices, stored.size_bytes // dtype.itemsize)
@@ -178,16 +123,7 @@ class CheckpointReader:
     def gather_pieces(
         self, pieces: Mapping[str, tuple[Array | slice, Array]], count: int, dtype: np.dtype[Any]
     ) -> Array:
-        """Read entries that lie in several tensors.
-
-        Args:
-            pieces: For each key, positions in the result and flat indices in that tensor.
-            count: Number of entries in all.
-            dtype: Their dtype on disk.
-
-        Returns:
-            The entries; ``(count,)``.
-        """
+        """Read entries that lie in several tensors."""
         entries = np.empty(count, dtype)
         for key, (positions, local) in pieces.items():
             entries[positions] = self.gather(key, local)
@@ -244,16 +180,7 @@ class CheckpointReader:
 
 
 def check_bounds(key: str, flat_indices: Array, numel: int) -> None:
-    """Check that flat indices point into a tensor.
-
-    Args:
-        key: The tensor's key.
-        flat_indices: The indices; ``(count,)``.
-        numel: Number of entries of the tensor.
-
-    Raises:
-        CheckpointError: One is negative or too large.
-    """
+    """Check that flat indices point into a tensor."""
     if flat_indices.size and (flat_indices.min() < 0 or flat_indices.max() >= numel):
         raise CheckpointError(
             f"{key}: expected indices from 0 to {numel - 1}, found {flat_indices.min()} to "

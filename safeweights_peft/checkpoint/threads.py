@@ -17,13 +17,6 @@ Result = TypeVar("Result")
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Do some work on each item, on a few at a time, and not far ahead; the first error stops it.
-
-    Args:
-        work: What to do.
-        items: On what.
-
-    Yields:
-        The results, in the order of the items.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: deque[Future[Result]] = deque()

@@ -23,18 +23,7 @@ def windows(
     flat_indices: Array,
     mode: Literal["r", "r+"] = "r",
 ) -> Iterator[tuple[Array, Array, Array | slice]]:
-    """Map the parts of a tensor that hold some entries; other pages are not touched.
-
-    Args:
-        path: The tensor's file.
-        offset: Position of its first byte there.
-        dtype: Its dtype.
-        flat_indices: Checked flat row-major indices; ``(count,)``, in any order.
-        mode: "r" to read, "r+" to write.
-
-    Yields:
-        A part, flat; the entries' indices in it; and their positions in ``flat_indices``.
-    """
+    """Map the parts of a tensor that hold some entries; other pages are not touched."""
     order: Array | slice = slice(None)
     if (flat_indices[1:] < flat_indices[:-1]).any():
         order = np.argsort(flat_indices)

@@ -44,24 +44,11 @@ class CheckpointDraft:
     reader: CheckpointReader
 
     def __init__(self, reader: CheckpointReader) -> None:
-        """Open it for changes.
-
-        Args:
-            reader: The checkpoint.
-        """
+        """Open it for changes."""
         self.reader = reader
 
     def patch(self, key: str, flat_indices: Array, entries: Array) -> None:
-        """Overwrite some entries of a tensor on disk, and check that they are there.
-
-        Args:
-            key: The tensor's key.
-            flat_indices: Flat row-major indices; ``(count,)``.
-            entries: What to write there, in the tensor's own dtype; ``(count,)``.
-
-        Raises:
-            CheckpointError: The dtype is not the tensor's, or other entries are read back.
-        """
+        """Overwrite some entries of a tensor on disk, and check that they are there."""
         info = self._check_dtype(key, entries)
         check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
         path = self.reader.directory / info.shard
@@ -75,15 +62,7 @@ class CheckpointDraft:
                 )
 
     def write(self, key: str, tensor: Array) -> None:
-        """Overwrite a tensor on disk whole.
-
-        Args:
-            key: The tensor's key.
-            tensor: What to write, in the tensor's own dtype and shape.
-
-        Raises:
-            CheckpointError: The dtype or the shape is not the tensor's.
-        """
+        """Overwrite a tensor on disk whole."""
         info = self._check_dtype(key, tensor)
         if tensor.shape != info.shape:
             raise CheckpointError(
@@ -118,17 +97,6 @@ def draft_copy(
 
     Copied are the shards, their index, and what loading needs: configs, tokenizer, chat templates,
     processor, custom code and licence. Not copied are model cards, adapters, other weight formats.
-
-    Args:
-        reader: The checkpoint.
-        out_dir: Where the copy is to appear, whole or not at all.
-        overwrite: Replace an existing non-empty directory, whatever it holds.
-        progress: Told of the bytes copied.
-        change: Called with the copy and each shard's file name once that is copied, for several
-            shards at a time. What is changed thus can go to the disk while others are copied.
-
-    Yields:
-        The copy, to be changed.
     """
     with publish(Path(out_dir), overwrite, CheckpointError) as directory:
         draft = CheckpointDraft(reader.copied_to(directory))
@@ -137,14 +105,7 @@ def draft_copy(
 
 
 def files_to_copy(reader: CheckpointReader) -> dict[str, int]:
-    """List what :func:`draft_copy` copies.
-
-    Args:
-        reader: The checkpoint.
-
-    Returns:
-        Sizes in bytes by file name, relative to the directory; the shards first.
-    """
+    """List what :func:`draft_copy` copies."""
     names = reader.index.shards + _side_files(reader.directory)
     return {name: (reader.directory / name).stat().st_size for name in names}
 
@@ -154,12 +115,6 @@ def files_that_load(directory: Path) -> list[str]:
 
     That is what :func:`draft_copy` copies but for the index and legal texts; and the config of an
     adapter, which transformers loads with the model.
-
-    Args:
-        directory: The checkpoint.
-
-    Returns:
-        Their names, relative to the directory, sorted.
     """
     names = _side_files(directory)
     names += [_ADAPTER_FILE] if (directory / _ADAPTER_FILE).is_file() else []

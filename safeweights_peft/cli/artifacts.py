@@ -37,7 +37,7 @@ class _Scaled(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Path, float]:
-        """Splits at the last @, unless the whole names a directory, or a revision follows it."""
+        """Split at the last @, unless the whole names a directory, or a revision follows it."""
         path, at, factor = str(value).rpartition("@")
         of_hub = not Path(path).is_dir() and not _is_number(factor)
         if not at or Path(value).is_dir() or of_hub:
@@ -111,22 +111,13 @@ def merge_command(
 
 
 def _check_place(base: str, out: Path | None, in_place: bool) -> None:
-    """Refuses two places for the result, or none, or one that is not here."""
+    """Refuse two places for the result, or none, or one that is not here."""
     if (out is None) != in_place or (in_place and not Path(base).is_dir()):
         raise click.UsageError("Give --out, or --in-place and a directory.")
 
 
 def find_base(base: str, adapter: Path, revision: str | None) -> Path:
-    """Finds a base's directory; of a Hub id, by default at the commit that the patch names.
-
-    Args:
-        base: The directory or Hub id.
-        adapter: The patch.
-        revision: Commit, tag or branch on the Hub, if another one is asked for.
-
-    Returns:
-        The directory.
-    """
+    """Find a base's directory; of a Hub id, by default at the commit that the patch names."""
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.fetching import resolve_base

@@ -28,7 +28,7 @@ class FiniteRange(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """Converts as click does, and refuses what is not finite."""
+        """Convert as click does, and refuses what is not finite."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -41,7 +41,7 @@ class _Adapter(click.ParamType):
     name = "adapter"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Finds the directory: what is here comes before what is on the Hub."""
+        """Find the directory: what is here comes before what is on the Hub."""
         if Path(value).is_dir():
             return Path(value)
         from safeweights_peft.hub import fetch_adapter, is_hub_id
@@ -255,12 +255,12 @@ probe_options = _options(
 
 
 def _given(**chosen: Any) -> dict[str, Any]:
-    """Drops options that were not given: their settings keep their defaults."""
+    """Drop options that were not given: their settings keep their defaults."""
     return {name: value for name, value in chosen.items() if value is not None}
 
 
 def score_settings(options: dict[str, Any]) -> ScoreSettings:
-    """Reads the settings of a scoring job out of a command's options."""
+    """Read the settings of a scoring job out of a command's options."""
     from safeweights_peft.pipeline import Method, ScoreSettings
     from safeweights_peft.selection import Aggregation
 
@@ -289,7 +289,7 @@ def score_settings(options: dict[str, Any]) -> ScoreSettings:
 
 
 def train_settings(options: dict[str, Any]) -> TrainSettings:
-    """Reads the settings of a training job out of a command's options."""
+    """Read the settings of a training job out of a command's options."""
     from safeweights_peft.pipeline import TrainSettings
     from safeweights_peft.training import EnhanceSettings
 
@@ -305,7 +305,7 @@ def train_settings(options: dict[str, Any]) -> TrainSettings:
 
 
 def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
-    """Reads the settings of a preserving job out of a command's options."""
+    """Read the settings of a preserving job out of a command's options."""
     from safeweights_peft.training import PreserveMethod, PreserveSettings
 
     chosen = _given(
@@ -321,7 +321,7 @@ def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
 
 
 def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
-    """Reads the settings of an evaluation job out of a command's options."""
+    """Read the settings of an evaluation job out of a command's options."""
     from safeweights_peft.pipeline import EvaluateSettings
 
     return EvaluateSettings(
@@ -335,14 +335,14 @@ def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
 
 
 def probe_settings(options: dict[str, Any]) -> ProbeSettings:
-    """Reads how entries are perturbed out of a command's options."""
+    """Read how entries are perturbed out of a command's options."""
     from safeweights_peft.pipeline import ProbeSettings
 
     return ProbeSettings(noise=options["noise"], draws=options["draws"], seed=options["seed"])
 
 
 def compute_settings(options: dict[str, Any]) -> ComputeSettings:
-    """Reads where and in what dtype to compute out of a command's options."""
+    """Read where and in what dtype to compute out of a command's options."""
     from safeweights_peft.pipeline import ComputeSettings
 
     return ComputeSettings(

@@ -30,7 +30,7 @@ class _Bars:
 
 @contextmanager
 def show_progress() -> Iterator[_Bars]:
-    """Shows progress bars on stderr while the context lasts."""
+    """Show progress bars on stderr while the context lasts."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -49,7 +49,7 @@ def show_progress() -> Iterator[_Bars]:
 
 
 def _quiet_transformers() -> None:
-    """Keeps transformers' own bars out of ours, where it is loaded at all."""
+    """Keep transformers' own bars out of ours, where it is loaded at all."""
     if "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar
 
@@ -59,7 +59,7 @@ def _quiet_transformers() -> None:
 
 
 def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Turns a bar of 100 units into a function of the bytes done and the bytes in all."""
+    """Turn a bar of 100 units into a function of the bytes done and the bytes in all."""
     shown = 0
 
     def copied(done: int, total: int) -> None:
@@ -72,7 +72,7 @@ def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool) -> None:
-    """Prints a result: as JSON, or its rows as a table."""
+    """Print a result: as JSON, or its rows as a table."""
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -83,12 +83,12 @@ def show(result: dict[str, Any], rows: Sequence[tuple[str, ...]], as_json: bool)
 
 
 def printable(text: str) -> str:
-    """Spells out what would move the cursor: names and paths may be a stranger's."""
+    """Spell out what would move the cursor: names and paths may be a stranger's."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lays out a flat result, with its sizes made readable."""
+    """Lay out a flat result, with its sizes made readable."""
     from safeweights_peft.report import size_text
 
     return [
@@ -98,7 +98,7 @@ def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def merge_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Lays out a merge or its plan: a line for each patch, and for every two that overlap."""
+    """Lay out a merge or its plan: a line for each patch, and for every two that overlap."""
     rows = [
         (f"patch {number}", f"{each['adapter']} at scale {each['scale']:g}")
         for number, each in enumerate(result.get("patches", ()), 1)
@@ -112,7 +112,7 @@ def merge_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def show_estimate(needs: Any, as_json: bool) -> None:
-    """Prints what a job will need."""
+    """Print what a job will need."""
     from dataclasses import asdict
 
     from safeweights_peft.report import size_text
@@ -127,7 +127,7 @@ def show_estimate(needs: Any, as_json: bool) -> None:
 
 
 def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
-    """Prints what an adapter's headers say."""
+    """Print what an adapter's headers say."""
     from safeweights_peft.format import Mode
     from safeweights_peft.report import size_text
 
@@ -148,7 +148,7 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
 
 
 def show_overlap(result: dict[str, Any], as_json: bool) -> None:
-    """Prints how much safety maps share; says on stderr if they name different bases."""
+    """Print how much safety maps share; says on stderr if they name different bases."""
     from safeweights_peft.report import overlap_rows
 
     show(result, overlap_rows(result), as_json)
@@ -157,7 +157,7 @@ def show_overlap(result: dict[str, Any], as_json: bool) -> None:
 
 
 def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Prints what a preserving job did, its losses summed up."""
+    """Print what a preserving job did, its losses summed up."""
     losses = record["losses"]
     summary = {"path": str(out), **record, "first_loss": losses[0], "last_loss": losses[-1]}
     del summary["losses"]
@@ -172,7 +172,7 @@ def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
 
 
 def show_protected(record: dict[str, Any], as_json: bool) -> None:
-    """Prints what a protecting job put back, and what that did where it was measured."""
+    """Print what a protecting job put back, and what that did where it was measured."""
     from safeweights_peft.report import judged_rows
 
     moved = (
@@ -187,7 +187,7 @@ def show_protected(record: dict[str, Any], as_json: bool) -> None:
 
 
 def show_probe(result: dict[str, Any], as_json: bool) -> None:
-    """Prints a probe's table, and under it the verdicts."""
+    """Print a probe's table, and under it the verdicts."""
     from safeweights_peft.report import probe_rows, verdict_lines
 
     show(result, probe_rows(result), as_json)
@@ -196,7 +196,7 @@ def show_probe(result: dict[str, Any], as_json: bool) -> None:
 
 
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Draws and prints a finished run; says on stderr what can be done next."""
+    """Draw and prints a finished run; says on stderr what can be done next."""
     from safeweights_peft.report import comparison_rows, plot_run
 
     losses = json.loads((out / "patch" / "training.json").read_text(encoding="utf-8"))["losses"]

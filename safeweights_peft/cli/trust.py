@@ -54,7 +54,7 @@ def verify_command(
 
 
 def _fetch(adapter: str) -> Path:
-    """Finds the adapter's directory; one that can't be had is unreadable, and no failed check."""
+    """Find the adapter's directory; one that can't be had is unreadable, and no failed check."""
     try:
         return adapter_type.convert(adapter, None, None)
     except SafeWeightsError as error:
@@ -65,7 +65,7 @@ def _fetch(adapter: str) -> Path:
 def _look_for_base(
     base: str | None, adapter: Path, revision: str | None
 ) -> tuple[Path | None, str]:
-    """Finds the base's directory, or tells why there is none."""
+    """Find the base's directory, or tells why there is none."""
     if base is None:
         if revision:
             raise click.UsageError("--revision belongs to --base.")

@@ -30,18 +30,12 @@ class Mean:
 
 
 def rate_over_draws(rates: Sequence[Rate]) -> Rate:
-    """Pools a rate over draws, with a 95 % interval for both the requests and the draws.
+    """Pool a rate over draws, with a 95 % interval for both the requests and the draws.
 
     Wilson's interval at the pooled rate, of the requests of a single draw, tells how far requests
     matter; Student's t interval of the draws' rates, how far draws do. From the rate to either end,
     the two distances are added as squares (MOVER: Zou & Donner 2008). The part of the requests is
     an upper bound, so the interval is rather too wide. For one draw it is Wilson's.
-
-    Args:
-        rates: one per draw, at least one, all of the same requests.
-
-    Returns:
-        The rate; count and n are summed over the draws, but n is not what the interval rests on.
     """
     count, n = sum(each.count for each in rates), sum(each.n for each in rates)
     share, by_draws = count / n, _half_width([each.rate for each in rates])
@@ -52,14 +46,7 @@ def rate_over_draws(rates: Sequence[Rate]) -> Rate:
 
 
 def mean_over_draws(values: Sequence[float]) -> Mean:
-    """Averages what is at least 0, with Student's 95 % t interval over the draws.
-
-    Args:
-        values: one per draw, at least one.
-
-    Returns:
-        The mean; without an interval for one draw, which says nothing of how far draws differ.
-    """
+    """Average what is at least 0, with Student's 95 % t interval over the draws."""
     mean = fmean(values)
     if len(values) == 1:
         return Mean(mean, None, None)
@@ -68,16 +55,9 @@ def mean_over_draws(values: Sequence[float]) -> Mean:
 
 
 def difference_interval(first: Rate, second: Rate) -> tuple[float, float]:
-    """Estimates how far one rate is above another (Newcombe 1998, method 10).
+    """Estimate how far one rate is above another (Newcombe 1998, method 10).
 
     Rather too wide for rates of the same requests, which rise and fall together.
-
-    Args:
-        first: a rate with its interval.
-        second: another.
-
-    Returns:
-        The ends of the 95 % interval of first minus second.
     """
     difference = first.rate - second.rate
     below = math.hypot(first.rate - first.low, second.high - second.rate)
@@ -86,14 +66,7 @@ def difference_interval(first: Rate, second: Rate) -> tuple[float, float]:
 
 
 def t_quantile(freedom: int) -> float:
-    """Finds what Student's t exceeds, in absolute value, with a probability of 5 %.
-
-    Args:
-        freedom: degrees of freedom, at least 1.
-
-    Returns:
-        The quantile of 0.975, by halving, to the precision of floats.
-    """
+    """Find what Student's t exceeds, in absolute value, with a probability of 5 %."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
@@ -102,7 +75,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def _t_within(angle: float, freedom: int) -> float:
-    """Tells the probability of |t| < sqrt(freedom) tan(angle).
+    """Tell the probability of |t| < sqrt(freedom) tan(angle).
 
     Source: Abramowitz & Stegun, 26.7.3 and 26.7.4.
     """
@@ -116,7 +89,7 @@ def _t_within(angle: float, freedom: int) -> float:
 
 
 def _half_width(values: Sequence[float]) -> float:
-    """Halves the t interval of a mean; 0 for one value."""
+    """Halve the t interval of a mean; 0 for one value."""
     if len(values) == 1:
         return 0.0
     return t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))

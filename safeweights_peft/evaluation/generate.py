@@ -21,22 +21,7 @@ def generate_answers(
     batch_size: int = 25,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[Example]:
-    """Lets a model answer requests greedily, each on its own.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        tokenizer: its tokenizer, with a chat template.
-        instructions: the requests.
-        max_new_tokens: answers are cut after this many tokens.
-        batch_size: requests answered together; requests of like length share a batch.
-        on_batch: called after each batch with its size, for progress.
-
-    Returns:
-        One example per request, in order; the answer's ids end with the end token unless cut.
-
-    Raises:
-        EvaluationError: there are no requests.
-    """
+    """Let a model answer requests greedily, each on its own."""
     if not instructions:
         raise EvaluationError("prompts: expected at least one request, found none")
     prompts = [Example(encode_prompt(tokenizer, text), ()) for text in instructions]
@@ -52,15 +37,7 @@ def generate_answers(
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tells with which tokens a model ends an answer.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-
-    Returns:
-        Those of the model's generation config, or else the tokenizer's end token.
-    """
+    """Tell with which tokens a model ends an answer."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     return frozenset(ends if isinstance(ends, list) else [ends])
@@ -69,7 +46,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def _greedy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    """Builds greedy settings from the model's end tokens alone: its sampling settings stay out."""
+    """Build greedy settings from the model's end tokens alone: its sampling settings stay out."""
     ends = sorted(end_token_ids(model, tokenizer))
     return GenerationConfig(
         do_sample=False,
@@ -99,6 +76,6 @@ def _answer(
 
 
 def _cut(ids: tuple[int, ...], stops: frozenset[int]) -> tuple[int, ...]:
-    """Keeps an answer up to and including its first end token."""
+    """Keep an answer up to and including its first end token."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]

@@ -26,17 +26,9 @@ Change = Callable[[str, nn.Parameter, Tensor], Tensor]
 
 @contextmanager
 def perturbed(model: nn.Module, indices: Mapping[str, Array], change: Change) -> Iterator[None]:
-    """Changes entries while the context lasts, then restores the saved ones bit for bit.
+    """Change entries while the context lasts, then restores the saved ones bit for bit.
 
     They are restored after an exception too. Tied weights change together.
-
-    Args:
-        model: a model without adapters.
-        indices: checked flat indices by parameter name.
-        change: what to put in the entries' place.
-
-    Yields:
-        Nothing.
     """
     with ExitStack() as restoring:
         for name, positions in indices.items():
@@ -48,16 +40,9 @@ def perturbed(model: nn.Module, indices: Mapping[str, Array], change: Change) ->
 
 
 def noise(factor: float, *seed: int) -> Change:
-    """Makes a change that adds factor * sigma * N(0, 1), sigma of the whole tensor, as in ESI.
+    """Make a change that adds factor * sigma * N(0, 1), sigma of the whole tensor, as in ESI.
 
     It is computed in float32 and rounded once to the parameter's dtype.
-
-    Args:
-        factor: size of the noise, in standard deviations of the tensor.
-        *seed: with a tensor's name, these fix the noise.
-
-    Returns:
-        The change.
     """
 
     def add(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
@@ -69,14 +54,5 @@ def noise(factor: float, *seed: int) -> Change:
 
 
 def zeros(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
-    """Puts zeros in the place of entries.
-
-    Args:
-        name: not used.
-        parameter: not used.
-        entries: some entries; ``(count,)``.
-
-    Returns:
-        As many zeros.
-    """
+    """Put zeros in the place of entries."""
     return torch.zeros_like(entries)

@@ -40,22 +40,7 @@ def measure_utility(
     batch_size: int = 10,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Utility:
-    """Scores the base's answers under both models.
-
-    Args:
-        model: the model to be measured.
-        base: the base model; may be the same object.
-        answers: harmless requests with the base's own answers.
-        pad_token_id: the tokenizer's padding token.
-        batch_size: examples per forward pass.
-        on_batch: called after each batch with its size, for progress.
-
-    Returns:
-        KL and perplexity.
-
-    Raises:
-        EvaluationError: there are no answer tokens, or a model gives NaN or infinity.
-    """
+    """Score the base's answers under both models."""
     kl = loss = 0.0
     tokens = 0
     for batch in _batches(answers, pad_token_id, batch_size):

@@ -59,26 +59,11 @@ class EncodedPatch:
         return {name: each.indices for name, each in self.entries.items()}
 
     def values(self, name: str, base: Array) -> Array:
-        """Give the values of a parameter.
-
-        Args:
-            name: The parameter.
-            base: The base's entries at its indices, checked; ``(count,)``.
-
-        Returns:
-            The values; ``(count,)``.
-        """
+        """Give the values of a parameter."""
         return self.entries[name].values_at(base)
 
     def decode(self, base: BaseEntries | None = None) -> Adapter:
-        """Give the patch with its values.
-
-        Args:
-            base: Gives the base's entries; asked for those parameters alone whose values are steps.
-
-        Returns:
-            The patch.
-        """
+        """Give the patch with its values."""
         deltas = {}
         for name, each in self.entries.items():
             wanted = base is not None and each.record.needs_base
@@ -110,15 +95,7 @@ Artifact = Adapter | EncodedPatch | SafetyMap
 
 
 def in_encoding(metadata: AdapterMetadata, encoding: Encoding) -> AdapterMetadata:
-    """Ask for an encoding of every parameter.
-
-    Args:
-        metadata: A description.
-        encoding: How its entries are to be laid out, once it is written.
-
-    Returns:
-        The description that asks for it.
-    """
+    """Ask for an encoding of every parameter."""
     tensors = {
         name: replace(record, encoding=encoding, streams={}, digest=None)
         for name, record in metadata.tensors.items()

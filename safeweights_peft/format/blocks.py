@@ -38,27 +38,11 @@ class Block:
 
     @classmethod
     def dense(cls, key: str, shape: Sequence[int]) -> "Block":
-        """Describe a parameter that is one checkpoint tensor of the same shape.
-
-        Args:
-            key: The tensor's name in the checkpoint.
-            shape: Shape of both.
-
-        Returns:
-            The block.
-        """
+        """Describe a parameter that is one checkpoint tensor of the same shape."""
         return cls(key=key, shape=tuple(shape), offset=0, strides=row_major_strides(shape))
 
     def locate(self, indices: Array) -> tuple[Array | slice, Array]:
-        """Find which entries of the parameter this tensor holds, and where.
-
-        Args:
-            indices: Ascending flat indices in the parameter; ``(count,)``.
-
-        Returns:
-            Positions into ``indices``: a slice where they follow each other; and the flat row-major
-            indices in the tensor, of an integer dtype that holds them.
-        """
+        """Find which entries of the parameter this tensor holds, and where."""
         first, stop = self._reach(indices)
         if self._is_dense():
             part = slice(first, stop)
@@ -76,26 +60,12 @@ class Block:
         return first + np.flatnonzero(inside), local[inside]
 
     def looked_at(self, indices: Array) -> int:
-        """Count the entries of the parameter that finding this tensor's goes through one by one.
-
-        Args:
-            indices: Ascending flat indices in the parameter; ``(count,)``.
-
-        Returns:
-            The number; 0 where the tensor holds all that it reaches.
-        """
+        """Count the entries of the parameter that finding this tensor's goes through one by one."""
         first, stop = self._reach(indices)
         return 0 if self._is_dense() else stop - first
 
     def spread(self, local: Array) -> Array:
-        """Find where entries of this tensor are in the parameter; undoes :meth:`locate`.
-
-        Args:
-            local: Flat row-major indices in the tensor; ``(count,)``.
-
-        Returns:
-            The flat indices in the parameter, int64, in the same order; ``(count,)``.
-        """
+        """Find where entries of this tensor are in the parameter; undoes :meth:`locate`."""
         rest = local.astype(np.int64, copy=False)
         if self._is_dense():
             return rest + self.offset
@@ -113,11 +83,7 @@ class Block:
         )
 
     def is_injective(self) -> bool:
-        """Tell whether each stride reaches over everything that the smaller strides can reach.
-
-        Returns:
-            True if so; then no two entries of the tensor share a flat index in the parameter.
-        """
+        """Tell whether each stride reaches over everything that the smaller strides can reach."""
         reach = 0
         for dim in self._wide_dims():
             if self.strides[dim] <= reach:
@@ -145,28 +111,12 @@ class Block:
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Give the steps in the flat row-major index, one per dimension.
-
-    Args:
-        shape: Shape of a tensor.
-
-    Returns:
-        The strides, in entries.
-    """
+    """Give the steps in the flat row-major index, one per dimension."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def check_blocks(name: str, blocks: Sequence[Block], numel: int) -> None:
-    """Check that each block lies inside its parameter and holds no entry twice.
-
-    Args:
-        name: What the message calls the parameter.
-        blocks: The checkpoint tensors that hold it.
-        numel: Number of entries of the parameter.
-
-    Raises:
-        CorruptAdapterError: A block breaks a rule, or together they are larger than the parameter.
-    """
+    """Check that each block lies inside its parameter and holds no entry twice."""
     for block in blocks:
         if len(block.shape) != len(block.strides):
             found = f"{len(block.strides)} strides for {len(block.shape)} sizes"
@@ -188,16 +138,7 @@ def check_blocks(name: str, blocks: Sequence[Block], numel: int) -> None:
 
 
 def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
-    """Check that each selected entry of a parameter lies in exactly one block.
-
-    Args:
-        name: What the message calls the parameter.
-        blocks: The checkpoint tensors that hold it.
-        indices: Its checked indices.
-
-    Raises:
-        CorruptAdapterError: An entry lies in no block, or in two.
-    """
+    """Check that each selected entry of a parameter lies in exactly one block."""
     looked_at = sum(block.looked_at(indices) for block in blocks)
     if looked_at > _MAX_INTERLEAVED * indices.size:
         raise CorruptAdapterError(

@@ -29,15 +29,7 @@ class Coded(NamedTuple):
 
 
 def encode_indices(indices: Array, numel: int) -> Coded:
-    """Code ascending flat indices in the way that takes the fewest bytes.
-
-    Args:
-        indices: The checked indices; ``(count,)``.
-        numel: Number of entries of their tensor.
-
-    Returns:
-        The stream.
-    """
+    """Code ascending flat indices in the way that takes the fewest bytes."""
     plain = indices.astype(index_dtype(numel), copy=False)
     found = [Coded(Stream(Coding.PLAIN), plain)]
     if indices.size:
@@ -47,20 +39,7 @@ def encode_indices(indices: Array, numel: int) -> Coded:
 
 
 def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) -> Array:
-    """Add up gaps to flat indices.
-
-    Args:
-        source: What messages call the stored array.
-        planes: The byte planes of the gaps, of a length that the record implies.
-        count: Number of entries, as recorded.
-        numel: Number of entries of their tensor.
-
-    Returns:
-        The indices in their plain dtype, ascending and in range; ``(count,)``.
-
-    Raises:
-        CorruptAdapterError: There are more or fewer, or they reach too far.
-    """
+    """Add up gaps to flat indices."""
     symbols = join(planes)
     ends = symbols != np.iinfo(symbols.dtype).max
     found = int(np.count_nonzero(ends))
@@ -82,14 +61,7 @@ def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) ->
 
 
 def encode_floats(values: Array) -> Coded:
-    """Code values or scores as they are, in the way that takes the fewest bytes.
-
-    Args:
-        values: The numbers, of a dtype in ``DTYPES``; ``(count,)``.
-
-    Returns:
-        The stream.
-    """
+    """Code values or scores as they are, in the way that takes the fewest bytes."""
     plain = Coded(Stream(Coding.PLAIN), np.ascontiguousarray(values))
     if not values.size:
         return plain
@@ -98,16 +70,7 @@ def encode_floats(values: Array) -> Coded:
 
 
 def encode_steps(base: Array, values: Array) -> Coded | None:
-    """Code values as steps from the base's entries to the merged ones, if that is possible.
-
-    Args:
-        base: The base's entries, of a dtype in ``WEIGHT_DTYPES``; ``(count,)``.
-        values: The values, at scale 1; ``(count,)``.
-
-    Returns:
-        The smallest stream of steps; None if the values that it stands for are not finite, or give
-        other merged entries than ``values``.
-    """
+    """Code values as steps from the base's entries to the merged ones, if that is possible."""
     merged = add_rounded(base, values)
     decoded = value_of(base, merged)
     if not values.size or not np.isfinite(decoded).all():
@@ -122,20 +85,7 @@ def encode_steps(base: Array, values: Array) -> Coded | None:
 
 
 def decode_steps(source: str, stream: Stream, planes: Sequence[Array], itemsize: int) -> Array:
-    """Put steps together, which needs no base yet.
-
-    Args:
-        source: What messages call the stored array.
-        stream: What the record says of it.
-        planes: The byte planes of the steps, then of those that were escaped.
-        itemsize: Bytes of a number of the base.
-
-    Returns:
-        The steps, as unsigned integers of ``itemsize`` bytes that wrap around; ``(count,)``.
-
-    Raises:
-        CorruptAdapterError: There are more or fewer escapes than the record says.
-    """
+    """Put steps together, which needs no base yet."""
     width = stream.coding.width
     narrow = join(planes[:width])
     if width == itemsize:
@@ -154,15 +104,7 @@ def decode_steps(source: str, stream: Stream, planes: Sequence[Array], itemsize:
 
 
 def take_steps(base: Array, steps: Array) -> Array:
-    """Go from the base's entries to the merged ones.
-
-    Args:
-        base: The base's entries; ``(count,)``.
-        steps: Steps as :func:`decode_steps` gives them; ``(count,)``.
-
-    Returns:
-        The merged entries, in the base's dtype; ``(count,)``.
-    """
+    """Go from the base's entries to the merged ones."""
     ordinals = _ordinals(base)
     ordinals += steps
     top = ordinals.dtype.type(1 << (8 * base.itemsize - 1))
@@ -177,13 +119,6 @@ def value_of(base: Array, merged: Array) -> Array:
 
     A sum is never -0.0 unless it is rounded from below, so for this result alone the value is the
     float32 number below the difference.
-
-    Args:
-        base: The base's entries; ``(count,)``.
-        merged: The merged entries; ``(count,)``.
-
-    Returns:
-        The float32 values; ``(count,)``.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         values: Array = merged.astype(np.float32)

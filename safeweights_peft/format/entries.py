@@ -72,19 +72,7 @@ class StoredEntries:
     content: Array
 
     def values(self, base: Array | None = None) -> Array:
-        """Give the values.
-
-        Args:
-            base: The base's entries at the indices, in the record's dtype; needed for steps alone.
-
-        Returns:
-            The values, finite; ``(count,)``.
-
-        Raises:
-            FormatError: They are steps, and there is no base.
-            AlreadyMergedError: The entries are the merged ones.
-            BaseMismatchError: The entries are of another base.
-        """
+        """Give the values."""
         if not self.record.needs_base:
             return self.content
         if base is None:
@@ -96,14 +84,7 @@ class StoredEntries:
         return self.values_at(base)
 
     def values_at(self, base: Array) -> Array:
-        """Give the values, from entries of the base that were checked.
-
-        Args:
-            base: The base's entries at the indices, in the record's dtype; ``(count,)``.
-
-        Returns:
-            The values, finite; ``(count,)``.
-        """
+        """Give the values, from entries of the base that were checked."""
         if not self.record.needs_base:
             return self.content
         values = value_of(base, take_steps(base, self.content))
@@ -112,17 +93,7 @@ class StoredEntries:
 
 
 def check_base(name: str, record: TensorRecord, base: Array) -> None:
-    """Check that entries are those of the base that an adapter was made for.
-
-    Args:
-        name: The parameter, for messages.
-        record: Its record.
-        base: The entries at its indices; ``(count,)``.
-
-    Raises:
-        AlreadyMergedError: They are the merged ones.
-        BaseMismatchError: They are others.
-    """
+    """Check that entries are those of the base that an adapter was made for."""
     found = digest(base)
     if base.dtype == WEIGHT_DTYPES[record.dtype] and found == record.base_digest:
         return
@@ -138,15 +109,7 @@ def check_base(name: str, record: TensorRecord, base: Array) -> None:
 
 
 def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
-    """Tell what is stored of a parameter, from the config alone.
-
-    Args:
-        metadata: The checked description.
-        name: The parameter.
-
-    Returns:
-        The dtypes and shapes of its indices, then of its values or scores, by safetensors name.
-    """
+    """Tell what is stored of a parameter, from the config alone."""
     record = metadata.tensors[name]
     kinds = {
         "indices": (indices_key(name), index_dtype(record.numel)),
@@ -162,41 +125,17 @@ def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
 
 
 def content_kind(metadata: AdapterMetadata) -> str:
-    """Name what goes with the indices.
-
-    Args:
-        metadata: The description.
-
-    Returns:
-        "values" or "scores".
-    """
+    """Name what goes with the indices."""
     return "values" if metadata.mode is Mode.SET else "scores"
 
 
 def content_key(metadata: AdapterMetadata, name: str) -> str:
-    """Name the safetensors entry that goes with the indices.
-
-    Args:
-        metadata: The description.
-        name: The parameter.
-
-    Returns:
-        The key.
-    """
+    """Name the safetensors entry that goes with the indices."""
     return values_key(name) if metadata.mode is Mode.SET else scores_key(name)
 
 
 def check_layout(metadata: AdapterMetadata, found: Mapping[str, Layout], source: str) -> None:
-    """Check names, dtypes and shapes, which a header alone tells.
-
-    Args:
-        metadata: The checked description.
-        found: Dtype and shape of each stored array.
-        source: What messages call them.
-
-    Raises:
-        CorruptAdapterError: There is another array, or one is missing or laid out in another way.
-    """
+    """Check names, dtypes and shapes, which a header alone tells."""
     expected: dict[str, Layout] = {}
     for name in metadata.tensors:
         expected |= stored_arrays(metadata, name)
@@ -227,20 +166,7 @@ def check_layout(metadata: AdapterMetadata, found: Mapping[str, Layout], source:
 def decode_entries(
     metadata: AdapterMetadata, name: str, tensors: Mapping[str, Array], source: str
 ) -> StoredEntries:
-    """Decode one parameter's entries, and check them: order, bounds, finite values, digests.
-
-    Args:
-        metadata: The checked description.
-        name: The parameter.
-        tensors: At least its two stored arrays, laid out as :func:`stored_arrays` says.
-        source: What messages call them, such as the file's path.
-
-    Returns:
-        The entries.
-
-    Raises:
-        CorruptAdapterError: A digest is another one; or what the codings and checks raise.
-    """
+    """Decode one parameter's entries, and check them: order, bounds, finite values, digests."""
     record, key = metadata.tensors[name], indices_key(name)
     stored, other = tensors[key], tensors[content_key(metadata, name)]
     indices = _decode_indices(f"{source}: {key}", record, stored)
@@ -261,19 +187,7 @@ def decode_entries(
 def encode_entries(
     mode: Mode, record: TensorRecord, indices: Array, content: Array, base: Array | None
 ) -> tuple[TensorRecord, Array, Array]:
-    """Lay out one parameter's entries in the record's encoding; compact, if that is smaller.
-
-    Args:
-        mode: Whether the content is values or scores.
-        record: The record; its encoding is what is asked for.
-        indices: Flat indices, checked; ``(count,)``.
-        content: Values or scores; ``(count,)``.
-        base: The base's entries, if values may be stored as steps from them: they are float32, at
-            scale 1.
-
-    Returns:
-        The record with count, streams and digests; the stored indices; the stored content.
-    """
+    """Lay out one parameter's entries in the record's encoding; compact, if that is smaller."""
     kind = "values" if mode is Mode.SET else "scores"
     plain = indices.astype(index_dtype(record.numel), copy=False)
     coded = {

@@ -42,29 +42,13 @@ class Fields:
             )
 
     def message(self, key: str, expected: str, found: str) -> str:
-        """Say what is wrong with one field.
-
-        Args:
-            key: The field.
-            expected: What the format asks for.
-            found: What stands there; cut if it is long.
-
-        Returns:
-            The message.
-        """
+        """Say what is wrong with one field."""
         return (
             f"{self.where}: {key}: expected {expected}, found {found[:80]}; do not use this adapter"
         )
 
     def only(self, allowed: Collection[str]) -> None:
-        """Refuse fields that the format does not know.
-
-        Args:
-            allowed: The known fields.
-
-        Raises:
-            CorruptAdapterError: There is another.
-        """
+        """Refuse fields that the format does not know."""
         for key in self.data:
             if key not in allowed:
                 raise CorruptAdapterError(
@@ -72,18 +56,7 @@ class Fields:
                 )
 
     def take(self, key: str, kind: type[T]) -> T:
-        """Take a field of exactly one type; a bool is no integer.
-
-        Args:
-            key: The field.
-            kind: Its type.
-
-        Returns:
-            The value.
-
-        Raises:
-            CorruptAdapterError: The field is missing or of another type.
-        """
+        """Take a field of exactly one type; a bool is no integer."""
         value = self.data.get(key)
         if type(value) is not kind:
             found = type(value).__name__ if key in self.data else "nothing"
@@ -91,48 +64,18 @@ class Fields:
         return value
 
     def optional(self, key: str, kind: type[T]) -> T | None:
-        """Take a field of one type that may be null or missing.
-
-        Args:
-            key: The field.
-            kind: Its type.
-
-        Returns:
-            The value, or None.
-        """
+        """Take a field of one type that may be null or missing."""
         return None if self.data.get(key) is None else self.take(key, kind)
 
     def integer(self, key: str, least: int) -> int:
-        """Take an integer.
-
-        Args:
-            key: The field.
-            least: The smallest allowed value.
-
-        Returns:
-            The value.
-
-        Raises:
-            CorruptAdapterError: It is no integer, or too small.
-        """
+        """Take an integer."""
         value = self.take(key, int)
         if value < least:
             raise CorruptAdapterError(self.message(key, f"at least {least}", str(value)))
         return value
 
     def integers(self, key: str, least: int) -> tuple[int, ...]:
-        """Take a list of sizes or strides.
-
-        Args:
-            key: The field.
-            least: The smallest allowed value.
-
-        Returns:
-            The values.
-
-        Raises:
-            CorruptAdapterError: It is no list, or holds something else.
-        """
+        """Take a list of sizes or strides."""
         values = self.take(key, list)
         if len(values) > MAX_DIMS or any(type(v) is not int or v < least for v in values):
             asked = f"at most {MAX_DIMS} integers of at least {least}"
@@ -140,53 +83,21 @@ class Fields:
         return tuple(values)
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Take a list of non-empty strings.
-
-        Args:
-            key: The field.
-
-        Returns:
-            The strings.
-
-        Raises:
-            CorruptAdapterError: It is no list, or holds something else.
-        """
+        """Take a list of non-empty strings."""
         values = self.take(key, list)
         if any(type(value) is not str or not value for value in values):
             raise CorruptAdapterError(self.message(key, "non-empty strings", repr(values)))
         return tuple(values)
 
     def one_of(self, key: str, allowed: Collection[str]) -> str:
-        """Take one of some strings.
-
-        Args:
-            key: The field.
-            allowed: The strings.
-
-        Returns:
-            The string.
-
-        Raises:
-            CorruptAdapterError: It is another.
-        """
+        """Take one of some strings."""
         name = self.take(key, str)
         if name not in allowed:
             raise CorruptAdapterError(self.message(key, f"one of {', '.join(allowed)}", repr(name)))
         return name
 
     def member(self, key: str, choices: type[Choice]) -> Choice:
-        """Take a member of a closed enum, which a newer format version may have widened.
-
-        Args:
-            key: The field.
-            choices: The enum.
-
-        Returns:
-            The member.
-
-        Raises:
-            UnsupportedVersionError: It is no member.
-        """
+        """Take a member of a closed enum, which a newer format version may have widened."""
         name = self.take(key, str)
         try:
             return choices(name)
@@ -197,17 +108,7 @@ class Fields:
             ) from None
 
     def digest(self, key: str) -> str | None:
-        """Take a digest or null.
-
-        Args:
-            key: The field.
-
-        Returns:
-            The digest, or None.
-
-        Raises:
-            CorruptAdapterError: It has another form.
-        """
+        """Take a digest or null."""
         value = self.optional(key, str)
         if value is not None and not _DIGEST.fullmatch(value):
             raise CorruptAdapterError(
@@ -216,17 +117,7 @@ class Fields:
         return value
 
     def number(self, key: str) -> float:
-        """Take a number that is finite in float32.
-
-        Args:
-            key: The field.
-
-        Returns:
-            The value.
-
-        Raises:
-            CorruptAdapterError: It is no number, or too large.
-        """
+        """Take a number that is finite in float32."""
         value = self.data.get(key)
         if type(value) not in (int, float) or not abs(value) <= _FLOAT32_MAX:
             raise CorruptAdapterError(

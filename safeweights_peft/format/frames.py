@@ -30,27 +30,13 @@ _thread = _Thread()
 
 
 def split(array: Array) -> list[Array]:
-    """Split numbers into planes: all lowest bytes, then all second bytes, and so on.
-
-    Args:
-        array: The numbers; ``(count,)``.
-
-    Returns:
-        As many uint8 arrays as a number has bytes; each ``(count,)``.
-    """
+    """Split numbers into planes: all lowest bytes, then all second bytes, and so on."""
     planes = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
     return [np.ascontiguousarray(planes[:, each]) for each in range(array.itemsize)]
 
 
 def join(planes: Sequence[Array]) -> Array:
-    """Put planes together again; undoes :func:`split`.
-
-    Args:
-        planes: The planes, one, two, four or eight; each ``(count,)``.
-
-    Returns:
-        Unsigned integers of as many bytes; ``(count,)``.
-    """
+    """Put planes together again; undoes :func:`split`."""
     if len(planes) == 1:
         return planes[0]
     joined = np.empty((planes[0].size, len(planes)), np.uint8)
@@ -60,31 +46,14 @@ def join(planes: Sequence[Array]) -> Array:
 
 
 def compress(planes: Sequence[Array]) -> list[bytes]:
-    """Compress each plane by itself, at the level that makes it smallest.
-
-    Args:
-        planes: The planes.
-
-    Returns:
-        One frame per plane, which tells its content's size and has no checksum.
-    """
+    """Compress each plane by itself, at the level that makes it smallest."""
     return [min((_compress(plane, level) for level in _LEVELS), key=len) for plane in planes]
 
 
 def decompress(
     source: str, stored: Array, sizes: Sequence[int], lengths: Sequence[int]
 ) -> list[Array]:
-    """Decompress planes, each from one frame.
-
-    Args:
-        source: What messages call the stored bytes.
-        stored: The frames, one after the other; uint8, as many as ``sizes`` says.
-        sizes: Bytes of each frame.
-        lengths: Bytes that each frame must hold.
-
-    Returns:
-        The planes, uint8 and read-only.
-    """
+    """Decompress planes, each from one frame."""
     planes = []
     start = 0
     for size, length in zip(sizes, lengths, strict=True):

@@ -105,14 +105,7 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
 
 
 def read_patch(path: PathLike) -> AnyPatch:
-    """Read and check a safety patch, where its base is not read yet or not needed.
-
-    Args:
-        path: The directory.
-
-    Returns:
-        The patch, held in memory; without values if they are stored as steps from the base.
-    """
+    """Read and check a safety patch, where its base is not read yet or not needed."""
     return _as_patch(*_read(Path(path), Mode.SET))
 
 
@@ -129,15 +122,7 @@ def read_map(path: PathLike) -> SafetyMap:
 
 
 def read_artifact(path: PathLike) -> Artifact:
-    """Read and check a safety patch or a safety map, whichever its mode says it is.
-
-    Args:
-        path: The directory.
-
-    Returns:
-        The patch or the map, held in memory. A patch that needs its base for its values is given
-        without them, to be decoded.
-    """
+    """Read and check a safety patch or a safety map, whichever its mode says it is."""
     metadata, entries = _read(Path(path), None)
     if metadata.mode is Mode.SPA:
         return _as_map(metadata, entries)
@@ -201,30 +186,13 @@ def inspect(path: PathLike) -> dict[str, Any]:
 
 
 def file_bytes(path: PathLike) -> tuple[int, int]:
-    """Tell how large an adapter's files are.
-
-    Args:
-        path: The directory.
-
-    Returns:
-        Bytes of the config and of the tensors.
-    """
+    """Tell how large an adapter's files are."""
     folder = Path(path)
     return (folder / CONFIG_FILE).stat().st_size, (folder / TENSORS_FILE).stat().st_size
 
 
 def read_metadata(path: PathLike) -> AdapterMetadata:
-    """Read and check ``adapter_config.json`` alone.
-
-    Args:
-        path: The directory.
-
-    Returns:
-        The metadata.
-
-    Raises:
-        FormatError: There is no adapter, or only a pickled one.
-    """
+    """Read and check ``adapter_config.json`` alone."""
     folder = Path(path)
     config, tensors = folder / CONFIG_FILE, folder / TENSORS_FILE
     if not config.is_file():
@@ -246,14 +214,6 @@ def check_tensors(
     metadata: AdapterMetadata, tensors: Mapping[str, Array], source: str
 ) -> dict[str, StoredEntries]:
     """Check every tensor of an adapter: names, dtypes, sizes, then order, bounds, values, digests.
-
-    Args:
-        metadata: The checked description.
-        tensors: The stored arrays, by their safetensors names.
-        source: What messages call them, such as the file's path.
-
-    Returns:
-        What they hold, by parameter name.
     """
     found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     check_layout(metadata, found, source)

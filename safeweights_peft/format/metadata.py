@@ -90,11 +90,7 @@ class AdapterMetadata:
         return self.mode is Mode.SET and self.scale == 1.0
 
     def to_config(self) -> dict[str, Any]:
-        """Make the content of ``adapter_config.json``, with the keys that PEFT asks for.
-
-        Returns:
-            Plain JSON, with the tensors sorted by name.
-        """
+        """Make the content of ``adapter_config.json``, with the keys that PEFT asks for."""
         return {
             "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
@@ -118,13 +114,6 @@ class AdapterMetadata:
 
         A wrong field is a ``CorruptAdapterError``, an unknown version or encoding an
         ``UnsupportedVersionError``, another method's config a ``FormatError``.
-
-        Args:
-            config: The parsed JSON object.
-            source: What messages call it, such as the file's path.
-
-        Returns:
-            The metadata, complete with the digests that its mode asks for.
         """
         fields = Fields(config, source)
         newer = _check_version(fields)

@@ -104,26 +104,12 @@ class TensorRecord:
         return self.stream("values").coding in STEPS
 
     def stream(self, kind: str) -> Stream:
-        """Tell how a stream is laid out.
-
-        Args:
-            kind: "indices", "values" or "scores".
-
-        Returns:
-            What the record says of it; that it is plain, if nothing.
-        """
+        """Tell how a stream is laid out."""
         return self.streams.get(kind, Stream(Coding.PLAIN))
 
 
 def record_to_json(record: TensorRecord) -> dict[str, Any]:
-    """Turn a record into plain JSON.
-
-    Args:
-        record: The record.
-
-    Returns:
-        A JSON object with every field of the record; streams only if there are some.
-    """
+    """Turn a record into plain JSON."""
     streams = {kind: stream_to_json(stream) for kind, stream in sorted(record.streams.items())}
     return ({"streams": streams} if streams else {}) | {
         "shape": list(record.shape),
@@ -148,18 +134,7 @@ def record_to_json(record: TensorRecord) -> dict[str, Any]:
 
 
 def record_from_json(data: Any, where: str) -> TensorRecord:
-    """Check one record; digests may still be null, as in an adapter that is being trained.
-
-    Args:
-        data: The JSON object.
-        where: What messages call it.
-
-    Returns:
-        The record.
-
-    Raises:
-        CorruptAdapterError: A field is missing, unknown, of a wrong type, or contradicts another.
-    """
+    """Check one record; digests may still be null, as in an adapter that is being trained."""
     fields = Fields(data, where)
     fields.only(RECORD_FIELDS)
     record = TensorRecord(
@@ -195,66 +170,27 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
 def entries_by_block(
     record: TensorRecord, indices: Array
 ) -> dict[str, tuple[Array | slice, Array]]:
-    """Sort a parameter's entries by the checkpoint tensor that holds them.
-
-    Args:
-        record: The parameter's record.
-        indices: Its checked flat indices; ``(count,)``.
-
-    Returns:
-        For each block's key the positions into ``indices``, and the flat indices in that tensor.
-    """
+    """Sort a parameter's entries by the checkpoint tensor that holds them."""
     return {block.key: block.locate(indices) for block in record.blocks}
 
 
 def indices_key(parameter: str) -> str:
-    """Name the safetensors entry that holds a parameter's indices.
-
-    Args:
-        parameter: The parameter's name in memory, with a module path.
-
-    Returns:
-        The key.
-    """
+    """Name the safetensors entry that holds a parameter's indices."""
     return _tensor_key(parameter, "indices")
 
 
 def values_key(parameter: str) -> str:
-    """Name the safetensors entry that holds a parameter's values.
-
-    Args:
-        parameter: The parameter's name in memory, with a module path.
-
-    Returns:
-        The key.
-    """
+    """Name the safetensors entry that holds a parameter's values."""
     return _tensor_key(parameter, "values")
 
 
 def scores_key(parameter: str) -> str:
-    """Name the safetensors entry that holds a parameter's scores.
-
-    Args:
-        parameter: The parameter's name in memory, with a module path.
-
-    Returns:
-        The key.
-    """
+    """Name the safetensors entry that holds a parameter's scores."""
     return _tensor_key(parameter, "scores")
 
 
 def parse_key(key: str) -> tuple[str, str]:
-    """Undo :func:`indices_key`, :func:`values_key` and :func:`scores_key`.
-
-    Args:
-        key: A name in the safetensors file.
-
-    Returns:
-        The parameter's name in memory, and "indices", "values" or "scores".
-
-    Raises:
-        CorruptAdapterError: The name has another form.
-    """
+    """Undo :func:`indices_key`, :func:`values_key` and :func:`scores_key`."""
     match = _KEY.fullmatch(key)
     if match is None:
         raise CorruptAdapterError(
@@ -265,16 +201,7 @@ def parse_key(key: str) -> tuple[str, str]:
 
 
 def check_name(fields: Fields, field: str, name: str) -> None:
-    """Check the name of a parameter or a checkpoint key, since messages show it.
-
-    Args:
-        fields: Where it stands.
-        field: What messages call it.
-        name: The name.
-
-    Raises:
-        CorruptAdapterError: It is not printable, too long, or has an empty part between dots.
-    """
+    """Check the name of a parameter or a checkpoint key, since messages show it."""
     if not name.isprintable() or len(name) > _MAX_NAME or not all(name.split(".")):
         asked = f"printable names of at most {_MAX_NAME} characters and no empty part between dots"
         raise CorruptAdapterError(fields.message(field, asked, repr(name)))

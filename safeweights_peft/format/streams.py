@@ -68,16 +68,7 @@ class Stream:
         return sum(self.sizes)
 
     def planes(self, count: int, itemsize: int = 0) -> tuple[int, ...]:
-        """Tell how many bytes each frame holds when it is decompressed.
-
-        Args:
-            count: Number of entries.
-            itemsize: Bytes of one of the numbers that are coded: of a value or score for planes,
-                of an entry of the base for steps.
-
-        Returns:
-            The bytes, one number per frame.
-        """
+        """Tell how many bytes each frame holds when it is decompressed."""
         width = self.coding.width
         match self.coding:
             case Coding.PLAIN:
@@ -93,34 +84,12 @@ class Stream:
 
 
 def stream_to_json(stream: Stream) -> dict[str, Any]:
-    """Turn a stream's description into plain JSON.
-
-    Args:
-        stream: The description.
-
-    Returns:
-        A JSON object with every field.
-    """
+    """Turn a stream's description into plain JSON."""
     return {"coding": stream.coding.value, "escapes": stream.escapes, "bytes": list(stream.sizes)}
 
 
 def stream_from_json(data: Any, where: str, kind: str, count: int, dtype: str) -> Stream:
-    """Check a stream's description against the other fields of its record.
-
-    Args:
-        data: The JSON object.
-        where: What messages call it.
-        kind: "indices", "values" or "scores".
-        count: Number of entries, as recorded.
-        dtype: Dtype of the base's entries, as recorded.
-
-    Returns:
-        The description; the number of its frames is to be checked once the dtype of the values is
-        known.
-
-    Raises:
-        CorruptAdapterError: A field is missing, unknown, or contradicts another.
-    """
+    """Check a stream's description against the other fields of its record."""
     fields = Fields(data, where)
     fields.only(_FIELDS)
     coding = fields.member("coding", Coding)

@@ -68,19 +68,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def write_card(folder: Path, repo_id: str) -> Path:
-    """Writes a repository's card, and its results as the Hub reads them.
-
-    Args:
-        folder: a directory laid out as the repository: the adapter itself, and beside it
-            ``results/*.json``, ``map/`` and ``images/*.png`` where there are such.
-        repo_id: the repository.
-
-    Returns:
-        The card; it and files in ``.eval_results/`` are written.
-
-    Raises:
-        HubError: a result was made for another adapter.
-    """
+    """Write a repository's card, and its results as the Hub reads them."""
     metadata = read_artifact(folder).metadata  # with a content id, even of format 1.0
     base = metadata.base_model_name_or_path, metadata.revision
     measured = read_results(folder, metadata.content_id, base)
@@ -95,14 +83,7 @@ def write_card(folder: Path, repo_id: str) -> Path:
 
 
 def find_licence(metadata: AdapterMetadata) -> dict[str, str]:
-    """Looks the base's licence up in its card.
-
-    Args:
-        metadata: the adapter's description, which names the base by its Hub id.
-
-    Returns:
-        The card's ``license`` fields; empty if the licence can't be known here.
-    """
+    """Look the base's licence up in its card."""
     try:
         found = _metadata_on_hub(str(metadata.base_model_name_or_path), metadata.revision)
     except Exception:  # not to be reached, or its author wrote no YAML there: the new card says so
@@ -141,7 +122,7 @@ def _told(
     licence: dict[str, str],
     repo_id: str,
 ) -> dict[str, Any]:
-    """Gathers what the template says."""
+    """Gather what the template says."""
     content, selection = inspect(folder), metadata.selection
     total, method = selection.get("total_parameters"), selection.get("method")
     images = folder / IMAGES
@@ -176,7 +157,7 @@ def _share(entries: int, total: object) -> str | None:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """Tells what the run's record says about making the adapter again."""
+    """Tell what the run's record says about making the adapter again."""
     path = folder / RESULTS / REPRODUCE
     if not path.is_file():
         return {"recorded": None}
@@ -199,7 +180,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _measured(measured: Measured) -> dict[str, Any]:
-    """Lays one evaluation out, with the base's beside it."""
+    """Lay one evaluation out, with the base's beside it."""
     after, before = measured.after, measured.before
     files = [f"`{RESULTS}/{each.file}`" for each in (before, after) if each]
     judge, limit = JUDGES.get(after.judge, (plain(after.judge), ""))
@@ -221,7 +202,7 @@ def _measured(measured: Measured) -> dict[str, Any]:
 
 
 def _rows(after: Evaluation, before: Evaluation | None) -> list[tuple[str, str, str, str]]:
-    """Makes the rows of (figure, base, patched, n), as text."""
+    """Make the rows of (figure, base, patched, n), as text."""
     harmful, benign = after.harmful.rate.n, after.benign.rate.n
     told: list[tuple[str, Callable[[Evaluation], str], str]] = [
         ("ASR, harmful requests", lambda each: _rate_text(each.harmful.rate), str(harmful)),
@@ -257,7 +238,7 @@ def _change(after: Asked, before: Asked | None) -> str:
 
 
 def _price(after: Evaluation, before: Evaluation | None) -> str:
-    """Tells what harmless requests pay."""
+    """Tell what harmless requests pay."""
     rate = after.benign.rate
     was = f", and {before.benign.rate.count} by the base alone" if before else ""
     return f"{rate.count} of {rate.n}{was}"
@@ -271,7 +252,7 @@ def _licence_text(licence: dict[str, str]) -> str:
 
 
 def _snippet(metadata: AdapterMetadata, repo_id: str) -> str:
-    """Writes what a newcomer pastes: at most ten lines."""
+    """Write what a newcomer pastes: at most ten lines."""
     pinned = f'"{metadata.base_model_name_or_path}", revision="{metadata.revision}"'
     template = USE_PATCH if metadata.mode is Mode.SET else USE_MAP
     return template.format(base=pinned, repo=repo_id)

@@ -11,33 +11,14 @@ from safeweights_peft.format import AdapterMetadata, read_artifact
 
 
 def check_adapter(folder: Path, known_as: str) -> AdapterMetadata:
-    """Checks an adapter by every rule of the format.
-
-    Args:
-        folder: where it is at the moment.
-        known_as: what messages call that place.
-
-    Returns:
-        Its metadata.
-    """
+    """Check an adapter by every rule of the format."""
     with calling(folder, known_as):
         return read_artifact(folder).metadata
 
 
 @contextmanager
 def calling(folder: Path, known_as: str) -> Iterator[None]:
-    """Lets errors name a place as the user does.
-
-    Args:
-        folder: what they name.
-        known_as: what they are to name.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FormatError: one was raised, and is raised with the other name.
-    """
+    """Let errors name a place as the user does."""
     try:
         yield
     except FormatError as error:

@@ -31,39 +31,18 @@ _MODEL = (".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", *UNSAFE)
 
 
 def belongs(path: str) -> bool:
-    """Tells whether a file of a repository is of a shared patch or map.
-
-    Args:
-        path: its path in the repository.
-
-    Returns:
-        Whether it matches the layout.
-    """
+    """Tell whether a file of a repository is of a shared patch or map."""
     return any(
         fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in PATTERNS
     )
 
 
 def is_unsafe(path: str) -> bool:
-    """Tells whether programs would unpickle a file.
-
-    Args:
-        path: its path in the repository.
-
-    Returns:
-        Whether its ending says so.
-    """
+    """Tell whether programs would unpickle a file."""
     return PurePosixPath(path).suffix.lower() in UNSAFE
 
 
 def is_foreign(path: str) -> bool:
-    """Tells whether a file makes a repository that of something else, such as a whole model.
-
-    Args:
-        path: its path in the repository.
-
-    Returns:
-        Whether it is a model's config or holds weights, and is not of this layout.
-    """
+    """Tell whether a file makes a repository that of something else, such as a whole model."""
     other = not belongs(path)
     return other and (path == "config.json" or PurePosixPath(path).suffix.lower() in _MODEL)

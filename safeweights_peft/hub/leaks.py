@@ -41,14 +41,7 @@ _VALUE = re.compile(rf"\A(?:/[^/\s].*|[A-Za-z]:[\\/].*|\\\\.*)\Z|{_IN_TEXT.patte
 
 
 def check_shareable(folder: Path) -> None:
-    """Refuses files that hold a local path or a secret; says which one and where.
-
-    Args:
-        folder: the files that are about to be sent.
-
-    Raises:
-        HubError: one of them does. The message doesn't repeat a secret.
-    """
+    """Refuse files that hold a local path or a secret; says which one and where."""
     own = {str(each) for each in (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))}
     for path in sorted(each for each in folder.rglob("*") if each.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -57,7 +50,7 @@ def check_shareable(folder: Path) -> None:
 
 
 def _texts(path: Path, name: str) -> Iterator[tuple[str, str, re.Pattern[str]]]:
-    """Takes a file apart: where, what stands there, and what a local path looks like there."""
+    """Take a file apart: where, what stands there, and what a local path looks like there."""
     if path.name == TENSORS_FILE:
         # Numbers, under names that the config has as well; but the header has room for texts.
         with safe_open(path, "numpy") as file:

@@ -54,7 +54,7 @@ class Shared:
 
 
 def find_on_hub(base: str) -> list[Shared]:
-    """Finds patches and maps for a base.
+    """Find patches and maps for a base.
 
     Args:
         base: the base's Hub id.
@@ -85,7 +85,7 @@ def _shared(info: ModelInfo) -> Shared | None:
 
 
 def _claims(index: Any) -> list[Claim]:
-    """Reads a card's model-index as far as it has the right form."""
+    """Read a card's model-index as far as it has the right form."""
     claims = []
     try:
         for entry in index or ():

@@ -65,30 +65,12 @@ class Pulled:
 
 
 def is_hub_id(source: str) -> bool:
-    """Tells whether a text can name a repository, perhaps at a revision.
-
-    Args:
-        source: what a user gave.
-
-    Returns:
-        Whether it has the form ``USER/NAME`` or ``USER/NAME@REVISION``.
-    """
+    """Tell whether a text can name a repository, perhaps at a revision."""
     return _ID.fullmatch(source) is not None
 
 
 def fetch_adapter(source: str, patterns: Sequence[str] = (*ADAPTER_FILES, SIGNATURE_FILE)) -> Path:
-    """Fetches the files of an adapter into the Hub's cache, unless they are there.
-
-    Args:
-        source: ``USER/NAME``, perhaps ``@REVISION``.
-        patterns: which files are wanted, the adapter's own among them.
-
-    Returns:
-        The directory, which is named by the commit. The files are not checked yet.
-
-    Raises:
-        HubError: there is no such repository, it can't be reached, or it holds something else.
-    """
+    """Fetch the files of an adapter into the Hub's cache, unless they are there."""
     repo_id, revision = split_revision(source)
     wanted = "an adapter's directory or Hub id"
     folder = download(repo_id, patterns, wanted, revision, HubError)
@@ -105,7 +87,7 @@ def fetch_adapter(source: str, patterns: Sequence[str] = (*ADAPTER_FILES, SIGNAT
 
 
 def pull_from_hub(source: str, out: str | Path | None = None, *, overwrite: bool = False) -> Pulled:
-    """Fetches a patch or a map with its card, results, map and pictures, and checks it.
+    """Fetch a patch or a map with its card, results, map and pictures, and checks it.
 
     Args:
         source: ``USER/NAME``, perhaps ``@REVISION``.
@@ -144,7 +126,7 @@ def pull_from_hub(source: str, out: str | Path | None = None, *, overwrite: bool
 
 
 def _copy(folder: Path, out: Path) -> None:
-    """Copies what belongs out of the cache, where more of the repository may lie, as links."""
+    """Copie what belongs out of the cache, where more of the repository may lie, as links."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
         if path.is_file() and belongs(name.as_posix()):
@@ -153,7 +135,7 @@ def _copy(folder: Path, out: Path) -> None:
 
 
 def _names(repo_id: str, commit: str) -> list[str]:
-    """Lists all files of a repository; none where that can't be asked, such as offline."""
+    """List all files of a repository; none where that can't be asked, such as offline."""
     try:
         return sorted(patiently(lambda: HfApi().list_repo_files(repo_id, revision=commit)))
     except HUB_ERRORS:

@@ -79,7 +79,7 @@ def push_to_hub(
     create_pr: bool = False,
     message: str | None = None,
 ) -> Pushed:
-    """Pushes a patch or a map, with its card, results, map and pictures, in one commit.
+    """Push a patch or a map, with its card, results, map and pictures, in one commit.
 
     A repository that isn't there is made. In one that is, files of an earlier push that are no
     longer there are deleted in the same commit; files of others are left alone.
@@ -126,7 +126,7 @@ def _check_login(repo_id: str) -> None:
 
 
 def _find_base(source: Path, metadata: AdapterMetadata, given: str | None) -> Base:
-    """Finds the Hub id and the commit of the base, and that both are there."""
+    """Find the Hub id and the commit of the base, and that both are there."""
     name, revision = metadata.base_model_name_or_path, metadata.revision
     recorded = revision
     if given is not None:
@@ -163,7 +163,7 @@ class _Remote:
     files: dict[str, RepoFile]
 
     def holds(self, files: dict[str, Path]) -> bool:
-        """Tells whether these are the files of the layout, each with this content."""
+        """Tell whether these are the files of the layout, each with this content."""
         theirs = {name for name in self.files if belongs(name)}
         return theirs == files.keys() and all(
             _is_same(self.files[name], path) for name, path in files.items()
@@ -185,17 +185,7 @@ class _Change:
         self.api = HfApi()
 
     def push(self, private: bool) -> tuple[str, bool, str | None]:
-        """Looks at the repository, or makes it, and commits what is to change.
-
-        Args:
-            private: whether a new repository is private.
-
-        Returns:
-            The commit, whether it is new, and the address of a pull request if one was opened.
-
-        Raises:
-            HubError: the repository holds something else, or is not private as asked.
-        """
+        """Look at the repository, or makes it, and commits what is to change."""
         remote = self._look()
         if remote is None:
             if self.revision not in (None, "main"):
@@ -223,7 +213,7 @@ class _Change:
         return self._commit(remote)
 
     def _look(self) -> _Remote | None:
-        """Lists what the repository holds; None if it isn't there."""
+        """List what the repository holds; None if it isn't there."""
         try:
             info = patiently(lambda: self.api.model_info(self.repo_id, revision=self.revision))
         except RepositoryNotFoundError as error:
@@ -239,7 +229,7 @@ class _Change:
         return _Remote(commit, bool(info.private), files)
 
     def _check_ours(self, remote: _Remote) -> None:
-        """Refuses a repository that holds something else, which the push would spoil."""
+        """Refuse a repository that holds something else, which the push would spoil."""
         foreign = sorted(filter(is_foreign, remote.files))
         if not foreign and CONFIG_FILE in remote.files:
             wanted = f"its {CONFIG_FILE}"
@@ -253,7 +243,7 @@ class _Change:
             )
 
     def _commit(self, remote: _Remote) -> tuple[str, bool, str | None]:
-        """Sends large files ahead, then commits; a lost answer is looked up, not guessed."""
+        """Send large files ahead, then commits; a lost answer is looked up, not guessed."""
         additions = [CommitOperationAdd(name, str(path)) for name, path in self.files.items()]
         gone = [name for name in remote.files if belongs(name) and name not in self.files]
         self.api.preupload_lfs_files(
@@ -292,7 +282,7 @@ class _Change:
 
 
 def _is_same(remote: RepoFile, path: Path) -> bool:
-    """Compares by the names that the Hub gives contents: sha256, or git's own hash."""
+    """Compare by the names that the Hub gives contents: sha256, or git's own hash."""
     if remote.lfs is not None:
         with path.open("rb") as file:
             return remote.lfs.sha256 == hashlib.file_digest(file, "sha256").hexdigest()
@@ -302,7 +292,7 @@ def _is_same(remote: RepoFile, path: Path) -> bool:
 
 @contextmanager
 def _saying(repo_id: str, create_pr: bool) -> Iterator[None]:
-    """Turns what the Hub's client raises into one line."""
+    """Turn what the Hub's client raises into one line."""
     try:
         yield
     except HUB_ERRORS as error:

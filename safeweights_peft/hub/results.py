@@ -104,19 +104,7 @@ class Measured:
 def read_results(
     folder: Path, content_id: str | None, base: tuple[str | None, str | None]
 ) -> list[Measured]:
-    """Reads the evaluations in an adapter's ``results/``.
-
-    Args:
-        folder: the adapter's directory, laid out as its repository.
-        content_id: the adapter's.
-        base: name and commit of the adapter's base.
-
-    Returns:
-        The patch's evaluations by file name, each with the base's.
-
-    Raises:
-        HubError: a result was made for another content or base, or a base's for other requests.
-    """
+    """Read the evaluations in an adapter's ``results/``."""
     found: dict[bool, list[Evaluation]] = {True: [], False: []}
     for path in sorted((folder / RESULTS).glob("*.json")):
         content = read_json(path, HubError)
@@ -139,31 +127,15 @@ def read_results(
 
 
 def model_index(measured: list[Measured], repo_id: str) -> list[EvalResult]:
-    """Tells evaluations as a card's ``model-index``.
-
-    Args:
-        measured: a patch's evaluations.
-        repo_id: its repository.
-
-    Returns:
-        Four results for each: ASR, over-refusal, KL, perplexity.
-    """
+    """Tell evaluations as a card's ``model-index``."""
     return [result for each in measured for result in _results(each.after, repo_id)]
 
 
 def write_eval_results(folder: Path, measured: list[Measured], repo_id: str) -> list[Path]:
-    """Writes evaluations on data sets of the Hub into ``.eval_results/``.
+    """Write evaluations on data sets of the Hub into ``.eval_results/``.
 
     The Hub takes there only results on its own data sets, named by their ids; results on built-in
     requests and on files are in the card alone.
-
-    Args:
-        folder: the adapter's directory, laid out as its repository.
-        measured: the patch's evaluations.
-        repo_id: its repository.
-
-    Returns:
-        The files written, one for each evaluation that has such a data set.
     """
     written = []
     for each in measured:
@@ -181,46 +153,24 @@ def write_eval_results(folder: Path, measured: list[Measured], repo_id: str) -> 
 
 
 def base_text(name: str | None, commit: str | None) -> str:
-    """Names a base for people.
-
-    Args:
-        name: its Hub id or path, as it is recorded.
-        commit: its commit; None of a directory.
-
-    Returns:
-        For instance ``someone/tiny at 0123…``.
-    """
+    """Name a base for people."""
     return f"{name} at {commit}" if commit else str(name)
 
 
 def source_title(source: str) -> str:
-    """Names a source of requests for people.
-
-    Args:
-        source: as an evaluation has it.
-
-    Returns:
-        For instance ``harmful_eval, built into safeweights-peft``.
-    """
+    """Name a source of requests for people."""
     name = source.removeprefix("builtin:")
     return source if name == source else f"{name}, built into safeweights-peft"
 
 
 def data_set(source: str) -> tuple[str, str | None] | None:
-    """Finds the data set of the Hub that a source of requests is.
-
-    Args:
-        source: as an evaluation has it.
-
-    Returns:
-        Its id and the split, None where none is named; None for built-in requests and files.
-    """
+    """Find the data set of the Hub that a source of requests is."""
     name, _, split = source.partition(":")
     return (name, split or None) if HUB_ID.fullmatch(name) else None
 
 
 def _check_content(path: Path, content: Mapping[str, Any], content_id: str | None) -> None:
-    """Checks that what a card reads of an adapter was made for this one."""
+    """Check that what a card reads of an adapter was made for this one."""
     kind, found = content.get("kind"), content.get("content_id")
     read = kind in OF_ADAPTER or (kind == "evaluation" and content.get("adapter") is not None)
     if read and found != content_id:
@@ -231,7 +181,7 @@ def _check_content(path: Path, content: Mapping[str, Any], content_id: str | Non
 
 
 def _check_base(evaluation: Evaluation, base: tuple[str | None, str | None]) -> None:
-    """Refuses what was measured on another base, or on another commit of it."""
+    """Refuse what was measured on another base, or on another commit of it."""
     if evaluation.base != base:
         wanted = base_text(*base)
         raise HubError(
@@ -241,7 +191,7 @@ def _check_base(evaluation: Evaluation, base: tuple[str | None, str | None]) -> 
 
 
 def _read(path: Path, content: Mapping[str, Any]) -> Evaluation:
-    """Takes what a card tells out of an evaluation's JSON."""
+    """Take what a card tells out of an evaluation's JSON."""
     try:
         settings, task, utility = content["settings"], content["task"], content["utility"]
         base = content["base"]
@@ -282,7 +232,7 @@ def _asked(source: str, part: Mapping[str, Any], key: str) -> Asked:
 
 
 def _public(source: str) -> str:
-    """Keeps of a file's path its name."""
+    """Keep of a file's path its name."""
     return os.path.basename(source) if source.endswith((".json", ".jsonl")) else source
 
 

@@ -40,17 +40,7 @@ class Base:
 
 
 def find_adapter(source: Path) -> Path:
-    """Finds the adapter in what is to be pushed.
-
-    Args:
-        source: a run's directory or an adapter's.
-
-    Returns:
-        The adapter's directory.
-
-    Raises:
-        HubError: there is none.
-    """
+    """Find the adapter in what is to be pushed."""
     found = source if (source / CONFIG_FILE).is_file() else source / "patch"
     if not (found / CONFIG_FILE).is_file():
         raise HubError(
@@ -61,19 +51,7 @@ def find_adapter(source: Path) -> Path:
 
 
 def stage(source: Path, folder: Path, base: Base) -> AdapterMetadata:
-    """Lays out a patch or a map, and all that is beside it, as a repository holds it.
-
-    Args:
-        source: a run's directory or an adapter's.
-        folder: an empty directory.
-        base: takes the place of the base that the files name.
-
-    Returns:
-        The adapter's metadata, as it is to be published.
-
-    Raises:
-        HubError: the map beside the patch is of another base.
-    """
+    """Lay out a patch or a map, and all that is beside it, as a repository holds it."""
     adapter = find_adapter(source)
     named = _named(read_metadata(adapter))
     for target, path in dict(_files(source, adapter)).items():
@@ -92,7 +70,7 @@ def stage(source: Path, folder: Path, base: Base) -> AdapterMetadata:
 
 
 def _files(source: Path, adapter: Path) -> Iterator[tuple[str, Path]]:
-    """Lists the results and pictures of a run; of one name, the last one counts."""
+    """List the results and pictures of a run; of one name, the last one counts."""
     for folder in (adapter, source / RESULTS, source / "report", source):
         for path in sorted(folder.glob("*.json")):
             if path.name != CONFIG_FILE:
@@ -107,7 +85,7 @@ def _named(metadata: AdapterMetadata) -> _Named:
 
 
 def _rename(content: Any, named: _Named, base: Base) -> Any:
-    """Gives the base its Hub id, and a run's own parts their bare names; drops answers.
+    """Give the base its Hub id, and a run's own parts their bare names; drops answers.
 
     Another commit of the base is another base, and keeps its name.
     """
@@ -128,7 +106,7 @@ def _rename(content: Any, named: _Named, base: Base) -> Any:
 
 
 def _stage_adapter(adapter: Path, folder: Path, named: _Named, base: Base) -> None:
-    """Copies an adapter, checks the copy, and has it name the published base."""
+    """Copie an adapter, checks the copy, and has it name the published base."""
     read_metadata(adapter)  # both files are there
     folder.mkdir(exist_ok=True)
     for name in ADAPTER_FILES:

@@ -16,13 +16,6 @@ def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
     """Write the card of a merged checkpoint.
 
     Paths of this machine stay out of it: of a directory it tells the name alone.
-
-    Args:
-        patches: What was merged, in order.
-        overlap: The entries that patches share.
-
-    Returns:
-        Markdown, with the Hub's front matter.
     """
     metadata = patches[0].adapter.metadata
     lines = ["---", "library_name: transformers", "tags:", "- safeweights"]
@@ -59,38 +52,17 @@ def card(patches: Sequence[Patch], overlap: Sequence[Overlap]) -> str:
 
 
 def base_hub_id(metadata: AdapterMetadata) -> str | None:
-    """Find the base's id on the Hub.
-
-    Args:
-        metadata: An adapter's description.
-
-    Returns:
-        The id, or None if the base was a directory, which has no commit but may look like an id.
-    """
+    """Find the base's id on the Hub."""
     name = metadata.base_model_name_or_path or ""
     return name if metadata.revision and HUB_ID.fullmatch(name) else None
 
 
 def base_name(metadata: AdapterMetadata) -> str:
-    """Name the base for people.
-
-    Args:
-        metadata: An adapter's description.
-
-    Returns:
-        Its Hub id, or its directory's own name.
-    """
+    """Name the base for people."""
     path = metadata.base_model_name_or_path or "a base model"
     return base_hub_id(metadata) or plain(Path(path).name)
 
 
 def plain(text: str) -> str:
-    """Keep what stands in a table's cell from being read as Markdown or HTML.
-
-    Args:
-        text: Anything.
-
-    Returns:
-        The text with an underscore for every character that could be markup.
-    """
+    """Keep what stands in a table's cell from being read as Markdown or HTML."""
     return re.sub(r"[^\w.,+/ -]", "_", text)

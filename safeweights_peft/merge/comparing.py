@@ -29,16 +29,7 @@ _DTYPES = {dtype.name: dtype for dtype in STORED_DTYPES.values()}
 def check_entries(
     merged: CheckpointReader, metadata: AdapterMetadata, indices: Mapping[str, Array]
 ) -> None:
-    """Check by the digests alone that a checkpoint holds what merging an adapter gives.
-
-    Args:
-        merged: The merged checkpoint.
-        metadata: What the adapter says.
-        indices: The checked flat indices of each parameter.
-
-    Raises:
-        MergeError: It holds something else.
-    """
+    """Check by the digests alone that a checkpoint holds what merging an adapter gives."""
     for name, record in metadata.tensors.items():
         wanted = record.merged_digest or record.base_digest  # a safety map changes nothing
         for copy in copies(merged, record):
@@ -59,17 +50,6 @@ def match_tensors(
     Shards may differ. A tied copy that the adapter names may stand in one checkpoint alone, since
     models are saved with it or without; it is paired with its parameter in the other, which it is
     to be a copy of, whatever the adapter says.
-
-    Args:
-        base: The base.
-        merged: The merged checkpoint.
-        metadata: What the adapter says.
-
-    Returns:
-        A key of the base and one of the merged checkpoint each; every tensor of both is in one.
-
-    Raises:
-        MergeError: A tensor is missing, is one too many, or has another dtype or shape.
     """
     pairs = [(key, key) for key in base.keys() if key in merged]
     for record in metadata.tensors.values():
@@ -102,17 +82,6 @@ def compare_tensors(
     progress: Progress | None = None,
 ) -> None:
     """Compare every entry of a merged checkpoint with the base's, or with what merging makes of it.
-
-    Args:
-        base: The base.
-        merged: The merged checkpoint.
-        pairs: What :func:`match_tensors` found.
-        changes: What merging changes in the base.
-        progress: Told of the bytes compared.
-
-    Raises:
-        MergeError: An entry has other bits; the message names the first, and tells how many more of
-            its tensor have.
     """
     done, total = 0, sum(merged.info(key).size_bytes for _, key in pairs)
     waiting: dict[str, list[str]] = {}
@@ -137,16 +106,6 @@ def compare_files(base: Path, merged: Path) -> int:
     """Compare the files beside the shards that can change what a loaded model does.
 
     The same bytes are the same, and so is JSON that says the same but for who saved it when.
-
-    Args:
-        base: The base's directory.
-        merged: The merged checkpoint's.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        MergeError: One is missing, added or changed; the message names them all.
     """
     ours, theirs = (set(files_that_load(folder)) for folder in (base, merged))
     found = [f"{name} missing" for name in sorted(ours - theirs)]

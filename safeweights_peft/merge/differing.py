@@ -70,15 +70,7 @@ class Kept:
 
 
 def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
-    """List the tensors that differ between two checkpoints of the same tensors.
-
-    Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after.
-
-    Returns:
-        The keys of tensors in which the bits of an entry differ, sorted.
-    """
+    """List the tensors that differ between two checkpoints of the same tensors."""
     _check_comparable(base, tuned)
 
     def differs(key: str) -> bool:
@@ -91,20 +83,7 @@ def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
 def find_change(
     base: CheckpointReader, tuned: CheckpointReader, name: str, record: TensorRecord
 ) -> Change:
-    """Find the changed entries of one parameter, and the values of the change.
-
-    Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after.
-        name: The parameter's name, for messages.
-        record: Where it lies in both.
-
-    Returns:
-        The change; its values are exact where any value is.
-
-    Raises:
-        MergeError: A changed entry is NaN or infinite, or a tied copy differs from the parameter.
-    """
+    """Find the changed entries of one parameter, and the values of the change."""
     _check_tied(base, record, name)
     _check_tied(tuned, record, name)
     pieces = [_changed_in(base, tuned, block) for block in record.blocks]
@@ -119,16 +98,7 @@ def find_change(
 
 
 def keep(record: TensorRecord, change: Change, kept: Array) -> Kept:
-    """Make a patch's part of a change, and measure what is lost.
-
-    Args:
-        record: The parameter's record.
-        change: Its change.
-        kept: Which of the changed entries to keep; bool, ``(count,)``.
-
-    Returns:
-        The part.
-    """
+    """Make a patch's part of a change, and measure what is lost."""
     base, values = change.base[kept], change.values[kept]
     after = change.base.copy()
     after[kept] = merged = add_rounded(base, values)
@@ -145,16 +115,7 @@ def keep(record: TensorRecord, change: Change, kept: Array) -> Kept:
 
 
 def check_exact(name: str, change: Change, kept: Array) -> None:
-    """Refuse a change that no patch can make exactly.
-
-    Args:
-        name: The parameter's name.
-        change: Its change.
-        kept: Which of the changed entries are to be kept; bool, ``(count,)``.
-
-    Raises:
-        MergeError: There is an entry that the base's entry plus a float32 value can't become.
-    """
+    """Refuse a change that no patch can make exactly."""
     bad = np.flatnonzero(kept & ~change.exact)
     if bad.size:
         raise MergeError(
@@ -168,17 +129,7 @@ def check_exact(name: str, change: Change, kept: Array) -> None:
 def check_patch(
     base: CheckpointReader, tuned: CheckpointReader, adapter: Adapter, inexact: int
 ) -> None:
-    """Check that a patch, as it was written, makes the tuned checkpoint's entries of the base's.
-
-    Args:
-        base: The checkpoint before.
-        tuned: The checkpoint after.
-        adapter: The patch, read from disk.
-        inexact: How many of its entries are known to miss the tuned bits.
-
-    Raises:
-        MergeError: Others miss them too.
-    """
+    """Check that a patch, as it was written, makes the tuned checkpoint's entries of the base's."""
     missed = 0
     for name, (indices, entries) in merged_entries(base, [adapter]).items():
         wanted = gather_entries(tuned, name, adapter.metadata.tensors[name], indices)

@@ -32,18 +32,7 @@ class Edit:
 
 
 def edits(reader: CheckpointReader, patches: Sequence[Patch]) -> Iterator[Edit]:
-    """Compute what merging changes, tied copies included, from a base that is checked thereby.
-
-    Args:
-        reader: The base of every patch.
-        patches: The patches, in the order in which they are added up.
-
-    Yields:
-        The changes of one tensor after the other. The base is checked once all are there.
-
-    Raises:
-        MergeError: Two parameters lie in one tensor, as their keys differ by a prefix alone.
-    """
+    """Compute what merging changes, tied copies included, from a base that is checked thereby."""
     holders: dict[str, str] = {}
     for parameter in merge_parameters(reader, patches):
         for copy in parameter.copies:

@@ -45,16 +45,7 @@ class MergedParameter:
 def merged_entries(
     reader: CheckpointReader, adapters: Sequence[AnyPatch]
 ) -> dict[str, tuple[Array, Array]]:
-    """Compute the entries that patches change, from their base; only these entries are read.
-
-    Args:
-        reader: The base.
-        adapters: Patches of this base, each at its own scale.
-
-    Returns:
-        By parameter: the ascending flat indices, and the merged entries in the checkpoint's dtype;
-        both ``(count,)``.
-    """
+    """Compute the entries that patches change, from their base; only these entries are read."""
     patches = [describe_patch(each, f"adapter {n}") for n, each in enumerate(adapters, 1)]
     check_together(patches)
     return {each.name: (each.indices, each.merged) for each in merge_parameters(reader, patches)}
@@ -63,20 +54,7 @@ def merged_entries(
 def merge_parameters(
     reader: CheckpointReader, patches: Sequence[Patch]
 ) -> Iterator[MergedParameter]:
-    """Add up the values of patches for all parameters, and check the base and the results.
-
-    Args:
-        reader: The checkpoint, which should be the base of every patch.
-        patches: The patches, checked together, in the order in which they are added up.
-
-    Yields:
-        What becomes of one parameter after the other. The base is checked once all are there.
-
-    Raises:
-        AlreadyMergedError: It holds the merged values of a patch.
-        BaseMismatchError: It is not the base of a patch.
-        MergeError: A result is NaN, or not the one that a patch promises at its own scale.
-    """
+    """Add up the values of patches for all parameters, and check the base and the results."""
 
     def merge(named: tuple[str, TensorRecord]) -> MergedParameter:
         name, record = named

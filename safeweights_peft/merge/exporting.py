@@ -30,16 +30,6 @@ def export_vllm_patch(
     """Write what a safety patch makes of its base's tensors: for each key, indices and new entries.
 
     The entries are those of a merged checkpoint, so whoever writes them over the base's has it.
-
-    Args:
-        adapter_dir: The patch.
-        base_dir: The base's checkpoint.
-        out_dir: Where the directory is to appear, whole or not at all.
-        overwrite: Replace an existing non-empty directory, whatever it holds.
-
-    Returns:
-        Plain JSON: the directory, the number of tensors and of entries, tied copies included, and
-        the size of the file that holds them.
     """
     check_target(Path(out_dir), overwrite, MergeError)
     check_apart(Path(out_dir), {"base_dir": base_dir, "adapter_dir": adapter_dir}, MergeError)

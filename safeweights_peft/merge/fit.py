@@ -20,19 +20,7 @@ _PREFIX = "model."
 def base_state(
     reader: CheckpointReader, metadata: AdapterMetadata, indices: Mapping[str, Array]
 ) -> Literal["base", "merged"]:
-    """Tell whether a checkpoint is an adapter's base, or already holds its merged values.
-
-    Args:
-        reader: The checkpoint.
-        metadata: The adapter's metadata.
-        indices: The checked flat indices of each parameter.
-
-    Returns:
-        "base" or "merged".
-
-    Raises:
-        BaseMismatchError: It is neither; the message names the first tensor that differs.
-    """
+    """Tell whether a checkpoint is an adapter's base, or already holds its merged values."""
     is_base = is_merged = True
     for name, record in metadata.tensors.items():
         for copy in copies(reader, record):
@@ -52,17 +40,7 @@ def base_state(
 def gather_entries(
     reader: CheckpointReader, name: str, record: TensorRecord, indices: Array
 ) -> Array:
-    """Read a parameter's entries from the checkpoint tensors that hold them.
-
-    Args:
-        reader: The checkpoint.
-        name: The parameter's name, for messages.
-        record: Its record; every block must be there, in the recorded dtype and shape.
-        indices: Its checked flat indices; ``(count,)``.
-
-    Returns:
-        The entries, in the checkpoint's dtype; ``(count,)``.
-    """
+    """Read a parameter's entries from the checkpoint tensors that hold them."""
     for block in record.blocks:
         _check_tensor(reader, name, block.key, block.shape, record.dtype)
     pieces = entries_by_block(record, indices)
@@ -70,14 +48,7 @@ def gather_entries(
 
 
 def base_entries(reader: CheckpointReader) -> BaseEntries:
-    """Give a base's entries to what decodes a patch or encodes it.
-
-    Args:
-        reader: The base.
-
-    Returns:
-        A function that reads a parameter's entries, by name, record and flat indices.
-    """
+    """Give a base's entries to what decodes a patch or encodes it."""
 
     def read(name: str, record: TensorRecord, indices: Array) -> Array:
         return gather_entries(reader, name, copies(reader, record)[0], indices)
@@ -90,13 +61,6 @@ def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]
 
     Checkpoints of one model differ in a leading ``model.`` of their keys. Whoever relies on the
     entries that are found there compares digests.
-
-    Args:
-        reader: The checkpoint.
-        record: A parameter's record.
-
-    Returns:
-        The record, then its copies under other keys.
     """
     blocks = [replace(block, key=_on_disk(reader, block.key)) for block in record.blocks]
     tied = [key for key in map(partial(_on_disk, reader), record.tied_keys) if key in reader]
@@ -109,12 +73,6 @@ def check_floats(reader: CheckpointReader) -> None:
     """Refuse a checkpoint whose weights are quantized to integers.
 
     Scaled float8 weights are what they are on disk; a patch fits them or not, as digests tell.
-
-    Args:
-        reader: The checkpoint.
-
-    Raises:
-        CheckpointError: It is quantized to integers; the message names the method and a tensor.
     """
     config = reader.directory / "config.json"
     described = read_json(config, CheckpointError) if config.is_file() else {}

@@ -106,14 +106,7 @@ def unmerge(directory: PathLike) -> UnmergeReport:
 
 
 def check_own_files(reader: CheckpointReader) -> None:
-    """Check that a checkpoint's shards may be changed: that no other place shares them.
-
-    Args:
-        reader: The checkpoint.
-
-    Raises:
-        MergeError: A shard is a link, has other names, or may not be written.
-    """
+    """Check that a checkpoint's shards may be changed: that no other place shares them."""
     for shard in reader.index.shards:
         path = reader.directory / shard
         if path.is_symlink() or path.stat().st_nlink > 1:

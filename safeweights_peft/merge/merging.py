@@ -63,19 +63,7 @@ class MergeReport:
         tensors: int,
         started: float,
     ) -> Self:
-        """Describe a merge that is done.
-
-        Args:
-            out_dir: The merged checkpoint.
-            size_bytes: Size of its shards.
-            patches: What was merged.
-            overlap: What the patches share.
-            tensors: Number of tensors changed.
-            started: When it began, by ``time.perf_counter``.
-
-        Returns:
-            The report.
-        """
+        """Describe a merge that is done."""
         return cls(
             out_dir=str(out_dir),
             patches=tuple(patch.described for patch in patches),
@@ -147,17 +135,7 @@ def merge(
 
 
 def open_base(base_dir: PathLike) -> CheckpointReader:
-    """Open a checkpoint that patches are to be merged into, as far as headers tell.
-
-    Args:
-        base_dir: The checkpoint.
-
-    Returns:
-        The checkpoint, opened.
-
-    Raises:
-        CheckpointError: An interrupted merge has left it half changed.
-    """
+    """Open a checkpoint that patches are to be merged into, as far as headers tell."""
     reader = CheckpointReader(base_dir)
     check_floats(reader)
     journal = find_journal(reader)

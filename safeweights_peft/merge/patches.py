@@ -72,30 +72,12 @@ class Patch:
     described: MergedPatch
 
     def indices(self, name: str) -> Array | None:
-        """Look up which entries of a parameter it changes.
-
-        Args:
-            name: The parameter.
-
-        Returns:
-            The flat indices, ``(count,)``; None if it leaves the parameter alone.
-        """
+        """Look up which entries of a parameter it changes."""
         return self.adapter.indices.get(name)
 
 
 def read_patches(adapters: Adapters) -> list[Patch]:
-    """Read some patches, and check that they can be merged together.
-
-    Args:
-        adapters: Their directories, perhaps with factors.
-
-    Returns:
-        The patches, in the same order.
-
-    Raises:
-        MergeError: There is none, one is a safety map, a factor is not finite in float32, one is
-            given twice, or two lay out a parameter in different ways.
-    """
+    """Read some patches, and check that they can be merged together."""
     several = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     if not several:
         raise MergeError("adapters: expected at least one patch, found none; give its directory")
@@ -105,16 +87,7 @@ def read_patches(adapters: Adapters) -> list[Patch]:
 
 
 def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
-    """Say what is merged of a patch that has been read.
-
-    Args:
-        adapter: The patch.
-        source: Its directory, or what messages call it.
-        scale: The requested factor, on top of its own.
-
-    Returns:
-        The patch.
-    """
+    """Say what is merged of a patch that has been read."""
     described = MergedPatch(
         adapter=source,
         content_id=str(adapter.metadata.content_id),
@@ -125,24 +98,13 @@ def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
 
 
 def check_together(patches: Sequence[Patch]) -> None:
-    """Check that patches can be added up: all different, and each parameter placed alike.
-
-    Args:
-        patches: The patches.
-    """
+    """Check that patches can be added up: all different, and each parameter placed alike."""
     for left, right in combinations(patches, 2):
         _check_pair(left, right)
 
 
 def parameters(patches: Sequence[Patch]) -> dict[str, TensorRecord]:
-    """List what some patches change.
-
-    Args:
-        patches: The patches.
-
-    Returns:
-        A record of each parameter's layout, by name, in the order of the patches.
-    """
+    """List what some patches change."""
     records: dict[str, TensorRecord] = {}
     for patch in patches:
         records = patch.adapter.metadata.tensors | records
@@ -150,44 +112,18 @@ def parameters(patches: Sequence[Patch]) -> dict[str, TensorRecord]:
 
 
 def changed_entries(patches: Sequence[Patch], name: str) -> Array:
-    """Unite the entries of a parameter that some patches change.
-
-    Args:
-        patches: The patches.
-        name: The parameter.
-
-    Returns:
-        Flat indices, ascending and unique; ``(count,)``.
-    """
+    """Unite the entries of a parameter that some patches change."""
     each = [found for patch in patches if (found := patch.indices(name)) is not None]
     return reduce(np.union1d, each[1:], each[0])
 
 
 def count_entries(patches: Sequence[Patch]) -> int:
-    """Count the entries that some patches change, each once.
-
-    Args:
-        patches: The patches.
-
-    Returns:
-        How many there are.
-    """
+    """Count the entries that some patches change, each once."""
     return sum(changed_entries(patches, name).size for name in parameters(patches))
 
 
 def overlaps(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> tuple[Overlap, ...]:
-    """Count the entries that patches share, for every two and every parameter.
-
-    Args:
-        patches: The patches.
-        on_overlap: Whether shared entries are counted or refused.
-
-    Returns:
-        The counts that are not 0.
-
-    Raises:
-        MergeError: There is one, and it is to be refused.
-    """
+    """Count the entries that patches share, for every two and every parameter."""
     found = tuple(_overlaps(patches))
     if found and on_overlap == "error":
         first = found[0]

@@ -36,21 +36,7 @@ def plan(
     *,
     on_overlap: OnOverlap = "add",
 ) -> dict[str, Any]:
-    """Tell what merging would do and need, and write nothing.
-
-    Args:
-        base_dir: The base's checkpoint; it is checked as for a merge.
-        adapters: As for :func:`safeweights_peft.merge.merge`.
-        out_dir: Where the merged checkpoint would appear; it need not exist. None to merge in
-            place.
-        on_overlap: What would be done where patches change the same entries.
-
-    Returns:
-        Plain JSON: tensors and entries that change, entries that patches share, bytes to be written
-        (the copy, or the undo journal), bytes of memory (the patches, the new entries of a copy,
-        and the parts of tensors that are looked at), seconds (what checking took now, and writing
-        at ``WRITE_RATE``), bytes free there, and whether that is enough.
-    """
+    """Tell what merging would do and need, and write nothing."""
     started = time.perf_counter()
     patches = read_patches(adapters)
     shared = overlaps(patches, on_overlap)

@@ -107,13 +107,7 @@ def protect(
 
 
 def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: Artifact) -> None:
-    """Overwrite an artifact's entries in a changed copy of its base with the base's own.
-
-    Args:
-        base: The base, which holds the artifact's safety.
-        draft: The copy.
-        artifact: The safety map or patch.
-    """
+    """Overwrite an artifact's entries in a changed copy of its base with the base's own."""
     for name, record in artifact.metadata.tensors.items():
         _put_back(base, draft, artifact, name, copies(base, record))
 

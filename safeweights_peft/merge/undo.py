@@ -42,14 +42,7 @@ class UndoJournal:
     patches: list[dict[str, Any]]
 
     def __init__(self, reader: CheckpointReader) -> None:
-        """Read the journal's description, and check it against the checkpoint's headers.
-
-        Args:
-            reader: The checkpoint.
-
-        Raises:
-            CheckpointError: The journal is damaged, or its tensors are not where they were.
-        """
+        """Read the journal's description, and check it against the checkpoint's headers."""
         self.reader = reader
         content = read_json(self._path / JOURNAL_FILE, CheckpointError)
         if content.get("version") != VERSION:
@@ -83,14 +76,7 @@ class UndoJournal:
         return sum(record["count"] for record in self._tensors.values())
 
     def state(self) -> State:
-        """Tell what the checkpoint holds now.
-
-        Returns:
-            "merged" or "base" if all entries are so; "unfinished" if some are each.
-
-        Raises:
-            CheckpointError: An entry is neither: the checkpoint was changed since.
-        """
+        """Tell what the checkpoint holds now."""
 
         def compare(key: str) -> tuple[bool, bool]:
             edit = self._edit(key)
@@ -110,11 +96,7 @@ class UndoJournal:
         return "base" if all(is_base for is_base, _ in found) else "unfinished"
 
     def write(self, state: Literal["base", "merged"]) -> None:
-        """Overwrite the entries, bring them to the disk, and check that they are there.
-
-        Args:
-            state: What the checkpoint is to hold.
-        """
+        """Overwrite the entries, bring them to the disk, and check that they are there."""
         draft = CheckpointDraft(self.reader)
 
         def restore(shard: str) -> None:
@@ -174,30 +156,14 @@ _PLACE = ("shard", "shape", "dtype", "offset")
 
 
 def find_journal(reader: CheckpointReader) -> UndoJournal | None:
-    """Open a checkpoint's undo journal, if there is one.
-
-    Args:
-        reader: The checkpoint.
-
-    Returns:
-        The journal, or None.
-    """
+    """Open a checkpoint's undo journal, if there is one."""
     return UndoJournal(reader) if (reader.directory / UNDO_DIR).exists() else None
 
 
 def write_journal(
     reader: CheckpointReader, patches: Sequence[MergedPatch], changes: Iterable[Edit]
 ) -> UndoJournal:
-    """Write an undo journal, which is on the disk when this returns.
-
-    Args:
-        reader: The checkpoint.
-        patches: What is to be merged.
-        changes: The changes of each tensor that changes.
-
-    Returns:
-        The journal.
-    """
+    """Write an undo journal, which is on the disk when this returns."""
     with publish(reader.directory / UNDO_DIR, False, CheckpointError) as draft:
         tensors = {}
         with (draft / ENTRIES_FILE).open("wb") as file:
@@ -219,26 +185,13 @@ def write_journal(
 
 
 def journal_bytes(reader: CheckpointReader, key: str, count: int) -> int:
-    """Tell how much of a journal a tensor takes.
-
-    Args:
-        reader: The checkpoint.
-        key: The tensor.
-        count: Number of its entries that change.
-
-    Returns:
-        Bytes of indices and entries.
-    """
+    """Tell how much of a journal a tensor takes."""
     of_indices, of_entries = _dtypes(_place(reader, key))
     return count * (of_indices.itemsize + 2 * of_entries.itemsize)
 
 
 def sweep(directory: Path) -> None:
-    """Remove what an interrupted call may have left of a journal: one half written or removed.
-
-    Args:
-        directory: The checkpoint.
-    """
+    """Remove what an interrupted call may have left of a journal: one half written or removed."""
     for leftover in directory.glob(f".{UNDO_DIR}.*.tmp"):
         shutil.rmtree(leftover)
 

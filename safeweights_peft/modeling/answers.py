@@ -42,17 +42,10 @@ class AnswerBatch(Protocol):
 
 
 def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
-    """Computes the logits that predict the answers; no others are materialised.
+    """Compute the logits that predict the answers; no others are materialised.
 
     Columns that all rows share (a system prompt) are computed once, not once per row, where the
     model keeps plain keys and values of its past; gradients flow through them all the same.
-
-    Args:
-        model: a causal language model, with or without adapters.
-        batch: B rows with answers of at most A tokens.
-
-    Returns:
-        (B, A, V) float32: column t predicts answer token t.
     """
     past = _shared_past(model, batch) if batch.shared and len(batch.input_ids) > 1 else None
     start = batch.shared if past else 0
@@ -68,22 +61,16 @@ def answer_logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
 
 
 def last_columns(count: int) -> torch.Tensor:
-    """Names the last columns of a batch in the form for which a model computes logits fastest.
+    """Name the last columns of a batch in the form for which a model computes logits fastest.
 
     Told a number instead, transformers takes a view of the hidden states, for which torch copies
     the whole output matrix once per row: half of a short step's time.
-
-    Args:
-        count: how many columns.
-
-    Returns:
-        ``logits_to_keep`` for a model of transformers: (count,) int64, -count to -1.
     """
     return torch.arange(-count, 0)
 
 
 def _shared_past(model: nn.Module, batch: AnswerBatch) -> DynamicCache | None:
-    """Computes the shared columns once; None for a model with another kind of memory."""
+    """Compute the shared columns once; None for a model with another kind of memory."""
     columns = slice(0, batch.shared)
     past = model(
         input_ids=batch.input_ids[:1, columns],

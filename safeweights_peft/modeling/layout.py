@@ -27,29 +27,16 @@ ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def total_parameters(model: nn.Module) -> int:
-    """Counts the entries of all parameters, tied ones once.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The count that densities refer to, as in the paper (embeddings included).
-    """
+    """Count the entries of all parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Lists the parameters that may carry selected entries.
+    """List the parameters that may carry selected entries.
 
     Embeddings (and an untied output head), norms, biases and routers are left out: norms and
     biases are vectors (one for each expert where experts are fused), and moving embeddings or
     routers changes the model everywhere at once.
-
-    Args:
-        model: a causal language model without adapters.
-
-    Returns:
-        In-memory parameter names and parameters, in the model's order.
     """
     head = model.get_output_embeddings()
     left_out = {
@@ -65,7 +52,7 @@ def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _is_left_out(name: str) -> bool:
-    """Tells routers by their module's name, and biases by their own."""
+    """Tell routers by their module's name, and biases by their own."""
     module, _, own = name.rpartition(".")
     return module.rpartition(".")[2] in ROUTER_NAMES or own.endswith("bias")
 
@@ -73,21 +60,7 @@ def _is_left_out(name: str) -> bool:
 def describe(
     model: PreTrainedModel, names: Iterable[str], base_path: Path | None
 ) -> dict[str, TensorRecord]:
-    """Says for each parameter what it is and where it lives in the base's checkpoint.
-
-    Args:
-        model: a causal language model without adapters.
-        names: in-memory parameter names.
-        base_path: the base's directory, whose keys, shapes and dtypes are checked; None for a model
-            that was never on disk.
-
-    Returns:
-        One record per parameter, without count and digests: these depend on the indices.
-
-    Raises:
-        ModelError: the model has no such parameter, or the checkpoint has no counterpart of it, or
-            one of another shape.
-    """
+    """Say for each parameter what it is and where it lives in the base's checkpoint."""
     reader = None if base_path is None else CheckpointReader(base_path)
     parameters, tied = dict(model.named_parameters()), _names_by_parameter(model)
     asked = {}
@@ -112,14 +85,14 @@ def describe(
 
 
 def _find_kept(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> set[str]:
-    """Finds the parameters that are saved as they are, all at once and without any data."""
+    """Find the parameters that are saved as they are, all at once and without any data."""
     empty = {name: torch.empty(p.shape, device="meta") for name, p in parameters.items()}
     saved = revert_weight_conversion(model, dict(empty))
     return {name for name, each in empty.items() if saved.get(name) is each}
 
 
 def _convert(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> tuple[Block, ...]:
-    """Follows each entry of a parameter to where it is saved."""
+    """Follow each entry of a parameter to where it is saved."""
     # The largest thing here: as narrow as positions allow.
     narrow = torch.int32 if parameter.numel() < 2**31 else torch.int64
     positions = torch.arange(parameter.numel(), dtype=narrow).view(parameter.shape)
@@ -148,7 +121,7 @@ def _describe_parameter(
 
 
 def _block(name: str, key: str, positions: np.ndarray) -> Block:
-    """Describes a checkpoint tensor as a strided view of the parameter's flat storage."""
+    """Describe a checkpoint tensor as a strided view of the parameter's flat storage."""
     origin = (0,) * positions.ndim
     offset = int(positions[origin])
     strides = []
@@ -193,7 +166,7 @@ def _common_dtype(name: str, dtypes: set[str]) -> str:
 
 
 def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """Lists every name of each parameter; tied ones have several."""
+    """List every name of each parameter; tied ones have several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)

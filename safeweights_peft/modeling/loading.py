@@ -20,17 +20,7 @@ from safeweights_peft.fetching import BaseModel
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """Chooses where to compute.
-
-    Args:
-        device: a torch device, or None for the accelerator where there is one.
-
-    Returns:
-        The device.
-
-    Raises:
-        ModelError: torch doesn't know `device`, or can't use it here.
-    """
+    """Choose where to compute."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -44,19 +34,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """Chooses the dtype to compute in.
-
-    Args:
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: float32 on a CPU, where 16-bit
-            arithmetic is slow, and the checkpoint's own dtype elsewhere.
-        device: where the model will run.
-
-    Returns:
-        A torch dtype, or "auto" for the checkpoint's own.
-
-    Raises:
-        ModelError: `dtype` is none of these.
-    """
+    """Choose the dtype to compute in."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
@@ -68,34 +46,12 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 def load_model(
     base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Loads a causal language model for inference: evaluation mode, no gradients.
-
-    Args:
-        base: a resolved base model.
-        dtype: what to load the weights in; "auto" is the checkpoint's own.
-        device: where the model goes.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: transformers can't load it, or its weights are quantized.
-    """
+    """Load a causal language model for inference: evaluation mode, no gradients."""
     return _load(AutoModelForCausalLM, "causal language model", base, dtype, device)
 
 
 def build_empty(base: BaseModel) -> PreTrainedModel:
-    """Builds a causal language model of the right names, shapes and ties without its weights.
-
-    Args:
-        base: a resolved base model, of which only the config is read.
-
-    Returns:
-        The model, on torch's meta device.
-
-    Raises:
-        ModelError: transformers can't build it.
-    """
+    """Build a causal language model of the right names, shapes and ties without its weights."""
     try:
         config = AutoConfig.from_pretrained(base.path)
         with torch.device("meta"):
@@ -111,19 +67,7 @@ def build_empty(base: BaseModel) -> PreTrainedModel:
 def load_classifier(
     base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """Loads a sequence classifier for inference: evaluation mode, no gradients.
-
-    Args:
-        base: the resolved classifier.
-        dtype: what to load the weights in; "auto" is the checkpoint's own.
-        device: where the model goes.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: transformers can't load it, or its weights are quantized.
-    """
+    """Load a sequence classifier for inference: evaluation mode, no gradients."""
     return _load(AutoModelForSequenceClassification, "sequence classifier", base, dtype, device)
 
 
@@ -149,17 +93,7 @@ def _load(
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer and makes sure that it can pad.
-
-    Args:
-        base: a resolved base model.
-
-    Returns:
-        The tokenizer; the end-of-text token pads where no padding token is set.
-
-    Raises:
-        ModelError: there is no tokenizer, or it has neither a padding nor an end token.
-    """
+    """Load a model's tokenizer and makes sure that it can pad."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError, KeyError) as error:

@@ -50,18 +50,7 @@ Without the correction the LoRA moves those weights. `safeweights protect --lora
 
 
 def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
-    """Computes what takes a LoRA's part at frozen entries out again.
-
-    Args:
-        model: the base, or the base with a patch merged in, with one LoRA adapter.
-        artifact: the safety map or patch.
-
-    Returns:
-        The values by parameter, float32; see `training.lora_correction`.
-
-    Raises:
-        ModelError: the LoRA changes no tensor in which entries are frozen.
-    """
+    """Compute what takes a LoRA's part at frozen entries out again."""
     values = lora_correction(model, artifact)
     if not values:
         raise ModelError(
@@ -78,15 +67,7 @@ def write_corrected(
     artifact: Artifact,
     values: Mapping[str, Array],
 ) -> None:
-    """Writes a LoRA, its correction and a card into a folder.
-
-    Args:
-        folder: an empty folder.
-        model: the LoRA on its base; see `correct`.
-        base: where the base came from.
-        artifact: the safety map or patch.
-        values: what `correct` computed.
-    """
+    """Write a LoRA, its correction and a card into a folder."""
     correction = build_correction(CheckpointReader(base.path), artifact, values)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.name, base.revision
@@ -104,16 +85,7 @@ def write_corrected(
 def build_correction(
     reader: CheckpointReader, artifact: Artifact, values: Mapping[str, Array]
 ) -> Adapter:
-    """Makes a safety patch of values at an artifact's entries.
-
-    Args:
-        reader: the checkpoint to be corrected, in which a patch is merged.
-        artifact: the safety map or patch.
-        values: float32 by parameter, in the order of the artifact's indices; ``(count,)``.
-
-    Returns:
-        The patch, which knows the checkpoint's own entries as its base.
-    """
+    """Make a safety patch of values at an artifact's entries."""
     records, deltas = {}, {}
     for name, each in values.items():
         record, indices = artifact.metadata.tensors[name], artifact.indices[name]

@@ -78,29 +78,11 @@ def diff(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> DiffReport:
-    """Writes the change between two checkpoints as a safety patch, one tensor in memory at a time.
+    """Write the change between two checkpoints as a safety patch, one tensor in memory at a time.
 
     Every kept entry gets the tuned model's bits when the patch is merged; without a density and a
     map, merging gives the tuned checkpoint. With a density, an entry that no value leads to exactly
     gets the nearest one, and counts as lost.
-
-    Args:
-        base: directory or Hub id of the model before.
-        tuned: directory or Hub id of the model after.
-        out: the patch's directory, published whole or not at all, and only after it was read back
-            and checked against both models.
-        density: share of all weights to keep at most, in (0, 1]: those that changed most; all that
-            changed if None.
-        map_dir: a safety map of the base; only its entries are kept.
-        progress: shown while comparing.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What is kept and what is lost.
-
-    Raises:
-        MergeError: the checkpoints hold different tensors, a changed entry can't be kept exactly,
-            or nothing is to be kept.
     """
     started = time.perf_counter()
     check_target(out, overwrite, MergeError)
@@ -162,7 +144,7 @@ class _Pair:
     progress: Progress
 
     def largest(self, density: float) -> dict[str, Array]:
-        """Finds the flat indices of the entries that have changed most, by parameter."""
+        """Find the flat indices of the entries that have changed most, by parameter."""
         offered = sum(record.numel for record in self.records.values())
         if not offered:
             return {}
@@ -170,7 +152,7 @@ class _Pair:
         return {name: each.indices[each.scores > 0] for name, each in selected.items()}
 
     def keep(self, chosen: Mapping[str, Array] | None) -> Iterator[tuple[str, Kept]]:
-        """Makes each parameter's part of the patch: of all that changed, or of what is chosen."""
+        """Make each parameter's part of the patch: of all that changed, or of what is chosen."""
         for name, change, kept in self._changes("Writing down changes"):
             if chosen is None:
                 check_exact(name, change, kept)
@@ -183,7 +165,7 @@ class _Pair:
             yield name, scores
 
     def _changes(self, description: str) -> Iterator[tuple[str, Change, Array]]:
-        """Goes through the changed parameters; tells which changed entries may be kept."""
+        """Go through the changed parameters; tells which changed entries may be kept."""
         with self.progress.task(description, len(self.records)) as advance:
             for name, record in self.records.items():
                 change = find_change(self.base, self.tuned, name, record)
@@ -192,14 +174,14 @@ class _Pair:
 
 
 def _among(change: Change, name: str, indices: Mapping[str, Array] | None) -> Array:
-    """Tells which changed entries of a parameter are among some; all are if there is no choice."""
+    """Tell which changed entries of a parameter are among some; all are if there is no choice."""
     if indices is None:
         return np.ones(change.indices.size, bool)
     return np.isin(change.indices, indices.get(name, ()), assume_unique=True)
 
 
 def _open_pair(base: BaseModel, tuned: BaseModel, map_dir: Path | None, show: Progress) -> _Pair:
-    """Finds the tensors that have changed, and the parameters that they hold."""
+    """Find the tensors that have changed, and the parameters that they hold."""
     before, after = CheckpointReader(base.path), CheckpointReader(tuned.path)
     eligible = None
     if map_dir is not None:

@@ -37,26 +37,11 @@ def enhance_model(
     compute: ComputeSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Makes a model safer and measures what that did.
+    """Make a model safer and measures what that did.
 
     Each step leaves its result in `out`: ``before.json``, ``map/``, ``patch/``, ``after.json``,
     ``reproduce.json``, ``result.json``. A step whose result is there is not run again, so an
     interrupted job goes on where it stopped when it is called again with the same settings.
-
-    Args:
-        base: directory or Hub id of the base model.
-        out: the run's directory.
-        score_settings: how entries are selected.
-        train_settings: how they are trained.
-        evaluate_settings: what the model is asked before and after.
-        compute: device and dtype.
-        progress: shown during the long steps.
-
-    Returns:
-        The summary as plain JSON, the same as in ``result.json``.
-
-    Raises:
-        DataError: `out` holds other files, or a run with other settings.
     """
     score_settings = score_settings or ScoreSettings()
     train_settings = train_settings or TrainSettings()
@@ -89,16 +74,7 @@ def enhance_model(
 
 
 def summarise(patch: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Sets a patch's evaluations side by side.
-
-    Args:
-        patch: the patch's directory.
-        before: the base's evaluation.
-        after: the patched model's evaluation, on the same requests.
-
-    Returns:
-        Plain JSON: for each of the two the rates, KL and perplexity; and the patch's size.
-    """
+    """Set a patch's evaluations side by side."""
     content = inspect(patch)
     total = content["selection"]["total_parameters"]
     return {
@@ -123,7 +99,7 @@ def _check_inputs(
     evaluate: EvaluateSettings,
     compute: ComputeSettings,
 ) -> None:
-    """Finds out now, not hours later, that the base or a source of requests is missing."""
+    """Find out now, not hours later, that the base or a source of requests is missing."""
     resolve_base(base, compute.revision)
     for source in dict.fromkeys((score.harmful, train.harmful, train.benign)):
         read_rows(source)
@@ -131,7 +107,7 @@ def _check_inputs(
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the run's directory, or finds it made by a run with the same settings."""
+    """Make the run's directory, or finds it made by a run with the same settings."""
     path = out / "settings.json"
     if path.exists():
         found, wanted = _flatten(read_json(path, DataError)), _flatten(settings)
@@ -155,7 +131,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Names nested settings by their path, such as ``score.density``."""
+    """Name nested settings by their path, such as ``score.density``."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         nested = isinstance(value, Mapping)

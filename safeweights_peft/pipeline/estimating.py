@@ -63,21 +63,7 @@ def estimate(
     data: str = "",
     compute: ComputeSettings | None = None,
 ) -> Estimate:
-    """Estimates the steps for which settings are given.
-
-    Args:
-        base: directory or Hub id of the base model.
-        score: settings of the scoring step, if there is one.
-        train: settings of the training step, if there is one.
-        evaluate: settings of the evaluation steps, if there are any.
-        evaluations: how many evaluation steps there are.
-        preserve: settings of the preserving step, if there is one.
-        data: source of the requests with answers that it is to learn.
-        compute: device and dtype.
-
-    Returns:
-        The estimate.
-    """
+    """Estimate the steps for which settings are given."""
     compute = compute or ComputeSettings()
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
     weights_of = _read_sizes(found, bool(preserve), compute.dtype, device)
@@ -126,18 +112,18 @@ def _read_sizes(base: BaseModel, is_trained: bool, dtype: str, device: torch.dev
 
 
 def _accumulated(score: ScoreSettings, base: _Sizes) -> int:
-    """Counts the entries whose gradients are summed at once."""
+    """Count the entries whose gradients are summed at once."""
     passes = layer_groups(_scored(base), score.layers_per_pass)
     return max(sum(base.counts[key] for key in keys) for keys in passes)
 
 
 def _scored(base: _Sizes) -> list[str]:
-    """Lists the tensors of numbered layers: those of others hold nothing that is scored."""
+    """List the tensors of numbered layers: those of others hold nothing that is scored."""
     return [key for key in base.counts if layer_of(key)] or list(base.counts)
 
 
 def _tokens_of_scoring(score: ScoreSettings, judge: _Sizes, base: _Sizes) -> float:
-    """Counts the model's tokens, a judge's in proportion to its size."""
+    """Count the model's tokens, a judge's in proportion to its size."""
     passes = len(layer_groups(_scored(base), score.layers_per_pass))
     answer = score.answer_tokens if judge.counts else score.refusal_tokens
     own: float = 3 * passes * (PROMPT_TOKENS + answer)
@@ -151,7 +137,7 @@ def _tokens_of_scoring(score: ScoreSettings, judge: _Sizes, base: _Sizes) -> flo
 def _tokens(
     train: TrainSettings | None, evaluate: EvaluateSettings | None, evaluations: int
 ) -> dict[str, float]:
-    """Counts tokens of forward passes; a backward pass costs as much as two."""
+    """Count tokens of forward passes; a backward pass costs as much as two."""
     tokens: dict[str, float] = {}
     if evaluate:
         rows = len(read_rows(evaluate.harmful)[: evaluate.limit])
@@ -172,7 +158,7 @@ def _tokens_of_lessons(preserve: PreserveSettings, lessons: Sequence[Row]) -> fl
 
 
 def _measure_speed(device: torch.device, size: int = 1024) -> float:
-    """Times matrix products, in floating-point operations per second."""
+    """Time matrix products, in floating-point operations per second."""
     a = torch.randn(size, size, device=device)
     (a @ a).sum().item()
     started = time.perf_counter()

@@ -46,20 +46,10 @@ def evaluate(
     compute: ComputeSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given.
+    """Measure ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given.
 
     With an adapter, what is measured is the merged model in the checkpoint's dtype, whatever the
     dtype of the computation.
-
-    Args:
-        base: directory or Hub id of the base model.
-        adapter: a safety patch; the base alone if None.
-        settings: requests, limits, decoding.
-        compute: device and dtype.
-        progress: shown while answering.
-
-    Returns:
-        The result as plain JSON: rates with intervals, utility, verdicts by request, settings.
     """
     settings = settings or EvaluateSettings()
     compute = compute or ComputeSettings()
@@ -84,19 +74,12 @@ def evaluate(
 
 
 def _read_patch(adapter: Path | None) -> Artifact | None:
-    """Reads what a content id names: a safety patch, and not a LoRA."""
+    """Read what a content id names: a safety patch, and not a LoRA."""
     return read_artifact(adapter) if adapter and is_patch(adapter) else None
 
 
 def check_requests(settings: EvaluateSettings) -> None:
-    """Finds out before a long job, not after it, that what is to be asked is missing.
-
-    Args:
-        settings: what a model will be asked.
-
-    Raises:
-        DataError: a source is missing, malformed, empty, or lacks a field.
-    """
+    """Find out before a long job, not after it, that what is to be asked is missing."""
     for source in dict.fromkeys((settings.harmful, settings.benign)):
         read_rows(source)
     if settings.task:
@@ -104,19 +87,7 @@ def check_requests(settings: EvaluateSettings) -> None:
 
 
 def make_asker(base: BaseModel, settings: EvaluateSettings, progress: Progress) -> Asker:
-    """Reads what models will be asked.
-
-    Args:
-        base: whose tokenizer and chat template they share.
-        settings: requests, limits, decoding.
-        progress: shown while asking.
-
-    Returns:
-        The asker.
-
-    Raises:
-        DataError: a source is missing, malformed, empty, or lacks a field.
-    """
+    """Read what models will be asked."""
     return Asker(
         harmful=read_rows(settings.harmful)[: settings.limit],
         benign=read_rows(settings.benign)[: settings.limit],
@@ -148,29 +119,13 @@ class Asker:
     progress: Progress
 
     def ask_base(self, base: PreTrainedModel) -> list[Example]:
-        """Lets the base answer the benign requests: what other models are compared on.
-
-        Args:
-            base: the base model.
-
-        Returns:
-            The requests with its answers.
-        """
+        """Let the base answer the benign requests: what other models are compared on."""
         return self._ask(base, "the base benign", self.benign)
 
     def measure(
         self, model: PreTrainedModel, base: PreTrainedModel, base_answers: Sequence[Example]
     ) -> dict[str, Any]:
-        """Asks a model everything, judges its answers, and compares it with the base.
-
-        Args:
-            model: the model; it may be the base itself.
-            base: the base model.
-            base_answers: what `ask_base` returned.
-
-        Returns:
-            Plain JSON: ``harmful``, ``benign``, ``utility`` and ``task``.
-        """
+        """Ask a model everything, judges its answers, and compares it with the base."""
         harmful = self._judge(self.harmful, self._ask(model, "harmful", self.harmful))
         answers = base_answers if model is base else self._ask(model, "benign", self.benign)
         benign = self._judge(self.benign, answers)
@@ -184,11 +139,7 @@ class Asker:
         }
 
     def describe(self) -> dict[str, str]:
-        """Tells how answers are made and judged.
-
-        Returns:
-            Plain JSON.
-        """
+        """Tell how answers are made and judged."""
         return {
             "judge": "refusal openings",
             "decoding": f"greedy, at most {self.settings.max_new_tokens} tokens",
@@ -243,14 +194,7 @@ class Asker:
 
 
 def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Picks the figures that are compared before and after.
-
-    Args:
-        evaluation: what `evaluate` returned.
-
-    Returns:
-        Plain JSON: rates, invalid answers of both kinds, KL and perplexity, the task's loss.
-    """
+    """Pick the figures that are compared before and after."""
     task = evaluation["task"]
     return {
         "attack_success_rate": evaluation["harmful"]["attack_success_rate"],
@@ -263,14 +207,7 @@ def figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shorten(request: str) -> str:
-    """Shortens a request for results and logs.
-
-    Args:
-        request: any text.
-
-    Returns:
-        Its beginning, on one line.
-    """
+    """Shorten a request for results and logs."""
     line = " ".join(request.split())
     return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
 

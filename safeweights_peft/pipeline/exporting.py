@@ -33,17 +33,7 @@ from safeweights_peft.tuner.entries import to_numpy
 def export_patch(
     adapter_dir: Path, out: Path, base: str | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Writes a safety patch in checkpoint coordinates; see `merge.export_vllm_patch`.
-
-    Args:
-        adapter_dir: the safety patch.
-        out: the directory, published whole or not at all.
-        base: directory or Hub id of its base; what the patch names if None.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was written, as plain JSON.
-    """
+    """Write a safety patch in checkpoint coordinates; see `merge.export_vllm_patch`."""
     found = find_base(base, [adapter_dir])
     return export_vllm_patch(adapter_dir, found.path, out, overwrite=overwrite)
 
@@ -51,21 +41,11 @@ def export_patch(
 def export_supertuning(
     adapter_dir: Path, out: Path, base: str | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Writes a safety patch as an adapter of PEFT's own sparse method, Super-Tuning.
+    """Write a safety patch as an adapter of PEFT's own sparse method, Super-Tuning.
 
     That method stores as many entries for each matrix as one density says, so the others are padded
     up to the densest one. It rounds values to the model's dtype before it adds them: in float32
     the merged bits are those of the patch, in narrower dtypes some may differ.
-
-    Args:
-        adapter_dir: the safety patch; it may change weights of linear layers only.
-        out: the adapter's directory, published whole or not at all.
-        base: directory or Hub id of its base; what the patch names if None.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was written, as plain JSON: entries, stored entries with the padding, and in how many
-        entries the merged model differs from that of the patch.
     """
     adapter, found = _open(adapter_dir, out, base, overwrite)
     reader, deltas = CheckpointReader(found.path), _linear_deltas(adapter, found, "Super-Tuning")
@@ -106,24 +86,9 @@ def export_lora(
     max_error: float = 0.1,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a safety patch as a LoRA: the truncated singular value decomposition of each matrix.
+    """Write a safety patch as a LoRA: the truncated singular value decomposition of each matrix.
 
     A sparse change is seldom of low rank, so this is an approximation, and often a bad one.
-
-    Args:
-        adapter_dir: the safety patch; it may change weights of linear layers only.
-        out: the adapter's directory, published whole or not at all.
-        base: directory or Hub id of its base; what the patch names if None.
-        rank: rank of every matrix, at least 1.
-        max_error: the largest error that a matrix may have: the norm of what is lost over the norm
-            of the change (Frobenius).
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was written, as plain JSON, with the error over all matrices, and the largest of one.
-
-    Raises:
-        MergeError: the error of a matrix is above `max_error`; nothing is written.
     """
     adapter, found = _open(adapter_dir, out, base, overwrite)
     deltas = _linear_deltas(adapter, found, "LoRA")
@@ -160,14 +125,7 @@ def export_lora(
 
 
 def find_sparsity(needs: Sequence[tuple[int, int]]) -> float:
-    """Finds the highest sparsity at which Super-Tuning has room for the entries of each matrix.
-
-    Args:
-        needs: for each matrix, how many entries are to be stored, at least 1, and its numel.
-
-    Returns:
-        The sparsity, in [0, 1); PEFT takes ``int(numel * (1 - sparsity))`` entries of each matrix.
-    """
+    """Find the highest sparsity at which Super-Tuning has room for the entries of each matrix."""
     sparsity = 1 - max(count / numel for count, numel in needs)
     while any(int(numel * (1 - sparsity)) < count for count, numel in needs):
         sparsity = math.nextafter(sparsity, 0)
@@ -185,7 +143,7 @@ def _open(
 
 
 def _linear_deltas(adapter: Adapter, base: BaseModel, method: str) -> dict[str, SparseDelta]:
-    """Gives the scaled changes, all of them of linear layers: PEFT's methods adapt nothing else."""
+    """Give the scaled changes, all of them of linear layers: PEFT's methods adapt nothing else."""
     modules, deltas = dict(build_empty(base).named_modules()), {}
     for name, delta in adapter.deltas.items():
         module, own = modules.get(_module(name)), name.rpartition(".")[2]
@@ -208,7 +166,7 @@ def _module(name: str) -> str:
 
 
 def _factorize(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Splits a matrix [m, n] into [m, rank] and [rank, n], with zeros beyond its own rank."""
+    """Split a matrix [m, n] into [m, rank] and [rank, n], with zeros beyond its own rank."""
     left, values, right = torch.linalg.svd(dense, full_matrices=False)
     root = values[:rank].sqrt()
     up, down = dense.new_zeros(dense.shape[0], rank), dense.new_zeros(rank, dense.shape[1])
@@ -218,7 +176,7 @@ def _factorize(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _common(base: BaseModel, deltas: Iterable[str]) -> dict[str, Any]:
-    """Gives what PEFT's configs share."""
+    """Give what PEFT's configs share."""
     return {
         "task_type": "CAUSAL_LM",
         "inference_mode": True,

@@ -37,22 +37,7 @@ def safety_objective(
     dtype: torch.dtype | str,
     progress: Progress,
 ) -> SafetyObjective:
-    """Builds the safety that is differentiated.
-
-    Args:
-        model: the model to be scored.
-        tokenizer: its tokenizer.
-        rows: harmful requests with refusals.
-        settings: which objective, and its numbers.
-        dtype: what a guard or a classifier is loaded in.
-        progress: shown while the model answers.
-
-    Returns:
-        The objective.
-
-    Raises:
-        SelectionError: the settings don't go together, or a judge can't be used.
-    """
+    """Build the safety that is differentiated."""
     check_judges(settings)
     if settings.guard is None and settings.classifier is None:
         examples = [
@@ -79,18 +64,7 @@ def utility_objective(
     settings: ScoreSettings,
     progress: Progress,
 ) -> SafetyObjective:
-    """Builds what safety is contrasted with: the likelihood of the model's own benign answers.
-
-    Args:
-        model: the model to be scored.
-        tokenizer: its tokenizer.
-        rows: benign requests.
-        settings: batch size, and where answers are cut.
-        progress: shown while the model answers.
-
-    Returns:
-        The objective.
-    """
+    """Build what safety is contrasted with: the likelihood of the model's own benign answers."""
     requests = [row.instruction for row in rows]
     examples = _answers(model, tokenizer, requests, settings, "benign", progress)
     return ReferenceObjective(examples, tokenizer.pad_token_id, _term_size(settings))
@@ -102,15 +76,7 @@ def _term_size(settings: ScoreSettings) -> int:
 
 
 def check_judges(settings: ScoreSettings) -> None:
-    """Finds settings of judges that don't go together.
-
-    Args:
-        settings: those of a scoring job.
-
-    Raises:
-        SelectionError: there are two judges, one without its profile or label, or what only a judge
-            needs without one.
-    """
+    """Find settings of judges that don't go together."""
     if settings.guard and settings.classifier:
         raise SelectionError("--guard: expected one judge, found --classifier too; choose one")
     for judge, name, detail in (
@@ -151,7 +117,7 @@ def _judge(
     dtype: torch.dtype | str,
     device: torch.device,
 ) -> Callable[[Sequence[Answered]], SafetyObjective]:
-    """Loads the guard or the classifier; what it returns makes an objective of answers."""
+    """Load the guard or the classifier; what it returns makes an objective of answers."""
     (found,) = judges_of(settings)
     load = load_model if settings.guard else load_classifier
     judge, own = load(found, dtype, device), load_tokenizer(found)
@@ -177,14 +143,7 @@ def _judge(
 
 
 def judges_of(settings: ScoreSettings) -> list[BaseModel]:
-    """Finds the models beside the base that a scoring job reads.
-
-    Args:
-        settings: those of the job.
-
-    Returns:
-        The guard or the classifier, or nothing.
-    """
+    """Find the models beside the base that a scoring job reads."""
     return [resolve_base(name) for name in (settings.guard, settings.classifier) if name]
 
 
@@ -218,5 +177,5 @@ def _answers(
 
 
 def _without_end(answer_ids: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
-    """Leaves out the token that ends the turn, which is no part of what a judge reads."""
+    """Leave out the token that ends the turn, which is no part of what a judge reads."""
     return answer_ids[:-1] if answer_ids[-1] in ends else answer_ids

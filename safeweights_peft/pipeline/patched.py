@@ -42,7 +42,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: str | None = "cpu",
 ) -> PreTrainedModel | PeftModel:
-    """Loads a base with safety patches, at the commit that they were made for.
+    """Load a base with safety patches, at the commit that they were made for.
 
     A warning says so if the base's main branch has moved on from there.
 
@@ -86,16 +86,7 @@ def load_model(
 def load_patched(
     base: BaseModel, adapters: Sequence[Path], dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
-    """Loads a base and merges adapters into it: safety patches as it comes in, then LoRAs by PEFT.
-
-    Args:
-        base: the base model.
-        adapters: directories of safety patches, and of LoRAs, which may have a correction.
-        dtype: what to load the weights in; "auto" is the checkpoint's own.
-        device: where the model goes.
-
-    Returns:
-        The merged model, whose weights are those of a merged checkpoint.
+    """Load a base and merges adapters into it: safety patches as it comes in, then LoRAs by PEFT.
     """
     loras = [each for each in adapters if not is_patch(each)]
     patches = [each for each in adapters if is_patch(each)]
@@ -112,7 +103,7 @@ def load_patched(
 
 @torch.no_grad()
 def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[AnyPatch]) -> None:
-    """Writes merged entries over the base's own, in the loaded weights."""
+    """Write merged entries over the base's own, in the loaded weights."""
     records = {name: each for patch in patches for name, each in patch.metadata.tensors.items()}
     for name, (indices, entries) in merged_entries(CheckpointReader(base.path), patches).items():
         parameter = find_parameter(model, name, records[name])
@@ -122,16 +113,7 @@ def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[AnyPa
 
 
 def is_patch(adapter: Path) -> bool:
-    """Tells whether an adapter is a safety patch or map, and not another method's, such as a LoRA.
-
-    Args:
-        adapter: its directory.
-
-    Returns:
-        What its config says.
-
-    Raises:
-        FormatError: its config names no method.
+    """Tell whether an adapter is a safety patch or map, and not another method's, such as a LoRA.
     """
     config = adapter / CONFIG_FILE
     method = read_json(config, FormatError).get("peft_type")
@@ -149,7 +131,7 @@ def _find_adapter(adapter: PathLike) -> Path:
 
 
 def _tell_moved(base: BaseModel) -> None:
-    """Warns that a base has moved on, though the commit that is wanted is still there."""
+    """Warn that a base has moved on, though the commit that is wanted is still there."""
     latest = latest_commit(base.name) if base.revision else None
     if latest not in (None, base.revision):
         warnings.warn(
@@ -160,19 +142,7 @@ def _tell_moved(base: BaseModel) -> None:
 
 
 def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
-    """Finds the base of adapters; by the name that one records, at the commit recorded there.
-
-    Args:
-        base: directory or Hub id; what the first adapter names if None.
-        adapters: directories of adapters.
-
-    Returns:
-        The base.
-
-    Raises:
-        ModelError: the base is neither given nor named, or can't be found.
-        FormatError: what a config has as its commit is none.
-    """
+    """Find the base of adapters; by the name that one records, at the commit recorded there."""
     configs = [read_json(each / CONFIG_FILE, FormatError) for each in adapters]
     name = configs[0].get("base_model_name_or_path") if base is None else str(base)
     if not isinstance(name, str):

@@ -62,22 +62,6 @@ def preserve_model(
     LoRA, what is written is the adapter and a correction; see `pipeline.adapting`. An
     interrupted job goes on from its last checkpoint, kept beside `out` until the model is complete;
     a changed setting starts it afresh.
-
-    Args:
-        base: directory or Hub id of the base model.
-        map_dir: a safety map made for that base, or a safety patch that is merged into it.
-        data: source of instructions with answers.
-        out: the directory of the model or adapter, published whole or not at all.
-        settings: method, steps, rates, sizes.
-        compute: device, and the dtype of matrix products.
-        progress: shown while training.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was trained, as plain JSON; the same as in ``preserving.json`` there.
-
-    Raises:
-        BaseMismatchError: the map was made for another base, or the patch is not merged.
     """
     settings, compute = settings or PreserveSettings(), compute or ComputeSettings()
     check_target(out, overwrite, CheckpointError)
@@ -129,7 +113,7 @@ def _describe(
     data: str,
     rows: Sequence[Row],
 ) -> dict[str, Any]:
-    """Records what the job works on, and with what versions."""
+    """Record what the job works on, and with what versions."""
     return {
         "kind": "preserving",
         **made_with(base, artifact),
@@ -147,7 +131,7 @@ def _describe(
 def _matrix_dtype(
     picked: torch.dtype | str, device: torch.device, layout: Mapping[str, TensorRecord]
 ) -> torch.dtype:
-    """Reads "auto" as the dtype of the checkpoint's largest tensor, and refuses what can't run."""
+    """Read "auto" as the dtype of the checkpoint's largest tensor, and refuses what can't run."""
     largest = max(layout.values(), key=lambda each: each.numel)
     dtype = picked if isinstance(picked, torch.dtype) else getattr(torch, largest.dtype)
     if dtype is torch.float16 and device.type == "cpu":
@@ -167,7 +151,7 @@ def _save(
     record: dict[str, Any],
     overwrite: bool,
 ) -> None:
-    """Publishes a copy of the base with the trained weights, once the frozen ones are checked."""
+    """Publish a copy of the base with the trained weights, once the frozen ones are checked."""
     card = CARD.format(
         base=Path(record["base"]["name"]).name,
         count=record["frozen_entries"],
@@ -186,19 +170,13 @@ def _save(
 def write_parameters(
     draft: CheckpointDraft, model: nn.Module, layout: Mapping[str, TensorRecord]
 ) -> None:
-    """Writes all weights of a model into a copy of its base, rounded to the base's dtypes.
-
-    Args:
-        draft: the copy.
-        model: the model, without adapters.
-        layout: where each parameter is on disk; see `modeling.describe`.
-    """
+    """Write all weights of a model into a copy of its base, rounded to the base's dtypes."""
     for name, record in layout.items():
         _write_parameter(draft, model.get_parameter(name), record)
 
 
 def _write_parameter(draft: CheckpointDraft, parameter: nn.Parameter, record: TensorRecord) -> None:
-    """Rounds a parameter once, to nearest even, into the tensors that hold it on disk."""
+    """Round a parameter once, to nearest even, into the tensors that hold it on disk."""
     flat = parameter.detach().cpu().to(getattr(torch, record.dtype)).flatten()
     for copy in copies(draft.reader, record):
         for block in copy.blocks:

@@ -84,33 +84,11 @@ def probe(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Perturbs a map's entries in memory, and as many others, and measures what each does.
+    """Perturb a map's entries in memory, and as many others, and measures what each does.
 
     Noise is drawn several times, and so are random entries; zeros in the place of the map's and of
     the lowest-scored entries need one measurement. An interrupted job goes on after the last one,
     kept beside `out` until the result is complete; a changed setting starts it afresh.
-
-    Args:
-        base: directory or Hub id of a model that refuses, for refusals are what may be lost.
-        map_dir: a safety map of it, or a safety patch that is merged into it.
-        out: the directory of ``probe.json`` and ``probe.png``, published whole or not at all.
-        settings: size of the noise, draws, seed.
-        score_settings: requests with which the lowest-scored entries are found; there are as many
-            as the map has, so that density and method are not used.
-        evaluate_settings: what the model is asked each time.
-        compute: device and dtype.
-        progress: shown while scoring and asking.
-        overwrite: replace an existing result.
-
-    Returns:
-        The result as plain JSON, the same as in ``probe.json``: for each perturbation of each
-        selection the figures over its draws with 95 % intervals, and the verdicts. Rates have
-        the intervals of `evaluation.draws.rate_over_draws`, KL a t interval over the draws.
-
-    Raises:
-        BaseMismatchError: the map was made for another base, or the patch is not merged.
-        EvaluationError: a setting is out of range, or `out` holds a result.
-        SelectionError: the map leaves too few entries to compare with.
     """
     settings, compute = settings or ProbeSettings(), compute or ComputeSettings()
     score_settings = score_settings or ScoreSettings()
@@ -148,14 +126,7 @@ def probe(
 
 
 def count_evaluations(settings: ProbeSettings) -> int:
-    """Counts what a job costs, for its estimate.
-
-    Args:
-        settings: how entries are perturbed.
-
-    Returns:
-        As how many evaluations of one model it counts: asking is one, comparing another.
-    """
+    """Count what a job costs, for its estimate."""
     return 2 * (len(_trials(settings)) + 1)
 
 
@@ -183,7 +154,7 @@ def _check_settings(settings: ProbeSettings) -> None:
 
 
 def _check_entries(base: BaseModel, artifact: Artifact) -> None:
-    """Checks on disk, in the checkpoint's own dtype, that the map is the base's."""
+    """Check on disk, in the checkpoint's own dtype, that the map is the base's."""
     reader, metadata = CheckpointReader(base.path), artifact.metadata
     for name, record in metadata.tensors.items():
         for copy in copies(reader, record):
@@ -195,7 +166,7 @@ def _check_entries(base: BaseModel, artifact: Artifact) -> None:
 
 
 def _check_layout(model: PreTrainedModel, base: BaseModel, artifact: Artifact) -> None:
-    """Checks that the entries in memory are those that were found on disk."""
+    """Check that the entries in memory are those that were found on disk."""
     for name, found in describe(model, artifact.indices, base.path).items():
         record = artifact.metadata.tensors[name]
         if (found.shape, found.blocks) != (record.shape, record.blocks):
@@ -213,7 +184,7 @@ def _describe(
     asker: Asker,
     scored: Sequence[Row],
 ) -> dict[str, Any]:
-    """Records what the job works on, how it judges, and with what versions."""
+    """Record what the job works on, how it judges, and with what versions."""
     return {
         "kind": "probe",
         **made_with(base, artifact),
@@ -239,7 +210,7 @@ def _find_bottom(
     settings: ScoreSettings,
     work_dir: Path,
 ) -> dict[str, Array]:
-    """Finds the lowest-scored entries once, and keeps them as a map."""
+    """Find the lowest-scored entries once, and keeps them as a map."""
     path = work_dir / "bottom"
     if not path.exists():
         dtype, count = model.dtype, sum(each.size for each in artifact.indices.values())
@@ -263,7 +234,7 @@ class _Bench:
     work_dir: Path
 
     def run(self) -> dict[tuple[str | None, str], list[dict[str, Any]]]:
-        """Measures what is missing; gives each draw's figures by perturbation and selection."""
+        """Measure what is missing; gives each draw's figures by perturbation and selection."""
         asker, trials = self.asker, _trials(self.settings)
         answers = asker.ask_base(self.reference)  # also when resumed: no answers are kept on disk
         measured = once(
@@ -304,7 +275,7 @@ class _Bench:
 
 
 def _figures(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Picks the figures of one draw; verdicts by request stay only where answers are kept."""
+    """Pick the figures of one draw; verdicts by request stay only where answers are kept."""
     harmful, benign = measured["harmful"], measured["benign"]
     invalid = wilson(harmful["invalid"] + benign["invalid"], harmful["n"] + benign["n"])
     found = figures(measured) | {
@@ -318,7 +289,7 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, Any]:
 def _summarise(
     draws: Mapping[tuple[str | None, str], Sequence[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Puts the draws of each row together, and judges each perturbation."""
+    """Put the draws of each row together, and judges each perturbation."""
     rows, harms = [], {}
     for (perturbation, selection), each in draws.items():
         rates = {key: rate_over_draws([Rate(**draw[key]) for draw in each]) for key in RATES}

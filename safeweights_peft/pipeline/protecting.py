@@ -47,22 +47,7 @@ def protect_tuned(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a tuned checkpoint with its base's safety weights put back; measures both if asked.
-
-    Args:
-        tuned: the tuned checkpoint; it is left as it is.
-        base: directory or Hub id of what it was tuned from; see `safeweights_peft.protect`.
-        map_dir: a safety map, or a safety patch that is merged into the base.
-        out: the protected checkpoint, published whole or not at all.
-        settings: what both models are asked, and the task whose loss is measured; nothing if None.
-        compute: device and dtype of the measuring.
-        progress: shown while copying and measuring.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was put back, and the figures before and after, as plain JSON; the same as in the
-        checkpoint's ``protecting.json``.
-    """
+    """Write a tuned checkpoint with its base's safety weights put back; measures both if asked."""
     compute, progress = compute or ComputeSettings(), progress or Quiet()
     if settings:
         check_requests(settings)
@@ -101,30 +86,10 @@ def protect_lora(
     merged: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Keeps a LoRA that was trained without protection from moving safety weights; no training.
+    """Keep a LoRA that was trained without protection from moving safety weights; no training.
 
     Written is a copy of the LoRA with a correction (see `pipeline.adapting`), or the base with the
     LoRA merged in, in float32 and rounded once, and its safety weights bit for bit as they were.
-
-    Args:
-        lora: directory or Hub id of the LoRA.
-        map_dir: a safety map of the base, or a safety patch that is merged into it.
-        out: the result's directory, published whole or not at all.
-        base: directory or Hub id of the base; what the LoRA names if None.
-        settings: what the model is asked before and after, and the task whose loss is measured;
-            nothing if None.
-        compute: device; dtype of the measuring; revision of the base.
-        progress: shown while measuring.
-        merged: whether to write a merged model.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was protected, and the figures before and after, as plain JSON; the same as in
-        ``protecting.json`` there.
-
-    Raises:
-        BaseMismatchError: the map was made for another base.
-        ModelError: the LoRA can't be loaded, or touches none of the map's tensors.
     """
     compute, progress = compute or ComputeSettings(), progress or Quiet()
     check_target(out, overwrite, CheckpointError)
@@ -160,7 +125,7 @@ def _finish(
     compute: ComputeSettings,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measures two models, each with its adapter, if asked, and writes the record."""
+    """Measure two models, each with its adapter, if asked, and writes the record."""
     if settings:
         for stage, (model, adapter) in zip(("before", "after"), models, strict=True):
             # The revision is the base's; a directory has none.
@@ -179,7 +144,7 @@ def _describe(
     artifact: Artifact,
     correction: Mapping[str, Array],
 ) -> dict[str, Any]:
-    """Records what a LoRA was protected from doing: which entries it would move, and how far."""
+    """Record what a LoRA was protected from doing: which entries it would move, and how far."""
     return {
         "kind": "protection",
         "lora": lora,
@@ -205,7 +170,7 @@ def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def _find_lora(lora: str, base: str | None) -> tuple[Path, str]:
-    """Finds a LoRA's directory, downloaded if need be, and its base: the given or the named one."""
+    """Find a LoRA's directory, downloaded if need be, and its base: the given or the named one."""
     folder = Path(lora)
     if not folder.is_dir():
         folder = download(lora, LORA_FILES, "a LoRA's directory or Hub id")

@@ -16,16 +16,7 @@ from safeweights_peft.format import Artifact, read_artifact
 
 
 def made_with(base: BaseModel, artifact: Artifact | None) -> dict[str, Any]:
-    """Says what a result is made with, to be put into its record.
-
-    Args:
-        base: the base model.
-        artifact: the safety map or patch; None if there is none.
-
-    Returns:
-        Plain JSON: ``base`` with the name as it was given and the commit, which a plain directory
-        doesn't have; and ``content_id``, which is None without an artifact.
-    """
+    """Say what a result is made with, to be put into its record."""
     return {
         "base": {"name": base.name, "revision": base.revision},
         "content_id": artifact.metadata.content_id if artifact else None,
@@ -33,16 +24,7 @@ def made_with(base: BaseModel, artifact: Artifact | None) -> dict[str, Any]:
 
 
 def check_made_with(record: Mapping[str, Any], adapter: Path, source: Path) -> None:
-    """Checks that a result which is there already was made with an adapter as it now is.
-
-    Args:
-        record: the result.
-        adapter: the directory of a safety map or patch.
-        source: the result's file, for the message.
-
-    Raises:
-        DataError: it was made with another one.
-    """
+    """Check that a result which is there already was made with an adapter as it now is."""
     content_id, found = read_artifact(adapter).metadata.content_id, record.get("content_id")
     if found != content_id:
         raise DataError(

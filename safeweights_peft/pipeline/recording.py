@@ -151,17 +151,7 @@ class Record:
 def record_run(
     settings: RunSettings, patch: Path, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> Record:
-    """Describes a finished run.
-
-    Args:
-        settings: what it was told.
-        patch: the patch that it made.
-        before: the base's figures, as in ``result.json``.
-        after: the patched model's.
-
-    Returns:
-        The record, to be written as JSON.
-    """
+    """Describe a finished run."""
     metadata, compute = read_metadata(patch), settings.compute
     judges = {key: getattr(settings.score, key) for key in JUDGES}
     return Record(
@@ -183,17 +173,7 @@ def record_run(
 
 
 def read_record(path: Path) -> Record:
-    """Reads a record, whoever wrote it.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The record; every value has its type.
-
-    Raises:
-        DataError: it is no record, or one of another version.
-    """
+    """Read a record, whoever wrote it."""
     content = read_json(path, DataError)
     if content.get("kind") != RECORD_KIND:
         raise DataError(
@@ -204,19 +184,7 @@ def read_record(path: Path) -> Record:
 
 
 def restore(kind: type[Kind], values: Any, where: str) -> Kind:
-    """Makes plain data of JSON again, and refuses what doesn't have the right type.
-
-    Args:
-        kind: a dataclass of numbers, texts, dictionaries and other such dataclasses.
-        values: what JSON holds for it.
-        where: what messages call it.
-
-    Returns:
-        The data.
-
-    Raises:
-        DataError: a field is missing, unknown, or of another type.
-    """
+    """Make plain data of JSON again, and refuses what doesn't have the right type."""
     known = get_type_hints(kind)
     if not isinstance(values, Mapping) or values.keys() != known.keys():
         found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
@@ -248,28 +216,14 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def merged_digest(metadata: AdapterMetadata) -> str:
-    """Names all entries that a patch merges to, as its content id names what it stores.
-
-    Args:
-        metadata: the patch's description.
-
-    Returns:
-        ``sha256:`` and the hash of one line for each parameter: its name and its merged digest.
-    """
+    """Name all entries that a patch merges to, as its content id names what it stores."""
     records = metadata.tensors
     lines = (f"{name} {records[name].merged_digest}\n" for name in sorted(records))
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
 def describe_model(model: BaseModel) -> ModelFiles:
-    """Names a model and its files.
-
-    Args:
-        model: the resolved model.
-
-    Returns:
-        Its name, commit, and the digest of each file.
-    """
+    """Name a model and its files."""
     paths = {path for pattern in MODEL_FILES for path in model.path.glob(pattern)}
     name = model.name if model.revision else public_name(model.name)
     return ModelFiles(name, model.revision, {each.name: _hash(each) for each in sorted(paths)})
@@ -281,14 +235,7 @@ def _hash(path: Path) -> str:
 
 
 def sources_of(settings: RunSettings) -> dict[str, str]:
-    """Finds every source of requests, and a guard's profile that is a file.
-
-    Args:
-        settings: what the run is told.
-
-    Returns:
-        Sources by the setting's name, such as ``train.harmful``.
-    """
+    """Find every source of requests, and a guard's profile that is a file."""
     named = {
         f"{job}.{key}": getattr(getattr(settings, job), key)
         for job, keys in SOURCES.items()
@@ -300,15 +247,7 @@ def sources_of(settings: RunSettings) -> dict[str, str]:
 
 
 def with_sources(settings: RunSettings, sources: Mapping[str, str]) -> RunSettings:
-    """Copies settings with other sources.
-
-    Args:
-        settings: what the run is told.
-        sources: as `sources_of` gives them.
-
-    Returns:
-        The copy.
-    """
+    """Copie settings with other sources."""
     jobs: dict[str, dict[str, str]] = {}
     for name, source in sources.items():
         job, key = name.split(".")
@@ -318,14 +257,7 @@ def with_sources(settings: RunSettings, sources: Mapping[str, str]) -> RunSettin
 
 
 def without_paths(settings: RunSettings) -> RunSettings:
-    """Copies settings with names in place of paths.
-
-    Args:
-        settings: what the run is told.
-
-    Returns:
-        The same settings as anyone may read them.
-    """
+    """Copie settings with names in place of paths."""
     named = {key: public_name(source) for key, source in sources_of(settings).items()}
     settings = replace(with_sources(settings, named), base=public_name(settings.base))
     judges = {key: getattr(settings.score, key) for key in JUDGES}
@@ -334,26 +266,12 @@ def without_paths(settings: RunSettings) -> RunSettings:
 
 
 def public_name(source: str) -> str:
-    """Names a source or a model without its place.
-
-    Args:
-        source: a path, a Hub id, or ``builtin:NAME``.
-
-    Returns:
-        The name alone of what is on this disk; anything else as it is.
-    """
+    """Name a source or a model without its place."""
     return Path(os.path.realpath(source)).name if Path(source).exists() else source
 
 
 def describe_environment(compute: ComputeSettings) -> dict[str, str | int]:
-    """Tells what bits can depend on beside settings and data.
-
-    Args:
-        compute: device and dtype, as asked for.
-
-    Returns:
-        Versions, processor, threads, device and dtype, by name.
-    """
+    """Tell what bits can depend on beside settings and data."""
     device = pick_device(compute.device)
     cuda = device.type == "cuda"
     return {

@@ -26,17 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def report_map(
     map_dir: Path, out: Path, base: str | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Counts a map's entries by layer, component and expert, and writes tables and pictures.
-
-    Args:
-        map_dir: a safety map or a safety patch.
-        out: the report's directory, published whole or not at all.
-        base: directory or Hub id of its base; what the map names, at its revision, if None.
-        overwrite: replace an existing directory.
-
-    Returns:
-        All figures, as plain JSON; the same as in ``report.json`` there.
-    """
+    """Count a map's entries by layer, component and expert, and writes tables and pictures."""
     check_target(out, overwrite, ReportError)
     artifact = read_artifact(map_dir)
     metadata = artifact.metadata

@@ -55,21 +55,7 @@ class Recorded:
 
 
 def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()) -> Recorded:
-    """Reads a run's record, and finds the same base and the same data.
-
-    Args:
-        path: the directory of a run or of a shared patch, or its ``reproduce.json`` alone.
-        base: directory or Hub id of the base; None is where the record or the patch says.
-        data: files of requests; each stands in where the record has its digest.
-
-    Returns:
-        The run, ready to be run again.
-
-    Raises:
-        DataError: it is no record, or data is missing or not the same.
-        BaseMismatchError: the base, or a guard, is not the same.
-        ModelError: the base was a directory, and none is given.
-    """
+    """Read a run's record, and finds the same base and the same data."""
     file = _find_record(path)
     record = read_record(file)
     patch = _find_patch(file.parent, record)
@@ -96,20 +82,7 @@ def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()
 
 
 def reproduce(recorded: Recorded, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Runs a recorded run again and compares.
-
-    Args:
-        recorded: the run.
-        out: the new run's directory; an interrupted one goes on where it stopped.
-        progress: shown during the long steps.
-
-    Returns:
-        Plain JSON: whether all is the same, and for content id, merged entries, entries in common
-        and rates what was recorded and what was found; and the environment where it differs.
-
-    Raises:
-        DataError: `out` is the recorded run itself.
-    """
+    """Run a recorded run again and compares."""
     if out.resolve() == recorded.folder.resolve():
         raise DataError(f"{out}: expected a directory for a new run, found the recorded run itself")
     told = recorded.settings
@@ -138,7 +111,7 @@ def reproduce(recorded: Recorded, out: Path, progress: Progress | None = None) -
 
 
 def _find_record(path: Path) -> Path:
-    """Finds the record of a run, or of a shared patch, which has it among its results."""
+    """Find the record of a run, or of a shared patch, which has it among its results."""
     if not path.is_dir():
         return path
     shared = path / RESULTS / REPRODUCE
@@ -146,7 +119,7 @@ def _find_record(path: Path) -> Path:
 
 
 def _find_patch(folder: Path, record: Record) -> Path | None:
-    """Finds the recorded patch beside its record: in a run's directory, or in a repository's."""
+    """Find the recorded patch beside its record: in a run's directory, or in a repository's."""
     for path in (folder / "patch", folder.parent):
         try:
             if read_metadata(path).content_id == record.content_id:
@@ -157,7 +130,7 @@ def _find_patch(folder: Path, record: Record) -> Path | None:
 
 
 def _settings_here(folder: Path, record: Record) -> RunSettings:
-    """Takes the paths from the run's own ``settings.json`` while they lead to the same names."""
+    """Take the paths from the run's own ``settings.json`` while they lead to the same names."""
     path = folder / "settings.json"
     if path.is_file():
         settings = restore(RunSettings, read_json(path, DataError), str(path))
@@ -167,7 +140,7 @@ def _settings_here(folder: Path, record: Record) -> RunSettings:
 
 
 def _with_data(settings: RunSettings, record: Record, data: Sequence[Path]) -> RunSettings:
-    """Puts given files in the place of recorded ones, and checks every source by its digest."""
+    """Put given files in the place of recorded ones, and checks every source by its digest."""
     given = {source_digest(str(path)): str(path) for path in data}
     found = sources_of(settings)
     if found.keys() != record.data.keys():

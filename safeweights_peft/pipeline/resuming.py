@@ -22,82 +22,39 @@ from safeweights_peft.tuner.entries import to_numpy
 
 
 def work_dir_beside(out: Path, identity: dict[str, Any]) -> Path:
-    """Names the checkpoints' directory after everything that the result depends on.
-
-    Args:
-        out: where the result will appear; the directory is beside it.
-        identity: plain JSON.
-
-    Returns:
-        The directory, which need not exist.
-    """
+    """Name the checkpoints' directory after everything that the result depends on."""
     text = json.dumps(identity, sort_keys=True)
     return out.with_name(f".{out.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.work")
 
 
 def digests(model: nn.Module, entries: Mapping[str, Array] = MappingProxyType({})) -> list[str]:
-    """Names a model's weights, and the entries that a job works on, for the job's identity.
-
-    Args:
-        model: the model that the job begins with.
-        entries: flat indices by parameter name.
-
-    Returns:
-        One digest per parameter, then one per tensor of entries.
-    """
+    """Name a model's weights, and the entries that a job works on, for the job's identity."""
     weights = [digest(to_numpy(each)) for each in model.parameters()]
     return weights + [digest(each) for each in entries.values()]
 
 
 def clear_work(out: Path) -> None:
-    """Removes what jobs for a result have left beside it, those with other settings included.
-
-    Args:
-        out: the result, which is complete.
-    """
+    """Remove what jobs for a result have left beside it, those with other settings included."""
     for path in out.absolute().parent.iterdir():
         if path.name.startswith(f".{out.name}.") and path.name.endswith(".work"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def files_of(folder: Path) -> list[list[Any]]:
-    """Names a model's files as they are now, for a job's identity; a changed one changes it.
-
-    Args:
-        folder: the model's directory.
-
-    Returns:
-        Name, size in bytes and time of the last change (ns) of each file.
-    """
+    """Name a model's files as they are now, for a job's identity; a changed one changes it."""
     stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
     return [[name, found.st_size, found.st_mtime_ns] for name, found in stats]
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Does a step unless its result is there.
-
-    Args:
-        path: the JSON file that holds the result, or will.
-        measure: the step.
-
-    Returns:
-        The result as it is on disk.
-    """
+    """Do a step unless its result is there."""
     if not path.exists():
         write_json(path, measure())
     return read_json(path, DataError)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Leaves arrays for a job that goes on; the file appears whole or not at all.
-
-    Args:
-        path: a safetensors file; an existing one is replaced.
-        arrays: by name.
-
-    Raises:
-        OSError: it can't be written.
-    """
+    """Leave arrays for a job that goes on; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -111,14 +68,7 @@ def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
 
 
 def load_arrays(path: Path) -> dict[str, Array] | None:
-    """Reads what `save_arrays` left.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The arrays, or None if there are none that can be read.
-    """
+    """Read what `save_arrays` left."""
     try:
         return load_file(str(path))
     except (OSError, SafetensorError):

@@ -76,22 +76,7 @@ def score(
     *,
     overwrite: bool = False,
 ) -> SafetyMap:
-    """Selects the entries that carry safety and writes them as a safety map.
-
-    Args:
-        base: directory or Hub id of the base model.
-        out: the map's directory, published whole or not at all.
-        settings: requests, density, method.
-        compute: device and dtype.
-        progress: shown while scoring.
-        overwrite: replace an existing map.
-
-    Returns:
-        The map.
-
-    Raises:
-        SelectionError: the density selects nothing, or more than the eligible entries.
-    """
+    """Select the entries that carry safety and writes them as a safety map."""
     settings, compute = settings or ScoreSettings(), compute or ComputeSettings()
     started = time.perf_counter()
     check_target(out, overwrite, FormatError)
@@ -153,14 +138,7 @@ def _objective_name(settings: ScoreSettings) -> str | None:
 
 
 def sample_rows(settings: ScoreSettings) -> list[Row]:
-    """Takes the harmful requests that a model is scored with.
-
-    Args:
-        settings: their source, how many, and the seed.
-
-    Returns:
-        Requests with refusals.
-    """
+    """Take the harmful requests that a model is scored with."""
     return _sample(with_refusals(read_rows(settings.harmful)), settings)
 
 
@@ -216,21 +194,7 @@ class Scoring:
         order: Order = Order.TOP,
         left_out: Mapping[str, Array] = MappingProxyType({}),
     ) -> dict[str, Selected]:
-        """Scores all entries pass by pass, and keeps the k first.
-
-        Args:
-            what: what the scores are of, for progress and for files in the work directory.
-            objective: what is differentiated.
-            k: how many entries to select.
-            order: the highest scores, or the lowest.
-            left_out: flat indices by name of entries that are not to be selected.
-
-        Returns:
-            The selected entries of each tensor that has any, in name order.
-
-        Raises:
-            SelectionError: no score is above 0, where the highest are wanted.
-        """
+        """Score all entries pass by pass, and keeps the k first."""
         passes = layer_groups(self.parameters, self.settings.layers_per_pass)
         best, kept = TopK(k, order), self.work_dir / f"{what}.safetensors"
         arrays = load_arrays(kept) or {"passes": np.zeros(1, np.int64)}
@@ -263,7 +227,7 @@ class Scoring:
         number: int,
         reach: Callable[[int], None],
     ) -> dict[str, torch.Tensor]:
-        """Sums one pass's gradients, and leaves the sum on disk now and then."""
+        """Sum one pass's gradients, and leaves the sum on disk now and then."""
         path, saved_at = self._accumulator(what, number), time.monotonic()
 
         def on_term(so_far: Accumulated) -> None:

@@ -63,25 +63,10 @@ def train(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Trains the entries of a safety map and writes them as a safety patch.
+    """Train the entries of a safety map and writes them as a safety patch.
 
     An interrupted job goes on from its last checkpoint, kept beside `out` until the patch is
     complete; a changed setting starts it afresh.
-
-    Args:
-        base: directory or Hub id of the base model.
-        map_dir: a safety map made for that base.
-        out: the patch's directory, published whole or not at all.
-        settings: requests, steps, rates.
-        compute: device and dtype.
-        progress: shown while training.
-        overwrite: replace an existing patch.
-
-    Returns:
-        What was trained, as plain JSON; the same as in the patch's ``training.json``.
-
-    Raises:
-        BaseMismatchError: the map was made for another base.
     """
     settings, compute = settings or TrainSettings(), compute or ComputeSettings()
     progress = progress or Quiet()
@@ -162,7 +147,7 @@ def _run(
 def _save(
     model: PeftModel, metadata: AdapterMetadata, out: Path, record: dict[str, Any], overwrite: bool
 ) -> None:
-    """Rounds the values to their storage dtype and publishes the patch whole."""
+    """Round the values to their storage dtype and publishes the patch whole."""
     config = model.peft_config["default"]
     config.values_dtype = _storage_dtype(metadata)
     round_values(model)
@@ -178,6 +163,6 @@ def _save(
 
 
 def _storage_dtype(metadata: AdapterMetadata) -> str:
-    """Stores values in bfloat16 where the base itself has only 16 bits: half of float32's size."""
+    """Store values in bfloat16 where the base itself has only 16 bits: half of float32's size."""
     dtypes = {record.dtype for record in metadata.tensors.values()}
     return "float32" if "float32" in dtypes else "bfloat16"

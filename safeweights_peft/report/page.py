@@ -45,15 +45,7 @@ elsewhere.</p>
 
 
 def render_page(record: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
-    """Writes a report as a page with its pictures inside.
-
-    Args:
-        record: the content of a report's ``report.json``.
-        pictures: PNG files by what they show.
-
-    Returns:
-        HTML; whatever comes from files is escaped.
-    """
+    """Write a report as a page with its pictures inside."""
     tables = {
         "Components": share_rows(enriched_first(record["components"]), "component"),
         "Layers": share_rows(record["layers"], "layer"),

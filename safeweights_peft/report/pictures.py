@@ -21,13 +21,7 @@ EVEN, SELECTED = "0.6", "tab:blue"
 
 
 def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: Path) -> None:
-    """Draws a run: rates before and after with their intervals, and the losses over the steps.
-
-    Args:
-        result: the content of a run's ``result.json``.
-        losses: the losses in the patch's ``training.json``.
-        path: the PNG file to be written.
-    """
+    """Draw a run: rates before and after with their intervals, and the losses over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -65,12 +59,7 @@ def _draw_bars(
 
 
 def plot_probe(result: Mapping[str, Any], path: Path) -> None:
-    """Draws a probe: ASR and over-refusal of each row, with their intervals.
-
-    Args:
-        result: the content of a ``probe.json``.
-        path: the PNG file to be written.
-    """
+    """Draw a probe: ASR and over-refusal of each row, with their intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -89,15 +78,7 @@ def plot_probe(result: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_pattern(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Draws where a map's entries lie; experts only for a model that has some.
-
-    Args:
-        record: the content of a report's ``report.json``.
-        folder: an existing directory for the PNG files.
-
-    Returns:
-        The files written, each by a title that says what it shows.
-    """
+    """Draw where a map's entries lie; experts only for a model that has some."""
     layers = [row for row in record["layers"] if row["layer"] is not None]
     level = f"1 = in proportion to all weights, {record['random_enrichment']:.2f} = at random"
     heatmaps = {"component": ("heatmap", record["cells"]), "expert": ("experts", record["experts"])}
@@ -144,7 +125,7 @@ def _draw_heatmap(cells: Cells, key: str, title: str, path: Path) -> None:
 
 
 def _write_numbers(axes: Any, values: Any, norm: Any) -> None:
-    """Writes each cell's value, light on the dark ends of the colours."""
+    """Write each cell's value, light on the dark ends of the colours."""
     for row, cells in enumerate(values):
         for column, value in enumerate(cells):
             if not math.isnan(value):
@@ -174,7 +155,7 @@ def _draw_shares(rows: Cells, key: str, title: str, path: Path) -> None:
 
 
 def _mark(set_ticks: Any, labels: Sequence[str | int], rotation: int = 0) -> None:
-    """Labels an axis, leaving out as many ticks as there is no room for."""
+    """Label an axis, leaving out as many ticks as there is no room for."""
     ticks = range(0, len(labels), math.ceil(len(labels) / MAX_TICKS))
     aligned = {"rotation": rotation, "ha": "right", "rotation_mode": "anchor"} if rotation else {}
     set_ticks(list(ticks), [str(labels[tick]) for tick in ticks], **aligned)

@@ -13,14 +13,7 @@ TOP_LAYERS = 5
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Lays out a run's figures before and after.
-
-    Args:
-        result: the content of a run's ``result.json``.
-
-    Returns:
-        Rows of (figure, before, after), as text.
-    """
+    """Lay out a run's figures before and after."""
     before, after, patch = result["before"], result["after"], result["patch"]
     perplexities = f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"
     return [
@@ -33,15 +26,7 @@ def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
-    """Lays out what was judged of a model before and after a change, and its loss on a task.
-
-    Args:
-        before: the figures of one evaluation.
-        after: those of another, on the same requests.
-
-    Returns:
-        Rows of (figure, before, after), as text; the loss is left out where no task was given.
-    """
+    """Lay out what was judged of a model before and after a change, and its loss on a task."""
     rows = [
         (title, rate_text(before[key]), rate_text(after[key]))
         for title, key in (
@@ -57,15 +42,7 @@ def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row
 
 
 def reproduction_rows(comparison: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Lays out a run beside the same run made again.
-
-    Args:
-        comparison: what `reproduce` returned.
-
-    Returns:
-        A head, then rows of (what, recorded, made again, verdict), as text; what differs in the
-        environment stands at the end.
-    """
+    """Lay out a run beside the same run made again."""
     verdicts = {True: "same", False: "DIFFERS"}
     rows = [("", "recorded", "made again", "")]
     for key, title in (("content_id", "content id"), ("merged_digest", "merged entries")):
@@ -86,14 +63,7 @@ def reproduction_rows(comparison: Mapping[str, Any]) -> list[tuple[str, str, str
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Lays out one evaluation's figures.
-
-    Args:
-        evaluation: what the evaluation job returned.
-
-    Returns:
-        Rows of (figure, value), as text.
-    """
+    """Lay out one evaluation's figures."""
     harmful, benign, utility = (evaluation[key] for key in ("harmful", "benign", "utility"))
     rows = [
         ("ASR, harmful requests", rate_text(harmful["attack_success_rate"])),
@@ -108,14 +78,7 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
-    """Writes a rate with its interval.
-
-    Args:
-        rate: count, n, rate, low and high.
-
-    Returns:
-        For instance ``97.0 % [91.5, 99.0] (97/100)``.
-    """
+    """Write a rate with its interval."""
     return f"{_interval_text(rate)} ({rate['count']}/{rate['n']})"
 
 
@@ -124,14 +87,7 @@ def _interval_text(rate: Mapping[str, Any]) -> str:
 
 
 def size_text(size_bytes: float) -> str:
-    """Writes a size in the largest decimal unit that leaves at least 1.
-
-    Args:
-        size_bytes: the size.
-
-    Returns:
-        For instance ``8.1 MB``.
-    """
+    """Write a size in the largest decimal unit that leaves at least 1."""
     if size_bytes < 1000:
         return f"{size_bytes:.0f} B"
     for unit in ("kB", "MB", "GB"):
@@ -143,14 +99,7 @@ def size_text(size_bytes: float) -> str:
 
 
 def overlap_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Lays out how much safety maps share: the maps by number, then every two of them.
-
-    Args:
-        result: what `overlap.compare` returned.
-
-    Returns:
-        Two tables with a head each, as rows of five columns, with an empty row between them.
-    """
+    """Lay out how much safety maps share: the maps by number, then every two of them."""
     maps, pairs = result["maps"], result["pairs"]
     numbers = combinations(range(1, len(maps) + 1), 2)
     return [
@@ -175,41 +124,19 @@ def overlap_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def pattern_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Lays out where a map's entries lie: all components, and the layers most enriched.
-
-    Args:
-        record: the content of a report's ``report.json``.
-
-    Returns:
-        Two tables with a head each, as rows of six columns, with an empty row between them.
-    """
+    """Lay out where a map's entries lie: all components, and the layers most enriched."""
     components = share_rows(enriched_first(record["components"]), "component")
     layers = share_rows(enriched_first(record["layers"])[:TOP_LAYERS], "layer")
     return [*components, ("",) * len(components[0]), *layers]
 
 
 def enriched_first(cells: Cells) -> Cells:
-    """Orders cells by enrichment, the highest first; equal ones stay in order.
-
-    Args:
-        cells: those of one list in a report's ``report.json``.
-
-    Returns:
-        The cells.
-    """
+    """Order cells by enrichment, the highest first; equal ones stay in order."""
     return sorted(cells, key=lambda cell: -cell["enrichment"])
 
 
 def share_rows(cells: Cells, *keys: str) -> list[tuple[str, ...]]:
-    """Lays out shares of the selected weights beside shares of all weights.
-
-    Args:
-        cells: those of one list in a report's ``report.json``.
-        *keys: what tells them apart, such as ``layer``.
-
-    Returns:
-        A head, then one row for each, as text.
-    """
+    """Lay out shares of the selected weights beside shares of all weights."""
     head = (*keys, "weights", "share", "selected", "share", "enrichment")
     return [
         head,
@@ -230,16 +157,7 @@ def share_rows(cells: Cells, *keys: str) -> list[tuple[str, ...]]:
 def grid(
     cells: Cells, key: str
 ) -> tuple[list[int], list[str | int], dict[tuple[int, str | int], float]]:
-    """Sets enrichments out by layer and something else, without what can't be selected.
-
-    Args:
-        cells: those of one list in a report's ``report.json``.
-        key: what tells them apart in a layer: ``component`` or ``expert``.
-
-    Returns:
-        The layers and the columns that have entries which are eligible or selected, and the
-        enrichment of each pair of them that the model has.
-    """
+    """Set enrichments out by layer and something else, without what can't be selected."""
     shown = {
         (cell["layer"], cell[key]): cell["enrichment"]
         for cell in cells
@@ -249,15 +167,7 @@ def grid(
 
 
 def grid_rows(cells: Cells, key: str) -> list[tuple[str, ...]]:
-    """Lays out enrichments by layer and something else.
-
-    Args:
-        cells: those of one list in a report's ``report.json``.
-        key: what tells them apart in a layer: ``component`` or ``expert``.
-
-    Returns:
-        A head, then one row for each layer, as text; empty where the model has no such weights.
-    """
+    """Lay out enrichments by layer and something else."""
     layers, columns, shown = grid(cells, key)
     texts = {place: f"{enrichment:.2f}" for place, enrichment in shown.items()}
     return [
@@ -267,15 +177,7 @@ def grid_rows(cells: Cells, key: str) -> list[tuple[str, ...]]:
 
 
 def probe_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Lays out a probe's figures: one row for the base, one for each selection perturbed.
-
-    Args:
-        result: the content of a ``probe.json``.
-
-    Returns:
-        Rows of (what was perturbed, draws, ASR, over-refusal, invalid answers, KL), as text, after
-        their titles; intervals are of 95 %.
-    """
+    """Lay out a probe's figures: one row for the base, one for each selection perturbed."""
     titles = ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)")
     keys = ("attack_success_rate", "over_refusal_rate", "invalid_rate")
     return [titles] + [
@@ -290,14 +192,7 @@ def probe_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def verdict_lines(result: Mapping[str, Any]) -> list[str]:
-    """Writes a probe's verdicts, a sentence each.
-
-    Args:
-        result: the content of a ``probe.json``.
-
-    Returns:
-        One line for each perturbation.
-    """
+    """Write a probe's verdicts, a sentence each."""
     titles = {"noise": "With noise at the map's weights", "zero": "With the map's weights at zero"}
     return [
         f"{titles[perturbation]}: {found['verdict']}: {found['reason']}."
@@ -306,14 +201,7 @@ def verdict_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def probed(row: Mapping[str, Any]) -> str:
-    """Names a row of a probe.
-
-    Args:
-        row: one of its rows.
-
-    Returns:
-        The perturbation, if there is one, and the selection.
-    """
+    """Name a row of a probe."""
     return ", ".join(filter(None, (row["perturbation"], row["selection"])))
 
 

@@ -17,15 +17,7 @@ LAST = {Order.TOP: np.float32(0), Order.BOTTOM: np.finfo(np.float32).max}
 
 
 def check_left(parameters: Mapping[str, nn.Parameter], taken: Mapping[str, Array]) -> None:
-    """Checks that as many entries as are taken are left.
-
-    Args:
-        parameters: eligible parameters by name.
-        taken: flat indices by name, of eligible parameters or others.
-
-    Raises:
-        SelectionError: too few are left.
-    """
+    """Check that as many entries as are taken are left."""
     free = sum(
         parameter.numel() - (taken[name].size if name in taken else 0)
         for name, parameter in parameters.items()
@@ -41,17 +33,10 @@ def check_left(parameters: Mapping[str, nn.Parameter], taken: Mapping[str, Array
 def select_lowest(
     scores: Iterable[tuple[str, NDArray[np.float32]]], taken: Mapping[str, Array]
 ) -> dict[str, Selected]:
-    """Selects as many entries as are taken: those with the lowest scores, and none of the taken.
+    """Select as many entries as are taken: those with the lowest scores, and none of the taken.
 
     Of uniform random scores (`random_scores`) that is a uniform choice. `check_left` tells whether
     there are enough.
-
-    Args:
-        scores: names and scores, tensor by tensor; those of taken entries are overwritten.
-        taken: flat indices by name.
-
-    Returns:
-        The selected entries of each tensor that has any, in name order.
     """
     return select(leave_out(scores, taken, Order.BOTTOM), _count(taken), Order.BOTTOM)
 
@@ -59,16 +44,7 @@ def select_lowest(
 def leave_out(
     scores: Iterable[tuple[str, NDArray[np.float32]]], taken: Mapping[str, Array], order: Order
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Scores entries so that they are selected last.
-
-    Args:
-        scores: names and scores, tensor by tensor; those of taken entries are overwritten.
-        taken: flat indices by name.
-        order: which end of the ranking will be selected.
-
-    Yields:
-        Names and flat scores.
-    """
+    """Score entries so that they are selected last."""
     for name, values in scores:
         flat = np.ascontiguousarray(values).reshape(-1)
         if name in taken:

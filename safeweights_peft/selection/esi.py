@@ -55,25 +55,10 @@ def accumulate_gradients(
     aggregation: Aggregation = Aggregation.ABS_OF_MEAN,
     so_far: Accumulated | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Computes dS/dtheta, summed over the objective's terms in float32 whatever the model's dtype.
+    """Compute dS/dtheta, summed over the objective's terms in float32 whatever the model's dtype.
 
     Each parameter's own gradient is added and freed as soon as backward has finished it, so that
     the accumulators are the only full-sized memory.
-
-    Args:
-        model: the model to be scored; left as it is, but for gradients that it held before.
-        parameters: eligible parameters by name; only these get gradients.
-        objective: what to differentiate.
-        on_term: called after each term.
-        aggregation: how terms are summed.
-        so_far: what an interrupted call had; it is added to.
-
-    Returns:
-        Float32 gradients by name, of each parameter's shape, on its device; 0 where the objective
-        doesn't depend on a parameter.
-
-    Raises:
-        SelectionError: the first term's gradient is not finite.
     """
     if so_far is None:
         so_far = Accumulated(
@@ -119,7 +104,7 @@ def _adding_hook(
 
 
 def _check_finite(gradients: Mapping[str, torch.Tensor]) -> None:
-    """Looks at the first term's gradients, before hours are spent on the others."""
+    """Look at the first term's gradients, before hours are spent on the others."""
     for name, gradient in gradients.items():
         if not gradient.isfinite().all():
             raise SelectionError(
@@ -129,15 +114,7 @@ def _check_finite(gradients: Mapping[str, torch.Tensor]) -> None:
 
 
 def layer_groups(names: Iterable[str], layers_per_pass: int | None) -> list[list[str]]:
-    """Shares parameters out over passes, a few layers in each.
-
-    Args:
-        names: parameter names in the model's order, those of a layer after each other.
-        layers_per_pass: how many layers' accumulators to hold at once; all if None.
-
-    Returns:
-        The names, pass by pass. What belongs to no numbered layer counts as one.
-    """
+    """Share parameters out over passes, a few layers in each."""
     layers = [list(each) for _, each in groupby(names, layer_of)]
     size = layers_per_pass or len(layers)
     passes = (layers[start : start + size] for start in range(0, len(layers), size))
@@ -145,42 +122,20 @@ def layer_groups(names: Iterable[str], layers_per_pass: int | None) -> list[list
 
 
 def layer_of(name: str) -> str | None:
-    """Finds the numbered layer that a parameter belongs to.
-
-    Args:
-        name: a parameter's name.
-
-    Returns:
-        The layer's path, or None if the parameter is of no numbered layer.
-    """
+    """Find the numbered layer that a parameter belongs to."""
     found = re.search(r"\.\d+\.", name)
     return name[: found.end()] if found else None
 
 
 def sigma(parameter: torch.Tensor) -> torch.Tensor:
-    """Computes the standard deviation of a tensor, its entries' usual amount of change.
-
-    Args:
-        parameter: a tensor of any dtype.
-
-    Returns:
-        A float32 scalar, on its device.
-    """
+    """Compute the standard deviation of a tensor, its entries' usual amount of change."""
     return parameter.detach().float().std()
 
 
 def esi_scores(
     parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yields ESI tensor by tensor.
-
-    Args:
-        parameters: eligible parameters by name.
-        gradients: dS/dtheta of each, float32.
-
-    Yields:
-        Names and float32 scores of the parameter's shape.
-    """
+    """Yield ESI tensor by tensor."""
     for name, parameter in parameters.items():
         yield name, (sigma(parameter) * gradients[name]).abs_().cpu().numpy()
 
@@ -188,15 +143,7 @@ def esi_scores(
 def random_scores(
     parameters: Mapping[str, nn.Parameter], *seed: int
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yields uniform scores: their top-k is a uniform choice, the control for ESI's.
-
-    Args:
-        parameters: eligible parameters by name.
-        *seed: with a tensor's name, these fix that tensor's scores.
-
-    Yields:
-        Names and float32 scores in [0, 1) of the parameter's shape.
-    """
+    """Yield uniform scores: their top-k is a uniform choice, the control for ESI's."""
     for name, parameter in parameters.items():
         generator = np.random.default_rng([*seed, zlib.crc32(name.encode())])
         yield name, generator.random(tuple(parameter.shape), dtype=np.float32)

@@ -45,18 +45,7 @@ class GuardProfile:
     cue: str = ""
 
     def around(self, tokenizer: PreTrainedTokenizerBase, request: str) -> tuple[str, str]:
-        """Renders a conversation, but for the answer.
-
-        Args:
-            tokenizer: the guard's.
-            request: the user's request.
-
-        Returns:
-            The prompt before the answer, and after it up to where the label comes.
-
-        Raises:
-            SelectionError: the tokenizer has no chat template, or it doesn't show the answer once.
-        """
+        """Render a conversation, but for the answer."""
         if self.template is None:
             prompt = self._chat(tokenizer, request)
         else:
@@ -80,19 +69,7 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Applies a guard's own chat template, up to the cue for what it says.
-
-    Args:
-        tokenizer: the guard's.
-        messages: with `ANSWER` where the answer belongs.
-        options: what the template takes besides.
-
-    Returns:
-        The prompt.
-
-    Raises:
-        SelectionError: there is no chat template.
-    """
+    """Applie a guard's own chat template, up to the cue for what it says."""
     if not tokenizer.chat_template:
         raise SelectionError(
             f"{tokenizer.name_or_path}: expected a chat template, found none; give a profile "
@@ -103,18 +80,7 @@ def render_chat(
 
 
 def split_at_answer(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str]:
-    """Splits a prompt where the answer belongs.
-
-    Args:
-        tokenizer: the guard's, for messages.
-        prompt: holds `ANSWER`.
-
-    Returns:
-        What is before and after it.
-
-    Raises:
-        SelectionError: it isn't there once.
-    """
+    """Split a prompt where the answer belongs."""
     before, *after = prompt.split(ANSWER)
     if len(after) != 1:
         raise SelectionError(
@@ -172,17 +138,7 @@ PROFILES: Mapping[str, GuardProfile] = MappingProxyType(
 
 
 def read_profile(name_or_file: str) -> GuardProfile:
-    """Finds a guard's profile.
-
-    Args:
-        name_or_file: a name in `PROFILES`, or a JSON file with the fields of `GuardProfile`.
-
-    Returns:
-        The profile.
-
-    Raises:
-        SelectionError: there is no such profile, or the file lacks a field or has another one.
-    """
+    """Find a guard's profile."""
     if name_or_file in PROFILES:
         return PROFILES[name_or_file]
     path = Path(name_or_file)

@@ -35,14 +35,7 @@ class Answered:
 
 
 def check_answers(answers: Sequence[Answered]) -> None:
-    """Makes sure that there is something to judge.
-
-    Args:
-        answers: a model's own.
-
-    Raises:
-        SelectionError: there are no answers, or one has no token.
-    """
+    """Make sure that there is something to judge."""
     if not answers:
         raise SelectionError("answers: expected at least one, found none; give more requests")
     empty = [each.request for each in answers if not each.example.answer_ids]
@@ -66,20 +59,7 @@ class JudgedObjective:
         samples: int = 1,
         seed: int = 0,
     ) -> None:
-        """Takes the answers that are to be judged.
-
-        Args:
-            scorer: the judge.
-            answers: the model's own.
-            pad_token_id: the tokenizer's padding token.
-            batch_size: answers per forward pass of the model.
-            temperature: of the soft tokens; see `straight_through`.
-            samples: draws of noise per answer.
-            seed: with an answer's place, it fixes that answer's noise.
-
-        Raises:
-            SelectionError: there are no answers, or one has no token.
-        """
+        """Take the answers that are to be judged."""
         check_answers(answers)
         self._scorer, self._answers = scorer, answers
         self._pad_token_id, self._batch_size = pad_token_id, batch_size
@@ -93,19 +73,11 @@ class JudgedObjective:
         return sum(self._scores.values()) / len(self._answers) if is_known else None
 
     def __len__(self) -> int:
-        """Counts the batches."""
+        """Count the batches."""
         return -(-len(self._answers) // self._batch_size)
 
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
-        """Yields scalars whose gradients sum to the estimate of dS/dtheta.
-
-        Args:
-            model: the model to be scored, which gave the answers.
-            start: the first batch.
-
-        Yields:
-            One scalar per batch, float32; its value means nothing.
-        """
+        """Yield scalars whose gradients sum to the estimate of dS/dtheta."""
         for first in range(start * self._batch_size, len(self._answers), self._batch_size):
             answers = self._answers[first : first + self._batch_size]
             batch = collate([each.example for each in answers], self._pad_token_id)

@@ -21,19 +21,11 @@ class SafetyObjective(Protocol):
     """An expected safety score S(theta) that can be differentiated, one batch at a time."""
 
     def __len__(self) -> int:
-        """Counts the terms that `terms` yields."""
+        """Count the terms that `terms` yields."""
         ...
 
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
-        """Yields scalars whose gradients sum to that of S(theta), or to an estimate of it.
-
-        Args:
-            model: the model to be scored.
-            start: how many terms to leave out, from the first.
-
-        Returns:
-            One scalar per batch; each graph may be freed before the next is built.
-        """
+        """Yield scalars whose gradients sum to that of S(theta), or to an estimate of it."""
         ...
 
 
@@ -47,16 +39,7 @@ class ReferenceObjective:
     """
 
     def __init__(self, examples: Sequence[Example], pad_token_id: int, batch_size: int = 8) -> None:
-        """Sorts the examples by length, so that little is padded.
-
-        Args:
-            examples: requests with answers.
-            pad_token_id: the tokenizer's padding token.
-            batch_size: examples per forward pass.
-
-        Raises:
-            SelectionError: there are no examples.
-        """
+        """Sort the examples by length, so that little is padded."""
         if not examples:
             raise SelectionError("examples: expected at least one request, found none")
         ordered = sorted(examples, key=lambda example: len(example.prompt_ids))
@@ -67,19 +50,11 @@ class ReferenceObjective:
         self._pad_token_id = pad_token_id
 
     def __len__(self) -> int:
-        """Counts the batches."""
+        """Count the batches."""
         return len(self._batches)
 
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
-        """Yields each batch's share of the mean log-likelihood.
-
-        Args:
-            model: the model to be scored.
-            start: how many terms to leave out, from the first.
-
-        Yields:
-            Scalars, float32, that sum to S.
-        """
+        """Yield each batch's share of the mean log-likelihood."""
         for examples in self._batches[start:]:
             batch = collate(examples, self._pad_token_id).to(model.device)
             logits = answer_logits(model, batch)

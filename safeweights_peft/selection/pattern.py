@@ -55,14 +55,7 @@ class Part:
 
 
 def find_place(name: str) -> Place:
-    """Reads a parameter's place off its name.
-
-    Args:
-        name: the parameter's name in memory.
-
-    Returns:
-        The place, without an expert where one parameter serves them all.
-    """
+    """Read a parameter's place off its name."""
     *modules, own = name.split(".")
     layer = next((int(module) for module in modules if module.isdecimal()), None)
     after = modules[modules.index(EXPERTS) + 1 :] if EXPERTS in modules else []
@@ -87,17 +80,7 @@ def count_parts(
     eligible: Collection[str],
     indices: Mapping[str, Array],
 ) -> list[Part]:
-    """Counts selected entries at every place of a model.
-
-    Args:
-        shapes: shape of each of the model's parameters, tied ones once, by name in memory.
-        eligible: names of those that may carry selected entries.
-        indices: sorted flat indices of the selected entries, by parameter; (count,) each.
-
-    Returns:
-        One part per parameter, or one per expert of a parameter that serves all experts, in the
-        model's order.
-    """
+    """Count selected entries at every place of a model."""
     nothing = np.empty(0, np.int64)
     return [
         Part(place, size, size if name in eligible else 0, count)
@@ -107,7 +90,7 @@ def count_parts(
 
 
 def _split(name: str, shape: tuple[int, ...], indices: Array) -> Iterator[tuple[Place, int, int]]:
-    """Gives place, entries and selected entries of a parameter, or of each expert's part of it."""
+    """Give place, entries and selected entries of a parameter, or of each expert's part of it."""
     place, numel = find_place(name), math.prod(shape)
     if name.split(".")[-2:-1] != [EXPERTS]:
         yield place, numel, indices.size
@@ -118,18 +101,7 @@ def _split(name: str, shape: tuple[int, ...], indices: Array) -> Iterator[tuple[
 
 
 def tabulate(parts: Collection[Part], *keys: str) -> list[dict[str, Any]]:
-    """Adds parts up, and sets their share of the selection against their share of the model.
-
-    Args:
-        parts: all parts of a model.
-        *keys: what to tell apart: attributes of `Place`.
-
-    Returns:
-        Plain JSON, one row per combination, in the model's order: the keys; ``parameters``,
-        ``eligible`` and ``selected``; ``parameter_share`` and ``selected_share`` of the whole
-        model's; ``enrichment``, the second over the first: 1 if the model's entries were selected
-        evenly.
-    """
+    """Add parts up, and sets their share of the selection against their share of the model."""
     groups: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
         groups.setdefault(tuple(getattr(part.place, key) for key in keys), []).append(part)

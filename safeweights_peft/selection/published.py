@@ -40,19 +40,7 @@ class PublishedObjective:
         answers: Sequence[Answered],
         seed: int = 0,
     ) -> None:
-        """Finds for each of the guard's tokens the model's tokens that its raw string is cut into.
-
-        Args:
-            guard_model: the guard, in evaluation mode.
-            guard_tokenizer: its tokenizer, with a chat template.
-            tokenizer: that of the model which gave the answers.
-            label: the guard's label for a safe answer; its first token counts.
-            answers: the model's own.
-            seed: with an answer's place, it fixes that answer's noise.
-
-        Raises:
-            SelectionError: there are no answers, one has no token, or the guard has no chat
-                template that shows a message once.
+        """Find for each of the guard's tokens the model's tokens that its raw string is cut into.
         """
         check_answers(answers)
         self._guard, self._guard_tokenizer = guard_model.requires_grad_(False), guard_tokenizer
@@ -73,19 +61,11 @@ class PublishedObjective:
         self._weights = 1 / counts[self._tokens]
 
     def __len__(self) -> int:
-        """Counts the answers."""
+        """Count the answers."""
         return len(self._answers)
 
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[torch.Tensor]:
-        """Yields one scalar per answer, whose gradient is the published code's.
-
-        Args:
-            model: the model to be scored.
-            start: how many answers to leave out, from the first.
-
-        Yields:
-            Scalars, float32; their values mean nothing.
-        """
+        """Yield one scalar per answer, whose gradient is the published code's."""
         for place, answered in enumerate(self._answers[start:], start):
             batch = collate([answered.example], self._tokenizer.pad_token_id).to(model.device)
             logits = answer_logits(model, batch)[0, :-1]

@@ -23,17 +23,7 @@ def build_map(
     selected: Mapping[str, Selected],
     selection: dict[str, Any],
 ) -> SafetyMap:
-    """Records where selected entries are, on which base, and how they were chosen.
-
-    Args:
-        model: the base model, without adapters.
-        base: where it came from; its checkpoint's keys and dtypes are recorded.
-        selected: selected entries by parameter name.
-        selection: how they were chosen, plain JSON.
-
-    Returns:
-        The map, with digests of the checkpoint's own entries at the indices.
-    """
+    """Record where selected entries are, on which base, and how they were chosen."""
     reader = CheckpointReader(base.path)
     records = describe(model, selected, base.path)
     for name, entries in selected.items():

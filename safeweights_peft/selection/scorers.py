@@ -31,16 +31,7 @@ class AnswerScorer(Protocol):
     """Scores one answer, and tells how the score depends on its tokens."""
 
     def score(self, request: str, token_ids: Sequence[int]) -> tuple[float, torch.Tensor]:
-        """Scores an answer.
-
-        Args:
-            request: the user's request.
-            token_ids: T ids of the model's own tokens.
-
-        Returns:
-            S in [0, 1], 1 for safe; and dS/dp (T, V) float32 on the CPU, V the size of the model's
-            tokenizer, less its value at each realised token.
-        """
+        """Score an answer."""
         ...
 
 
@@ -58,17 +49,7 @@ class GuardScorer:
         tokenizer: PreTrainedTokenizerBase,
         profile: GuardProfile,
     ) -> None:
-        """Finds the labels, and how the tokenizers differ.
-
-        Args:
-            guard_model: the guard, in evaluation mode.
-            guard_tokenizer: its tokenizer.
-            tokenizer: that of the model whose answers are scored.
-            profile: how to ask the guard.
-
-        Raises:
-            SelectionError: a label is more than one token, or a tokenizer can't be used.
-        """
+        """Find the labels, and how the tokenizers differ."""
         self._guard, self._tokenizer = guard_model.requires_grad_(False), guard_tokenizer
         self._profile = profile
         self._bridge = _Bridge(tokenizer, guard_tokenizer)
@@ -76,15 +57,7 @@ class GuardScorer:
         self._labels = self._safe + [self._label_id(label) for label in profile.unsafe]
 
     def score(self, request: str, token_ids: Sequence[int]) -> tuple[float, torch.Tensor]:
-        """Lets the guard read the conversation.
-
-        Args:
-            request: the user's request.
-            token_ids: T ids of the model's own tokens.
-
-        Returns:
-            See `AnswerScorer.score`.
-        """
+        """Let the guard read the conversation."""
         before, after = self._profile.around(self._tokenizer, request)
         ids, read = self._bridge.splice(before, token_ids, after)
         score, gradient = _differentiate(self._guard, ids, self._probability_of_safe)
@@ -120,18 +93,7 @@ class ClassifierScorer:
         label: str,
         is_safe: bool,
     ) -> None:
-        """Finds the label, and how the tokenizers differ.
-
-        Args:
-            classifier: a model for sequence classification, in evaluation mode.
-            classifier_tokenizer: its tokenizer.
-            tokenizer: that of the model whose answers are scored.
-            label: one of its labels.
-            is_safe: whether that label calls an answer safe; unsafe if not.
-
-        Raises:
-            SelectionError: there is no such label, or a tokenizer can't be used.
-        """
+        """Find the label, and how the tokenizers differ."""
         labels = classifier.config.label2id or {}
         if label not in labels:
             raise SelectionError(
@@ -143,15 +105,7 @@ class ClassifierScorer:
         self._bridge = _Bridge(tokenizer, classifier_tokenizer)
 
     def score(self, request: str, token_ids: Sequence[int]) -> tuple[float, torch.Tensor]:
-        """Lets the classifier read the answer.
-
-        Args:
-            request: not read.
-            token_ids: T ids of the model's own tokens.
-
-        Returns:
-            See `AnswerScorer.score`.
-        """
+        """Let the classifier read the answer."""
         ids, read = self._bridge.read_alone(token_ids)
         score, gradient = _differentiate(self._classifier, ids, self._probability_of_safe)
         carried = self._bridge.carry(self._classifier, gradient[read.positions], token_ids, read)
@@ -195,7 +149,7 @@ class _Bridge:
     def splice(
         self, before: str, token_ids: Sequence[int], after: str
     ) -> tuple[list[int], _Reading]:
-        """Puts an answer between two texts: as tokens if the tokenizers agree, else as text."""
+        """Put an answer between two texts: as tokens if the tokenizers agree, else as text."""
         if self._texts is None:
             start, end = self._encode(before), self._encode(after)
             positions = range(len(start), len(start) + len(token_ids))
@@ -204,7 +158,7 @@ class _Bridge:
         return self._read(before + text + after, len(before), spans, special=False)
 
     def read_alone(self, token_ids: Sequence[int]) -> tuple[list[int], _Reading]:
-        """Puts an answer alone between the special tokens that the scorer wants around a text."""
+        """Put an answer alone between the special tokens that the scorer wants around a text."""
         if self._texts is None:
             start, end = self._special_tokens()
             positions = range(len(start), len(start) + len(token_ids))
@@ -219,7 +173,7 @@ class _Bridge:
         token_ids: Sequence[int],
         read: _Reading,
     ) -> torch.Tensor:
-        """Carries dS/d(embedding), (U, d), over to the model's tokens, (T, V)."""
+        """Carry dS/d(embedding), (U, d), over to the model's tokens, (T, V)."""
         derivative = _by_token(scorer.get_input_embeddings(), gradient)
         derivative = _resize(derivative.cpu(), len(self._scorer_tokenizer))
         realised = torch.tensor(token_ids)
@@ -257,7 +211,7 @@ class _Bridge:
 def _differentiate(
     scorer: PreTrainedModel, ids: Sequence[int], score: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[float, torch.Tensor]:
-    """Computes a score and its gradient at the embeddings, (N, d) float32 for N tokens."""
+    """Compute a score and its gradient at the embeddings, (N, d) float32 for N tokens."""
     embedded: list[torch.Tensor] = []
 
     def capture(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -281,11 +235,11 @@ def _differentiate(
 
 @torch.no_grad()
 def _by_token(embedding: nn.Module, gradient: torch.Tensor) -> torch.Tensor:
-    """Multiplies a gradient (U, d) with each token's embedding, (U, W)."""
+    """Multiplie a gradient (U, d) with each token's embedding, (U, W)."""
     ids = torch.arange(embedding.get_parameter("weight").shape[0], device=gradient.device)
     return torch.cat([gradient @ embedding(chunk).float().T for chunk in ids.split(CHUNK)], 1)
 
 
 def _resize(derivative: torch.Tensor, count: int) -> torch.Tensor:
-    """Cuts off embeddings without a token, or adds tokens without an embedding."""
+    """Cut off embeddings without a token, or adds tokens without an embedding."""
     return nn.functional.pad(derivative, (0, count - derivative.shape[1]))

@@ -18,19 +18,7 @@ def straight_through(
     samples: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Carries a derivative with respect to hard tokens on to the logits that led to them.
-
-    Args:
-        logits: (T, V) float32 with gradients: position t predicts token t.
-        token_ids: (T,) the tokens that were chosen.
-        derivative: (T, V) float32, that of the safety with respect to one-hot tokens.
-        temperature: of the softmax, positive; the lower, the nearer to hard tokens and the noisier.
-        samples: how many draws of noise are averaged.
-        generator: on the CPU; fixes the noise.
-
-    Returns:
-        A scalar whose gradient is the estimate; its value means nothing.
-    """
+    """Carry a derivative with respect to hard tokens on to the logits that led to them."""
     total = logits.new_zeros(())
     for _ in range(samples):
         noise = gumbel_noise(logits.detach(), token_ids, generator)
@@ -42,18 +30,10 @@ def straight_through(
 def gumbel_noise(
     logits: torch.Tensor, token_ids: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draws Gumbel noise under which given tokens have the largest of noise plus logit.
+    """Draw Gumbel noise under which given tokens have the largest of noise plus logit.
 
     Source: arXiv 2010.04838, equation 6: the largest is a Gumbel variable around the logarithm of
     the sum of exponentials, the others are Gumbel variables cut off there.
-
-    Args:
-        logits: (T, V) float32.
-        token_ids: (T,) the tokens.
-        generator: on the CPU.
-
-    Returns:
-        (T, V) float32 on the device of the logits.
     """
     exponential = torch.empty(logits.shape).exponential_(generator=generator).to(logits.device)
     logs = exponential.clamp_min(torch.finfo(torch.float32).tiny).log()

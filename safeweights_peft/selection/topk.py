@@ -51,15 +51,7 @@ class TopK:
     """
 
     def __init__(self, k: int, order: Order = Order.TOP) -> None:
-        """Starts with nothing kept.
-
-        Args:
-            k: how many entries to keep, at least 1.
-            order: the highest scores, or the lowest.
-
-        Raises:
-            SelectionError: k is not positive.
-        """
+        """Start with nothing kept."""
         if k < 1:
             raise SelectionError(f"k: expected at least 1, found {k}; raise the density")
         self.k = k
@@ -68,22 +60,14 @@ class TopK:
         self._bound = np.uint32(0)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Copies what is kept, so that an interrupted stream can go on.
-
-        Returns:
-            Arrays by name, for `restore`.
-        """
+        """Copie what is kept, so that an interrupted stream can go on."""
         arrays: dict[str, NDArray[Any]] = {"bound": np.array([self._bound])}
         for name, kept in self._kept.items():
             arrays |= {f"{name}/indices": kept.indices, f"{name}/scores": kept.scores}
         return arrays
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Goes on from where another stream was, with the same k and order.
-
-        Args:
-            arrays: its `state`.
-        """
+        """Go on from where another stream was, with the same k and order."""
         self._bound = np.uint32(arrays["bound"][0])
         names = [key.removesuffix("/scores") for key in arrays if key.endswith("/scores")]
         self._kept = {
@@ -97,15 +81,7 @@ class TopK:
         return sum(kept.indices.size for kept in self._kept.values())
 
     def add(self, name: str, scores: NDArray[np.float32]) -> None:
-        """Offers all scores of one tensor.
-
-        Args:
-            name: the tensor's name; each may be offered once.
-            scores: float32 of any shape, finite and not negative.
-
-        Raises:
-            SelectionError: a name comes twice, or a score is negative or not finite.
-        """
+        """Offer all scores of one tensor."""
         if name in self._kept:
             raise SelectionError(f"{name}: expected to be scored once, found it twice")
         offered = np.ascontiguousarray(scores, dtype=np.float32).reshape(-1)
@@ -116,14 +92,7 @@ class TopK:
         self._kept[name] = self._take(offered, ties=wanted)
 
     def result(self) -> dict[str, Selected]:
-        """Ends the stream.
-
-        Returns:
-            For each tensor that has selected entries, in name order, these entries: k in all.
-
-        Raises:
-            SelectionError: fewer than k entries were offered.
-        """
+        """End the stream."""
         if self.count < self.k:
             raise SelectionError(
                 f"k: expected at most {self.count} entries, found {self.k}; lower the density "
@@ -133,7 +102,7 @@ class TopK:
         return {name: kept for name, kept in sorted(self._kept.items()) if kept.indices.size}
 
     def _raise_bound(self, name: str = "", offered: NDArray[np.float32] = NOTHING) -> int:
-        """Drops kept entries that rank behind the k-th of all, those of a new tensor included.
+        """Drop kept entries that rank behind the k-th of all, those of a new tensor included.
 
         Returns how many of the new tensor's entries with just the k-th key are to be kept.
         """
@@ -154,7 +123,7 @@ class TopK:
         return new
 
     def _shrink(self, kept: Selected, ties: int) -> None:
-        """Drops kept entries below the bound, and ties beyond the first few, without a copy."""
+        """Drop kept entries below the bound, and ties beyond the first few, without a copy."""
         end = 0
         for start, keys in self._pieces(kept.scores):
             wanted = self._wanted(keys, ties)
@@ -167,7 +136,7 @@ class TopK:
         kept.scores.resize(end, refcheck=False)
 
     def _take(self, offered: NDArray[np.float32], ties: int) -> Selected:
-        """Copies a new tensor's entries above the bound, and its first ties."""
+        """Copie a new tensor's entries above the bound, and its first ties."""
         above = sum(int((keys > self._bound).sum()) for _, keys in self._pieces(offered))
         size = above + min(ties, self._tied(offered))
         taken = Selected(np.empty(size, index_dtype(offered.size)), np.empty(size, np.float32))
@@ -190,7 +159,7 @@ class TopK:
         return wanted
 
     def _pieces(self, scores: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.uint32]]]:
-        """Maps scores piece by piece to unsigned integers that grow with how wanted they are.
+        """Map scores piece by piece to unsigned integers that grow with how wanted they are.
 
         The bits of floats that are not negative order as the floats do; adding 0 turns -0 into 0.
         """
@@ -212,15 +181,7 @@ def _check_scores(name: str, scores: NDArray[np.float32]) -> None:
 def kth_largest(
     chunks: Callable[[], Iterator[NDArray[np.uint32]]], k: int
 ) -> tuple[np.uint32, int]:
-    """Finds the k-th largest of many 32-bit keys with two histograms of their halves.
-
-    Args:
-        chunks: called twice; each call goes through all keys in pieces.
-        k: the rank, from 1 to the number of keys.
-
-    Returns:
-        The k-th largest key, and how many keys are larger.
-    """
+    """Find the k-th largest of many 32-bit keys with two histograms of their halves."""
     high, above = _find_bin((keys >> np.uint32(16) for keys in chunks()), k)
     same_high = (keys[keys >> np.uint32(16) == high] & np.uint32(0xFFFF) for keys in chunks())
     low, above_low = _find_bin(same_high, k - above)
@@ -239,16 +200,7 @@ def _find_bin(halves: Iterable[NDArray[np.uint32]], k: int) -> tuple[int, int]:
 def select(
     scores: Iterable[tuple[str, NDArray[np.float32]]], k: int, order: Order = Order.TOP
 ) -> dict[str, Selected]:
-    """Selects k entries over all tensors.
-
-    Args:
-        scores: names and scores, tensor by tensor.
-        k: how many entries to select.
-        order: the highest scores, or the lowest.
-
-    Returns:
-        The selected entries of each tensor that has any, in name order.
-    """
+    """Select k entries over all tensors."""
     best = TopK(k, order)
     for name, values in scores:
         best.add(name, values)

@@ -38,14 +38,7 @@ class TokenTexts:
     """The text of each token of a byte-level or SentencePiece tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Finds out how the tokenizer writes bytes.
-
-        Args:
-            tokenizer: a fast tokenizer.
-
-        Raises:
-            SelectionError: it is not a fast one, or writes bytes in another way.
-        """
+        """Find out how the tokenizer writes bytes."""
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._special = frozenset(each for each, token in added.items() if token.special)
@@ -59,14 +52,7 @@ class TokenTexts:
         self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Decodes one token.
-
-        Args:
-            token_id: an id of the tokenizer.
-
-        Returns:
-            UTF-8, perhaps the part of a character; nothing for special tokens and unused ids.
-        """
+        """Decode one token."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None or token_id in self._special:
             return b""
@@ -77,15 +63,9 @@ class TokenTexts:
         return str(token).replace(_BLANK, " ").encode()
 
     def spell(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-        """Decodes a sequence, and tells which characters each token stands for.
+        """Decode a sequence, and tells which characters each token stands for.
 
         A character whose bytes are spread over several tokens belongs to the last of them.
-
-        Args:
-            token_ids: ids of the tokenizer.
-
-        Returns:
-            The text, and for each token the start and the end of its characters.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text, spans = "", []
@@ -97,17 +77,7 @@ class TokenTexts:
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Describes a tokenizer so that two that do the same are described alike.
-
-    Args:
-        tokenizer: a fast tokenizer.
-
-    Returns:
-        Its vocabulary and rules, as JSON.
-
-    Raises:
-        SelectionError: it is not a fast one.
-    """
+    """Describe a tokenizer so that two that do the same are described alike."""
     if not tokenizer.is_fast:
         raise SelectionError(
             f"{tokenizer.name_or_path}: expected a fast tokenizer, found a slow one; save it as "
@@ -120,15 +90,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def overlaps(written: Sequence[tuple[int, int]], read: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Tells how far each token that is read stands for the text of each that was written.
-
-    Args:
-        written: characters, start and end, of T tokens that follow each other.
-        read: the same of U other tokens of that text.
-
-    Returns:
-        (U, T) float32: the share of token u's characters that are token t's.
-    """
+    """Tell how far each token that is read stands for the text of each that was written."""
     ours = torch.tensor(written, dtype=torch.float32).reshape(-1, 2)
     theirs = torch.tensor(read, dtype=torch.float32).reshape(-1, 2)
     ends = torch.minimum(theirs[:, None, 1], ours[None, :, 1])
@@ -159,14 +121,7 @@ class VocabularyTransfer:
         return self.counts > 0
 
     def carry(self, derivative: torch.Tensor) -> torch.Tensor:
-        """Carries a derivative over from the guard's vocabulary to the model's.
-
-        Args:
-            derivative: (T, W) float32, with respect to the guard's tokens.
-
-        Returns:
-            (T, V) float32: for each token the weighted sum over its pieces.
-        """
+        """Carry a derivative over from the guard's vocabulary to the model's."""
         tokens = torch.arange(len(self.counts)).repeat_interleave(self.counts)
         carried = derivative.new_zeros(len(derivative), len(self.counts))
         return carried.index_add_(1, tokens, derivative[:, self.pieces] * self.weights)
@@ -175,15 +130,7 @@ class VocabularyTransfer:
 def vocabulary_transfer(
     tokenizer: PreTrainedTokenizerBase, guard_tokenizer: PreTrainedTokenizerBase
 ) -> VocabularyTransfer:
-    """Reads each token of a model as the guard would; once for each pair, then from a cache.
-
-    Args:
-        tokenizer: the model's.
-        guard_tokenizer: the guard's.
-
-    Returns:
-        The transfer.
-    """
+    """Read each token of a model as the guard would; once for each pair, then from a cache."""
     both = identity(tokenizer) + identity(guard_tokenizer)
     path = CACHE_DIR / f"transfer-{hashlib.sha256(both.encode()).hexdigest()[:24]}.safetensors"
     shape = len(tokenizer), len(guard_tokenizer)
@@ -227,7 +174,7 @@ def _write_cache(path: Path, built: dict[str, torch.Tensor]) -> None:
 
 
 def _read_cache(path: Path, shape: tuple[int, int]) -> dict[str, torch.Tensor] | None:
-    """Reads a transfer that was built before; none if it isn't there or isn't whole."""
+    """Read a transfer that was built before; none if it isn't there or isn't whole."""
     try:
         cached = load_file(str(path))
     except (OSError, SafetensorError):

@@ -24,52 +24,23 @@ _ADDED = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_s
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Tell whether PEFT has been at work on a model.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        True if it has adapters of whatever kind, merged ones included.
-    """
+    """Tell whether PEFT has been at work on a model."""
     wrapped = isinstance(model, PeftModel | PeftMixedModel)
     return wrapped or any(isinstance(each, BaseTunerLayer) for each in model.modules())
 
 
 def plain_name(name: str) -> str:
-    """Tell a parameter's name in the plain model.
-
-    Args:
-        name: Its name in a model with adapters, but for a wrapper's prefix.
-
-    Returns:
-        The name without what PEFT puts into it.
-    """
+    """Tell a parameter's name in the plain model."""
     return _ADDED.sub("", name)
 
 
 def is_copy(name: str) -> bool:
-    """Tell whether a parameter is a copy that PEFT trains in place of the original.
-
-    Args:
-        name: The parameter's name as `parameters_by_name` gives it.
-
-    Returns:
-        True for those of `modules_to_save`.
-    """
+    """Tell whether a parameter is a copy that PEFT trains in place of the original."""
     return ".modules_to_save." in name
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Find all that stands for each parameter of the plain model.
-
-    Args:
-        model: Compiled in part or not, with adapters or without.
-
-    Returns:
-        For each name in the plain model, and for each of a tied parameter's names, the parameter
-        and the copies of it that PEFT trains as `modules_to_save`, by a name that tells which.
-    """
+    """Find all that stands for each parameter of the plain model."""
     adapted = has_adapters(model)
     owned: dict[str, dict[str, nn.Parameter]] = {}
     names: dict[nn.Parameter, list[str]] = {}
@@ -83,14 +54,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Check that a model's adapters are LoRA, and not merged.
-
-    Args:
-        model: A model with adapters.
-
-    Raises:
-        UnsupportedFeatureError: There are others, or merged ones.
-    """
+    """Check that a model's adapters are LoRA, and not merged."""
     configs = getattr(model, "peft_config", {}).values()
     kinds = {str(each.peft_type.value) for each in configs} - {"LORA"}
     if isinstance(model, PeftMixedModel):
@@ -109,18 +73,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module, entries: Sequence[FrozenEntries]) -> list[FrozenLayer]:
-    """Find the LoRA layers that would move frozen entries.
-
-    Args:
-        model: A model with adapters that `check_adapters` has let pass.
-        entries: Frozen entries of its parameters.
-
-    Returns:
-        Each such layer, with the frozen entries of its weight.
-
-    Raises:
-        UnsupportedFeatureError: An adapter would move frozen entries, and can't be corrected.
-    """
+    """Find the LoRA layers that would move frozen entries."""
     frozen: dict[nn.Parameter, list[Tensor]] = {}
     for each in entries:
         frozen.setdefault(each.parameter, []).append(each.indices)

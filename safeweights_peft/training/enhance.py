@@ -83,25 +83,10 @@ def enhance(
     work_dir: Path,
     on_step: Callable[[StepLoss], None] = lambda _: None,
 ) -> list[StepLoss]:
-    """Trains an adapter's values in place.
+    """Train an adapter's values in place.
 
     A run that was interrupted goes on from the last checkpoint in `work_dir`, and ends with the
     values that a straight run has.
-
-    Args:
-        model: a PeftModel with one trainable safeweights adapter; float32 values.
-        tokenizer: pads the batches.
-        harmful: harmful requests with refusals.
-        benign: benign requests with the base model's own answers.
-        settings: steps, rates, weights, seed.
-        work_dir: where checkpoints are kept; give each run its own.
-        on_step: called after each step.
-
-    Returns:
-        The losses of all steps, those before an interruption included.
-
-    Raises:
-        TrainingError: there are no examples, or the loss is not finite.
     """
     if not harmful or not benign:
         raise TrainingError(
@@ -124,7 +109,7 @@ def enhance(
 
 @contextmanager
 def _exact_checkpoints(model: PeftModel) -> Iterator[None]:
-    """Stores float32 values while training: rounded ones would not continue the same run."""
+    """Store float32 values while training: rounded ones would not continue the same run."""
     config = model.peft_config[model.active_adapter]
     values_dtype, config.values_dtype = config.values_dtype, "float32"
     try:
@@ -233,17 +218,7 @@ class _EnhanceTrainer(Trainer):
 def step_losses(
     model: PeftModel, whole: Batch, benign: Batch, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes both terms of SET's loss.
-
-    Args:
-        model: the model in training; without its adapter it is the base.
-        whole: a step's harmful rows with refusals, then its benign rows.
-        benign: the benign rows alone, with the base's own answers.
-        decay: weight of an answer token relative to the one before it.
-
-    Returns:
-        The refusal and the retain term, scalars, nats per token.
-    """
+    """Compute both terms of SET's loss."""
     with torch.no_grad(), model.disable_adapter():
         base = answer_logits(model, benign)
     logits = answer_logits(model, whole)
@@ -254,16 +229,7 @@ def step_losses(
 
 
 def refusal_loss(logits: torch.Tensor, answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
-    """Computes the weighted negative log-likelihood of refusals.
-
-    Args:
-        logits: (B, A, V) of the model in training.
-        answer_ids: (B, A) refusals, `IGNORED` where one has ended.
-        decay: weight of an answer token relative to the one before it.
-
-    Returns:
-        A scalar, nats per token.
-    """
+    """Compute the weighted negative log-likelihood of refusals."""
     losses = F.cross_entropy(
         logits.transpose(1, 2), answer_ids, ignore_index=IGNORED, reduction="none"
     )
@@ -273,17 +239,7 @@ def refusal_loss(logits: torch.Tensor, answer_ids: torch.Tensor, decay: float) -
 def retain_loss(
     logits: torch.Tensor, base_logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
 ) -> torch.Tensor:
-    """Computes the weighted KL(base || model) over the base's own answers.
-
-    Args:
-        logits: (B, A, V) of the model in training.
-        base_logits: (B, A, V) of the base.
-        answer_ids: (B, A) the base's answers, `IGNORED` where one has ended.
-        decay: weight of an answer token relative to the one before it.
-
-    Returns:
-        A scalar, nats per token.
-    """
+    """Compute the weighted KL(base || model) over the base's own answers."""
     scored = answer_ids != IGNORED
     base = F.log_softmax(base_logits[scored], -1)
     tuned = F.log_softmax(logits[scored], -1)
@@ -292,15 +248,7 @@ def retain_loss(
 
 
 def token_weights(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
-    """Weights answer tokens: geometrically less from each to the next, 1 in all.
-
-    Args:
-        answer_ids: (B, A), `IGNORED` where an answer has ended.
-        decay: weight of a token relative to the one before it, in (0, 1].
-
-    Returns:
-        (B, A) float32 that sums to 1, 0 where an answer has ended.
-    """
+    """Weight answer tokens: geometrically less from each to the next, 1 in all."""
     steps = torch.arange(answer_ids.shape[1], device=answer_ids.device)
     weights = decay**steps * (answer_ids != IGNORED)
     return weights / weights.sum()

@@ -89,24 +89,11 @@ def fine_tune(
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> list[float]:
-    """Trains a model in place, but for the entries of a safety map or patch.
+    """Train a model in place, but for the entries of a safety map or patch.
 
     What is trained is the model's LoRA where it has one, else all weights. A run that was
     interrupted goes on from the last checkpoint in `work_dir`, and ends with the weights that a
     straight run has.
-
-    Args:
-        model: float32 weights, plain or under `add_lora`; see `preserve` for what they must be.
-        pad_token_id: what stands where no token does.
-        examples: instructions with answers; the loss is on the answers.
-        artifact: the safety map or patch, or its directory; checked before anything is written.
-        settings: steps, rates, sizes, seed.
-        work_dir: where checkpoints are kept; give each run its own.
-        dtype: what matrix products are computed in; the weights stay in float32.
-        on_step: called after each step with its number, from 1, and its loss.
-
-    Returns:
-        The loss of each step in nats per token, those before an interruption included.
     """
     if not isinstance(model, PeftModel):
         model.requires_grad_(True)
@@ -125,15 +112,7 @@ def fine_tune(
 
 
 def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
-    """Wraps a model in LoRA on all linear layers but the output.
-
-    Args:
-        model: the base model.
-        settings: rank and seed; the same seed gives the same start.
-
-    Returns:
-        The model, of which only the adapter is to be trained.
-    """
+    """Wrap a model in LoRA on all linear layers but the output."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
@@ -147,7 +126,7 @@ def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
 
 @contextmanager
 def _contiguous_logits(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Hands the output layer a copy of the last columns; see `modeling.last_columns`.
+    """Hand the output layer a copy of the last columns; see `modeling.last_columns`.
 
     Not its tensor of columns: torch's DataParallel would share that out over devices.
     """
@@ -218,19 +197,9 @@ class _StepWatch(TrainerCallback):
 
 
 def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Example]:
-    """Deals examples out for all steps: in random order, all of them before any comes again.
+    """Deal examples out for all steps: in random order, all of them before any comes again.
 
     Within some batches they are then put in order of length, and these batches in random order.
-
-    Args:
-        examples: at least one.
-        settings: steps, batch size, seed.
-
-    Returns:
-        One example after the other, batch by batch.
-
-    Raises:
-        TrainingError: there are no examples.
     """
     if not examples:
         raise TrainingError("examples: expected at least one, found none; give more data")
@@ -247,17 +216,7 @@ def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Exampl
 
 
 def collate_answers(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
-    """Lays examples out for a causal language model that computes its own loss.
-
-    Args:
-        examples: B of at most T tokens.
-        pad_token_id: what stands where no token does.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` (B, T), padded on the right; ``logits_to_keep``, the
-        number L of last columns from which an answer is predicted; ``labels`` (B, L), `IGNORED`
-        where no answer stands.
-    """
+    """Lay examples out for a causal language model that computes its own loss."""
     rows = [torch.tensor(each.prompt_ids + each.answer_ids) for each in examples]
     labels = [row.clone() for row in rows]
     for each, label in zip(examples, labels, strict=True):

@@ -39,29 +39,14 @@ class FrozenPattern:
 
     @classmethod
     def lay_out(cls, indices: Tensor, shape: tuple[int, int]) -> FrozenPattern:
-        """Lay frozen entries out.
-
-        Args:
-            indices: Their flat row-major indices, ascending; ``(count,)``.
-            shape: The weight's shape.
-
-        Returns:
-            The pattern.
-        """
+        """Lay frozen entries out."""
         rows, columns = shape
         transposed = indices.long() % columns * rows + indices.long() // columns
         by_column = csr_pattern(transposed.sort().values.to(indices.dtype), (columns, rows))
         return cls(csr_pattern(indices, shape), by_column)
 
     def to(self, device: torch.device) -> FrozenPattern:
-        """Copy the pattern to another device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            The copy.
-        """
+        """Copy the pattern to another device."""
         return FrozenPattern(self.by_row.to(device), self.by_column.to(device))
 
 
@@ -84,15 +69,7 @@ class LoraCorrection:
     """The hooks that keep one layer's effective weight at its frozen entries."""
 
     def __init__(self, frozen: FrozenLayer) -> None:
-        """Note what to correct, and change nothing yet.
-
-        Args:
-            frozen: The layer, whose adapters of now are corrected, and the entries.
-
-        Raises:
-            UnsupportedFeatureError: The layer is corrected already: what two corrections have in
-                common would be taken out twice.
-        """
+        """Note what to correct, and change nothing yet."""
         self._layer = frozen.layer
         self._patterns = {frozen.pattern.by_row.device: frozen.pattern}
         self._handles: list[RemovableHandle] = []
@@ -174,15 +151,7 @@ class _Corrected(torch.autograd.Function):
 
 
 def frozen_part(frozen: FrozenLayer, adapter: str) -> Tensor:
-    """Compute what an adapter adds to a weight's frozen entries.
-
-    Args:
-        frozen: The layer and the entries.
-        adapter: The adapter's name, one that the layer has.
-
-    Returns:
-        s·BA at the entries, float32, in the order of their indices; ``(count,)``.
-    """
+    """Compute what an adapter adds to a weight's frozen entries."""
     first, second = frozen.layer.lora_A[adapter], frozen.layer.lora_B[adapter]
     a, b = first.weight.detach().float(), second.weight.detach().float()
     product = sampled_product(frozen.pattern.by_row.to(a.device), b, a.T)

@@ -48,7 +48,7 @@ _WHOLE = "train it whole, on one device or with DDP"
 
 @contextmanager
 def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
-    """Keeps the entries of a safety map or patch bit for bit as they are while the model trains.
+    """Keep the entries of a safety map or patch bit for bit as they are while the model trains.
 
     ::
 
@@ -112,7 +112,7 @@ class SafetyPreservingCallback(TrainerCallback):
     """
 
     def __init__(self, artifact: ArtifactOrPath) -> None:
-        """Takes a map or a patch, which is checked when training begins.
+        """Take a map or a patch, which is checked when training begins.
 
         Args:
             artifact: the safety map or patch, or its directory.
@@ -123,7 +123,7 @@ class SafetyPreservingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts to protect the model that is about to train, and that one only.
+        """Start to protect the model that is about to train, and that one only.
 
         Args:
             args: the trainer's arguments.
@@ -147,7 +147,7 @@ class SafetyPreservingCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ends the protection.
+        """End the protection.
 
         Args:
             args: not used.
@@ -158,7 +158,7 @@ class SafetyPreservingCallback(TrainerCallback):
         self.detach()
 
     def detach(self) -> None:
-        """Restores the entries a last time and removes all hooks; does nothing if there are none.
+        """Restore the entries a last time and removes all hooks; does nothing if there are none.
 
         Needed only after a training that was broken off, to go on with the model unprotected.
         """
@@ -170,23 +170,10 @@ class SafetyPreservingCallback(TrainerCallback):
 def lora_correction(
     model: nn.Module, artifact: ArtifactOrPath, adapter: str = "default"
 ) -> dict[str, Tensor]:
-    """Tells what takes a LoRA adapter's part at the entries of a safety map or patch out again.
+    """Tell what takes a LoRA adapter's part at the entries of a safety map or patch out again.
 
     Added to the merged weights, or to the base beside the adapter, it makes of the effective weight
     W + s·BA what `preserve` made of it in training.
-
-    Args:
-        model: as for `preserve`, with LoRA.
-        artifact: the safety map or patch, or its directory.
-        adapter: the adapter's name.
-
-    Returns:
-        For each parameter of the artifact that the adapter moves, -s·BA at the entries, float32 on
-        the CPU, in the order of the artifact's indices; ``(count,)``.
-
-    Raises:
-        ModelError: there is no such adapter, or see `preserve`, whose other errors come from here
-            too.
     """
     artifact, model = _read(artifact), _unwrap(model)
     if adapter not in getattr(model, "peft_config", {}):
@@ -203,7 +190,7 @@ class _Guard:
     """All hooks that protect one model, from ``attach`` to ``detach``."""
 
     def __init__(self, model: nn.Module, artifact: ArtifactOrPath) -> None:
-        """Does all checks, and changes nothing yet."""
+        """Do all checks, and changes nothing yet."""
         artifact, model = _read(artifact), _unwrap(model)
         entries, adapted = _frozen_entries(model, artifact), has_adapters(model)
         layers = lora_layers(model, entries) if adapted else []
@@ -237,7 +224,7 @@ def _read(artifact: ArtifactOrPath) -> Artifact:
 
 
 def _frozen_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
-    """Finds the entries of whatever stands for an artifact's parameters in a model, all checked."""
+    """Find the entries of whatever stands for an artifact's parameters in a model, all checked."""
     metadata = artifact.metadata
     kind = metadata.mode.artifact
     _check_model(model, next(iter(artifact.indices), kind))
@@ -257,7 +244,7 @@ def _frozen_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Looks under what DDP and `torch.compile` put around a whole model."""
+    """Look under what DDP and `torch.compile` put around a whole model."""
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
@@ -296,7 +283,7 @@ def _find(
 
 
 def _check_kind(parameter: nn.Parameter, name: str) -> None:
-    """Refuses what holds only a part of its entries, or none, or not as plain floats."""
+    """Refuse what holds only a part of its entries, or none, or not as plain floats."""
     if hasattr(parameter, "ds_id"):
         raise UnsupportedFeatureError(
             f"{name}: expected a whole parameter, found a partition of ZeRO-3; {_WHOLE}"

@@ -30,24 +30,13 @@ class CodedValues(nn.Parameter):
         return super().__new__(cls, data.detach(), False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Note whether the values are to be trained.
-
-        Args:
-            requires_grad: Whether they are.
-
-        Returns:
-            Itself.
-        """
+        """Note whether the values are to be trained."""
         self.is_trained = requires_grad
         return self
 
 
 class Values(nn.ParameterDict):
-    """The values of one parameter, by adapter; ``model.half()`` and the like leave their dtype.
-
-    Args:
-        on_set: Called with the adapter's name when a tensor of it was set by attribute.
-    """
+    """The values of one parameter, by adapter; ``model.half()`` and the like leave their dtype."""
 
     def __init__(self, on_set: Callable[[str], None]) -> None:
         super().__init__()
@@ -71,11 +60,7 @@ class Values(nn.ParameterDict):
 
 
 class Indices(BufferDict):
-    """The flat indices of one parameter, by adapter.
-
-    Args:
-        on_set: Called with the adapter's name when a tensor of it was set by attribute.
-    """
+    """The flat indices of one parameter, by adapter."""
 
     def __init__(self, on_set: Callable[[str], None]) -> None:
         super().__init__(persistent=True)
@@ -89,15 +74,7 @@ class Indices(BufferDict):
 
 
 def values_room(layout: Layout, device: torch.device) -> nn.Parameter:
-    """Make room for values that are loaded later.
-
-    Args:
-        layout: Dtype and shape of the stored tensor.
-        device: Where to.
-
-    Returns:
-        Float32 zeros; bytes if the values are coded.
-    """
+    """Make room for values that are loaded later."""
     dtype, shape = layout
     if dtype == np.uint8:
         return CodedValues(torch.zeros(shape, dtype=torch.uint8, device=device))
@@ -105,38 +82,16 @@ def values_room(layout: Layout, device: torch.device) -> nn.Parameter:
 
 
 def indices_room(layout: Layout, device: torch.device) -> Tensor:
-    """Make room for indices that are loaded later, filled with what cannot pass the checks.
-
-    Args:
-        layout: Dtype and shape of the stored tensor.
-        device: Where to.
-
-    Returns:
-        The tensor, of the stored dtype.
-    """
+    """Make room for indices that are loaded later, filled with what cannot pass the checks."""
     dtype = to_torch(np.empty(0, layout[0])).dtype
     return torch.full(layout[1], _UNLOADED[dtype], dtype=dtype, device=device)
 
 
 def is_unloaded(indices: Tensor) -> bool:
-    """Tell whether indices are still what :func:`indices_room` has made.
-
-    Args:
-        indices: Stored indices.
-
-    Returns:
-        True if nothing was loaded.
-    """
+    """Tell whether indices are still what :func:`indices_room` has made."""
     return indices.numel() > 0 and bool((indices == _UNLOADED[indices.dtype]).all())
 
 
 def is_coded(tensor: Tensor) -> bool:
-    """Tell whether indices or values are in a coded form.
-
-    Args:
-        tensor: Stored indices or values.
-
-    Returns:
-        True for bytes.
-    """
+    """Tell whether indices or values are in a coded form."""
     return tensor.dtype is torch.uint8

@@ -98,16 +98,7 @@ def create_adapter(
 
 
 def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas) -> AdapterMetadata:
-    """Describe deltas of a model that is at hand.
-
-    Args:
-        model: The base model, perhaps wrapped already.
-        metadata: Description of the parameters; a recorded base digest must hold.
-        deltas: The deltas, by parameter name, with values in their storage dtype.
-
-    Returns:
-        The metadata with records of these deltas only, counts and digests complete.
-    """
+    """Describe deltas of a model that is at hand."""
     selected = {each.name: each for _, layer in named_layers(model) for each in layer.owned}
     records = {}
     for name, delta in deltas.items():
@@ -125,13 +116,7 @@ def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas)
 
 
 def fill(model: nn.Module, adapter: str, deltas: Deltas) -> None:
-    """Put indices and values into an adapter that has room for them.
-
-    Args:
-        model: The wrapped model.
-        adapter: The adapter's name.
-        deltas: Its content, which needs no more checks.
-    """
+    """Put indices and values into an adapter that has room for them."""
     with torch.no_grad():
         for each in selected_parameters(model, adapter):
             each.indices[adapter].copy_(to_torch(deltas[each.name].indices))
@@ -157,16 +142,7 @@ def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "defaul
 def weighted_sum(
     model: nn.Module, configs: Mapping[str, SafeWeightsConfig], terms: Sequence[tuple[str, float]]
 ) -> tuple[AdapterMetadata, dict[str, SparseDelta]]:
-    """Sum adapters over the union of their entries, in float32 and with their present scales.
-
-    Args:
-        model: The wrapped model.
-        configs: The configs of its adapters.
-        terms: Adapter and weight, in the order of the sum.
-
-    Returns:
-        A description with scale 1 and without digests, and the sum by parameter name.
-    """
+    """Sum adapters over the union of their entries, in float32 and with their present scales."""
     parts: dict[str, SelectedParameter] = {}
     for adapter, _ in terms:
         parts |= {each.name: each for each in selected_parameters(model, adapter)}
@@ -188,20 +164,7 @@ def weighted_sum(
 def stored_tensors(
     model: nn.Module, config: SafeWeightsConfig, adapter: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Select an adapter's tensors as they are stored, and bring its config up to date.
-
-    Args:
-        model: The wrapped model.
-        config: The adapter's config; counts and digests in it are replaced.
-        adapter: The adapter's name.
-        state_dict: The model's state, by names in the model.
-
-    Returns:
-        Indices and values, by names in the model.
-
-    Raises:
-        UnsupportedFeatureError: The state is that of one shard.
-    """
+    """Select an adapter's tensors as they are stored, and bring its config up to date."""
     stored: dict[str, Tensor] = {}
     records = dict(config.tensors)
     for path, layer in named_layers(model):

@@ -12,16 +12,7 @@ from torch.nn import functional as F
 
 
 def csr_pattern(indices: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Lay entries of a matrix out as torch's sparse products want to be told of them.
-
-    Args:
-        indices: Flat row-major indices, ascending; ``(count,)``.
-        shape: The matrix's shape.
-
-    Returns:
-        A sparse CSR matrix of float32 zeros, with indices of int32 where the given ones are. All
-        values are one zero in memory: to be read only.
-    """
+    """Lay entries of a matrix out as torch's sparse products want to be told of them."""
     rows, columns = shape
     starts = torch.arange(
         0, (rows + 1) * columns, columns, dtype=indices.dtype, device=indices.device
@@ -38,28 +29,12 @@ def csr_pattern(indices: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def sampled_product(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Compute ``left @ right.T`` at the entries of a pattern.
-
-    Args:
-        pattern: See :func:`csr_pattern`; ``(rows, columns)``, ``count`` entries.
-        left: float32; ``(rows, inner)``.
-        right: float32; ``(columns, inner)``.
-
-    Returns:
-        A sparse CSR matrix with the pattern's entries.
-    """
+    """Compute ``left @ right.T`` at the entries of a pattern."""
     return torch.sparse.sampled_addmm(pattern, left.contiguous(), right.contiguous().T, beta=0.0)
 
 
 def columns_of_tokens(tensor: Tensor) -> Tensor:
-    """Copy tokens from rows to columns, in float32: sparse products are faster along tokens.
-
-    Args:
-        tensor: ``(..., features)``.
-
-    Returns:
-        ``(features, tokens)``, contiguous.
-    """
+    """Copy tokens from rows to columns, in float32: sparse products are faster along tokens."""
     return transposed(tensor.reshape(-1, tensor.shape[-1]).float().contiguous())
 
 
@@ -69,12 +44,6 @@ def transposed(matrix: Tensor) -> Tensor:
     On a CPU ``matrix.T.contiguous()`` may take as long as the sparse product. Shuffling as many
     groups of channels as there are rows is the same, and takes half the time; the strides are those
     of the channels-last layout, for which torch has that kernel.
-
-    Args:
-        matrix: ``(rows, columns)``, contiguous.
-
-    Returns:
-        ``(columns, rows)``, contiguous.
     """
     rows, columns = matrix.shape
     count = matrix.numel()

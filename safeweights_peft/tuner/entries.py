@@ -22,30 +22,14 @@ _WITHOUT_NUMPY = {
 
 
 def add_rounded(base: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
-    """Add scaled values to base entries, bitwise as :func:`safeweights_peft.delta.add_rounded`.
-
-    Args:
-        base: Entries of the base, float32, bfloat16 or float16; ``(count,)``.
-        values: Values to add; ``(count,)``.
-        scale: Finite factor on the values.
-
-    Returns:
-        The new entries, in the base's dtype; ``(count,)``.
-    """
+    """Add scaled values to base entries, bitwise as :func:`safeweights_peft.delta.add_rounded`."""
     change = values.float() * scale  # by itself: torch.add(..., alpha=scale) would fuse the two
     total = base.float() + change
     return total.to(base.dtype)
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """View a tensor as an array, without a copy where it is on the CPU.
-
-    Args:
-        tensor: A tensor of a dtype that numpy or ml_dtypes knows.
-
-    Returns:
-        The array.
-    """
+    """View a tensor as an array, without a copy where it is on the CPU."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype in _WITHOUT_NUMPY:
         dtype = WEIGHT_DTYPES[str(tensor.dtype).removeprefix("torch.")]
@@ -54,14 +38,7 @@ def to_numpy(tensor: Tensor) -> Array:
 
 
 def to_torch(array: Array) -> Tensor:
-    """Copy an array into a tensor.
-
-    Args:
-        array: An array of a dtype that torch knows, bfloat16 included.
-
-    Returns:
-        The tensor.
-    """
+    """Copy an array into a tensor."""
     array = np.array(array)
     if array.dtype == DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
@@ -69,18 +46,7 @@ def to_torch(array: Array) -> Tensor:
 
 
 def check_base(name: str, entries: Tensor, record: TensorRecord, artifact: str = "adapter") -> None:
-    """Check that a parameter is the one that an adapter was made for.
-
-    Args:
-        name: The parameter's name, for messages.
-        entries: The base's entries at the adapter's checked indices; ``(count,)``.
-        record: What the adapter says of the parameter, digests included.
-        artifact: What messages call the adapter.
-
-    Raises:
-        AlreadyMergedError: The parameter holds the adapter's merged entries.
-        BaseMismatchError: It holds other entries.
-    """
+    """Check that a parameter is the one that an adapter was made for."""
     found = _digest(entries, record)
     if found == record.base_digest:
         return
@@ -97,18 +63,7 @@ def check_base(name: str, entries: Tensor, record: TensorRecord, artifact: str =
 
 
 def check_merged(name: str, entries: Tensor, record: TensorRecord, scale: float) -> None:
-    """Check that a parameter has a safety patch merged in.
-
-    Args:
-        name: The parameter's name, for messages.
-        entries: The parameter's entries at the patch's checked indices; ``(count,)``.
-        record: What the patch says of the parameter, digests included.
-        scale: The patch's own scale, for messages.
-
-    Raises:
-        BaseMismatchError: The parameter holds the entries of the base alone, or others.
-        FormatError: The patch doesn't say what the merged entries are.
-    """
+    """Check that a parameter has a safety patch merged in."""
     if record.merged_digest is None:
         raise FormatError(
             f"{name}: expected a merged_digest in the safety patch, found null; save the patch "

@@ -20,17 +20,7 @@ _BASE_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
 
 
 def check_fit(model: nn.Module, metadata: AdapterMetadata, paths: Iterable[str]) -> None:
-    """Check that a model has the parameters that an adapter selects from, fit for use.
-
-    Args:
-        model: The base model, perhaps wrapped for other adapters already.
-        metadata: The adapter's description.
-        paths: Paths of the modules to wrap.
-
-    Raises:
-        BaseMismatchError: A parameter is missing, has another shape, or is tied to another one.
-        UnsupportedFeatureError: The model cannot be wrapped.
-    """
+    """Check that a model has the parameters that an adapter selects from, fit for use."""
     if getattr(model, "is_quantized", False):
         raise UnsupportedFeatureError(
             "base: expected float weights, found a quantized model; load it unquantized"
@@ -47,20 +37,7 @@ def check_fit(model: nn.Module, metadata: AdapterMetadata, paths: Iterable[str])
 
 
 def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> nn.Parameter:
-    """Find a base parameter, and check that it can carry an adapter.
-
-    Args:
-        model: The base model, perhaps wrapped already.
-        name: The parameter's name in the base model.
-        record: What an adapter says of it.
-
-    Returns:
-        The parameter.
-
-    Raises:
-        BaseMismatchError: It is missing or has another shape.
-        UnsupportedFeatureError: It is quantized, sharded, or of a module that cannot be wrapped.
-    """
+    """Find a base parameter, and check that it can carry an adapter."""
     path, _, own = name.rpartition(".")
     module = _unwrap(_module(model, path), own, name)
     parameter: nn.Parameter | None = getattr(module, "_parameters", {}).get(own)
@@ -83,11 +60,7 @@ def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> nn.Para
 
 
 def share_tied(model: nn.Module) -> None:
-    """Wrap the modules whose parameter is tied to a selected one, such as lm_head.
-
-    Args:
-        model: The base model, with the owners of selected parameters wrapped.
-    """
+    """Wrap the modules whose parameter is tied to a selected one, such as lm_head."""
     wrappers = {id(layer.base_layer): layer for layer in layers(model)}
     owners = {id(each.parameter): each for layer in wrappers.values() for each in layer.owned}
     for path, module in list(model.named_modules()):

@@ -33,10 +33,6 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
 
     ``selected`` holds the parameters, by their own name here; a tied one belongs to another layer.
     ``scaling`` holds the factor on the values, by adapter.
-
-    Args:
-        base_layer: The module.
-        path: Its path in the base model.
     """
 
     _active_adapter: str | list[str]
@@ -76,12 +72,7 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         return [each for each in self.selected.values() if each.layer is self]
 
     def add_adapter(self, adapter: str, metadata: AdapterMetadata) -> None:
-        """Make room for an adapter; its content is loaded later, and checked before use.
-
-        Args:
-            adapter: The adapter's name.
-            metadata: Its description, with the records of this module's parameters only.
-        """
+        """Make room for an adapter; its content is loaded later, and checked before use."""
         for name in metadata.tensors:
             self._add_parameter(name, adapter, metadata)
         self.scaling[adapter] = metadata.scale
@@ -106,27 +97,14 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         selected.indices[adapter] = indices_room(layouts[indices_key(name)], device)
 
     def share(self, own: str, selected: SelectedParameter) -> None:
-        """Use another layer's selected parameter, which this module's parameter is tied to.
-
-        Args:
-            own: The parameter's own name here.
-            selected: The other layer's.
-        """
+        """Use another layer's selected parameter, which this module's parameter is tied to."""
         self.selected[own] = selected
         self._active_adapter = selected.layer._active_adapter
         self._disable_adapters = selected.layer._disable_adapters
         self.forward_mode = selected.layer.forward_mode
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the wrapped module with the active adapters' entries.
-
-        Args:
-            *args: The wrapped module's arguments.
-            **kwargs: The wrapped module's arguments.
-
-        Returns:
-            What the wrapped module returns.
-        """
+        """Run the wrapped module with the active adapters' entries."""
         weights = {}
         for own, selected in self.selected.items():
             if selected.layer is not self:
@@ -146,11 +124,7 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
             )
 
     def check(self, adapters: Iterable[str]) -> None:
-        """Check adapters that were loaded but not checked yet, and that the base is theirs.
-
-        Args:
-            adapters: Names of adapters.
-        """
+        """Check adapters that were loaded but not checked yet, and that the base is theirs."""
         if self._unchecked:
             for adapter in adapters:
                 if adapter in self._unchecked:
@@ -174,12 +148,7 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
                 self.check([adapter])
 
     def accept(self, adapter: str, content: Mapping[str, Content]) -> None:
-        """Use an adapter's content from now on.
-
-        Args:
-            adapter: The adapter's name.
-            content: What it has for each parameter that is held here, checked.
-        """
+        """Use an adapter's content from now on."""
         self._awaited.pop(adapter, None)
         for each in self.owned:
             if adapter in each.values:
@@ -187,75 +156,36 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         self.mark_checked(adapter)
 
     def described(self, adapter: str) -> AdapterMetadata:
-        """Give an adapter's description, as :meth:`add_adapter` got it.
-
-        Args:
-            adapter: The adapter's name.
-
-        Returns:
-            The description, with the records of this module's parameters only.
-        """
+        """Give an adapter's description, as :meth:`add_adapter` got it."""
         return self._metadata[adapter]
 
     def mark_checked(self, adapter: str) -> None:
-        """Note that an adapter's indices and values may be used.
-
-        Args:
-            adapter: The adapter's name.
-        """
+        """Note that an adapter's indices and values may be used."""
         self._unchecked.pop(adapter, None)
 
     def is_checked(self, adapter: str) -> bool:
-        """Tell whether an adapter's indices and values may be used.
-
-        Args:
-            adapter: The adapter's name.
-
-        Returns:
-            True once its content has passed every check.
-        """
+        """Tell whether an adapter's indices and values may be used."""
         return adapter in self._metadata and adapter not in self._unchecked
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the factor on an adapter's values, relative to the scale in its config.
-
-        Args:
-            adapter: The adapter's name; nothing happens if it is not here.
-            scale: The factor; 1 is the adapter as it was made.
-
-        Raises:
-            ModelError: The factor is not finite.
-        """
+        """Set the factor on an adapter's values, relative to the scale in its config."""
         if not math.isfinite(scale):
             raise ModelError(f"scale: expected a finite number, found {scale}; nothing was set")
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self._metadata[adapter].scale
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters, as in PEFT.
-
-        Args:
-            adapter_names: One or several, in the order in which they act.
-            inference_mode: Whether to freeze their values.
-        """
+        """Choose the active adapters, as in PEFT."""
         super().set_adapter(adapter_names, inference_mode)
         self._release()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as in PEFT.
-
-        Args:
-            enabled: Whether they act.
-        """
+        """Switch all adapters on or off, as in PEFT."""
         super().enable_adapters(enabled)
         self._release()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, as in PEFT.
-
-        Args:
-            adapter_name: Its name.
-        """
+        """Remove an adapter, as in PEFT."""
         super().delete_adapter(adapter_name)
         self._release()
 
@@ -263,10 +193,6 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         """Write adapters' entries into the base, to stay until :meth:`unmerge`.
 
         Adapters that are merged already are folded in again, so that the result is rounded once.
-
-        Args:
-            safe_merge: Whether to refuse entries that are not finite, before anything is written.
-            adapter_names: The adapters; the active ones if None.
         """
         adapters = [*self.merged_adapters, *self._to_merge(adapter_names)]
         self.check(adapters)
@@ -278,11 +204,7 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = adapters
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Check, without writing, that a merge gives finite entries.
-
-        Args:
-            adapter_names: The adapters; the active ones if None.
-        """
+        """Check, without writing, that a merge gives finite entries."""
         for each in self.owned:
             if held := each.held([*self.merged_adapters, *self._to_merge(adapter_names)]):
                 each.check_finite(held)
@@ -367,39 +289,17 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, SafeWeightsLayer]]:
-    """List a model's wrapped modules.
-
-    Args:
-        model: Any model, wrapped or not.
-
-    Yields:
-        Path in the model, and wrapper.
-    """
+    """List a model's wrapped modules."""
     for name, module in model.named_modules():
         if isinstance(module, SafeWeightsLayer):
             yield name, module
 
 
 def layers(model: nn.Module) -> Iterator[SafeWeightsLayer]:
-    """List a model's wrapped modules.
-
-    Args:
-        model: Any model, wrapped or not.
-
-    Returns:
-        The wrappers.
-    """
+    """List a model's wrapped modules."""
     return (layer for _, layer in named_layers(model))
 
 
 def selected_parameters(model: nn.Module, adapter: str) -> list[SelectedParameter]:
-    """List the parameters in which an adapter selects entries.
-
-    Args:
-        model: Any model, wrapped or not.
-        adapter: The adapter's name.
-
-    Returns:
-        The parameters; a tied one once.
-    """
+    """List the parameters in which an adapter selects entries."""
     return [each for layer in layers(model) for each in layer.owned if adapter in each.values]

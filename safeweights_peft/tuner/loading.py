@@ -40,16 +40,7 @@ class Content(NamedTuple):
 def take_in(
     parts: Sequence[SelectedParameter], adapter: str, stored: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Check an adapter's tensors and its base; take over what is not for PEFT to load.
-
-    Args:
-        parts: The parameters in which it selects entries.
-        adapter: Its name.
-        stored: Its tensors, by their names in the file.
-
-    Returns:
-        What PEFT is to load, by the same names: decoded, unless it is for the meta device.
-    """
+    """Check an adapter's tensors and its base; take over what is not for PEFT to load."""
     is_in_use = all(each.layer.is_checked(adapter) for each in parts)
     loaded = dict(stored)
     if not is_in_use or any(map(is_coded, stored.values())):
@@ -73,19 +64,7 @@ def take_in(
 def decode_loaded(
     parts: Sequence[SelectedParameter], adapter: str, metadata: AdapterMetadata
 ) -> dict[str, Content]:
-    """Check and decode what was loaded by name and shape alone. Nothing is changed.
-
-    Args:
-        parts: The parameters in which the adapter selects entries, in memory.
-        adapter: Its name.
-        metadata: Its description, with the records of these parameters only.
-
-    Returns:
-        What it has for each of them, by name.
-
-    Raises:
-        CorruptAdapterError: Nothing was loaded; or what the checks raise.
-    """
+    """Check and decode what was loaded by name and shape alone. Nothing is changed."""
     source = f"adapter {adapter!r}"
     stored: dict[str, Array] = {}
     for each in parts:
@@ -110,17 +89,7 @@ def decode(
     stored: Mapping[str, Array],
     source: str,
 ) -> dict[str, Content]:
-    """Check stored tensors, and that the base is theirs; decode them. Nothing is changed.
-
-    Args:
-        parts: The parameters in which the adapter selects entries, or those that are in memory.
-        metadata: The adapter's description.
-        stored: All of its tensors, by their names in the file.
-        source: What messages call the adapter.
-
-    Returns:
-        What it has for each of these parameters, by name.
-    """
+    """Check stored tensors, and that the base is theirs; decode them. Nothing is changed."""
     check_layout(metadata, {key: (each.dtype, each.shape) for key, each in stored.items()}, source)
     content = {}
     # Whatever was made in inference mode could not be trained later.
@@ -136,13 +105,7 @@ def decode(
 
 
 def put(part: SelectedParameter, adapter: str, content: Content) -> None:
-    """Put decoded tensors in place of coded ones. Loaded values that are not coded stay.
-
-    Args:
-        part: The parameter.
-        adapter: The adapter's name.
-        content: What the adapter has for it.
-    """
+    """Put decoded tensors in place of coded ones. Loaded values that are not coded stay."""
     coded = part.values[adapter]
     if isinstance(coded, CodedValues):
         part.values[adapter] = nn.Parameter(content.values, coded.is_trained)

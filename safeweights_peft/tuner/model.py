@@ -47,12 +47,7 @@ class SafeWeightsModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and type
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Set the factor on an adapter's values, relative to the scale in its config.
-
-        Args:
-            adapter_name: The adapter.
-            scale: A finite factor; 1 is the adapter as it was made.
-        """
+        """Set the factor on an adapter's values, relative to the scale in its config."""
         for layer in layers(self.model):
             layer.set_scale(adapter_name, scale)
 
@@ -67,16 +62,6 @@ class SafeWeightsModel(BaseTuner):
 
         Its values are summed in float32 with each adapter's present scale; its own scale is 1. Like
         any further adapter it is not active yet.
-
-        Args:
-            adapters: Names of the adapters to sum.
-            weights: One finite weight per adapter; negative ones subtract.
-            adapter_name: Name of the new adapter.
-            combination_type: Only "linear".
-
-        Raises:
-            ModelError: A name is unknown or taken, or the weights do not fit.
-            UnsupportedFeatureError: Another combination type is asked for.
         """
         if combination_type != "linear":
             raise UnsupportedFeatureError(
@@ -104,12 +89,7 @@ class SafeWeightsModel(BaseTuner):
     # Wrapping.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Wrap a model, as PEFT does.
-
-        Args:
-            *args: As in PEFT.
-            **kwargs: As in PEFT.
-        """
+        """Wrap a model, as PEFT does."""
         self._held_back: dict[str, list[RemovableHandle]] = {}  # maps to be loaded, by adapter
         self._end_protection: dict[str, Callable[[], None]] = {}  # loaded ones
         super().__init__(*args, **kwargs)
@@ -120,15 +100,6 @@ class SafeWeightsModel(BaseTuner):
         """Wrap a model's modules for an adapter; those with tied parameters too.
 
         Nothing is wrapped for a safety map, which freezes entries once its tensors are loaded.
-
-        Args:
-            model: The base model.
-            adapter_name: The adapter, whose config is in ``peft_config``.
-            *args: As in PEFT.
-            **kwargs: As in PEFT.
-
-        Raises:
-            UnsupportedFeatureError: A safety map meets a safety patch.
         """
         own = [each for each in self.peft_config.values() if isinstance(each, SafeWeightsConfig)]
         if len({config.mode for config in own}) > 1:
@@ -143,11 +114,7 @@ class SafeWeightsModel(BaseTuner):
         share_tied(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, as in PEFT; the entries of a safety map are free from then on.
-
-        Args:
-            adapter_name: Its name.
-        """
+        """Remove an adapter, as in PEFT; the entries of a safety map are free from then on."""
         super().delete_adapter(adapter_name)
         self._release(adapter_name)
 
@@ -222,12 +189,7 @@ class SafeWeightsModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Write adapters' entries into the base, to stay until ``unmerge_adapter``.
-
-        Args:
-            adapter_names: The adapters; the active ones if None.
-            safe_merge: Whether to refuse entries that are not finite, before anything is written.
-        """
+        """Write adapters' entries into the base, to stay until ``unmerge_adapter``."""
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names)
 

@@ -90,12 +90,7 @@ class _Plan:
 
 
 class SelectedParameter:
-    """The selected entries of one parameter, by adapter.
-
-    Args:
-        layer: The wrapper of the module that owns the parameter.
-        own: The parameter's own name in that module; ``name`` is its full name in the base model.
-    """
+    """The selected entries of one parameter, by adapter."""
 
     def __init__(self, layer: "SafeWeightsLayer", own: str) -> None:
         self.layer = layer
@@ -139,11 +134,7 @@ class SelectedParameter:
         self._plan = None
 
     def weight(self) -> Tensor | None:
-        """Give what the module is to use in place of its parameter.
-
-        Returns:
-            A tensor like the parameter, or None if the parameter itself is right.
-        """
+        """Give what the module is to use in place of its parameter."""
         layer = self.layer
         if layer.merged:
             if not layer.disable_adapters:
@@ -156,25 +147,11 @@ class SelectedParameter:
         return self._overwritten(adapters) if self._may_overwrite() else self._copy(adapters)
 
     def held(self, adapters: Sequence[str]) -> tuple[str, ...]:
-        """Pick the adapters that select entries of this parameter.
-
-        Args:
-            adapters: Names of adapters, in the order in which they act.
-
-        Returns:
-            Those that are here, in the same order.
-        """
+        """Pick the adapters that select entries of this parameter."""
         return tuple(name for name in adapters if name in self.values)
 
     def originals(self, indices: Tensor) -> Tensor:
-        """Gather the base's entries, whether they are overwritten or not.
-
-        Args:
-            indices: Flat indices; ``(count,)``.
-
-        Returns:
-            A copy of the entries; ``(count,)``.
-        """
+        """Gather the base's entries, whether they are overwritten or not."""
         entries, patch = self._gather(indices), self._patch
         if patch is None or not patch.indices.numel():
             return entries
@@ -183,14 +160,7 @@ class SelectedParameter:
         return torch.where(covered, patch.originals[at], entries)
 
     def check_finite(self, adapters: Sequence[str]) -> None:
-        """Check that merging gives finite entries.
-
-        Args:
-            adapters: Names of adapters that are held here.
-
-        Raises:
-            MergeError: It does not.
-        """
+        """Check that merging gives finite entries."""
         plan = self._plan_for(tuple(adapters))
         entries = self._fold(plan, self.originals(plan.indices))
         bad = int(entries.numel() - entries.isfinite().sum())
@@ -201,11 +171,7 @@ class SelectedParameter:
             )
 
     def overwrite(self, adapters: Sequence[str]) -> None:
-        """Write the adapters' entries, to stay until :meth:`restore`.
-
-        Args:
-            adapters: Names of adapters that are held here.
-        """
+        """Write the adapters' entries, to stay until :meth:`restore`."""
         self.restore()
         plan = self._plan_for(tuple(adapters))
         originals = self._gather(plan.indices)
@@ -215,11 +181,7 @@ class SelectedParameter:
 
     @torch.compiler.disable
     def restore(self) -> None:
-        """Put the base's own entries back, bit by bit.
-
-        Raises:
-            ModelError: The parameter was replaced while it was overwritten.
-        """
+        """Put the base's own entries back, bit by bit."""
         patch = self._patch
         if patch is None:
             return
@@ -237,11 +199,7 @@ class SelectedParameter:
             self.restore()
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow ``model.to(...)`` and the like.
-
-        Args:
-            fn: What was applied to the layer's tensors.
-        """
+        """Follow ``model.to(...)`` and the like."""
         self.settle()
         if self._patch is not None:
             self._patch.parameter = self.parameter

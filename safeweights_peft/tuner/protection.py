@@ -31,17 +31,6 @@ def hold_back(model: nn.Module, config: SafeWeightsConfig) -> list[RemovableHand
     """Check that a safety map may be loaded into a model, and let it not run until it is.
 
     Routes that never hand over the map's tensors would leave the model unprotected in silence.
-
-    Args:
-        model: The base model.
-        config: The map's config.
-
-    Returns:
-        What lets the model run when all of it is removed.
-
-    Raises:
-        BaseMismatchError: A parameter is missing or has another shape.
-        UnsupportedFeatureError: It is loaded for inference, or a parameter cannot be frozen.
     """
     if config.inference_mode:
         raise UnsupportedFeatureError(
@@ -65,19 +54,7 @@ def _refuse_to_run(*_: Any) -> None:
 def protect(
     model: nn.Module, metadata: AdapterMetadata, tensors: Mapping[str, Array]
 ) -> Callable[[], None]:
-    """Freeze a safety map's entries from now on, for as long as the modules are there.
-
-    Args:
-        model: The map's base.
-        metadata: The map's description.
-        tensors: What the map's file holds, by key.
-
-    Returns:
-        What ends the protection before.
-
-    Raises:
-        BaseMismatchError: The model's entries are not those that the map was made for.
-    """
+    """Freeze a safety map's entries from now on, for as long as the modules are there."""
     stored, entries = check_tensors(metadata, tensors, _SOURCE), []
     for name, record in metadata.tensors.items():
         indices = to_torch(stored[name].indices)

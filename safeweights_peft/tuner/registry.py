@@ -29,11 +29,7 @@ from safeweights_peft.tuner.model import SafeWeightsModel
 
 
 def register() -> None:
-    """Register the method with PEFT; once is enough, more does no harm.
-
-    Raises:
-        UnsupportedFeatureError: Another package, or PEFT itself, has taken the name.
-    """
+    """Register the method with PEFT; once is enough, more does no harm."""
     name = SafeWeightsPeftType.SAFEWEIGHTS
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(name, SafeWeightsConfig)
     if holder is not SafeWeightsConfig:

@@ -30,17 +30,7 @@ class SampledWeight(Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, entries: Tensor, indices: Tensor, graph: object) -> Self:
-        """Mark a weight.
-
-        Args:
-            weight: The weight, float32 on the CPU; ``(out, in)``.
-            entries: Its selected entries, which take the gradient; ``(count,)``.
-            indices: Their flat indices, ascending; ``(count,)``.
-            graph: Kept alive until the backward pass.
-
-        Returns:
-            The same weight.
-        """
+        """Mark a weight."""
         sampled = weight.as_subclass(cls)
         sampled.entries, sampled.at, sampled.graph = entries, indices, graph
         return sampled
@@ -61,15 +51,7 @@ class SampledWeight(Tensor):
 
 
 def can_sample(weight: Tensor, count: int) -> bool:
-    """Tell whether single entries of a weight's gradient are worth computing.
-
-    Args:
-        weight: The weight.
-        count: How many entries are trained.
-
-    Returns:
-        True for a float32 matrix on the CPU of which few entries are trained.
-    """
+    """Tell whether single entries of a weight's gradient are worth computing."""
     matrix = weight.dim() == 2 and weight.dtype is torch.float32 and weight.device.type == "cpu"
     return matrix and count <= DENSEST * weight.numel()
 
