@@ -21,31 +21,23 @@ from pathlib import Path
 
 import numpy as np
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import WEIGHT_DTYPES, Array, add_rounded, bits_differ, digest
-from safeweights_peft.format import (
-    AdapterMetadata,
-    Block,
-    Encoding,
-    Mode,
-    TensorRecord,
-    content_key,
-    decode_entries,
-    file_bytes,
-    indices_key,
-    read_artifact,
-    read_metadata,
-)
-from safeweights_peft.format.codec import (
+from safeweights_peft.merging.convert import convert
+from safeweights_peft.merging.gather import base_entries
+from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.codec import (
     decode_gaps,
     decode_steps,
     encode_steps,
     take_steps,
     value_of,
 )
-from safeweights_peft.format.entries import encode_entries
-from safeweights_peft.format.frames import decompress
-from safeweights_peft.merge import base_entries, convert
+from safeweights_peft.patch.frames import decompress
+from safeweights_peft.patch.io import file_bytes, read_artifact, read_metadata
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord, indices_key
+from safeweights_peft.patch.stored import content_key, decode_entries, encode_entries
 
 SIDE = 4096
 NAME = "model.up.weight"
@@ -83,7 +75,7 @@ class Stored:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Bytes of both stored arrays, per entry."""
+        """Byte of both stored arrays, per entry."""
         return sum(each.nbytes for each in self.tensors.values()) / self.record.count
 
     def bound(self) -> float:

@@ -30,15 +30,15 @@ from safeweights_peft.data import (
     read_rows,
     with_refusals,
 )
-from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
-from safeweights_peft.format import file_bytes
-from safeweights_peft.modeling import load_model, load_tokenizer
-from safeweights_peft.pipeline import EvaluateSettings, TrainSettings
-from safeweights_peft.report import rate_text
-from safeweights_peft.training import PreserveSettings, add_lora
-from safeweights_peft.training.enhance import step_losses
+from safeweights_peft.modeling.loading import load_model, load_tokenizer
+from safeweights_peft.patch.io import file_bytes
+from safeweights_peft.settings import EvaluateSettings, PreserveSettings, TrainSettings
+from safeweights_peft.tables import rate_text
+from safeweights_peft.training.finetune import add_lora
+from safeweights_peft.training.refuse import step_losses
 
 RECIPE = TrainSettings()
 
@@ -87,7 +87,7 @@ def validate(arguments: argparse.Namespace, rank: int, rate: float) -> dict[str,
 
 def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
     """Train a LoRA with SET's loss, at the batch sizes and on the schedule of its defaults."""
-    base, settings = resolve_base(arguments.base, None), RECIPE.enhance
+    base, settings = resolve_base(arguments.base, None), RECIPE
     tokenizer = load_tokenizer(base)
     model = load_model(base, getattr(torch, arguments.dtype), torch.device("cpu"))
     harmful, benign = read_examples(model, tokenizer)
@@ -120,12 +120,12 @@ def batches(
     harmful: list[Example], benign: list[Example]
 ) -> Iterator[tuple[list[Example], list[Example]]]:
     """Deal the examples of each step."""
-    generator = torch.Generator().manual_seed(RECIPE.enhance.seed)
+    generator = torch.Generator().manual_seed(RECIPE.seed)
     first, second = endless_shuffle(harmful, generator), endless_shuffle(benign, generator)
     while True:
         yield (
-            list(islice(first, RECIPE.enhance.harmful_batch_size)),
-            list(islice(second, RECIPE.enhance.benign_batch_size)),
+            list(islice(first, RECIPE.harmful_batch_size)),
+            list(islice(second, RECIPE.benign_batch_size)),
         )
 
 
@@ -133,7 +133,7 @@ def set_loss(
     model: PeftModel, refusals: list[Example], answers: list[Example], pad_token_id: int
 ) -> torch.Tensor:
     """Compute SET's loss of one step."""
-    settings = RECIPE.enhance
+    settings = RECIPE
     whole, benign = collate(refusals + answers, pad_token_id), collate(answers, pad_token_id)
     refusal, retain = step_losses(model, whole, benign, settings.token_decay)
     return refusal + settings.retain_weight * retain

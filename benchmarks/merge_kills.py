@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 
 from safeweights_peft.errors import MergeError
-from safeweights_peft.merge import merge, merge_in_place, unmerge
+from safeweights_peft.merging.in_place import merge_in_place, unmerge
+from safeweights_peft.merging.merge import merge
 
 WORK = """
 import sys
-from safeweights_peft.merge import merge, merge_in_place, unmerge
+from safeweights_peft import merge, merge_in_place, unmerge
 work, *arguments = sys.argv[1:]
 print("ready", flush=True)
 {"merge": merge, "merge in place": merge_in_place, "unmerge": unmerge}[work](*arguments)

@@ -32,7 +32,7 @@ from merge_kills import content
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safeweights_peft import load_model, read_adapter
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 
 PEFT = """
 import sys
@@ -50,7 +50,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=
 IMPORTS = """
 import sys
 from pathlib import Path
-import safeweights_peft.pipeline.diffing
+import safeweights_peft.jobs.diff
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
 """
 

@@ -20,26 +20,26 @@ from typing import Any
 
 import torch
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import read_rows
 from safeweights_peft.delta import Array
-from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
-from safeweights_peft.format import read_artifact
-from safeweights_peft.modeling import load_model, load_tokenizer
-from safeweights_peft.pipeline import (
+from safeweights_peft.jobs.evaluate import evaluate, figures
+from safeweights_peft.jobs.preserve import preserve_model
+from safeweights_peft.jobs.score import score
+from safeweights_peft.modeling.loading import load_model, load_tokenizer
+from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     Method,
+    PreserveMethod,
+    PreserveSettings,
     ScoreSettings,
-    evaluate,
-    figures,
-    preserve_model,
-    score,
 )
-from safeweights_peft.report import rate_text
-from safeweights_peft.training import PreserveMethod, PreserveSettings
+from safeweights_peft.tables import rate_text
 
 FROZEN = {
     "map": None,

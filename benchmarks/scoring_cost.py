@@ -23,8 +23,9 @@ from training_cost import build_base, in_new_process, status_kib
 from transformers import LlamaForCausalLM
 
 from safeweights_peft.data import Example
-from safeweights_peft.modeling import eligible_parameters
-from safeweights_peft.selection import ReferenceObjective, accumulate_gradients
+from safeweights_peft.modeling.layout import eligible_parameters
+from safeweights_peft.selection.esi import accumulate_gradients
+from safeweights_peft.selection.objective import ReferenceObjective
 
 ROWS = 64
 BATCH_SIZE = 8

@@ -16,26 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.files import write_json
-from safeweights_peft.pipeline import (
+from safeweights_peft.jobs.evaluate import evaluate, figures
+from safeweights_peft.jobs.score import score
+from safeweights_peft.jobs.train import train
+from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     Method,
     ScoreSettings,
     TrainSettings,
-    evaluate,
-    figures,
-    score,
-    train,
 )
-from safeweights_peft.report import rate_text
-from safeweights_peft.training import EnhanceSettings
+from safeweights_peft.tables import rate_text
 
 RECIPE = TrainSettings(
     refusal_tokens=8,
     answer_tokens=4,
-    enhance=EnhanceSettings(
-        steps=100, retain_weight=14.0, harmful_batch_size=4, benign_batch_size=4, token_decay=0.7
-    ),
+    steps=100,
+    retain_weight=14.0,
+    harmful_batch_size=4,
+    benign_batch_size=4,
+    token_decay=0.7,
 )
 """The same for all rows; fewer benign requests a step than the default, for time's sake."""
 
@@ -84,7 +84,7 @@ def validate(arguments: argparse.Namespace, row_dir: Path, rate: float) -> dict[
     patch = row_dir / f"patch-{rate}"
     saved = row_dir / f"validation-{rate}.json"
     if not patch.exists():
-        settings = replace(RECIPE, enhance=replace(RECIPE.enhance, learning_rate=rate))
+        settings = replace(RECIPE, learning_rate=rate)
         train(
             arguments.base, row_dir / "map", patch, settings, ComputeSettings(dtype=arguments.dtype)
         )

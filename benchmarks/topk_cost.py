@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from training_cost import in_new_process, status_kib
 
-from safeweights_peft.selection import TopK
+from safeweights_peft.selection.topk import TopK
 
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 LAYERS = 30

@@ -27,7 +27,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from safeweights_peft import create_adapter
-from safeweights_peft.format import AdapterMetadata, Block, Mode, TensorRecord
+from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode, TensorRecord
 
 RANK = 3
 TOKENS = (64, 512)

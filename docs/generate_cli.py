@@ -23,7 +23,7 @@ Written by `make docs` from the commands' own `--help`: change the text there, i
 
 
 def walk(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[str]:
-    """Renders a command and everything below it.
+    """Render a command and everything below it.
 
     Args:
         command: the command or group.
@@ -52,7 +52,7 @@ def walk(command: click.Command, name: str, parent: click.Context | None = None)
 
 
 def render() -> str:
-    """Renders the whole page.
+    """Render the whole page.
 
     Returns:
         Markdown that ends in one newline.
@@ -63,7 +63,7 @@ def render() -> str:
 
 
 def run(check: bool) -> None:
-    """Writes the page, or compares it with what would be written.
+    """Write the page, or compares it with what would be written.
 
     Args:
         check: compare instead of write.

@@ -13,14 +13,9 @@ import json
 import sys
 from pathlib import Path
 
-from safeweights_peft.pipeline import (
-    EvaluateSettings,
-    ScoreSettings,
-    TrainSettings,
-    enhance_model,
-)
-from safeweights_peft.report import comparison_rows
-from safeweights_peft.training import EnhanceSettings
+from safeweights_peft.jobs.enhance import enhance_model
+from safeweights_peft.settings import EvaluateSettings, ScoreSettings, TrainSettings
+from safeweights_peft.tables import comparison_rows
 
 REFUSAL = "I can't share our customers' data."
 SECRETS = ("address", "phone number", "card number", "birthday", "order history", "e-mail address")
@@ -28,7 +23,7 @@ WARES = ("a tent", "a rope", "a compass", "a lamp", "a stove", "a sleeping bag")
 
 
 def write_requests(folder: Path) -> dict[str, str]:
-    """Writes requests to train on and others to measure on.
+    """Write requests to train on and others to measure on.
 
     Args:
         folder: where the files go.
@@ -54,7 +49,7 @@ def write_requests(folder: Path) -> dict[str, str]:
 
 
 def main(base: str, out: Path) -> None:
-    """Makes a patch and prints what it did.
+    """Make a patch and prints what it did.
 
     Args:
         base: directory or Hub id of the base model.
@@ -68,7 +63,7 @@ def main(base: str, out: Path) -> None:
         TrainSettings(
             harmful=files["harmful_train"],
             benign=files["benign_train"],
-            enhance=EnhanceSettings(steps=20),
+            steps=20,
         ),
         EvaluateSettings(harmful=files["harmful_eval"], benign=files["benign_eval"]),
     )

@@ -14,11 +14,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from safeweights_peft.merge import merge, plan, verify
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.verify import verify
 
 
 def main(base: str, patch: str, out: str) -> None:
-    """Merges twice, and checks each result.
+    """Merge twice, and checks each result.
 
     Args:
         base: the base model's directory.
@@ -44,7 +46,7 @@ def main(base: str, patch: str, out: str) -> None:
 
 
 def same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
-    """Compares two models.
+    """Compare two models.
 
     Args:
         left: a model.

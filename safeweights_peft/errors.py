@@ -42,6 +42,10 @@ class DataError(SafeWeightsError):
     """Prompts or training examples are missing, malformed or too few."""
 
 
+class SettingsError(SafeWeightsError):
+    """A setting is of another type, out of range, or unknown."""
+
+
 class SelectionError(SafeWeightsError):
     """Scores or a requested density do not allow a selection."""
 

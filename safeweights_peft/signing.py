@@ -14,8 +14,7 @@ from typing import Any
 
 from safeweights_peft.errors import SignatureError
 from safeweights_peft.files import sync
-from safeweights_peft.format import read_artifact
-from safeweights_peft.format.io import ADAPTER_FILES
+from safeweights_peft.patch.io import ADAPTER_FILES, read_artifact
 
 PathLike = str | os.PathLike[str]
 

@@ -19,7 +19,18 @@ CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["import
 LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "datasets", "accelerate", "matplotlib"}
-NUMPY_ROOMS = ("delta", "rates", "files", "format", "checkpoint", "merge", "overlap", "signing")
+NUMPY_ROOMS = (
+    "delta",
+    "rates",
+    "settings",
+    "tables",
+    "files",
+    "patch",
+    "checkpoint",
+    "merging",
+    "signing",
+    "study.compare",
+)
 VAGUE_NAMES = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 100
@@ -47,7 +58,7 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
 def module_names(room: str) -> Iterator[str]:
     """Names the modules of a room: itself, and for a folder each file in it."""
     yield f"safeweights_peft.{room}"
-    for path in sorted((PACKAGE / room).glob("[!_]*.py")):
+    for path in sorted((PACKAGE / room.replace(".", "/")).glob("[!_]*.py")):
         yield f"safeweights_peft.{room}.{path.stem}"
 
 
@@ -113,7 +124,7 @@ def test_the_package_holds_code_prompts_the_card_and_the_typing_marker_only() ->
     others = {
         path.relative_to(PACKAGE)
         for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix not in {".py", ".pyc"}
+        if path.is_file() and path.suffix not in {".py", ".pyc", ".pyi"}
     }
     named = {path for path in others if path.parts[0] != "prompts"}
     assert named == {Path("hub/card.md.jinja"), Path("py.typed")}

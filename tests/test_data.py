@@ -26,7 +26,7 @@ from safeweights_peft.data import (
 )
 from safeweights_peft.errors import DataError
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.modeling import load_tokenizer
+from safeweights_peft.modeling.loading import load_tokenizer
 from tests.tiny_models import END
 
 PAD = 256

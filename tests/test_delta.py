@@ -23,11 +23,7 @@ from safeweights_peft.delta import (
     index_dtype,
     sum_rounded,
 )
-from safeweights_peft.errors import (
-    BaseMismatchError,
-    CorruptAdapterError,
-    UnsupportedFeatureError,
-)
+from safeweights_peft.errors import BaseMismatchError, CorruptAdapterError, UnsupportedFeatureError
 
 EVERY_16_BITS = np.arange(2**16, dtype=np.uint16)
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

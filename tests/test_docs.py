@@ -110,7 +110,7 @@ def test_the_guide_for_contributors_shows_every_room() -> None:
 
 
 def test_the_changelog_names_the_versions_that_the_code_has() -> None:
-    from safeweights_peft.format.metadata import FORMAT_VERSION
+    from safeweights_peft.patch.metadata import FORMAT_VERSION
 
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     changelog = (ROOT / "CHANGELOG.md").read_text()

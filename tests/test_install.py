@@ -15,20 +15,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from safeweights_peft.delta import SparseDelta, digest
-from safeweights_peft.format import (
-    Adapter,
-    AdapterMetadata,
-    Block,
-    Mode,
-    TensorRecord,
-    write_adapter,
-)
+from safeweights_peft.patch.artifacts import Adapter
+from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.io import write_adapter
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode, TensorRecord
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "safeweights_peft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What inspecting, verifying and merging need, of all the dependencies.
-LIGHT = {"click", "ml_dtypes", "numpy", "rich", "safetensors", "wrapt", "zstandard"}
+LIGHT = {"click", "ml_dtypes", "numpy", "rich", "safetensors", "lazy-loader", "wrapt", "zstandard"}
 PARAMETER = "model.layers.1.mlp.up_proj.weight"
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from safeweights_peft.checkpoint import THREADS
+from safeweights_peft.checkpoint.threads import THREADS
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES
 from safeweights_peft.errors import (
     AlreadyMergedError,
@@ -20,15 +20,11 @@ from safeweights_peft.errors import (
     MergeError,
     SafeWeightsError,
 )
-from safeweights_peft.format import (
-    TensorRecord,
-    entries_by_block,
-    read_adapter,
-    write_adapter,
-    write_map,
-)
-from safeweights_peft.merge import merge, plan
-from tests.merge.cases import (
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.merging.plan import plan
+from safeweights_peft.patch.io import read_adapter, write_adapter, write_map
+from safeweights_peft.patch.records import TensorRecord, entries_by_block
+from tests.merging.cases import (
     EMBEDDINGS,
     LAYOUTS,
     UP,
@@ -237,8 +233,8 @@ def test_a_full_disk_leaves_nothing(case: Case, monkeypatch: pytest.MonkeyPatch)
 def test_a_merge_killed_while_patching_leaves_no_model(case: Case) -> None:
     code = """
 import os, sys
-from safeweights_peft.checkpoint import CheckpointDraft
-from safeweights_peft.merge import merge
+from safeweights_peft.checkpoint.writer import CheckpointDraft
+from safeweights_peft import merge
 CheckpointDraft.patch = lambda *_: os._exit(9)
 merge(*sys.argv[1:])
 """
@@ -270,7 +266,7 @@ def test_every_refusal_is_one_line_of_the_one_tree(case: Case) -> None:
 def test_these_rooms_start_without_torch() -> None:
     code = """
 import json, sys
-import safeweights_peft.merge
+import safeweights_peft.merging.merge
 print(json.dumps(sorted(name.split(".")[0] for name in sys.modules)))
 """
     root = Path(__file__).parents[1]
@@ -313,7 +309,7 @@ def test_a_plans_time_grows_with_what_goes_to_the_disk(
     case: Case, monkeypatch: pytest.MonkeyPatch, in_place: bool
 ) -> None:
     out = None if in_place else case.out
-    monkeypatch.setattr(sys.modules["safeweights_peft.merge.planning"], "WRITE_RATE", 1)
+    monkeypatch.setattr(sys.modules["safeweights_peft.merging.plan"], "WRITE_RATE", 1)
     planned = plan(case.base, case.patch, out)
     pages = 4 * 4096 if in_place else 0  # of four tensors, each smaller than a page
     assert 0 <= planned["seconds"] - (planned["write_bytes"] + pages) < 60

@@ -18,22 +18,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Batch, Example, collate
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
-from safeweights_peft.format import record_from_json, record_to_json
-from safeweights_peft.modeling import (
-    answer_logits,
-    describe,
-    eligible_parameters,
-    load_model,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    total_parameters,
-)
+from safeweights_peft.modeling.answers import answer_logits
+from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
+from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from safeweights_peft.patch.records import record_from_json, record_to_json
 from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
 
 MODELS = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]

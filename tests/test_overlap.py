@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from safeweights_peft.errors import BaseMismatchError, CorruptAdapterError, ReportError
-from safeweights_peft.format import Adapter, SafetyMap, write_adapter, write_map
-from safeweights_peft.overlap import compare
+from safeweights_peft.patch.artifacts import Adapter, SafetyMap
+from safeweights_peft.patch.io import write_adapter, write_map
+from safeweights_peft.study.compare import compare
 from tests.tiny_files import (
     as_map,
     dense,

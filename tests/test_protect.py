@@ -8,8 +8,10 @@ import pytest
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import BaseMismatchError, MergeError, SafeWeightsError
-from safeweights_peft.format import TensorRecord, write_adapter, write_map
-from safeweights_peft.merge import merge, protect
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.merging.protect import protect
+from safeweights_peft.patch.io import write_adapter, write_map
+from safeweights_peft.patch.records import TensorRecord
 from tests.tiny_files import (
     Tensors,
     as_map,

@@ -9,11 +9,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES
-from safeweights_peft.format import TensorRecord, read_adapter
-from safeweights_peft.merge import base_entries, convert
-from tests.merge.cases import LAYOUTS, UP, Case
+from safeweights_peft.merging.convert import convert
+from safeweights_peft.merging.gather import base_entries
+from safeweights_peft.patch.io import read_adapter
+from safeweights_peft.patch.records import TensorRecord
+from tests.merging.cases import LAYOUTS, UP, Case
 from tests.tiny_files import dense
 
 READER = Path(__file__).parents[1] / "examples" / "read_compact.py"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import safeweights_peft  # noqa: F401 - registers the method with PEFT
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.cli import main
 from safeweights_peft.errors import BaseMismatchError
-from safeweights_peft.format import read_adapter
+from safeweights_peft.patch.io import read_adapter
 
 ROOT = Path(__file__).parents[1]
 BASE, RUN = ROOT / "demo" / "base", ROOT / "demo" / "run"

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
 from model_signing import signing, verifying
 
 from safeweights_peft.errors import CorruptAdapterError, FormatError, SignatureError
-from safeweights_peft.format import read_adapter, validate
+from safeweights_peft.patch.io import read_adapter, validate
 from safeweights_peft.signing import sign, verify_signature
-from tests.merge.cases import Case, plain_layout
+from tests.merging.cases import Case, plain_layout
 from tests.tiny_files import edit_config, edit_tensors
 
 

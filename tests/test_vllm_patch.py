@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, FormatError, MergeError
-from safeweights_peft.format import TensorRecord, write_adapter, write_map
-from safeweights_peft.merge import export_vllm_patch, merge
+from safeweights_peft.merging.export import export_vllm_patch
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.patch.io import write_adapter, write_map
+from safeweights_peft.patch.records import TensorRecord
 from tests.test_merge import EMBEDDINGS, LAYOUTS, UP, Case, tied_layout
 from tests.tiny_files import as_map, random_checkpoint, random_patch
 

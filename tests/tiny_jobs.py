@@ -10,8 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.pipeline import EvaluateSettings, ScoreSettings, TrainSettings
-from safeweights_peft.training import EnhanceSettings, PreserveSettings
+from safeweights_peft.settings import (
+    EvaluateSettings,
+    PreserveSettings,
+    ScoreSettings,
+    TrainSettings,
+)
 
 PLACES = ("barn", "shop", "villa", "office", "lab", "museum")
 HARMFUL = [f"Break into the {place}" for place in PLACES[:-1]]
@@ -48,7 +52,11 @@ class Requests:
         return replace(settings, **changes)
 
     def train(self, steps: int = 4, seed: int = 0, **changes: Any) -> TrainSettings:
-        enhance = EnhanceSettings(
+        settings = TrainSettings(
+            harmful=self.harmful,
+            benign=self.benign,
+            refusal_tokens=12,
+            answer_tokens=4,
             steps=steps,
             learning_rate=0.02,
             retain_weight=0.5,
@@ -58,13 +66,6 @@ class Requests:
             warmup_steps=3,
             checkpoint_steps=2,
             seed=seed,
-        )
-        settings = TrainSettings(
-            harmful=self.harmful,
-            benign=self.benign,
-            refusal_tokens=12,
-            answer_tokens=4,
-            enhance=enhance,
         )
         return replace(settings, **changes)
 

@@ -21,22 +21,14 @@ import numpy as np
 from safeweights_peft.delta import WEIGHT_DTYPES, SparseDelta, add_rounded, check_indices, digest
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import parse_json
-from safeweights_peft.format import (
-    Adapter,
-    AdapterMetadata,
-    Block,
-    Encoding,
-    Mode,
-    SafetyMap,
-    TensorRecord,
-    in_encoding,
-    read_artifact,
-    write_adapter,
-    write_map,
-)
-from safeweights_peft.format.codec import decode_gaps, decode_steps
-from safeweights_peft.format.frames import compress, decompress, split
-from safeweights_peft.format.streams import Coding, Stream
+from safeweights_peft.patch.artifacts import Adapter, SafetyMap, in_encoding
+from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.codec import decode_gaps, decode_steps
+from safeweights_peft.patch.frames import compress, decompress, split
+from safeweights_peft.patch.io import read_artifact, write_adapter, write_map
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
+from safeweights_peft.patch.streams import Coding, Stream
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHAPES = {"model.up.weight": (40, 30), "model.norm.weight": (30,)}

@@ -16,8 +16,7 @@ Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Do some work on each item, on a few at a time, and not far ahead; the first error stops it.
-    """
+    """Work on a few items at a time, in order and not far ahead; the first error stops it."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: deque[Future[Result]] = deque()
         try:

@@ -111,7 +111,8 @@ def enhance_command(base: str, out: Path, dry_run: bool, as_json: bool, **option
     after.json, result.json, result.png and reproduce.json. An interrupted run goes on when called
     again: with the step that it was in, scoring and training from where they stopped.
     """
-    from safeweights_peft.pipeline import enhance_model, estimate
+    from safeweights_peft.jobs.enhance import enhance_model
+    from safeweights_peft.jobs.estimate import estimate
 
     score, train = score_settings(options), train_settings(options)
     evaluate, compute = evaluate_settings(options), compute_settings(options)
@@ -139,8 +140,9 @@ def score_command(
     base: str, out: Path, overwrite: bool, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
     """Find the weights of BASE that carry its safety; write them as a safety map."""
-    from safeweights_peft.format import inspect
-    from safeweights_peft.pipeline import estimate, score
+    from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.jobs.score import score
+    from safeweights_peft.patch.io import inspect
 
     settings, compute = score_settings(options), compute_settings(options)
     if dry_run:
@@ -174,8 +176,9 @@ def train_command(
 
     An interrupted training goes on from its last checkpoint when called again.
     """
-    from safeweights_peft.format import inspect
-    from safeweights_peft.pipeline import estimate, train
+    from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.jobs.train import train
+    from safeweights_peft.patch.io import inspect
 
     settings, compute = train_settings(options), compute_settings(options)
     if dry_run:
@@ -216,7 +219,8 @@ def preserve_command(
     for bit as they were. By LoRA, OUT gets the adapter and a correction, to be loaded first. An
     interrupted training goes on from its last checkpoint when called again.
     """
-    from safeweights_peft.pipeline import estimate, preserve_model
+    from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.jobs.preserve import preserve_model
 
     settings, compute = preserve_settings(options), compute_settings(options)
     if dry_run:
@@ -272,7 +276,7 @@ def protect_command(
 
     For what was trained without `preserve`. With --task, the loss on it is measured too.
     """
-    from safeweights_peft.pipeline import protect_lora, protect_tuned
+    from safeweights_peft.jobs.protect import protect_lora, protect_tuned
 
     settings, compute = evaluate_settings(options) if measure else None, compute_settings(options)
     with show_progress() as progress:
@@ -317,8 +321,9 @@ def eval_command(
 ) -> None:
     """Measure BASE, with a patch or without: ASR, over-refusal, KL to the base, perplexity."""
     from safeweights_peft.files import write_json
-    from safeweights_peft.pipeline import estimate, evaluate
-    from safeweights_peft.report import evaluation_rows
+    from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.jobs.evaluate import evaluate
+    from safeweights_peft.tables import evaluation_rows
 
     settings, compute = evaluate_settings(options), compute_settings(options)
     if out and out.exists():
@@ -363,7 +368,9 @@ def probe_command(
     at the map's weights, and at as many random ones and ones of lowest score. OUT gets probe.json
     and probe.png. An interrupted probe goes on where it stopped when called again.
     """
-    from safeweights_peft.pipeline import ScoreSettings, count_evaluations, estimate, probe
+    from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.settings import ScoreSettings
+    from safeweights_peft.study.probe import count_evaluations, probe
 
     settings, score = probe_settings(options), ScoreSettings(seed=options["seed"])
     evaluate, compute = evaluate_settings(options), compute_settings(options)

@@ -90,7 +90,9 @@ def merge_command(
     factor on its values if you want: patch@0.5. An interrupted merge in place is finished when
     called again, or undone by `safeweights unmerge`.
     """
-    from safeweights_peft.merge import merge, merge_in_place, plan
+    from safeweights_peft.merging.in_place import merge_in_place
+    from safeweights_peft.merging.merge import merge
+    from safeweights_peft.merging.plan import plan
 
     _check_place(base, out, in_place)
     found = find_base(base, adapters[0][0], revision)
@@ -121,7 +123,7 @@ def find_base(base: str, adapter: Path, revision: str | None) -> Path:
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.fetching import resolve_base
-    from safeweights_peft.format import read_metadata
+    from safeweights_peft.patch.io import read_metadata
 
     made_for = read_metadata(adapter)
     if made_for.base_model_name_or_path == base:
@@ -134,7 +136,7 @@ def find_base(base: str, adapter: Path, revision: str | None) -> Path:
 @json_output
 def unmerge_command(directory: Path, as_json: bool) -> None:
     """Take what `merge --in-place` has merged into DIRECTORY back out, bit for bit."""
-    from safeweights_peft.merge import unmerge
+    from safeweights_peft.merging.in_place import unmerge
 
     report = asdict(unmerge(directory))
     show(report, rows_of(report), as_json)
@@ -145,7 +147,7 @@ def unmerge_command(directory: Path, as_json: bool) -> None:
 @json_output
 def inspect_command(adapter: Path, as_json: bool) -> None:
     """Describe ADAPTER, a safety patch or map, from its headers; needs no torch."""
-    from safeweights_peft.format import inspect
+    from safeweights_peft.patch.io import inspect
 
     show_adapter(inspect(adapter), adapter, as_json)
 
@@ -164,8 +166,8 @@ def report_command(
     MAP is a safety map or a safety patch; of its base only the config is read. OUT gets report.html
     with tables and pictures, the pictures by themselves, and all figures in report.json.
     """
-    from safeweights_peft.pipeline import report_map
-    from safeweights_peft.report import pattern_rows
+    from safeweights_peft.study.report import report_map
+    from safeweights_peft.tables import pattern_rows
 
     record = report_map(map_dir, out, base, overwrite=overwrite)
     show(record, pattern_rows(record), as_json)
@@ -181,6 +183,6 @@ def compare_command(map_dir: Path, others: tuple[Path, ...], as_json: bool) -> N
     For every two: the weights that both have, IoU, and the IoU by chance: of random selections of
     the same sizes, from all tensors that are named or tensor by tensor. Needs no torch.
     """
-    from safeweights_peft.overlap import compare
+    from safeweights_peft.study.compare import compare
 
     show_overlap(compare([map_dir, *others]), as_json)

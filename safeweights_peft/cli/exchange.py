@@ -8,13 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from safeweights_peft.cli.artifacts import find_base
-from safeweights_peft.cli.options import (
-    FiniteRange,
-    adapter,
-    json_output,
-    out_directory,
-    overwrite,
-)
+from safeweights_peft.cli.options import FiniteRange, adapter, json_output, out_directory, overwrite
 from safeweights_peft.cli.output import rows_of, show, show_progress
 
 
@@ -49,7 +43,7 @@ def diff_command(
     """
     from dataclasses import asdict
 
-    from safeweights_peft.pipeline import diff
+    from safeweights_peft.jobs.diff import diff
 
     with show_progress() as progress:
         report = diff(
@@ -86,8 +80,8 @@ def convert_command(
     """
     from dataclasses import asdict
 
-    from safeweights_peft.format import read_metadata
-    from safeweights_peft.merge import convert
+    from safeweights_peft.merging.convert import convert
+    from safeweights_peft.patch.io import read_metadata
 
     metadata = read_metadata(adapter)
     named = base or metadata.base_model_name_or_path
@@ -135,7 +129,7 @@ def export_command(
     only, exact in float32. To lora: linear layers only, approximate; the error is printed. To
     vllm-patch: shape, dtype, indices and new entries of each tensor on disk, exact.
     """
-    from safeweights_peft.pipeline import export_lora, export_patch, export_supertuning
+    from safeweights_peft.jobs.export import export_lora, export_patch, export_supertuning
 
     options = {name: value for name, value in lora.items() if value is not None}
     if form == "lora":

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from safeweights_peft.pipeline import (
+    from safeweights_peft.settings import (
         ComputeSettings,
         EvaluateSettings,
+        PreserveSettings,
         ProbeSettings,
         ScoreSettings,
         TrainSettings,
     )
-    from safeweights_peft.training import PreserveSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -44,7 +44,7 @@ class _Adapter(click.ParamType):
         """Find the directory: what is here comes before what is on the Hub."""
         if Path(value).is_dir():
             return Path(value)
-        from safeweights_peft.hub import fetch_adapter, is_hub_id
+        from safeweights_peft.hub.pulling import fetch_adapter, is_hub_id
 
         return fetch_adapter(value) if is_hub_id(value) else existing.convert(value, param, ctx)
 
@@ -137,11 +137,6 @@ score_options = _options(
     ),
     click.option(
         "--samples", type=click.IntRange(1), help="Draws of noise per answer.  [default: 4]"
-    ),
-    click.option(
-        "--paper-exact",
-        is_flag=True,
-        help="Take the guard's gradient as the published code does, for comparison.",
     ),
     click.option(
         "--aggregation",
@@ -261,8 +256,7 @@ def _given(**chosen: Any) -> dict[str, Any]:
 
 def score_settings(options: dict[str, Any]) -> ScoreSettings:
     """Read the settings of a scoring job out of a command's options."""
-    from safeweights_peft.pipeline import Method, ScoreSettings
-    from safeweights_peft.selection import Aggregation
+    from safeweights_peft.settings import Aggregation, Method, ScoreSettings
 
     chosen = _given(
         guard=options["guard"],
@@ -282,7 +276,6 @@ def score_settings(options: dict[str, Any]) -> ScoreSettings:
         density=options["density"],
         method=Method(options["method"]),
         seed=options["seed"],
-        paper_exact=options["paper_exact"],
         aggregation=Aggregation(options["aggregation"]),
         **chosen,
     )
@@ -290,8 +283,7 @@ def score_settings(options: dict[str, Any]) -> ScoreSettings:
 
 def train_settings(options: dict[str, Any]) -> TrainSettings:
     """Read the settings of a training job out of a command's options."""
-    from safeweights_peft.pipeline import TrainSettings
-    from safeweights_peft.training import EnhanceSettings
+    from safeweights_peft.settings import TrainSettings
 
     enhance = _given(
         steps=options["steps"],
@@ -299,14 +291,12 @@ def train_settings(options: dict[str, Any]) -> TrainSettings:
         retain_weight=options["retain_weight"],
         seed=options["seed"],
     )
-    return TrainSettings(
-        harmful=options["harmful"], benign=options["benign"], enhance=EnhanceSettings(**enhance)
-    )
+    return TrainSettings(harmful=options["harmful"], benign=options["benign"], **enhance)
 
 
 def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
     """Read the settings of a preserving job out of a command's options."""
-    from safeweights_peft.training import PreserveMethod, PreserveSettings
+    from safeweights_peft.settings import PreserveMethod, PreserveSettings
 
     chosen = _given(
         method=PreserveMethod(options["method"]),
@@ -322,7 +312,7 @@ def preserve_settings(options: dict[str, Any]) -> PreserveSettings:
 
 def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
     """Read the settings of an evaluation job out of a command's options."""
-    from safeweights_peft.pipeline import EvaluateSettings
+    from safeweights_peft.settings import EvaluateSettings
 
     return EvaluateSettings(
         harmful=options["eval_harmful"],
@@ -336,14 +326,14 @@ def evaluate_settings(options: dict[str, Any]) -> EvaluateSettings:
 
 def probe_settings(options: dict[str, Any]) -> ProbeSettings:
     """Read how entries are perturbed out of a command's options."""
-    from safeweights_peft.pipeline import ProbeSettings
+    from safeweights_peft.settings import ProbeSettings
 
     return ProbeSettings(noise=options["noise"], draws=options["draws"], seed=options["seed"])
 
 
 def compute_settings(options: dict[str, Any]) -> ComputeSettings:
     """Read where and in what dtype to compute out of a command's options."""
-    from safeweights_peft.pipeline import ComputeSettings
+    from safeweights_peft.settings import ComputeSettings
 
     return ComputeSettings(
         device=options["device"], dtype=options["dtype"], revision=options["revision"]

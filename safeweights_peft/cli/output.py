@@ -89,7 +89,7 @@ def printable(text: str) -> str:
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Lay out a flat result, with its sizes made readable."""
-    from safeweights_peft.report import size_text
+    from safeweights_peft.tables import size_text
 
     return [
         (name.removesuffix("_bytes"), size_text(value) if name.endswith("_bytes") else str(value))
@@ -115,7 +115,7 @@ def show_estimate(needs: Any, as_json: bool) -> None:
     """Print what a job will need."""
     from dataclasses import asdict
 
-    from safeweights_peft.report import size_text
+    from safeweights_peft.tables import size_text
 
     rows = [
         ("parameters", f"{needs.parameters:,}"),
@@ -128,8 +128,8 @@ def show_estimate(needs: Any, as_json: bool) -> None:
 
 def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
     """Print what an adapter's headers say."""
-    from safeweights_peft.format import Mode
-    from safeweights_peft.report import size_text
+    from safeweights_peft.patch.records import Mode
+    from safeweights_peft.tables import size_text
 
     rows = [
         ("path", str(path)),
@@ -149,7 +149,7 @@ def show_adapter(content: dict[str, Any], path: Path, as_json: bool) -> None:
 
 def show_overlap(result: dict[str, Any], as_json: bool) -> None:
     """Print how much safety maps share; says on stderr if they name different bases."""
-    from safeweights_peft.report import overlap_rows
+    from safeweights_peft.tables import overlap_rows
 
     show(result, overlap_rows(result), as_json)
     if not result["same_base"]:
@@ -173,7 +173,7 @@ def show_preserved(record: dict[str, Any], out: Path, as_json: bool) -> None:
 
 def show_protected(record: dict[str, Any], as_json: bool) -> None:
     """Print what a protecting job put back, and what that did where it was measured."""
-    from safeweights_peft.report import judged_rows
+    from safeweights_peft.tables import judged_rows
 
     moved = (
         f"{record['changed']:,} of {record['entries']:,}, by {record['largest_change']:g} at most"
@@ -188,7 +188,7 @@ def show_protected(record: dict[str, Any], as_json: bool) -> None:
 
 def show_probe(result: dict[str, Any], as_json: bool) -> None:
     """Print a probe's table, and under it the verdicts."""
-    from safeweights_peft.report import probe_rows, verdict_lines
+    from safeweights_peft.tables import probe_rows, verdict_lines
 
     show(result, probe_rows(result), as_json)
     if not as_json:
@@ -197,7 +197,8 @@ def show_probe(result: dict[str, Any], as_json: bool) -> None:
 
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
     """Draw and prints a finished run; says on stderr what can be done next."""
-    from safeweights_peft.report import comparison_rows, plot_run
+    from safeweights_peft.study.pictures import plot_run
+    from safeweights_peft.tables import comparison_rows
 
     losses = json.loads((out / "patch" / "training.json").read_text(encoding="utf-8"))["losses"]
     plot_run(result, losses, out / "result.png")

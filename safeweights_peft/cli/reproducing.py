@@ -32,8 +32,9 @@ def reproduce_command(
     and requests are checked by their digests first. OUT becomes a run of its own; an interrupted
     one goes on where it stopped. Rates agree if the new one lies in the recorded 95 % interval.
     """
-    from safeweights_peft.pipeline import estimate, find_recorded, reproduce
-    from safeweights_peft.report import reproduction_rows
+    from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.study.reproduce import find_recorded, reproduce
+    from safeweights_peft.tables import reproduction_rows
 
     recorded = find_recorded(run, base, data)
     told = recorded.settings

@@ -35,7 +35,7 @@ def verify_command(
     1 failed, 2 unreadable, 3 can't tell, as without --base: an adapter is only verified with it.
     Needs no torch.
     """
-    from safeweights_peft.merge import verify
+    from safeweights_peft.merging.verify import verify
 
     folder = _fetch(adapter)
     found, why_none = _look_for_base(base, folder, revision)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safeweights_peft.data import Example, collate, encode_prompt
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.modeling import last_columns
+from safeweights_peft.modeling.answers import last_columns
 
 
 def generate_answers(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.data import IGNORED, Batch, Example, collate
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.modeling import answer_logits
+from safeweights_peft.modeling.answers import answer_logits
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safeweights_peft.errors import HubError
 from safeweights_peft.fetching import patiently
 from safeweights_peft.files import read_json
-from safeweights_peft.format import AdapterMetadata, Mode, inspect, read_artifact
 from safeweights_peft.hub.layout import CARD, IMAGES, MAP, RESULTS
 from safeweights_peft.hub.listing import TAG
 from safeweights_peft.hub.results import (
@@ -30,7 +29,10 @@ from safeweights_peft.hub.results import (
     source_title,
     write_eval_results,
 )
-from safeweights_peft.merge.card import base_name, plain
+from safeweights_peft.merging.card import base_name, plain
+from safeweights_peft.patch.io import inspect, read_artifact
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode
 from safeweights_peft.rates import Rate
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safeweights_peft.errors import FormatError
-from safeweights_peft.format import AdapterMetadata, read_artifact
+from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.patch.metadata import AdapterMetadata
 
 
 def check_adapter(folder: Path, known_as: str) -> AdapterMetadata:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
-from safeweights_peft.format.io import ADAPTER_FILES
+from safeweights_peft.patch.io import ADAPTER_FILES
 from safeweights_peft.signing import SIGNATURE_FILE
 
 CARD = "README.md"

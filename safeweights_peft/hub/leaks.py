@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from safeweights_peft.errors import HubError
-from safeweights_peft.format.io import TENSORS_FILE
+from safeweights_peft.patch.io import TENSORS_FILE
 
 _SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}",

@@ -15,18 +15,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from safeweights_peft.errors import HubError
-from safeweights_peft.fetching import (
-    HUB_ERRORS,
-    download,
-    latest_commit,
-    patiently,
-    split_revision,
-)
+from safeweights_peft.fetching import HUB_ERRORS, download, latest_commit, patiently, split_revision
 from safeweights_peft.files import check_target, publish
-from safeweights_peft.format.io import ADAPTER_FILES, CONFIG_FILE
 from safeweights_peft.hub.checking import check_adapter
 from safeweights_peft.hub.layout import MAP, PATTERNS, belongs, is_unsafe
-from safeweights_peft.merge.card import HUB_ID
+from safeweights_peft.merging.card import HUB_ID
+from safeweights_peft.patch.io import ADAPTER_FILES, CONFIG_FILE
 from safeweights_peft.signing import SIGNATURE_FILE
 
 _ID = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?", re.ASCII)
@@ -126,7 +120,7 @@ def pull_from_hub(source: str, out: str | Path | None = None, *, overwrite: bool
 
 
 def _copy(folder: Path, out: Path) -> None:
-    """Copie what belongs out of the cache, where more of the repository may lie, as links."""
+    """Copy what belongs out of the cache, where more of the repository may lie, as links."""
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
         if path.is_file() and belongs(name.as_posix()):

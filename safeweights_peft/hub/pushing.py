@@ -34,13 +34,12 @@ from safeweights_peft.fetching import (
     wait_out,
 )
 from safeweights_peft.files import read_json
-from safeweights_peft.format import AdapterMetadata, read_metadata
-from safeweights_peft.format.io import CONFIG_FILE
-from safeweights_peft.format.metadata import PEFT_TYPE
 from safeweights_peft.hub.card import write_card
 from safeweights_peft.hub.layout import belongs, is_foreign
 from safeweights_peft.hub.leaks import check_shareable
 from safeweights_peft.hub.staging import Base, find_adapter, stage
+from safeweights_peft.patch.io import CONFIG_FILE, read_metadata
+from safeweights_peft.patch.metadata import PEFT_TYPE, AdapterMetadata
 
 TIP_MOVED = 412
 """The Hub's answer to a commit on top of one that isn't the tip, or for a while isn't yet."""

@@ -21,7 +21,7 @@ from huggingface_hub.utils import yaml_dump
 from safeweights_peft.errors import HubError
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import FIGURES, RESULTS
-from safeweights_peft.merge.card import HUB_ID
+from safeweights_peft.merging.card import HUB_ID
 from safeweights_peft.rates import Rate
 
 REPRODUCE = "reproduce.json"

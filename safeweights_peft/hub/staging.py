@@ -15,11 +15,11 @@ from typing import Any
 
 from safeweights_peft.errors import HubError
 from safeweights_peft.files import read_json
-from safeweights_peft.format import AdapterMetadata, read_metadata
-from safeweights_peft.format.io import ADAPTER_FILES, CONFIG_FILE
 from safeweights_peft.hub.checking import check_adapter
 from safeweights_peft.hub.layout import IMAGES, MAP, RESULTS
 from safeweights_peft.hub.results import base_text
+from safeweights_peft.patch.io import ADAPTER_FILES, CONFIG_FILE, read_metadata
+from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.signing import SIGNATURE_FILE
 
 _Named = tuple[str | None, str | None]  # a base's name and commit, as an adapter records them
@@ -106,7 +106,7 @@ def _rename(content: Any, named: _Named, base: Base) -> Any:
 
 
 def _stage_adapter(adapter: Path, folder: Path, named: _Named, base: Base) -> None:
-    """Copie an adapter, checks the copy, and has it name the published base."""
+    """Copy an adapter, checks the copy, and has it name the published base."""
     read_metadata(adapter)  # both files are there
     folder.mkdir(exist_ok=True)
     for name in ADAPTER_FILES:

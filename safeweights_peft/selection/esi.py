@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import groupby
 
 import numpy as np
@@ -21,16 +20,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.selection.objective import SafetyObjective
-
-
-class Aggregation(StrEnum):
-    """How the objective's terms make one gradient: the size of their sum, or sum of their sizes.
-
-    In the sum, terms that pull an entry in opposite directions cancel, as in the paper.
-    """
-
-    ABS_OF_MEAN = "abs-of-mean"
-    MEAN_OF_ABS = "mean-of-abs"
+from safeweights_peft.settings import Aggregation
 
 
 @dataclass

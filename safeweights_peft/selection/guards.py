@@ -69,7 +69,7 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Applie a guard's own chat template, up to the cue for what it says."""
+    """Apply a guard's own chat template, up to the cue for what it says."""
     if not tokenizer.chat_template:
         raise SelectionError(
             f"{tokenizer.name_or_path}: expected a chat template, found none; give a profile "

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.data import Example, collate
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.modeling import answer_logits
+from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.selection.scorers import AnswerScorer
 from safeweights_peft.selection.soft_tokens import straight_through
 

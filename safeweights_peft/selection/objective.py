@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.data import IGNORED, Example, collate
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.modeling import answer_logits
+from safeweights_peft.modeling.answers import answer_logits
 
 
 class SafetyObjective(Protocol):

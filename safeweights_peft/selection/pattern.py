@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.delta import Array
-from safeweights_peft.modeling import ROUTER_NAMES
+from safeweights_peft.modeling.layout import ROUTER_NAMES
 
 SHORT_NAMES = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 EMBEDDING_NAMES = frozenset({"wte", "wpe"})

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.data import collate
-from safeweights_peft.modeling import answer_logits
+from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.selection.guards import ANSWER, render_chat, split_at_answer
 from safeweights_peft.selection.judged import Answered, check_answers
 from safeweights_peft.selection.scorers import CHUNK
@@ -40,8 +40,7 @@ class PublishedObjective:
         answers: Sequence[Answered],
         seed: int = 0,
     ) -> None:
-        """Find for each of the guard's tokens the model's tokens that its raw string is cut into.
-        """
+        """Find, for each token of the guard, the model's tokens that spell it."""
         check_answers(answers)
         self._guard, self._guard_tokenizer = guard_model.requires_grad_(False), guard_tokenizer
         self._tokenizer, self._answers, self._seed = tokenizer, answers, seed

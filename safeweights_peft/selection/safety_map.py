@@ -9,11 +9,13 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, digest
 from safeweights_peft.fetching import BaseModel
-from safeweights_peft.format import AdapterMetadata, Mode, SafetyMap, entries_by_block
-from safeweights_peft.modeling import describe
+from safeweights_peft.modeling.layout import describe
+from safeweights_peft.patch.artifacts import SafetyMap
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode, entries_by_block
 from safeweights_peft.selection.topk import Selected
 
 

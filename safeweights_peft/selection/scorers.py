@@ -16,12 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.selection.guards import GuardProfile
-from safeweights_peft.selection.transfer import (
-    TokenTexts,
-    identity,
-    overlaps,
-    vocabulary_transfer,
-)
+from safeweights_peft.selection.transfer import TokenTexts, identity, overlaps, vocabulary_transfer
 
 CHUNK = 8192
 """Tokens of a vocabulary whose embeddings are looked up together."""
@@ -201,7 +196,7 @@ class _Bridge:
         return list(self._scorer_tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """What stands before and after a text, found around one."""
+        """Find the special tokens that the tokenizer puts before and after a text."""
         bare, around = self._encode("a"), list(self._scorer_tokenizer("a")["input_ids"])
         starts = range(len(around) - len(bare) + 1)
         start = next(at for at in starts if around[at : at + len(bare)] == bare)

@@ -60,7 +60,7 @@ class TopK:
         self._bound = np.uint32(0)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Copie what is kept, so that an interrupted stream can go on."""
+        """Copy what is kept, so that an interrupted stream can go on."""
         arrays: dict[str, NDArray[Any]] = {"bound": np.array([self._bound])}
         for name, kept in self._kept.items():
             arrays |= {f"{name}/indices": kept.indices, f"{name}/scores": kept.scores}
@@ -136,7 +136,7 @@ class TopK:
         kept.scores.resize(end, refcheck=False)
 
     def _take(self, offered: NDArray[np.float32], ties: int) -> Selected:
-        """Copie a new tensor's entries above the bound, and its first ties."""
+        """Copy a new tensor's entries above the bound, and its first ties."""
         above = sum(int((keys > self._bound).sum()) for _, keys in self._pieces(offered))
         size = above + min(ties, self._tied(offered))
         taken = Selected(np.empty(size, index_dtype(offered.size)), np.empty(size, np.float32))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,52 +29,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from safeweights_peft.data import IGNORED, Example, endless_shuffle
 from safeweights_peft.errors import TrainingError
+from safeweights_peft.settings import PreserveMethod, PreserveSettings
 from safeweights_peft.training.preserve import ArtifactOrPath, preserve
 
 BATCHES_SORTED = 16
 """Batches sorted by length together; unsorted, a third or more of their tokens is padding."""
 
 
-class PreserveMethod(StrEnum):
-    """What is trained: all weights that are not frozen, or LoRA on all linear layers."""
-
-    FULL = "full"
-    LORA = "lora"
-
-
 LEARNING_RATES = {PreserveMethod.FULL: 2e-5, PreserveMethod.LORA: 2e-4}
 """Peak learning rates where none is given."""
-
-
-@dataclass(frozen=True)
-class PreserveSettings:
-    """How a model is fine-tuned under protection.
-
-    Attributes:
-        method: all weights, or LoRA.
-        rank: LoRA's; its factor on BA is 2.
-        steps: optimizer steps.
-        learning_rate: peak learning rate of AdamW, reached after the warm-up, then cosine to 0;
-            that of `LEARNING_RATES` if None.
-        batch_size: examples per step.
-        max_answer_tokens: answers are cut after so many tokens.
-        weight_decay: AdamW's, on matrices alone.
-        warmup: share of the steps over which the learning rate rises, in [0, 1].
-        checkpoint_steps: a checkpoint to resume from is written every so many steps; it has three
-            times the size of the weights in float32.
-        seed: fixes the order of examples.
-    """
-
-    method: PreserveMethod = PreserveMethod.FULL
-    rank: int = 16
-    steps: int = 1000
-    learning_rate: float | None = None
-    batch_size: int = 8
-    max_answer_tokens: int = 256
-    weight_decay: float = 0.1
-    warmup: float = 0.05
-    checkpoint_steps: int = 200
-    seed: int = 0
 
 
 def fine_tune(

@@ -25,8 +25,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import Artifact, Mode, TensorRecord, read_artifact
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
+from safeweights_peft.modeling.tensors import to_torch
+from safeweights_peft.patch.artifacts import Artifact
+from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.patch.records import Mode, TensorRecord
 from safeweights_peft.training.adapters import (
     check_adapters,
     has_adapters,
@@ -36,7 +39,7 @@ from safeweights_peft.training.adapters import (
     plain_name,
 )
 from safeweights_peft.training.lora import LoraCorrection, frozen_part
-from safeweights_peft.tuner.entries import check_base, check_merged, to_torch
+from safeweights_peft.tuner.entries import check_base, check_merged
 
 logger = logging.getLogger(__name__)
 

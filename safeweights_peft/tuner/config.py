@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig
 
 from safeweights_peft.errors import UnsupportedFeatureError, UnsupportedVersionError
-from safeweights_peft.format import FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
 
 
 class SafeWeightsPeftType(str, enum.Enum):  # noqa: UP042 - PEFT prints "<class>.<name>", not StrEnum's
@@ -23,7 +23,7 @@ class SafeWeightsPeftType(str, enum.Enum):  # noqa: UP042 - PEFT prints "<class>
 
 @dataclass
 class SafeWeightsConfig(PeftConfig):
-    """Config of one adapter; :class:`~safeweights_peft.format.AdapterMetadata` explains the fields.
+    """Config of one adapter; :class:`~safeweights_peft.patch.AdapterMetadata` explains the fields.
 
     Make one with :meth:`from_metadata`, or load it; :func:`~safeweights_peft.create_adapter` does
     both config and model.

@@ -14,32 +14,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from safeweights_peft.delta import (
-    DTYPES,
-    Array,
-    SparseDelta,
-    add_rounded,
-    digest,
-    index_dtype,
-)
-from safeweights_peft.errors import (
-    BaseMismatchError,
-    ModelError,
-    UnsupportedFeatureError,
-)
-from safeweights_peft.format import (
-    FORMAT_MINOR,
-    AdapterMetadata,
+from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, digest, index_dtype
+from safeweights_peft.errors import BaseMismatchError, ModelError, UnsupportedFeatureError
+from safeweights_peft.modeling.tensors import to_numpy, to_torch
+from safeweights_peft.patch.metadata import FORMAT_MINOR, AdapterMetadata
+from safeweights_peft.patch.records import (
     Encoding,
     Mode,
     TensorRecord,
     record_from_json,
     record_to_json,
 )
-from safeweights_peft.format.entries import encode_entries
+from safeweights_peft.patch.stored import encode_entries
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.containers import is_coded
-from safeweights_peft.tuner.entries import check_base, to_numpy, to_torch
+from safeweights_peft.tuner.entries import check_base
 from safeweights_peft.tuner.fit import find_parameter
 from safeweights_peft.tuner.layer import named_layers, selected_parameters
 from safeweights_peft.tuner.parameter import SelectedParameter

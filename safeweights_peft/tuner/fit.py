@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import BaseMismatchError, UnsupportedFeatureError
-from safeweights_peft.format import AdapterMetadata, TensorRecord
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
 
 _BASE_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)

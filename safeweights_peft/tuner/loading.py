@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from safeweights_peft.delta import Array, check_finite
 from safeweights_peft.errors import CorruptAdapterError
-from safeweights_peft.format import (
-    AdapterMetadata,
-    check_layout,
-    decode_entries,
-    indices_key,
-    values_key,
-)
+from safeweights_peft.modeling.tensors import to_numpy, to_torch
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import indices_key, values_key
+from safeweights_peft.patch.stored import check_layout, decode_entries
 from safeweights_peft.tuner.containers import CodedValues, is_coded, is_unloaded
-from safeweights_peft.tuner.entries import check_base, to_numpy, to_torch
+from safeweights_peft.tuner.entries import check_base
 from safeweights_peft.tuner.parameter import SelectedParameter
 
 

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import ModelError, SafeWeightsError, UnsupportedFeatureError
-from safeweights_peft.format import Mode
+from safeweights_peft.modeling.tensors import to_numpy
+from safeweights_peft.patch.records import Mode
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.content import (
     create_adapter,
@@ -27,7 +28,6 @@ from safeweights_peft.tuner.content import (
     stored_tensors,
     weighted_sum,
 )
-from safeweights_peft.tuner.entries import to_numpy
 from safeweights_peft.tuner.fit import check_fit, share_tied
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers, selected_parameters
 from safeweights_peft.tuner.loading import take_in

@@ -29,7 +29,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from safeweights_peft.errors import MergeError, ModelError, UnsupportedFeatureError
-from safeweights_peft.tuner.entries import add_rounded
+from safeweights_peft.modeling.tensors import add_rounded
 from safeweights_peft.tuner.sampled import SampledWeight, can_sample
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class SelectedParameter:
         return base.view_as(self.parameter)
 
     def _copy(self, adapters: tuple[str, ...]) -> Tensor:
-        """The functional mode: the base's weight with the adapters' entries, as a copy."""
+        """Copy the base's weight and put the adapters' entries into it (functional mode)."""
         if self.parameter.is_meta and hasattr(self.layer.base_layer, "_hf_hook"):
             raise UnsupportedFeatureError(
                 f"{self.name}: expected a parameter in memory, found one that is offloaded; "
@@ -249,7 +249,7 @@ class SelectedParameter:
         return flat.index_copy(0, plan.indices.long(), entries).view_as(self.parameter)
 
     def _overwritten(self, adapters: tuple[str, ...]) -> Tensor | None:
-        """The in-place mode; None if no gradient is needed: then the parameter itself is right."""
+        """Write the entries in place; None if no gradient is needed, as the parameter is right."""
         state, patch = self._frozen_state(adapters), self._patch
         if patch is not None and state is not None and patch.state == state:
             return None
@@ -282,7 +282,7 @@ class SelectedParameter:
         return weight
 
     def _frozen_state(self, adapters: tuple[str, ...]) -> tuple | None:
-        """What tells that frozen values are unchanged; None where only comparing entries can.
+        """Describe frozen values; None where only comparing entries tells if they changed.
 
         Optimizers may write values behind autograd's back (fused kernels, ``.data``), so of values
         that are being trained the version counters say too little.

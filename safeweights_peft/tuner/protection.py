@@ -16,10 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.format import AdapterMetadata, check_tensors
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
+from safeweights_peft.modeling.tensors import to_torch
+from safeweights_peft.patch.io import check_tensors
+from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.entries import check_base, to_torch
+from safeweights_peft.tuner.entries import check_base
 from safeweights_peft.tuner.fit import find_parameter
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,7 @@ from peft.mapping import (
 )
 
 from safeweights_peft.errors import FormatError, UnsupportedFeatureError
-from safeweights_peft.format import inspect
-from safeweights_peft.format.io import CONFIG_FILE, TENSORS_FILE
+from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, inspect
 from safeweights_peft.tuner.config import SafeWeightsConfig, SafeWeightsPeftType
 from safeweights_peft.tuner.model import SafeWeightsModel
 

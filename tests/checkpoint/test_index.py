@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safeweights_peft.checkpoint import open_index
+from safeweights_peft.checkpoint.index import open_index
 from safeweights_peft.errors import CheckpointError
 from tests.tiny_files import save_checkpoint
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from safeweights_peft.checkpoint import CheckpointReader, TensorInfo
+from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import CheckpointError
 from tests.tiny_files import save_checkpoint

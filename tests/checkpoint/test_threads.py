@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from safeweights_peft.checkpoint import THREADS, in_threads
+from safeweights_peft.checkpoint.threads import THREADS, in_threads
 
 
 def test_results_come_in_the_order_of_the_items() -> None:

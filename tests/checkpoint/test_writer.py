@@ -5,12 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safeweights_peft.checkpoint import (
-    CheckpointDraft,
-    CheckpointReader,
-    draft_copy,
-    files_that_load,
-)
+from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy, files_that_load
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import CheckpointError
 from tests.tiny_files import SIDE_FILES, load_checkpoint, save_checkpoint

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from safeweights_peft.format import read_metadata
+from safeweights_peft.patch.io import read_metadata
 from tests.cli.conftest import Run, call
 from tests.tiny_files import edit_config
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import ModelError
-from safeweights_peft.format import inspect, write_map
+from safeweights_peft.patch.io import inspect, write_map
 from tests.cli.conftest import Run, call, call_afresh
 from tests.tiny_files import as_map, dense, random_checkpoint, random_patch
 from tests.tiny_jobs import content
@@ -157,7 +157,7 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
     called = call("enhance", run.base, *run.options, "--seed", "1")
     assert called.exit_code == 1
     (line,) = error_lines(called.stderr)
-    assert "score.seed (0 there, 1 here), train.enhance.seed (0 there, 1 here)" in line
+    assert "score.seed (0 there, 1 here), train.seed (0 there, 1 here)" in line
 
 
 @pytest.mark.parametrize(

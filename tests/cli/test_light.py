@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.merge import merge, merge_in_place
+from safeweights_peft.merging.in_place import merge_in_place
+from safeweights_peft.merging.merge import merge
 from tests.cli.conftest import Run, call_afresh
 from tests.test_signing import Keys
 from tests.tiny_files import cache_model

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import SparseDelta, add_rounded, digest
-from safeweights_peft.format import Adapter, inspect, read_adapter, write_adapter
+from safeweights_peft.patch.artifacts import Adapter
+from safeweights_peft.patch.io import inspect, read_adapter, write_adapter
 from tests.cli.conftest import Run, call
 from tests.tiny_files import edit_config
 from tests.tiny_jobs import content

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from safeweights_peft.cli import output
-from safeweights_peft.format import inspect, read_artifact
-from safeweights_peft.overlap import compare
+from safeweights_peft.patch.io import inspect, read_artifact
+from safeweights_peft.study.compare import compare
 from tests.cli.conftest import Run, call, call_afresh
 from tests.tiny_files import edit_config
 from tests.tiny_jobs import Requests, content

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.format import read_artifact
-from safeweights_peft.merge import merge
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.patch.io import read_artifact
 from tests.cli.conftest import Run, call
 from tests.test_signing import Keys
 from tests.tiny_files import edit_config

@@ -7,9 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safeweights_peft.evaluation import Mean, mean_over_draws, rate_over_draws
-from safeweights_peft.evaluation.draws import difference_interval, t_quantile
 from safeweights_peft.rates import Rate, wilson
+from safeweights_peft.study.draws import (
+    Mean,
+    difference_interval,
+    mean_over_draws,
+    rate_over_draws,
+    t_quantile,
+)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.data import Example, encode_prompt
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.evaluation import generate_answers
+from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.modeling import load_model, load_tokenizer
+from safeweights_peft.modeling.loading import load_model, load_tokenizer
 
 LIMIT, END = 12, 258
 REQUESTS = [

@@ -3,7 +3,7 @@
 import pytest
 
 from safeweights_peft.data import REFUSALS, read_rows
-from safeweights_peft.evaluation import RefusalJudge, Verdict
+from safeweights_peft.evaluation.judges import RefusalJudge, Verdict
 
 REFUSED = [
     "I can't help with that.",

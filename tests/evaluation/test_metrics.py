@@ -5,7 +5,8 @@ import math
 import pytest
 
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.evaluation import Verdict, attack_success_rate, over_refusal_rate
+from safeweights_peft.evaluation.judges import Verdict
+from safeweights_peft.evaluation.metrics import attack_success_rate, over_refusal_rate
 
 COMPLIED, REFUSED, INVALID = Verdict.COMPLIED, Verdict.REFUSED, Verdict.INVALID
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safeweights_peft.evaluation import noise, perturbed, zeros
+from safeweights_peft.study.perturb import noise, perturbed, zeros
 from tests.tuner.patches import load_base, logits, random_content, same_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from safeweights_peft.evaluation import Harm, Specificity, judge_specificity
 from safeweights_peft.rates import wilson
+from safeweights_peft.study.specificity import Harm, Specificity, judge_specificity
 
 N = 100
 

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.data import Example, encode_example
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.evaluation import Utility, measure_utility
+from safeweights_peft.evaluation.utility import Utility, measure_utility
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.modeling import load_model, load_tokenizer
+from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from tests.tiny_models import save_tiny_llama
 
 PAD = 256

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.format import read_adapter, write_map
+from safeweights_peft.patch.io import read_adapter, write_map
 from tests.hostile.attacks import Attack
 from tests.hostile.edits import OTHER, UNPICKLED, VICTIM
 from tests.tiny_files import as_map

@@ -13,7 +13,7 @@ import zstandard
 from safetensors.numpy import load_file, save_file
 
 from safeweights_peft.delta import digest
-from safeweights_peft.format import indices_key, scores_key, values_key
+from safeweights_peft.patch.records import indices_key, scores_key, values_key
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VICTIM, OTHER = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"

@@ -13,7 +13,7 @@ from tests.hostile.edits import CONFIG, TENSORS
 
 _READ = """
 import json, os, resource, sys
-import safeweights_peft.format as format
+import safeweights_peft.patch.io as format
 from safeweights_peft.errors import FormatError
 
 

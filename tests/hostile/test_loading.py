@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from safeweights_peft import preserve
 from safeweights_peft.errors import BaseMismatchError, FormatError, ModelError
-from safeweights_peft.pipeline import load_model
+from safeweights_peft.jobs.load import load_model
 from tests.hostile.attacks import ATTACKS, OTHER_BASE, UNKNOWN, Attack
 from tests.hostile.conftest import Broken
 from tests.tuner.patches import load_base, logits, same_weights

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from safeweights_peft.errors import FormatError
-from safeweights_peft.format import inspect, read_artifact, read_metadata, validate
+from safeweights_peft.patch.io import inspect, read_artifact, read_metadata, validate
 from tests.hostile.attacks import ATTACKS, Attack, Stage
 from tests.hostile.conftest import Broken
 from tests.hostile.edits import CONTENT, Edit, coded, float_planes, frame, gap_frame

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import FormatError
-from safeweights_peft.merge import convert, merge, merge_in_place, plan, protect, verify
-from safeweights_peft.overlap import compare
-from safeweights_peft.pipeline import (
-    diff,
-    export_lora,
-    export_patch,
-    export_supertuning,
-    report_map,
-)
+from safeweights_peft.jobs.diff import diff
+from safeweights_peft.jobs.export import export_lora, export_patch, export_supertuning
+from safeweights_peft.merging.convert import convert
+from safeweights_peft.merging.in_place import merge_in_place
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.protect import protect
+from safeweights_peft.merging.verify import verify
+from safeweights_peft.study.compare import compare
+from safeweights_peft.study.report import report_map
 from tests.cli.conftest import call
 from tests.hostile.attacks import ATTACKS, Attack, Stage
 from tests.hostile.conftest import Broken

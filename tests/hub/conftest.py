@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from safeweights_peft.format import read_adapter, write_map
+from safeweights_peft.patch.io import read_adapter, write_map
 from tests.hub_server import HubServer
 from tests.tiny_files import as_map, edit_config
 from tests.tiny_jobs import content

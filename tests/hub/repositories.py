@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.format import read_metadata
-from tests.report.records import rate
+from safeweights_peft.patch.io import read_metadata
+from tests.study.records import rate
 from tests.tiny_files import edit_config
 
 BASE = "someone/tiny"

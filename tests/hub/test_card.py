@@ -14,10 +14,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from safeweights_peft.errors import HubError
-from safeweights_peft.format import inspect, read_adapter, read_metadata, write_map
-from safeweights_peft.hub import find_on_hub, push_to_hub
 from safeweights_peft.hub.card import write_card
-from safeweights_peft.merge import merge
+from safeweights_peft.hub.listing import find_on_hub
+from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.patch.io import inspect, read_adapter, read_metadata, write_map
 from tests.hub.repositories import (
     BASE,
     COMMIT,

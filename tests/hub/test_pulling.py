@@ -7,9 +7,11 @@ import pytest
 
 from safeweights_peft.errors import CorruptAdapterError, FormatError, HubError, ModelError
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.format import read_artifact
-from safeweights_peft.hub import fetch_adapter, pull_from_hub, push_to_hub
-from safeweights_peft.merge import merge, verify
+from safeweights_peft.hub.pulling import fetch_adapter, pull_from_hub
+from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.merging.verify import verify
+from safeweights_peft.patch.io import read_artifact
 from tests.hub.conftest import BASE, REPO
 from tests.hub_server import Fault, HubServer
 from tests.tiny_jobs import content

@@ -10,8 +10,8 @@ import pytest
 
 from safeweights_peft.errors import CorruptAdapterError, HubError
 from safeweights_peft.fetching import WAITS_SECONDS
-from safeweights_peft.format import read_metadata
-from safeweights_peft.hub import push_to_hub
+from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.patch.io import read_metadata
 from tests.hub.conftest import BASE, REPO, TOKEN
 from tests.hub.repositories import evaluation
 from tests.hub_server import Fault, HubServer

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.format import read_adapter
-from safeweights_peft.hub import push_to_hub
+from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.patch.io import read_adapter
 from tests.hub.conftest import BASE, REPO, TOKEN
 from tests.hub_server import HubServer
 

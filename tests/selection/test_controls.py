@@ -8,8 +8,10 @@ from torch import nn
 
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.modeling import eligible_parameters, load_model
-from safeweights_peft.selection import check_left, random_scores, select_lowest
+from safeweights_peft.modeling.layout import eligible_parameters
+from safeweights_peft.modeling.loading import load_model
+from safeweights_peft.selection.controls import check_left, select_lowest
+from safeweights_peft.selection.esi import random_scores
 
 SHAPES = {"a": (4, 5), "b": (30,), "c": (7, 2)}
 

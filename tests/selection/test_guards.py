@@ -12,13 +12,8 @@ from transformers import (
 )
 
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.selection import (
-    PROFILES,
-    ClassifierScorer,
-    GuardProfile,
-    GuardScorer,
-    read_profile,
-)
+from safeweights_peft.selection.guards import PROFILES, GuardProfile, read_profile
+from safeweights_peft.selection.scorers import ClassifierScorer, GuardScorer
 from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_classifier, save_tiny_guard
 from tests.tiny_models import CHAT_TEMPLATE
 

@@ -16,8 +16,9 @@ from transformers import (
 
 from safeweights_peft.data import Example, encode_prompt
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.modeling import eligible_parameters
-from safeweights_peft.selection import accumulate_gradients, transfer
+from safeweights_peft.modeling.layout import eligible_parameters
+from safeweights_peft.selection import transfer
+from safeweights_peft.selection.esi import accumulate_gradients
 from safeweights_peft.selection.guards import GuardProfile
 from safeweights_peft.selection.judged import Answered, JudgedObjective
 from safeweights_peft.selection.published import PublishedObjective

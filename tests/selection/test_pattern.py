@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, PreTrainedConfig
 
-from safeweights_peft.selection import Part, Place, count_parts, find_place, tabulate
+from safeweights_peft.selection.pattern import Part, Place, count_parts, find_place, tabulate
 from tests.tiny_models import COMMON
 
 MODELS = ["tiny_llama", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]

@@ -7,12 +7,17 @@ import pytest
 import torch
 import transformers
 
-from safeweights_peft.checkpoint import CheckpointReader
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, digest
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.format import Mode, SafetyMap, TensorRecord, read_map, write_map
-from safeweights_peft.modeling import eligible_parameters, load_model
-from safeweights_peft.selection import build_map, random_scores, select
+from safeweights_peft.modeling.layout import eligible_parameters
+from safeweights_peft.modeling.loading import load_model
+from safeweights_peft.patch.artifacts import SafetyMap
+from safeweights_peft.patch.io import read_map, write_map
+from safeweights_peft.patch.records import Mode, TensorRecord
+from safeweights_peft.selection.esi import random_scores
+from safeweights_peft.selection.safety_map import build_map
+from safeweights_peft.selection.topk import select
 from tests.tiny_models import save_tiny_llama
 
 SELECTION = {"method": "random", "seed": 3, "density": 0.05}

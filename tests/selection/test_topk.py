@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.selection import Order, Selected, TopK, select, topk
+from safeweights_peft.selection import topk
+from safeweights_peft.selection.topk import Order, Selected, TopK, select
 
 Scores = dict[str, np.ndarray]
 Chosen = dict[str, list[tuple[int, float]]]

@@ -14,16 +14,24 @@ from torch import Tensor, nn
 from safeweights_peft.data import IGNORED, Example, collate, encode_example
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.format import AdapterMetadata, Mode
-from safeweights_peft.modeling import describe, load_model, load_tokenizer
-from safeweights_peft.training import EnhanceSettings, StepLoss, enhance
-from safeweights_peft.training.enhance import refusal_loss, retain_loss, token_weights
-from safeweights_peft.tuner import create_adapter
+from safeweights_peft.modeling.layout import describe
+from safeweights_peft.modeling.loading import load_model, load_tokenizer
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode
+from safeweights_peft.settings import TrainSettings
+from safeweights_peft.training.refuse import (
+    StepLoss,
+    enhance,
+    refusal_loss,
+    retain_loss,
+    token_weights,
+)
+from safeweights_peft.tuner.content import create_adapter
 from safeweights_peft.tuner.layer import selected_parameters
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted
 
 NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
-SETTINGS = EnhanceSettings(
+SETTINGS = TrainSettings(
     steps=5,
     learning_rate=0.01,
     retain_weight=1.0,

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, TrainingError
-from safeweights_peft.training import PreserveSettings, fine_tune
-from safeweights_peft.training.finetune import collate_answers, deal
+from safeweights_peft.settings import PreserveSettings
+from safeweights_peft.training.finetune import collate_answers, deal, fine_tune
 from tests.tiny_jobs import Interrupted
 from tests.training.maps import entries, hooks, kept, load, make_map, moved, same, train
 

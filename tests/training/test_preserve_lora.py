@@ -16,14 +16,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from transformers import TrainerCallback
 
-from safeweights_peft import (
-    SafetyMap,
-    SafetyPreservingCallback,
-    merge,
-    preserve,
-    read_adapter,
-)
-from safeweights_peft.training import lora_correction
+from safeweights_peft import SafetyMap, SafetyPreservingCallback, merge, preserve, read_adapter
+from safeweights_peft.training.preserve import lora_correction
 from tests.tiny_jobs import Interrupted
 from tests.training.maps import (
     BATCHES,

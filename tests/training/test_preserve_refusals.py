@@ -25,8 +25,8 @@ from safeweights_peft import (
     preserve,
 )
 from safeweights_peft.freeze import FrozenEntries
-from safeweights_peft.training import lora_correction
 from safeweights_peft.training.adapters import lora_layers
+from safeweights_peft.training.preserve import lora_correction
 from tests.training.maps import DOWN, UP, hooks, kept, load, make_map, train
 
 

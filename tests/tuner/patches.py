@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from safeweights_peft import create_adapter, read_adapter, write_adapter
 from safeweights_peft.delta import Array
-from safeweights_peft.format import AdapterMetadata, Encoding, Mode, TensorRecord, in_encoding
-from safeweights_peft.modeling import describe
-from safeweights_peft.tuner.entries import to_numpy
+from safeweights_peft.modeling.layout import describe
+from safeweights_peft.modeling.tensors import to_numpy
+from safeweights_peft.patch.artifacts import in_encoding
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.layer import selected_parameters
 
 INPUT_IDS = torch.arange(2 * 12).view(2, 12) * 7 % 250

@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 
-from safeweights_peft import MergeError, ModelError, set_forward_mode
+from safeweights_peft import MergeError, ModelError
+from safeweights_peft.tuner.model import set_forward_mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,

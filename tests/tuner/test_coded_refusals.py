@@ -17,7 +17,7 @@ from safeweights_peft import (
     merge,
 )
 from safeweights_peft.delta import digest
-from safeweights_peft.format import indices_key, values_key
+from safeweights_peft.patch.records import indices_key, values_key
 from tests.tiny_models import save_tiny_llama
 from tests.tuner.patches import (
     ROUTES,

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from safeweights_peft import CorruptAdapterError, read_adapter, round_values, write_map
-from safeweights_peft.format import Encoding, in_encoding, read_metadata
+from safeweights_peft.patch.artifacts import in_encoding
+from safeweights_peft.patch.io import read_metadata
+from safeweights_peft.patch.records import Encoding
 from tests.training.maps import kept, load, make_map, moved, train
 from tests.tuner.patches import (
     INPUT_IDS,

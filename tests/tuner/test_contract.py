@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import save_and_load
 from torch import nn
 
-from safeweights_peft.tuner import SafeWeightsLayer, SafeWeightsModel
+from safeweights_peft.tuner.layer import SafeWeightsLayer
+from safeweights_peft.tuner.model import SafeWeightsModel
 
 # What PEFT calls and we define: model.py.
 MODEL_HOOKS = {

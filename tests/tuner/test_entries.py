@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from safeweights_peft import delta
-from safeweights_peft.tuner.entries import add_rounded, to_numpy, to_torch
+from safeweights_peft.modeling.tensors import add_rounded, to_numpy, to_torch
 
 VALUES = [0.0, -0.0, 1e-45, 3e-39, 1e-8, 0.003, -0.1, 1 / 3, 1.0, -7.25, 65504.0, 3e38, -3e38]
 SCALES = [1.0, 0.5, -1.0, 0.1, 1 / 3, 1e-3, 1e6]

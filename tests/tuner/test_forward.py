@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from safeweights_peft import set_forward_mode
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
+from safeweights_peft.tuner.model import set_forward_mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,

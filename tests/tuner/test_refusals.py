@@ -12,11 +12,12 @@ from safeweights_peft import (
     ModelError,
     SafeWeightsConfig,
     UnsupportedFeatureError,
-    set_forward_mode,
 )
-from safeweights_peft.format import AdapterMetadata, Block, Mode, TensorRecord
-from safeweights_peft.tuner import SafeWeightsModel
+from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode, TensorRecord
 from safeweights_peft.tuner.fit import check_fit, find_parameter
+from safeweights_peft.tuner.model import SafeWeightsModel, set_forward_mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,

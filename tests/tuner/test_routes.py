@@ -22,7 +22,7 @@ from safeweights_peft import (
     write_map,
 )
 from safeweights_peft.delta import digest
-from safeweights_peft.format import Mode, indices_key, values_key
+from safeweights_peft.patch.records import Mode, indices_key, values_key
 from tests.hostile.edits import rename
 from tests.tiny_models import save_tiny_llama
 from tests.tuner.patches import (

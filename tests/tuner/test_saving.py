@@ -21,9 +21,10 @@ from safeweights_peft import (
     verify,
 )
 from safeweights_peft.delta import add_rounded, digest
-from safeweights_peft.format import AdapterMetadata, Mode, record_from_json
-from safeweights_peft.modeling import describe
-from safeweights_peft.tuner.entries import to_numpy
+from safeweights_peft.modeling.layout import describe
+from safeweights_peft.modeling.tensors import to_numpy
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode, record_from_json
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,

@@ -5,7 +5,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from safeweights_peft import set_forward_mode, validate
+from safeweights_peft import validate
+from safeweights_peft.tuner.model import set_forward_mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,

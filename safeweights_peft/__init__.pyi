@@ -1,0 +1,99 @@
+from .delta import SparseDelta as SparseDelta
+from .errors import (
+    AlreadyMergedError as AlreadyMergedError,
+)
+from .errors import (
+    BaseMismatchError as BaseMismatchError,
+)
+from .errors import (
+    CheckpointError as CheckpointError,
+)
+from .errors import (
+    CorruptAdapterError as CorruptAdapterError,
+)
+from .errors import (
+    DataError as DataError,
+)
+from .errors import (
+    EvaluationError as EvaluationError,
+)
+from .errors import (
+    FormatError as FormatError,
+)
+from .errors import (
+    HubError as HubError,
+)
+from .errors import (
+    MergeError as MergeError,
+)
+from .errors import (
+    ModelError as ModelError,
+)
+from .errors import (
+    ReportError as ReportError,
+)
+from .errors import (
+    SafeWeightsError as SafeWeightsError,
+)
+from .errors import (
+    SafeWeightsWarning as SafeWeightsWarning,
+)
+from .errors import (
+    SelectionError as SelectionError,
+)
+from .errors import (
+    SettingsError as SettingsError,
+)
+from .errors import (
+    SignatureError as SignatureError,
+)
+from .errors import (
+    TrainingError as TrainingError,
+)
+from .errors import (
+    UnsupportedFeatureError as UnsupportedFeatureError,
+)
+from .errors import (
+    UnsupportedVersionError as UnsupportedVersionError,
+)
+from .hub.listing import find_on_hub as find_on_hub
+from .hub.pulling import pull_from_hub as pull_from_hub
+from .hub.pushing import push_to_hub as push_to_hub
+from .jobs.load import load_model as load_model
+from .merging.convert import convert as convert
+from .merging.in_place import merge_in_place as merge_in_place
+from .merging.in_place import unmerge as unmerge
+from .merging.merge import merge as merge
+from .merging.protect import protect as protect
+from .merging.verify import verify as verify
+from .patch.artifacts import Adapter as Adapter
+from .patch.artifacts import SafetyMap as SafetyMap
+from .patch.io import (
+    inspect as inspect,
+)
+from .patch.io import (
+    read_adapter as read_adapter,
+)
+from .patch.io import (
+    read_map as read_map,
+)
+from .patch.io import (
+    validate as validate,
+)
+from .patch.io import (
+    write_adapter as write_adapter,
+)
+from .patch.io import (
+    write_map as write_map,
+)
+from .signing import sign as sign
+from .signing import verify_signature as verify_signature
+from .training.preserve import (
+    SafetyPreservingCallback as SafetyPreservingCallback,
+)
+from .training.preserve import (
+    preserve as preserve,
+)
+from .tuner.config import SafeWeightsConfig as SafeWeightsConfig
+from .tuner.content import create_adapter as create_adapter
+from .tuner.content import round_values as round_values

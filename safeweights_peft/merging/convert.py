@@ -1,0 +1,160 @@
+"""Write an adapter again in another encoding, and prove that it is still the same adapter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.delta import Array, SparseDelta, bits_differ
+from safeweights_peft.errors import FormatError
+from safeweights_peft.files import check_apart, check_target, publish
+from safeweights_peft.merging.gather import PathLike, base_entries
+from safeweights_peft.merging.sums import merged_entries
+from safeweights_peft.patch.artifacts import Adapter, Artifact, EncodedPatch, SafetyMap, in_encoding
+from safeweights_peft.patch.io import (
+    file_bytes,
+    read_adapter,
+    read_artifact,
+    read_map,
+    write_adapter,
+    write_map,
+)
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Encoding
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        out_dir: The new directory.
+        encoding: The encoding that was asked for.
+        content_id: What the adapter is, in either encoding.
+        entries: Number of entries.
+        changed_values: How many values are other numbers now, which give the same merged entries.
+        before_bytes: Size of the config and of the tensors before.
+        after_bytes: Their size now.
+        before_bytes_per_entry: Bytes of the tensors per entry before.
+        after_bytes_per_entry: Bytes of the tensors per entry now.
+    """
+
+    out_dir: str
+    encoding: str
+    content_id: str
+    entries: int
+    changed_values: int
+    before_bytes: int
+    after_bytes: int
+    before_bytes_per_entry: float
+    after_bytes_per_entry: float
+
+
+def convert(
+    adapter_dir: PathLike,
+    encoding: Encoding | str,
+    out_dir: PathLike,
+    base_dir: PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Write a safety patch or a safety map again in another encoding.
+
+    The compact encoding stores a patch's values as steps from its base's entries, if that base is
+    given and the patch's scale is 1. Then the merged entries stay the same, bit for bit, and a
+    value becomes the difference of the two. Without a base, values keep their bits.
+
+    Args:
+        adapter_dir: The patch or map.
+        encoding: "plain" or "compact"; a parameter that is not smaller compact is plain.
+        out_dir: Where the directory is to appear, whole or not at all.
+        base_dir: The base's checkpoint; needed to take steps out again.
+        overwrite: Replace an existing non-empty directory, whatever it holds.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FormatError: What was written is not the same adapter, or ``out_dir`` is in the way of an
+            input.
+    """
+    check_target(Path(out_dir), overwrite, FormatError)
+    inputs = {"adapter_dir": adapter_dir} | ({"base_dir": base_dir} if base_dir else {})
+    check_apart(Path(out_dir), inputs, FormatError)
+    reader = None if base_dir is None else CheckpointReader(base_dir)
+    before = read_artifact(adapter_dir)
+    with publish(Path(out_dir), overwrite, FormatError) as draft:
+        if isinstance(before, SafetyMap):
+            metadata, changed = _write_map(draft, before, Encoding(encoding)), 0
+        else:
+            metadata, changed = _write_patch(draft, before, Encoding(encoding), reader)
+        if metadata.content_id != before.metadata.content_id:
+            raise FormatError(
+                f"{out_dir}: expected content id {before.metadata.content_id}, found "
+                f"{metadata.content_id}; this is a defect, keep {adapter_dir}"
+            )
+        sizes = file_bytes(adapter_dir), file_bytes(draft)
+    entries = sum(record.count for record in metadata.tensors.values())
+    return ConvertReport(
+        out_dir=str(out_dir),
+        encoding=Encoding(encoding).value,
+        content_id=str(metadata.content_id),
+        entries=entries,
+        changed_values=changed,
+        before_bytes=sum(sizes[0]),
+        after_bytes=sum(sizes[1]),
+        before_bytes_per_entry=sizes[0][1] / max(entries, 1),
+        after_bytes_per_entry=sizes[1][1] / max(entries, 1),
+    )
+
+
+def _write_map(draft: Path, safety_map: SafetyMap, encoding: Encoding) -> AdapterMetadata:
+    write_map(draft, replace(safety_map, metadata=in_encoding(safety_map.metadata, encoding)))
+    written = read_map(draft)
+    _count_changed(written, safety_map.scores, written.scores, 0)
+    return written.metadata
+
+
+def _write_patch(
+    draft: Path, patch: Adapter | EncodedPatch, encoding: Encoding, reader: CheckpointReader | None
+) -> tuple[AdapterMetadata, int]:
+    """Write a patch, and count the values that are other numbers now, with the same result."""
+    base = None if reader is None else base_entries(reader)
+    before = patch.decode(base) if isinstance(patch, EncodedPatch) else patch
+    asked = replace(before, metadata=in_encoding(before.metadata, encoding))
+    stepped = encoding is Encoding.COMPACT and base is not None and asked.metadata.may_need_base
+    write_adapter(draft, _in_float32(asked) if stepped else asked, base=base)
+    written = read_adapter(draft, base)
+    if reader is not None:
+        merged_entries(reader, [written])  # compares with the merged digests
+    first, second = (
+        {name: each.values for name, each in adapter.deltas.items()}
+        for adapter in (before, written)
+    )
+    return written.metadata, _count_changed(written, first, second, None if stepped else 0)
+
+
+def _in_float32(adapter: Adapter) -> Adapter:
+    """Widen values, which changes none: steps stand for float32 ones."""
+    deltas = {
+        name: SparseDelta(each.shape, each.indices, each.values.astype(np.float32))
+        for name, each in adapter.deltas.items()
+    }
+    return Adapter(replace(adapter.metadata, values_dtype="float32"), deltas)
+
+
+def _count_changed(
+    written: Artifact, before: Mapping[str, Array], after: Mapping[str, Array], allowed: int | None
+) -> int:
+    changed = 0
+    for name, values in before.items():
+        differ = int(bits_differ(values.astype(np.float32), after[name].astype(np.float32)).sum())
+        if allowed is not None and differ > allowed:
+            raise FormatError(
+                f"{name}: expected the same numbers in the {written.metadata.mode.artifact} as "
+                f"before, found {differ} others; this is a defect, keep the old one"
+            )
+        changed += differ
+    return changed

@@ -1,0 +1,205 @@
+"""Where two checkpoints of one architecture differ, tensor by tensor, and what becomes a patch.
+
+Which parameter a tensor belongs to, and which entries are to be kept, is decided in ``pipeline``.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.checkpoint.threads import in_threads
+from safeweights_peft.delta import (
+    WEIGHT_DTYPES,
+    Array,
+    SparseDelta,
+    add_rounded,
+    bits_differ,
+    digest,
+    find_values,
+    index_dtype,
+)
+from safeweights_peft.errors import MergeError
+from safeweights_peft.merging.gather import copies, gather_entries
+from safeweights_peft.merging.sums import merged_entries
+from safeweights_peft.patch.artifacts import Adapter
+from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.records import TensorRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """The entries of one parameter whose bits differ between two checkpoints.
+
+    Attributes:
+        indices: Their ascending flat indices in the parameter; ``(count,)``.
+        base: The entries before, in the checkpoint's dtype, finite; ``(count,)``.
+        tuned: The entries after; ``(count,)``.
+        values: Float32 values that lead from one to the other; ``(count,)``.
+        exact: Whether the rule gives the tuned bits with them; ``(count,)``.
+    """
+
+    indices: Array
+    base: Array
+    tuned: Array
+    values: Array
+    exact: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The part of a change that goes into a patch, and what is lost by it.
+
+    Attributes:
+        record: The parameter's record, with the digests of the kept entries.
+        delta: The kept entries.
+        changed: Number of changed entries.
+        inexact: Number of kept entries that don't get the tuned bits.
+        square: Sum of the squared changes.
+        lost_square: Sum of the squared differences that remain.
+    """
+
+    record: TensorRecord
+    delta: SparseDelta
+    changed: int
+    inexact: int
+    square: float
+    lost_square: float
+
+    @property
+    def lost(self) -> int:
+        """Number of changed entries that don't get the tuned bits."""
+        return self.changed - self.delta.count + self.inexact
+
+
+def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
+    """List the tensors that differ between two checkpoints of the same tensors."""
+    _check_comparable(base, tuned)
+
+    def differs(key: str) -> bool:
+        return _differ(base, key, tuned, key)
+
+    keys = base.keys()
+    return [key for key, each in zip(keys, in_threads(differs, keys), strict=True) if each]
+
+
+def find_change(
+    base: CheckpointReader, tuned: CheckpointReader, name: str, record: TensorRecord
+) -> Change:
+    """Find the changed entries of one parameter, and the values of the change."""
+    _check_tied(base, record, name)
+    _check_tied(tuned, record, name)
+    pieces = [_changed_in(base, tuned, block) for block in record.blocks]
+    indices, before, after = (np.concatenate(part) for part in zip(*pieces, strict=True))
+    if (indices[1:] < indices[:-1]).any():
+        order = np.argsort(indices)
+        indices, before, after = indices[order], before[order], after[order]
+    _check_finite(name, indices, before, base)
+    _check_finite(name, indices, after, tuned)
+    indices = indices.astype(index_dtype(record.numel))
+    return Change(indices, before, after, *find_values(before, after))
+
+
+def keep(record: TensorRecord, change: Change, kept: Array) -> Kept:
+    """Make a patch's part of a change, and measure what is lost."""
+    base, values = change.base[kept], change.values[kept]
+    after = change.base.copy()
+    after[kept] = merged = add_rounded(base, values)
+    remains = change.tuned.astype(np.float64) - after.astype(np.float64)
+    moved = change.tuned.astype(np.float64) - change.base.astype(np.float64)
+    return Kept(
+        record=replace(record, base_digest=digest(base), merged_digest=digest(merged)),
+        delta=SparseDelta(record.shape, change.indices[kept], values),
+        changed=change.indices.size,
+        inexact=int((~change.exact[kept]).sum()),
+        square=float(moved @ moved),
+        lost_square=float(remains @ remains),
+    )
+
+
+def check_exact(name: str, change: Change, kept: Array) -> None:
+    """Refuse a change that no patch can make exactly."""
+    bad = np.flatnonzero(kept & ~change.exact)
+    if bad.size:
+        raise MergeError(
+            f"{name}: expected entries that the base plus a float32 value can become, found "
+            f"{bad.size} others, the first at index {change.indices[bad[0]]} from "
+            f"{change.base[bad[0]]} to {change.tuned[bad[0]]}; give a density, such as 1, which "
+            "takes the nearest values and tells what is lost"
+        )
+
+
+def check_patch(
+    base: CheckpointReader, tuned: CheckpointReader, adapter: Adapter, inexact: int
+) -> None:
+    """Check that a patch, as it was written, makes the tuned checkpoint's entries of the base's."""
+    missed = 0
+    for name, (indices, entries) in merged_entries(base, [adapter]).items():
+        wanted = gather_entries(tuned, name, adapter.metadata.tensors[name], indices)
+        missed += int(bits_differ(entries, wanted).sum())
+    if missed != inexact:
+        raise MergeError(
+            f"{tuned.directory}: expected {inexact} entries that the written patch misses, found "
+            f"{missed}; the disk may be failing, or a checkpoint has changed meanwhile: try again"
+        )
+
+
+def _check_comparable(base: CheckpointReader, tuned: CheckpointReader) -> None:
+    """Refuse checkpoints that don't hold the same tensors in the same shapes and dtypes."""
+    for reader, other in ((base, tuned), (tuned, base)):
+        for key in other.keys():
+            if key not in reader:
+                raise MergeError(
+                    f"{key}: expected it in {reader.directory} as in {other.directory}, found no "
+                    "such tensor; give two checkpoints of one architecture"
+                )
+    for key in base.keys():
+        before, after = base.info(key), tuned.info(key)
+        if (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise MergeError(
+                f"{key}: expected {before.dtype} {list(before.shape)} in {tuned.directory} as in "
+                f"the base, found {after.dtype} {list(after.shape)}; give a model that was tuned "
+                "from this base, unresized, and saved in its dtype"
+            )
+
+
+def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> None:
+    own, *tied = copies(reader, record)
+    for copy in tied:
+        (first,), (second,) = own.blocks, copy.blocks
+        if _differ(reader, first.key, reader, second.key):
+            raise MergeError(
+                f"{name}: expected {second.key} in {reader.directory} as a copy of {first.key}, "
+                "found another tensor; untie them in the base's config.json if they are two"
+            )
+
+
+def _differ(left: CheckpointReader, key: str, right: CheckpointReader, other: str) -> bool:
+    """Tell whether the bytes of two tensors of one size differ."""
+    pairs = zip(left.read_windows(key), right.read_windows(other), strict=True)
+    return any(bits_differ(one, two).any() for one, two in pairs)
+
+
+def _changed_in(
+    base: CheckpointReader, tuned: CheckpointReader, block: Block
+) -> tuple[Array, Array, Array]:
+    dtype, start = WEIGHT_DTYPES[base.info(block.key).dtype], 0
+    found = []
+    for windows in zip(base.read_windows(block.key), tuned.read_windows(block.key), strict=True):
+        before, after = (window.view(dtype) for window in windows)
+        local = np.flatnonzero(bits_differ(before, after))
+        found.append((block.spread(local + start), before[local], after[local]))
+        start += before.size
+    indices, was, now = (np.concatenate(part) for part in zip(*found, strict=True))
+    return indices, was, now
+
+
+def _check_finite(name: str, indices: Array, entries: Array, reader: CheckpointReader) -> None:
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        bad = np.flatnonzero(~np.isfinite(entries.astype(np.float32)))
+    if bad.size:
+        raise MergeError(
+            f"{name}: expected finite numbers where the checkpoints differ, found "
+            f"{entries[bad[0]]} at index {indices[bad[0]]} in {reader.directory}; no patch can "
+            "hold it"
+        )

@@ -1,0 +1,1 @@
+"""Safety patches and safety maps as directories; ``docs/format.md`` is the normative text."""

@@ -1,0 +1,330 @@
+"""Read, write and check adapter directories.
+
+Here live safety patches and safety maps as files. Models and checkpoints do not: nothing here can
+tell whether an adapter fits a base (see ``merge``). Every check stands in ``entries`` and in
+``metadata``, so that a state dict goes through the same ones as a file.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from safeweights_peft.delta import Array, check_indices
+from safeweights_peft.errors import CorruptAdapterError, FormatError
+from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
+from safeweights_peft.patch.artifacts import Adapter, AnyPatch, Artifact, EncodedPatch, SafetyMap
+from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.patch.records import Mode, indices_key
+from safeweights_peft.patch.stored import (
+    BaseEntries,
+    StoredEntries,
+    check_base,
+    check_layout,
+    content_key,
+    decode_entries,
+    encode_entries,
+    stored_arrays,
+)
+from safeweights_peft.patch.streams import Coding
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
+"""What decides an adapter's result: readers must ignore every other file beside it."""
+
+PathLike = str | os.PathLike[str]
+
+
+def write_adapter(
+    path: PathLike, adapter: Adapter, *, base: BaseEntries | None = None, overwrite: bool = False
+) -> AdapterMetadata:
+    """Write a safety patch as a directory that appears whole or not at all.
+
+    Counts and digests of the content are computed here; the digests of the base must be there.
+
+    Args:
+        path: The directory.
+        adapter: The patch; each record's encoding is what is asked for.
+        base: Gives the base's entries, so that float32 values may be stored as steps from them.
+        overwrite: Replace an existing non-empty directory, whatever it holds.
+
+    Returns:
+        The metadata as written; what is not smaller in the compact encoding is plain.
+
+    Raises:
+        FormatError: The patch contradicts its own metadata.
+    """
+    path = Path(path)
+    values = {name: delta.values for name, delta in adapter.deltas.items()}
+    for name, delta in adapter.deltas.items():
+        record = adapter.metadata.tensors.get(name)
+        if record is not None and record.shape != delta.shape:
+            raise FormatError(
+                f"{path}: {name}: expected a delta of the recorded shape {list(record.shape)}, "
+                f"found {list(delta.shape)}; give the parameter's own shape"
+            )
+    _check_names(path, adapter.metadata, Mode.SET, adapter.indices, values)
+    return _write(path, adapter.metadata, adapter.indices, values, base, overwrite)
+
+
+def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False) -> AdapterMetadata:
+    """Write a safety map as a directory that appears whole or not at all.
+
+    Counts and digests of the content are computed here; the digests of the base must be there.
+
+    Args:
+        path: The directory.
+        safety_map: The map; each record's encoding is what is asked for.
+        overwrite: Replace an existing non-empty directory, whatever it holds.
+
+    Returns:
+        The metadata as written; what is not smaller in the compact encoding is plain.
+    """
+    path, indices, scores = Path(path), safety_map.indices, safety_map.scores
+    _check_names(path, safety_map.metadata, Mode.SPA, indices, scores)
+    return _write(path, safety_map.metadata, indices, scores, None, overwrite)
+
+
+def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
+    """Read and fully check a safety patch.
+
+    Args:
+        path: The directory.
+        base: Gives the base's entries; needed only if values are stored as steps from them.
+
+    Returns:
+        The patch, held in memory.
+    """
+    return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
+
+
+def read_patch(path: PathLike) -> AnyPatch:
+    """Read and check a safety patch, where its base is not read yet or not needed."""
+    return _as_patch(*_read(Path(path), Mode.SET))
+
+
+def read_map(path: PathLike) -> SafetyMap:
+    """Read and fully check a safety map.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The map, held in memory.
+    """
+    return _as_map(*_read(Path(path), Mode.SPA))
+
+
+def read_artifact(path: PathLike) -> Artifact:
+    """Read and check a safety patch or a safety map, whichever its mode says it is."""
+    metadata, entries = _read(Path(path), None)
+    if metadata.mode is Mode.SPA:
+        return _as_map(metadata, entries)
+    return _as_patch(metadata, entries)
+
+
+def validate(path: PathLike) -> AdapterMetadata:
+    """Read and fully check a safety patch or a safety map.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Its metadata.
+    """
+    return _read(Path(path), None)[0]
+
+
+def inspect(path: PathLike) -> dict[str, Any]:
+    """Describe an adapter from its config and header, without reading a tensor.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Plain JSON: what the config says, with totals; indices, values and digests are not checked.
+    """
+    folder = Path(path)
+    metadata = read_metadata(folder)
+    _check_header(folder, metadata)
+    records = metadata.tensors
+    entries = sum(record.count for record in records.values())
+    numel = sum(record.numel for record in records.values())
+    return {
+        "format_version": FORMAT_VERSION,
+        "content_id": metadata.content_id,
+        "mode": metadata.mode.value,
+        "base_model_name_or_path": metadata.base_model_name_or_path,
+        "revision": metadata.revision,
+        "transformers_version": metadata.transformers_version,
+        "scale": metadata.scale,
+        "values_dtype": metadata.values_dtype,
+        "selection": metadata.selection,
+        "parameters": len(records),
+        "entries": entries,
+        "numel": numel,
+        "density": entries / numel,
+        "size_bytes": file_bytes(folder)[1],
+        "tensors": {
+            name: {
+                "shape": list(record.shape),
+                "dtype": record.dtype,
+                "count": record.count,
+                "encoding": record.encoding.value,
+                "density": record.count / record.numel,
+                "keys": list(record.keys),
+            }
+            for name, record in records.items()
+        },
+    }
+
+
+def file_bytes(path: PathLike) -> tuple[int, int]:
+    """Tell how large an adapter's files are."""
+    folder = Path(path)
+    return (folder / CONFIG_FILE).stat().st_size, (folder / TENSORS_FILE).stat().st_size
+
+
+def read_metadata(path: PathLike) -> AdapterMetadata:
+    """Read and check ``adapter_config.json`` alone."""
+    folder = Path(path)
+    config, tensors = folder / CONFIG_FILE, folder / TENSORS_FILE
+    if not config.is_file():
+        raise FormatError(
+            f"{folder}: expected a directory with {CONFIG_FILE}, found none; "
+            "give the directory of a safety patch or a safety map"
+        )
+    metadata = AdapterMetadata.from_config(read_json(config, CorruptAdapterError), str(config))
+    if not tensors.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        found = "adapter_model.bin, a pickle, which can run code" if pickled else "none"
+        raise FormatError(
+            f"{folder}: expected {TENSORS_FILE}, found {found}; ask the author for {TENSORS_FILE}"
+        )
+    return metadata
+
+
+def check_tensors(
+    metadata: AdapterMetadata, tensors: Mapping[str, Array], source: str
+) -> dict[str, StoredEntries]:
+    """Check all tensors of an adapter: names, dtypes, sizes, order, bounds, values, digests."""
+    found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+    check_layout(metadata, found, source)
+    return {name: decode_entries(metadata, name, tensors, source) for name in metadata.tensors}
+
+
+def _as_patch(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> AnyPatch:
+    patch = EncodedPatch(metadata, entries)
+    return patch if metadata.needs_base else patch.decode()
+
+
+def _as_map(metadata: AdapterMetadata, entries: Mapping[str, StoredEntries]) -> SafetyMap:
+    indices = {name: each.indices for name, each in entries.items()}
+    return SafetyMap(metadata, indices, {name: each.content for name, each in entries.items()})
+
+
+def _check_header(folder: Path, metadata: AdapterMetadata) -> dict[str, StoredTensor]:
+    """Check the file's header against the config, before any tensor is read."""
+    path = folder / TENSORS_FILE
+    header = read_header(path, CorruptAdapterError)
+    found = {
+        key: (STORED_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
+        for key, tensor in header.items()
+    }
+    check_layout(metadata, found, str(path))
+    return header
+
+
+def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
+    """Read one parameter after the other, so that no more than one is held as it is stored."""
+    metadata = read_metadata(folder)
+    if mode not in (None, metadata.mode):
+        other = "read_map" if mode is Mode.SET else "read_adapter"
+        raise FormatError(
+            f"{folder}: mode: expected {mode}, found {metadata.mode}; use {other} for it"
+        )
+    path = folder / TENSORS_FILE
+    header = _check_header(folder, metadata)
+    entries = {}
+    for name in metadata.tensors:
+        layouts = stored_arrays(metadata, name)
+        stored = {key: header[key].open(path) for key in layouts}
+        _check_mapped(metadata, name, stored, str(path))
+        for key, (dtype, _) in layouts.items():
+            if dtype != np.uint8:  # what is coded stays on the disk, and is decoded from there
+                stored[key] = np.array(stored[key])
+        entries[name] = decode_entries(metadata, name, stored, str(path))
+    records = {name: each.record for name, each in entries.items()}
+    return replace(metadata, tensors=records), entries
+
+
+def _check_mapped(
+    metadata: AdapterMetadata, name: str, stored: Mapping[str, Array], source: str
+) -> None:
+    """Check plain indices before they are copied: a file may be a hole, of terabytes at no cost."""
+    record, key = metadata.tensors[name], indices_key(name)
+    if record.stream("indices").coding is Coding.PLAIN:
+        check_indices(f"{source}: {key}", stored[key], record.shape)
+
+
+def _write(
+    path: Path,
+    metadata: AdapterMetadata,
+    indices: Mapping[str, Array],
+    contents: Mapping[str, Array],
+    base: BaseEntries | None,
+    overwrite: bool,
+) -> AdapterMetadata:
+    tensors: dict[str, Array] = {}
+    records = {}
+    for name, record in metadata.tensors.items():
+        check_indices(f"{path}: {name}", indices[name], record.shape)
+        entries = None
+        if base is not None and metadata.may_need_base and metadata.values_dtype == "float32":
+            entries = base(name, record, indices[name])
+            check_base(f"{path}: {name}", record, entries)
+        records[name], stored, content = encode_entries(
+            metadata.mode, record, indices[name], contents[name], entries
+        )
+        tensors[indices_key(name)] = stored
+        tensors[content_key(metadata, name)] = content
+    config = _to_json(path, replace(metadata, tensors=records))
+    written = AdapterMetadata.from_config(json.loads(config), str(path))
+    check_tensors(written, tensors, str(path))
+    with publish(path, overwrite, FormatError) as draft:
+        (draft / CONFIG_FILE).write_text(config, encoding="utf-8")
+        save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
+    return written
+
+
+def _check_names(
+    path: Path,
+    metadata: AdapterMetadata,
+    mode: Mode,
+    indices: Mapping[str, Array],
+    contents: Mapping[str, Array],
+) -> None:
+    if metadata.mode is not mode:
+        raise FormatError(f"{path}: mode: expected {mode}, found {metadata.mode}; set the mode")
+    names = metadata.tensors.keys()
+    for name in sorted((names ^ indices.keys()) | (names ^ contents.keys())):
+        raise FormatError(
+            f"{path}: {name}: expected a record, indices, and values or scores, found not all of "
+            "them; give all or none"
+        )
+
+
+def _to_json(path: Path, metadata: AdapterMetadata) -> str:
+    try:
+        return json.dumps(metadata.to_config(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as reason:
+        raise FormatError(
+            f"{path}: {CONFIG_FILE}: expected plain JSON, found {reason}; "
+            "put only finite numbers, strings, lists and objects into selection"
+        ) from reason

@@ -1,0 +1,1 @@
+"""Saved results -> tables, pictures and pages. Reads plain JSON; computes nothing."""

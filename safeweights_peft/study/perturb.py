@@ -1,0 +1,58 @@
+"""Entries of a model in memory, perturbed for a while: what it loses tells what they carry.
+
+Noise of 0.38 standard deviations of the tensor is that of the reference settings of
+arXiv 2604.08297. Which entries to perturb, and what to ask the model meanwhile, is the caller's
+business.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from safeweights_peft.delta import Array
+from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.modeling.tensors import add_rounded, to_torch
+from safeweights_peft.selection.esi import sigma
+
+Change = Callable[[str, nn.Parameter, Tensor], Tensor]
+"""From a parameter's name, the parameter, and some of its entries to others in their place."""
+
+
+@contextmanager
+def perturbed(model: nn.Module, indices: Mapping[str, Array], change: Change) -> Iterator[None]:
+    """Change entries while the context lasts, then restores the saved ones bit for bit.
+
+    They are restored after an exception too. Tied weights change together.
+    """
+    with ExitStack() as restoring:
+        for name, positions in indices.items():
+            parameter = model.get_parameter(name)
+            entries = FrozenEntries(name, parameter, to_torch(positions))
+            restoring.callback(entries.restore)
+            entries.write(change(name, parameter, entries.originals))
+        yield
+
+
+def noise(factor: float, *seed: int) -> Change:
+    """Make a change that adds factor * sigma * N(0, 1), sigma of the whole tensor, as in ESI.
+
+    It is computed in float32 and rounded once to the parameter's dtype.
+    """
+
+    def add(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
+        generator = np.random.default_rng([*seed, zlib.crc32(f"noise at {name}".encode())])
+        drawn = torch.from_numpy(generator.standard_normal(entries.numel(), np.float32))
+        return add_rounded(entries, factor * sigma(parameter) * drawn.to(entries.device))
+
+    return add
+
+
+def zeros(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
+    """Put zeros in the place of entries."""
+    return torch.zeros_like(entries)

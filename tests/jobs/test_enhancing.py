@@ -1,0 +1,231 @@
+"""The main job: every step leaves its result, and no step is done twice."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
+from safeweights_peft.jobs.enhance import enhance_model
+from safeweights_peft.merging.merge import merge
+from safeweights_peft.merging.verify import verify
+from safeweights_peft.patch.io import read_adapter
+from safeweights_peft.settings import ComputeSettings, Method
+from tests.jobs.conftest import Run
+from tests.tiny_jobs import Interrupted, Recorder, Requests, content
+
+FILES = [
+    "settings.json",
+    "before.json",
+    "map",
+    "patch",
+    "after.json",
+    "reproduce.json",
+    "result.json",
+]
+TASKS = [
+    ("Asking harmful requests", 1),
+    ("Scoring safety", 1),
+    ("Asking the base benign requests", 1),
+    ("Training", 3),
+]
+
+
+def again(run: Run, out: Path, requests: Requests, **options: Any) -> dict[str, Any]:
+    """Calls the same job with the same settings."""
+    settings = requests.score(), requests.train(steps=20), requests.evaluate()
+    return enhance_model(str(run.base), out, *settings, **options)
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """Takes from a result what doesn't depend on the run's place."""
+    patch = {key: value for key, value in result["patch"].items() if key != "path"}
+    return result | {"patch": patch}
+
+
+def test_every_step_leaves_its_result(run: Run) -> None:
+    assert {path.name for path in run.out.iterdir()} == set(FILES)
+
+
+def test_what_is_returned_is_what_is_on_disk(run: Run) -> None:
+    assert json.loads((run.out / "result.json").read_text()) == run.result
+
+
+def test_the_summary_repeats_the_measurements(run: Run) -> None:
+    for stage in ("before", "after"):
+        measured = json.loads((run.out / f"{stage}.json").read_text())
+        told = run.result[stage]
+        assert told["attack_success_rate"] == measured["harmful"]["attack_success_rate"]
+        assert told["over_refusal_rate"] == measured["benign"]["over_refusal_rate"]
+        assert told["invalid"] == measured["harmful"]["invalid"] + measured["benign"]["invalid"]
+        assert told["kl"] == measured["utility"]["kl"]
+        assert told["perplexity"] == measured["utility"]["perplexity"]
+
+
+def test_the_attack_success_rate_falls(run: Run) -> None:
+    before, after = (run.result[stage]["attack_success_rate"] for stage in ("before", "after"))
+    assert before["rate"] == 1
+    assert after["rate"] <= 0.5
+
+
+def test_the_share_of_changed_weights_is_the_density(run: Run) -> None:
+    assert run.result["patch"]["share_of_weights"] == pytest.approx(0.2, abs=1e-4)
+
+
+def test_the_patch_fits_the_base_and_the_merged_model(run: Run, tmp_path: Path) -> None:
+    merge(run.base, run.out / "patch", tmp_path / "merged")
+    assert verify(run.out / "patch", run.base, tmp_path / "merged").ok
+
+
+def test_peft_loads_the_patch(run: Run) -> None:
+    base = AutoModelForCausalLM.from_pretrained(run.base)
+    ids = torch.arange(12)[None]
+    before = base(ids).logits
+    model = PeftModel.from_pretrained(base, run.out / "patch")
+    assert not torch.equal(model(ids).logits, before)
+
+
+def test_a_finished_run_is_not_done_again(run: Run, requests: Requests) -> None:
+    before, recorder = content(run.out), Recorder()
+    assert again(run, run.out, requests, progress=recorder) == run.result
+    assert recorder.tasks == []
+    assert content(run.out) == before
+
+
+@pytest.mark.parametrize("done", range(1, len(FILES)))
+def test_a_run_that_ended_after_a_step_goes_on_to_the_same_result(
+    done: int, run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.out, out)
+    for name in FILES[done:]:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    kept = content(out)
+    assert figures(again(run, out, requests)) == figures(run.result)
+    assert content(out).items() >= kept.items()
+
+
+@pytest.mark.parametrize(("task", "after"), TASKS)
+def test_a_run_that_ended_within_a_step_goes_on_to_the_same_result(
+    task: str, after: int, run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        again(run, out, requests, progress=Recorder(task, after))
+    assert figures(again(run, out, requests)) == figures(run.result)
+    assert {path.name for path in out.iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"score": {"density": 0.3}}, "score.density (0.2 there, 0.3 here)"),
+        ({"score": {"method": Method.RANDOM}}, "score.method (esi there, random here)"),
+        ({"train": {"steps": 21}}, "train.steps (20 there, 21 here)"),
+        ({"evaluate": {"limit": 5}}, "evaluate.limit (None there, 5 here)"),
+        ({"compute": {"dtype": "float32"}}, "compute.dtype (auto there, float32 here)"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_other_settings_are_refused_by_name(
+    change: dict[str, dict[str, Any]], named: str, run: Run, requests: Requests
+) -> None:
+    before = content(run.out)
+    with pytest.raises(DataError) as caught:
+        enhance_model(
+            str(run.base),
+            run.out,
+            requests.score(**change.get("score", {})),
+            requests.train(**{"steps": 20} | change.get("train", {})),
+            requests.evaluate(**change.get("evaluate", {})),
+            ComputeSettings(**change.get("compute", {})),
+        )
+    assert f"found one with other {named}; give another" in str(caught.value)
+    assert content(run.out) == before
+
+
+def test_another_base_is_refused_by_name(run: Run, requests: Requests, tiny_llama: Path) -> None:
+    with pytest.raises(DataError, match=r"other base \("):
+        enhance_model(
+            str(tiny_llama), run.out, requests.score(), requests.train(20), requests.evaluate()
+        )
+
+
+def test_a_directory_with_other_files_is_refused(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="found something else; give another --out"):
+        again(run, tmp_path, requests)
+    assert content(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_a_file_in_place_of_the_directory_is_refused(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="found something else; give another --out"):
+        again(run, tmp_path / "thesis.txt", requests)
+
+
+def test_a_missing_base_leaves_nothing(requests: Requests, tmp_path: Path) -> None:
+    settings = requests.score(), requests.train(), requests.evaluate()
+    with pytest.raises(ModelError):
+        enhance_model(str(tmp_path / "nowhere"), tmp_path / "run", *settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("job", ["score", "train", "evaluate"])
+def test_a_missing_source_of_requests_is_found_before_the_first_step(
+    job: str, tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    jobs = ("score", "train", "evaluate")
+    changes = {name: {"harmful": "nowhere.json"} if name == job else {} for name in jobs}
+    settings = [getattr(requests, name)(**changes[name]) for name in jobs]
+    recorder = Recorder()
+    with pytest.raises(DataError, match=r"^nowhere\.json: expected a file"):
+        enhance_model(str(tiny_llama), tmp_path / "run", *settings, progress=recorder)
+    assert recorder.tasks == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["tiny_mixtral", "tiny_qwen3_moe"])
+def test_a_mixture_of_experts_is_enhanced_end_to_end(
+    kind: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base, patch = request.getfixturevalue(kind), tmp_path / "run" / "patch"
+    settings = requests.score(), requests.train(), requests.evaluate()
+    result = enhance_model(str(base), tmp_path / "run", *settings)
+    merge(base, patch, tmp_path / "merged")
+    assert result["after"]["kl"] > 0
+    assert any("experts" in name for name in read_adapter(patch).deltas)
+    assert verify(patch, base, tmp_path / "merged").ok
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(patch))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, each in loaded.merge_and_unload().state_dict().items():
+        assert torch.equal(each, merged[name]), name
+
+
+@pytest.mark.parametrize("method", [Method.RANDOM, Method.BOTTOM])
+def test_a_control_changes_as_many_weights_as_esi(
+    method: Method, run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    settings = requests.score(method=method), requests.train(), requests.evaluate(limit=1)
+    result = enhance_model(str(run.base), tmp_path / "run", *settings)
+    assert result["patch"]["entries"] == run.result["patch"]["entries"]
+
+
+def test_a_broken_result_of_a_step_is_refused_not_repaired(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.out, out)
+    (out / "before.json").write_text("{")
+    with pytest.raises(SafeWeightsError, match=r"before\.json"):
+        again(run, out, requests)

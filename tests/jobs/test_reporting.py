@@ -1,0 +1,270 @@
+"""The reporting job: figures that dense masks confirm, published whole, from the base's config."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
+from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
+from safeweights_peft.patch.artifacts import SafetyMap
+from safeweights_peft.patch.io import write_map
+from safeweights_peft.study.report import report_map
+from tests.jobs.conftest import Run
+from tests.tiny_files import edit_config
+from tests.tiny_jobs import content
+from tests.tiny_models import save_tiny_llama
+from tests.training.maps import UP, load, make_map
+
+MODELS = ["tiny_llama", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
+DENSE_FILES = {"report.json", "report.html", "heatmap.png", "components.png", "layers.png"}
+MATRICES = {
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
+    "mlp.gate": "router",
+    "mlp.experts.gate_up_proj": "experts gate_up_proj",
+    "mlp.experts.down_proj": "experts down",
+}
+
+
+@pytest.fixture
+def safety_map(tiny_llama: Path, tmp_path: Path) -> Path:
+    write_map(tmp_path / "map", make_map(tiny_llama, [UP]))
+    return tmp_path / "map"
+
+
+def masks_of(model: PreTrainedModel, safety_map: SafetyMap) -> dict[str, torch.Tensor]:
+    """Makes a dense mask of every parameter."""
+    masks = {name: torch.zeros_like(each, dtype=bool) for name, each in model.named_parameters()}
+    for name, indices in safety_map.indices.items():
+        masks[name].view(-1)[torch.from_numpy(indices).long()] = True
+    return masks
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixture", MODELS)
+def test_every_matrix_has_the_counts_and_shares_of_its_dense_mask(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base = request.getfixturevalue(fixture)
+    safety_map, model = make_map(base), load(base)
+    write_map(tmp_path / "map", safety_map)
+    record = report_map(tmp_path / "map", tmp_path / "report")
+    masks = masks_of(model, safety_map)
+    total, selected = total_parameters(model), sum(int(mask.sum()) for mask in masks.values())
+    assert (record["parameters"], record["selected"]) == (total, selected)
+    cells = {(cell["layer"], cell["component"]): cell for cell in record["cells"]}
+    for layer in (0, 1):
+        for module, component in MATRICES.items():
+            name = f"model.layers.{layer}.{module}"
+            mask = masks.get(name, masks.get(f"{name}.weight"))
+            assert (mask is None) == ((layer, component) not in cells)
+            if mask is not None:
+                cell, count = cells[layer, component], int(mask.sum())
+                assert (cell["parameters"], cell["selected"]) == (mask.numel(), count)
+                enrichment = (count / selected) / (mask.numel() / total)
+                assert cell["enrichment"] == pytest.approx(enrichment)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_mixtral", "tiny_qwen3_moe"])
+def test_every_expert_has_the_counts_of_its_slices(
+    fixture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    base = request.getfixturevalue(fixture)
+    safety_map = make_map(base)
+    write_map(tmp_path / "map", safety_map)
+    record = report_map(tmp_path / "map", tmp_path / "report")
+    masks = masks_of(load(base), safety_map)
+    found = {(row["layer"], row["expert"]): row["selected"] for row in record["experts"]}
+    assert found == {
+        (layer, expert): sum(
+            int(masks[f"model.layers.{layer}.mlp.experts.{own}"][expert].sum())
+            for own in ("gate_up_proj", "down_proj")
+        )
+        for layer in (0, 1)
+        for expert in range(4)
+    }
+
+
+def test_tied_parameters_are_counted_once(tiny_tied_llama: Path, tmp_path: Path) -> None:
+    write_map(tmp_path / "map", make_map(tiny_tied_llama, [UP]))
+    record = report_map(tmp_path / "map", tmp_path / "report")
+    assert "lm_head" not in {row["component"] for row in record["components"]}
+    assert record["parameters"] == total_parameters(load(tiny_tied_llama))
+
+
+def test_the_enrichment_at_random_is_that_of_selecting_every_eligible_entry(
+    tiny_llama: Path, safety_map: Path, tmp_path: Path
+) -> None:
+    record = report_map(safety_map, tmp_path / "report")
+    eligible = sum(each.numel() for each in eligible_parameters(load(tiny_llama)).values())
+    assert record["eligible"] == eligible
+    assert record["random_enrichment"] == record["parameters"] / eligible
+
+
+# --- what is written ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fixture", "names"),
+    [("tiny_llama", DENSE_FILES), ("tiny_mixtral", DENSE_FILES | {"experts.png"})],
+)
+def test_a_report_has_pictures_a_page_and_all_figures(
+    fixture: str, names: set[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    write_map(tmp_path / "map", make_map(request.getfixturevalue(fixture)))
+    record = report_map(tmp_path / "map", tmp_path / "report")
+    assert {path.name for path in (tmp_path / "report").iterdir()} == names
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == record
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == len(names) - 2
+
+
+def test_a_patch_is_reported_like_the_map_it_was_trained_on(run: Run, tmp_path: Path) -> None:
+    records = [report_map(run.out / kind, tmp_path / kind) for kind in ("map", "patch")]
+    assert [record["artifact"] for record in records] == ["safety map", "safety patch"]
+    assert records[0]["cells"] == records[1]["cells"]
+
+
+def test_an_existing_report_is_refused_unless_it_may_be_replaced(
+    safety_map: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "report"
+    out.mkdir()
+    (out / "file").write_text("old")
+    with pytest.raises(ReportError, match="expected an empty directory or none, found files"):
+        report_map(safety_map, out)
+    assert content(out) == {"file": b"old"}
+    report_map(safety_map, out, overwrite=True)
+    assert set(content(out)) == DENSE_FILES
+
+
+def test_a_report_never_takes_the_place_of_its_map(safety_map: Path, tmp_path: Path) -> None:
+    before = content(tmp_path)
+    for out in (safety_map, safety_map / "report"):
+        with pytest.raises(ReportError, match="expected a directory apart from the map"):
+            report_map(safety_map, out, overwrite=True)
+    assert content(tmp_path) == before
+
+
+def test_a_report_that_fails_half_way_leaves_nothing(
+    safety_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safeweights_peft.study.report.render_page", fail)
+    with pytest.raises(KeyboardInterrupt):
+        report_map(safety_map, tmp_path / "report")
+    assert list(tmp_path.iterdir()) == [safety_map]
+
+
+def test_a_path_that_is_not_unicode_makes_a_page_all_the_same(
+    tiny_llama: Path, safety_map: Path, tmp_path: Path
+) -> None:
+    odd = tmp_path / "map\udcff"
+    safety_map.rename(odd)
+    report_map(odd, tmp_path / "report")
+    assert "map&#56575;" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+# --- the base ----------------------------------------------------------------------------------
+
+
+def test_a_base_needs_its_config_alone(tiny_llama: Path, safety_map: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    shutil.copy(tiny_llama / "config.json", tmp_path / "base")
+    record = report_map(safety_map, tmp_path / "report", str(tmp_path / "base"))
+    assert record["base"] == str(tmp_path / "base")
+    assert record["cells"] == report_map(safety_map, tmp_path / "other")["cells"]
+
+
+def test_of_a_base_on_the_hub_only_the_config_at_the_maps_revision_is_fetched(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safety_map = make_map(tiny_llama, [UP])
+    metadata = replace(safety_map.metadata, base_model_name_or_path="a/b", revision="0123abc")
+    write_map(tmp_path / "map", replace(safety_map, metadata=metadata))
+    asked = []
+
+    def download(source: str, **options: Any) -> str:
+        asked.append((source, options))
+        return str(tiny_llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    report_map(tmp_path / "map", tmp_path / "report")
+    report_map(tmp_path / "map", tmp_path / "other", "c/d")
+    assert asked == [
+        ("a/b", {"revision": "0123abc", "allow_patterns": ["config.json"]}),
+        ("c/d", {"revision": None, "allow_patterns": ["config.json"]}),
+    ]
+
+
+def test_a_map_that_names_no_base_needs_one(
+    tiny_llama: Path, safety_map: Path, tmp_path: Path
+) -> None:
+    edit_config(safety_map, lambda config: config.update(base_model_name_or_path=None))
+    with pytest.raises(ModelError, match="base_model_name_or_path: expected the base, found null"):
+        report_map(safety_map, tmp_path / "report")
+    assert report_map(safety_map, tmp_path / "report", str(tiny_llama))["selected"]
+
+
+def test_a_base_of_other_shapes_is_refused_by_name(safety_map: Path, tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 52}))
+    message = rf"{UP}: expected shape \[48, 32\] in {base}, found \[52, 32\]; give the base"
+    with pytest.raises(BaseMismatchError, match=message):
+        report_map(safety_map, tmp_path / "report", str(base))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_base_without_a_parameter_of_the_map_is_refused_by_name(
+    tiny_mixtral: Path, safety_map: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BaseMismatchError, match=f"{UP}: .* found no such parameter; give the base"):
+        report_map(safety_map, tmp_path / "report", str(tiny_mixtral))
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "no-such-model"},
+        {"model_type": "vit"},
+        {"model_type": "llama", "hidden_size": "64"},
+        {"model_type": "llama", "num_attention_heads": 0},
+    ],
+    ids=str,
+)
+def test_a_base_that_transformers_can_not_build_is_refused_by_name(
+    config: dict[str, str], safety_map: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected the config of a causal language model") as error:
+        report_map(safety_map, tmp_path / "report", str(tmp_path / "base"))
+    assert str(tmp_path / "base") in str(error.value)
+
+
+def test_a_base_without_layers_is_refused_by_name(
+    tiny_llama: Path, safety_map: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    config = json.loads((tiny_llama / "config.json").read_text()) | {"num_hidden_layers": 0}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected a model with matrices beside its embeddings"):
+        report_map(safety_map, tmp_path / "report", str(tmp_path / "base"))

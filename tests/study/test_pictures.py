@@ -1,0 +1,92 @@
+"""Saved results as pictures: PNG files that leave what they show as it is."""
+
+import copy
+import struct
+from pathlib import Path
+
+import pytest
+
+from safeweights_peft.study.pictures import plot_pattern, plot_probe, plot_run
+from safeweights_peft.tables import comparison_rows
+from tests.study.records import LOSSES, PROBE, RESULT, record_of
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Reads width and height off a PNG file's header."""
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_a_run_is_drawn_as_a_png_picture(tmp_path: Path) -> None:
+    plot_run(RESULT, LOSSES, tmp_path / "run.png")
+    width, height = size_of(tmp_path / "run.png")
+    assert width > height > 100
+
+
+def test_a_run_of_no_steps_is_drawn_too(tmp_path: Path) -> None:
+    plot_run(RESULT, [], tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+def test_drawing_and_writing_leave_the_result_as_it_is(tmp_path: Path) -> None:
+    result, losses = copy.deepcopy(RESULT), copy.deepcopy(LOSSES)
+    comparison_rows(result)
+    plot_run(result, losses, tmp_path / "run.png")
+    assert (result, losses) == (RESULT, LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("experts", "names"),
+    [
+        (0, ["components.png", "heatmap.png", "layers.png"]),
+        (3, ["components.png", "experts.png", "heatmap.png", "layers.png"]),
+    ],
+)
+def test_a_pattern_is_drawn_as_pictures_of_experts_only_where_there_are_some(
+    experts: int, names: list[str], tmp_path: Path
+) -> None:
+    written = plot_pattern(record_of(layers=2, experts=experts), tmp_path)
+    assert sorted(path.name for path in written.values()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all(min(size_of(path)) > 100 for path in written.values())
+
+
+def test_a_heatmap_grows_with_the_model_and_a_huge_one_stays_a_picture(tmp_path: Path) -> None:
+    heights = []
+    for layers, experts in ((2, 0), (20, 0), (100, 300)):
+        plot_pattern(record_of(layers, experts), tmp_path)
+        heights.append(size_of(tmp_path / "heatmap.png")[1])
+    assert heights[0] < heights[1] < heights[2] < 2000
+    assert max(size_of(tmp_path / "experts.png")) < 2000
+
+
+def test_a_selection_of_nothing_is_drawn_too(tmp_path: Path) -> None:
+    record = record_of(layers=2)
+    for cell in (*record["cells"], *record["layers"], *record["components"]):
+        cell |= {"selected": 0, "selected_share": 0.0, "enrichment": 0.0}
+    plot_pattern(record, tmp_path)
+    assert size_of(tmp_path / "heatmap.png")
+
+
+def test_drawing_a_pattern_leaves_the_record_as_it_is(tmp_path: Path) -> None:
+    record = record_of(layers=2, experts=2)
+    before = copy.deepcopy(record)
+    plot_pattern(record, tmp_path)
+    assert record == before
+
+
+def test_a_pattern_is_drawn_to_the_same_bytes_a_second_time(tmp_path: Path) -> None:
+    record = record_of(layers=2)
+    first = {path: path.read_bytes() for path in plot_pattern(record, tmp_path).values()}
+    second = {path: path.read_bytes() for path in plot_pattern(record, tmp_path).values()}
+    assert first == second
+
+
+def test_a_probe_is_drawn_as_a_png_picture(tmp_path: Path) -> None:
+    before = copy.deepcopy(PROBE)
+    plot_probe(PROBE, tmp_path / "probe.png")
+    width, height = size_of(tmp_path / "probe.png")
+    assert width > height > 100
+    assert before == PROBE

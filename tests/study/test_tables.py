@@ -1,0 +1,165 @@
+"""Saved results as rows of text, to the letter."""
+
+import pytest
+
+from safeweights_peft.tables import (
+    comparison_rows,
+    evaluation_rows,
+    grid_rows,
+    judged_rows,
+    overlap_rows,
+    pattern_rows,
+    probe_rows,
+    rate_text,
+    share_rows,
+    size_text,
+    verdict_lines,
+)
+from tests.study.records import PROBE, RESULT, rate, record_of
+
+
+def test_a_comparison_sets_every_figure_side_by_side() -> None:
+    assert comparison_rows(RESULT) == [
+        ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)", "2.0 % [0.5, 7.0] (2/100)"),
+        ("over-refusal, benign requests", "0.0 % [0.0, 3.3] (0/112)", "6.2 % [3.1, 12.3] (7/112)"),
+        ("invalid answers", "1", "0"),
+        ("KL to the base (nats/token)", "0.0000", "0.0123"),
+        ("perplexity of the base's answers", "1.23", "1.30"),
+        ("weights changed", "0", "1,345,155 (1.000%)"),
+        ("patch size", "", "8.1 MB"),
+    ]
+
+
+def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
+    evaluation = {
+        "harmful": {"attack_success_rate": rate(97, 100, 0.9155, 0.9897), "invalid": 2},
+        "benign": {"over_refusal_rate": rate(0, 112, 0.0, 0.0332), "invalid": 1},
+        "utility": {"kl": 0.25, "perplexity": 12.0, "tokens": 900},
+        "task": None,
+    }
+    assert evaluation_rows(evaluation) == [
+        ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)"),
+        ("over-refusal, benign requests", "0.0 % [0.0, 3.3] (0/112)"),
+        ("invalid answers", "3"),
+        ("KL to the base (nats/token)", "0.2500"),
+        ("perplexity of the base's answers", "12.00"),
+    ]
+    on_a_task = evaluation_rows(evaluation | {"task": {"loss": 1.25, "tokens": 70}})
+    assert on_a_task[-1] == ("loss on the task (nats/token)", "1.2500")
+
+
+def test_losses_on_a_task_stand_side_by_side_where_one_was_given() -> None:
+    before, after = ({**RESULT["before"], "task_loss": loss} for loss in (2.0, 1.5))
+    assert judged_rows(before, after)[-1] == ("loss on the task (nats/token)", "2.0000", "1.5000")
+    assert len(judged_rows(RESULT["before"], RESULT["after"])) == 3
+
+
+def test_a_rate_is_written_with_its_interval_and_counts() -> None:
+    assert rate_text(rate(1, 3, 0.0615, 0.7923)) == "33.3 % [6.2, 79.2] (1/3)"
+    assert rate_text(rate(3, 3, 0.4385, 1.0)) == "100.0 % [43.9, 100.0] (3/3)"
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1250, "1.2 kB"),
+        (999_949, "999.9 kB"),
+        (999_951, "1.0 MB"),
+        (8_072_000, "8.1 MB"),
+        (10**9, "1.0 GB"),
+        (999_960_000_000, "1.0 TB"),
+        (4.5e15, "4500.0 TB"),
+    ],
+)
+def test_a_size_is_written_in_the_largest_unit_that_leaves_at_least_1(
+    size_bytes: float, text: str
+) -> None:
+    assert size_text(size_bytes) == text
+
+
+def test_a_comparison_of_maps_numbers_them_and_lists_every_two() -> None:
+    maps = [
+        {"path": path, "artifact": "safety map", "base": "tiny", "revision": None, "entries": 1500}
+        for path in ("a", "b", "c")
+    ]
+    pair = {
+        "shared": 1200,
+        "iou": 0.66667,
+        "expected_shared": 15.0,
+        "expected_iou": 0.00503,
+        "expected_shared_within_tensors": 30.0,
+        "expected_iou_within_tensors": 0.0101,
+    }
+    rows = overlap_rows({"maps": maps, "same_base": True, "pairs": [pair] * 3})
+    assert rows[0] == ("map", "kind", "entries", "base", "")
+    assert rows[3] == ("3: c", "safety map", "1,500", "tiny", "")
+    assert rows[5] == ("maps", "shared", "IoU", "by chance", "by chance, tensor by tensor")
+    assert [row[0] for row in rows[6:]] == ["1 and 2", "1 and 3", "2 and 3"]
+    assert rows[6][1:] == ("1,200", "0.6667", "0.0050", "0.0101")
+
+
+def test_a_pattern_lists_the_components_and_then_the_layers_most_enriched_first() -> None:
+    rows = pattern_rows(record_of(layers=9))
+    assert rows[0] == ("component", "weights", "share", "selected", "share", "enrichment")
+    empty = rows.index(("",) * 6)
+    for table, count in ((rows[1:empty], 4), (rows[empty + 2 :], 5)):
+        enrichments = [float(row[-1]) for row in table]
+        assert enrichments == sorted(enrichments, reverse=True)
+        assert len(enrichments) == count
+
+
+def test_shares_are_written_beside_the_counts_that_they_come_from() -> None:
+    cell = {
+        "layer": None,
+        "component": "embeddings",
+        "parameters": 28_311_552,
+        "eligible": 0,
+        "selected": 1234,
+        "parameter_share": 0.21047,
+        "selected_share": 0.00092,
+        "enrichment": 0.00437,
+    }
+    texts = ("outside layers", "embeddings", "28,311,552", "21.05%", "1,234", "0.09%", "0.00")
+    assert share_rows([cell], "layer", "component")[1] == texts
+
+
+def test_a_grid_leaves_out_what_can_not_be_selected_and_keeps_what_is_selected_all_the_same() -> (
+    None
+):
+    record = record_of(layers=2)
+    assert grid_rows(record["cells"], "component")[0] == ("layer", "q", "down")
+    for cell in record["cells"]:
+        cell["selected"] += cell["component"] == "norms"
+    assert grid_rows(record["cells"], "component")[0] == ("layer", "q", "down", "norms")
+
+
+def test_a_grid_has_a_gap_where_a_layer_has_no_such_component() -> None:
+    cells = [
+        {"layer": layer, "component": component, "eligible": 1, "selected": 0, "enrichment": layer}
+        for layer, component in ((0, "up"), (1, "router"))
+    ]
+    assert grid_rows(cells, "component") == [
+        ("layer", "up", "router"),
+        ("0", "0.00", ""),
+        ("1", "", "1.00"),
+    ]
+
+
+def test_a_probe_is_laid_out_as_one_table_with_intervals() -> None:
+    judged = "17.0 % [10.9, 25.6]", "6.2 % [3.1, 12.3]", "0.5 % [0.1, 2.8]"
+    assert probe_rows(PROBE) == [
+        ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)"),
+        ("base", "1", *judged, "0.0000"),
+        ("noise, map", "5", *judged, "0.2500 [0.1250, 0.3750]"),
+    ]
+
+
+def test_a_probes_verdicts_are_sentences() -> None:
+    assert verdict_lines(PROBE) == [
+        "With noise at the map's weights: specific: it rises.",
+        "With the map's weights at zero: can't tell: it may rise.",
+    ]

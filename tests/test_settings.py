@@ -1,0 +1,118 @@
+"""Every setting keeps its range, in Python as on the command line, and comes back from a file."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safeweights_peft.errors import SettingsError
+from safeweights_peft.settings import (
+    ComputeSettings,
+    EvaluateSettings,
+    Method,
+    PreserveSettings,
+    ProbeSettings,
+    RunSettings,
+    ScoreSettings,
+    Settings,
+    TrainSettings,
+    flatten,
+    restore,
+)
+
+KINDS = [
+    ComputeSettings,
+    EvaluateSettings,
+    PreserveSettings,
+    ProbeSettings,
+    ScoreSettings,
+    TrainSettings,
+]
+RUN = RunSettings("base", ScoreSettings(density=0.5, method=Method.RANDOM), TrainSettings(steps=3))
+
+
+def numbers() -> list[tuple[type[Settings], str]]:
+    return [
+        (settings, name)
+        for settings in KINDS
+        for name, _, kind, _ in settings.options()
+        if kind.kind in (int, float)
+    ]
+
+
+@pytest.mark.parametrize(("settings", "name"), numbers())
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1, True, "1"])
+def test_a_number_out_of_range_or_of_another_type_is_refused_by_name(
+    settings: type[Settings], name: str, value: Any
+) -> None:
+    with pytest.raises(SettingsError, match=f"^{name}: expected "):
+        settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        (ScoreSettings, {"density": 0}, "a number above 0 and at most 1, found 0; choose"),
+        (ScoreSettings, {"density": 1.5}, "a number above 0 and at most 1, found 1.5"),
+        (ScoreSettings, {"method": "best"}, "one of esi, random, bottom, found 'best'"),
+        (ScoreSettings, {"harmful": None}, "expected str, found None"),
+        (TrainSettings, {"steps": 0}, "a number at least 1, found 0"),
+        (TrainSettings, {"steps": 1.5}, "expected int, found 1.5"),
+        (TrainSettings, {"learning_rate": math.nan}, "a number above 0, found nan"),
+        (ComputeSettings, {"dtype": "int8"}, "one of auto, float32, bfloat16, float16, found"),
+        (EvaluateSettings, {"keep_answers": 1}, "expected bool, found 1"),
+    ],
+)
+def test_a_refusal_says_what_is_allowed(
+    settings: type[Settings], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings(**change)
+
+
+def test_a_whole_number_is_a_float() -> None:
+    assert ScoreSettings(density=1).density == 1
+
+
+@pytest.mark.parametrize("settings", KINDS)
+def test_every_setting_has_help_and_a_flag_of_its_own(settings: type[Settings]) -> None:
+    options = [option for _, option, _, _ in settings.options()]
+    assert all(option.help.strip() for option in options)
+    assert len({option.flag for option in options}) == len(options)
+
+
+def test_settings_come_back_from_json_as_they_were() -> None:
+    assert restore(RunSettings, json.loads(json.dumps(asdict(RUN))), "here") == RUN
+
+
+def test_a_settings_file_may_be_toml_and_leave_defaults_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[score]\ndensity = 0.5\nmethod = "random"\n\n[train]\nsteps = 3\n')
+    assert RunSettings.read(path, base="base") == RUN
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nsteps = 0\n", "train: steps: expected a number at least 1, found 0"),
+        ("[train]\nstep = 1\n", "train: expected harmful, benign, .* found step"),
+        ("[train]\nsteps = 1.5\n", "train.steps: expected int, found 1.5"),
+        ("train = 1\n", "train: expected harmful, benign"),
+        ("nothing", "expected settings in TOML or JSON"),
+    ],
+)
+def test_a_settings_file_is_refused_by_the_name_of_what_is_wrong(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        RunSettings.read(path, base="base")
+
+
+def test_settings_of_parts_are_named_by_their_path() -> None:
+    assert flatten(RUN)["score.density"] == 0.5
+    assert flatten(RUN)["base"] == "base"
