@@ -100,9 +100,9 @@ def _refuse_options() -> NoReturn:
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["supertuning", "lora", "vllm-patch"]),
+    type=click.Choice(["supertuning", "lora"]),
     required=True,
-    help="PEFT's sparse method, a LoRA, or new entries by checkpoint key.",
+    help="PEFT's sparse method, or a LoRA.",
 )
 @click.option("--base", help="Its base: directory or Hub id.  [default: what ADAPTER names]")
 @out_directory
@@ -126,18 +126,15 @@ def export_command(
     """Write the patch ADAPTER in another form, for programs without this package.
 
     As a checkpoint: that is `safeweights merge`. To supertuning: plain PEFT loads it; linear layers
-    only, exact in float32. To lora: linear layers only, approximate; the error is printed. To
-    vllm-patch: shape, dtype, indices and new entries of each tensor on disk, exact.
+    only, exact in float32. To lora: linear layers only, approximate; the error is printed.
     """
-    from safeweights_peft.jobs.export import export_lora, export_patch, export_supertuning
+    from safeweights_peft.jobs.export import export_lora, export_supertuning
 
     options = {name: value for name, value in lora.items() if value is not None}
     if form == "lora":
         record = export_lora(adapter, out, base, overwrite=overwrite, **options)
     elif options:
         _refuse_options()
-    elif form == "supertuning":
-        record = export_supertuning(adapter, out, base, overwrite=overwrite)
     else:
-        record = export_patch(adapter, out, base, overwrite=overwrite)
+        record = export_supertuning(adapter, out, base, overwrite=overwrite)
     show(record, rows_of(record), as_json)

@@ -1,7 +1,6 @@
 """Safety patches as PEFT's own methods, for people who don't have this package.
 
-Patches in checkpoint coordinates need no torch: see ``merge.exporting``. What each form keeps and
-loses stands in ``docs/export.md``.
+What each form keeps and loses stands in ``docs/export.md``.
 """
 
 from __future__ import annotations
@@ -23,21 +22,12 @@ from safeweights_peft.errors import MergeError, UnsupportedFeatureError
 from safeweights_peft.fetching import BaseModel
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.jobs.load import find_base
-from safeweights_peft.merging.export import export_vllm_patch
 from safeweights_peft.merging.gather import base_entries, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import Adapter
 from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, read_adapter
-
-
-def export_patch(
-    adapter_dir: Path, out: Path, base: str | None = None, *, overwrite: bool = False
-) -> dict[str, Any]:
-    """Write a safety patch in checkpoint coordinates; see `merge.export_vllm_patch`."""
-    found = find_base(base, [adapter_dir])
-    return export_vllm_patch(adapter_dir, found.path, out, overwrite=overwrite)
 
 
 def export_supertuning(
@@ -153,7 +143,7 @@ def _linear_deltas(adapter: Adapter, base: BaseModel, method: str) -> dict[str, 
             raise UnsupportedFeatureError(
                 f"{name}: expected the weight of an nn.Linear of fewer than 2**31 entries, found "
                 f"{own} of a {type(module).__name__}; {method} in PEFT changes nothing else: merge "
-                "the patch, or export it to vllm-patch"
+                "the patch"
             )
         if delta.count:
             change = np.float32(adapter.metadata.scale) * delta.values.astype(np.float32)

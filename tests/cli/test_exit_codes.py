@@ -205,7 +205,7 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["export", ".", "--out", "other"],
         ["export", ".", "--to", "checkpoint", "--out", "other"],
         ["export", ".", "--to", "supertuning", "--out", "other", "--rank", "4"],
-        ["export", ".", "--to", "vllm-patch", "--out", "other", "--max-error", "0.5"],
+        ["export", ".", "--to", "supertuning", "--out", "other", "--max-error", "0.5"],
         ["export", ".", "--to", "lora", "--out", "other", "--rank", "0"],
         ["export", ".", "--to", "lora", "--out", "other", "--max-error", "nan"],
         ["inspect", "nowhere"],

@@ -290,7 +290,6 @@ def test_diff_prints_what_is_lost_without_json(run: Run, tmp_path: Path) -> None
     [
         ("supertuning", [], "stored_entries"),
         ("lora", ["--rank", "32", "--max-error", "0.5"], "relative_error"),
-        ("vllm-patch", [], "tensors"),
     ],
 )
 def test_export_prints_what_it_wrote(

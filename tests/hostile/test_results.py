@@ -9,7 +9,7 @@ import pytest
 
 from safeweights_peft.errors import FormatError
 from safeweights_peft.jobs.diff import diff
-from safeweights_peft.jobs.export import export_lora, export_patch, export_supertuning
+from safeweights_peft.jobs.export import export_lora, export_supertuning
 from safeweights_peft.merging.convert import convert
 from safeweights_peft.merging.in_place import merge_in_place
 from safeweights_peft.merging.merge import merge
@@ -34,7 +34,6 @@ MAKERS: dict[str, Make] = {
     "convert": lambda base, adapter, out: convert(adapter, "compact", out, base),
     "export to supertuning": lambda base, adapter, out: export_supertuning(adapter, out, str(base)),
     "export to lora": lambda base, adapter, out: export_lora(adapter, out, str(base)),
-    "export to vllm": lambda base, adapter, out: export_patch(adapter, out, str(base)),
     "report": lambda base, adapter, out: report_map(adapter, out, str(base)),
     "compare": lambda base, adapter, out: compare([adapter, adapter]),
     "diff": lambda base, adapter, out: diff(str(base), str(base), out, map_dir=adapter),
@@ -48,7 +47,7 @@ COMMANDS = {
     "merge": "merge {base} {adapter} --out {out}",
     "merge in place": "merge {base} {adapter} --in-place",
     "convert": "convert {adapter} --encoding compact --base {base} --out {out}",
-    "export": "export {adapter} --to vllm-patch --base {base} --out {out}",
+    "export": "export {adapter} --to supertuning --base {base} --out {out}",
     "report": "report {adapter} --base {base} --out {out}",
     "compare": "compare {adapter} {adapter}",
 }

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from safeweights_peft import convert, create_adapter, load_model, merge, preserve, protect
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.jobs.export import export_lora, export_patch, export_supertuning
+from safeweights_peft.jobs.export import export_lora, export_supertuning
 from safeweights_peft.merging.gather import base_entries
 from safeweights_peft.patch.io import (
     read_adapter,
@@ -48,14 +48,6 @@ def test_a_compact_patch_is_merged_while_its_base_loads(
     tiny_llama_bf16: Path, compact: Path, merged: Path
 ) -> None:
     assert same_weights(load_model(tiny_llama_bf16, compact), load_base(merged))
-
-
-def test_a_compact_patch_is_exported_for_other_programs(
-    patch: Path, compact: Path, tmp_path: Path
-) -> None:
-    for each in (patch, compact):
-        export_patch(each, tmp_path / f"vllm-{each.name}")
-    assert content(tmp_path / "vllm-patch") == content(tmp_path / "vllm-compact")
 
 
 def test_a_compact_patch_is_exported_with_the_values_that_its_base_gives(
