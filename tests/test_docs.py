@@ -10,15 +10,13 @@ its docstring says, in such a folder too.
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import torch
-
-from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -80,10 +78,9 @@ def run(script: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tiny_tied_llama: Path, tmp_path: Path) -> Path:
     """What a reader has before the first command: a base model and the examples."""
-    base = tmp_path / "demo" / "base"
-    save_tiny_tokenizer(save_tiny_llama(base, tied=True, dtype=torch.bfloat16))
+    shutil.copytree(tiny_tied_llama, tmp_path / "demo/base")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
