@@ -10,6 +10,7 @@ those go through :func:`patiently`.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +31,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from safeweights_peft.errors import ModelError, SafeWeightsError
+from safeweights_peft.errors import FormatError, ModelError, SafeWeightsError
+from safeweights_peft.files import read_json
+from safeweights_peft.patch.io import CONFIG_FILE, read_metadata
+from safeweights_peft.patch.metadata import PEFT_TYPE
 
 Result = TypeVar("Result")
+PathLike = str | os.PathLike[str]
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What of a model's repository is needed, as patterns."""
@@ -65,10 +70,53 @@ class BaseModel:
     revision: str | None
 
 
+def find_base(
+    base: PathLike | None,
+    adapters: Sequence[Path] = (),
+    revision: str | None = None,
+    files: Sequence[str] = MODEL_FILES,
+) -> BaseModel:
+    """Find a base: a directory, or a Hub id whose files are downloaded into the cache.
+
+    Without a name it is the base that the adapters name, safety patches or others of PEFT. Without
+    a revision, the commit that they record for that name, or else the tip of the main branch.
+    """
+    is_here = base is not None and Path(base).is_dir()
+    name, commit = (str(base), None) if is_here else named_base(base, adapters)
+    # A recorded commit is no commit of a directory; digests tell whether that is the base.
+    return resolve_base(name, revision if Path(name).is_dir() else revision or commit, files)
+
+
+def named_base(base: PathLike | None, adapters: Sequence[Path]) -> tuple[str, str | None]:
+    """Return the name of a base, and the commit that adapters record for it, if one does."""
+    recorded = [_recorded_base(adapter) for adapter in adapters]
+    name = str(base) if base is not None else next((name for name, _ in recorded if name), None)
+    if name is None:
+        raise ModelError(
+            f"{', '.join(map(str, adapters))}: base_model_name_or_path: expected the name of its "
+            "base, found none; give the base"
+        )
+    return name, next((commit for other, commit in recorded if other == name and commit), None)
+
+
+def _recorded_base(adapter: Path) -> tuple[str | None, str | None]:
+    config = read_json(adapter / CONFIG_FILE, FormatError)
+    if config.get("peft_type") == PEFT_TYPE:
+        read_metadata(adapter)  # a broken patch is refused before gigabytes are fetched for it
+    name, commit = config.get("base_model_name_or_path"), config.get("revision")
+    for key, value in (("base_model_name_or_path", name), ("revision", commit)):
+        if not isinstance(value, str | None):
+            raise FormatError(
+                f"{adapter / CONFIG_FILE}: {key}: expected text or null, found {str(value)[:80]}; "
+                "do not use this adapter"
+            )
+    return name or None, commit or None
+
+
 def resolve_base(
     base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
 ) -> BaseModel:
-    """Find a base model: a local directory, or a Hub id (downloaded into the cache)."""
+    """Find a base by its name alone."""
     path = Path(base)
     commit = None
     if path.is_dir() and revision is not None:

@@ -1,14 +1,18 @@
 """Base models found; waiting and trying again, and the words for what goes wrong at the Hub."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from safeweights_peft.errors import ModelError
+from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.fetching import (
     LONGEST_WAIT_SECONDS,
     WAITS_SECONDS,
     BaseModel,
+    find_base,
     latest_commit,
     patiently,
     resolve_base,
@@ -46,6 +50,108 @@ def test_a_cached_hub_model_resolves_to_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     found = resolve_base("someone/tiny")
     assert found == BaseModel("someone/tiny", snapshot, commit)
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the config of a LoRA that records this of its base."""
+
+    def write(folder: str = "lora", **recorded: Any) -> Path:
+        (tmp_path / folder).mkdir()
+        config = {"peft_type": "LORA", **recorded}
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(config))
+        return tmp_path / folder
+
+    return write
+
+
+@pytest.fixture
+def fetched(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Names, revisions and files of the models that are asked for on the Hub."""
+    calls: list[tuple[Any, ...]] = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((name, revision, tuple(allow_patterns)))
+        return str(tiny_llama)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return calls
+
+
+def named(name: str | None, commit: str | None) -> dict[str, Any]:
+    return {"base_model_name_or_path": name, "revision": commit}
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "expected"),
+    [
+        (None, None, ("ann/a", "commit")),
+        ("ann/a", None, ("ann/a", "commit")),
+        (None, "v2", ("ann/a", "v2")),
+        ("ann/b", None, ("ann/b", None)),
+    ],
+    ids=["none given", "the same", "another revision", "another base"],
+)
+def test_a_base_is_taken_at_the_commit_that_an_adapter_records_for_it(
+    base: str | None,
+    revision: str | None,
+    expected: tuple[str, str | None],
+    lora: Callable[..., Path],
+    fetched: list[tuple[Any, ...]],
+) -> None:
+    find_base(base, [lora(**named("ann/a", "commit"))], revision, ["config.json"])
+    assert fetched == [(*expected, ("config.json",))]
+
+
+def test_of_several_adapters_the_first_names_the_base_and_any_may_know_its_commit(
+    lora: Callable[..., Path], fetched: list[tuple[Any, ...]]
+) -> None:
+    bases = [named(None, "x"), named("ann/a", None), named("ann/b", "y"), named("ann/a", "z")]
+    find_base(None, [lora(f"lora{number}", **base) for number, base in enumerate(bases)])
+    assert fetched[0][:2] == ("ann/a", "z")
+
+
+def test_a_directory_that_is_given_is_the_base_whatever_an_adapter_says(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    nothing = tmp_path / "nothing"
+    assert find_base(tiny_llama, [nothing]) == BaseModel(str(tiny_llama), tiny_llama, None)
+
+
+def test_a_commit_that_is_recorded_for_what_is_a_directory_here_is_left_out(
+    tiny_llama: Path, lora: Callable[..., Path]
+) -> None:
+    adapter = lora(**named(str(tiny_llama), "commit"))
+    assert find_base(None, [adapter]) == BaseModel(str(tiny_llama), tiny_llama, None)
+    with pytest.raises(ModelError, match="--revision main: expected a base on the Hub"):
+        find_base(None, [adapter], "main")
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_adapters_without_a_base_ask_for_one(name: str | None, lora: Callable[..., Path]) -> None:
+    message = "lora: base_model_name_or_path: expected the name of its base, found none; give the"
+    with pytest.raises(ModelError, match=message):
+        find_base(None, [lora(**named(name, None))])
+
+
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "revision"])
+@pytest.mark.parametrize("value", [3, ["ann/a"], {}, False])
+def test_what_a_hostile_config_records_must_be_text(
+    key: str, value: object, lora: Callable[..., Path], fetched: list[tuple[Any, ...]]
+) -> None:
+    adapter = lora(**{**named("ann/a", None), key: value})
+    with pytest.raises(FormatError, match=f"{key}: expected text or null, found"):
+        find_base("ann/a", [adapter])
+    assert fetched == []
+
+
+def test_a_broken_patch_is_refused_before_its_base_is_fetched(
+    lora: Callable[..., Path], fetched: list[tuple[Any, ...]]
+) -> None:
+    adapter = lora(**named("ann/a", None) | {"peft_type": "SAFEWEIGHTS"})
+    with pytest.raises(FormatError):
+        find_base(None, [adapter])
+    assert fetched == []
 
 
 class Failing:

@@ -29,6 +29,7 @@ from safeweights_peft.fetching import (
     WAITS_SECONDS,
     download,
     explain,
+    named_base,
     patiently,
     split_revision,
     wait_out,
@@ -38,8 +39,8 @@ from safeweights_peft.hub.card import write_card
 from safeweights_peft.hub.layout import belongs, is_foreign
 from safeweights_peft.hub.leaks import check_shareable
 from safeweights_peft.hub.staging import Base, find_adapter, stage
-from safeweights_peft.patch.io import CONFIG_FILE, read_metadata
-from safeweights_peft.patch.metadata import PEFT_TYPE, AdapterMetadata
+from safeweights_peft.patch.io import CONFIG_FILE
+from safeweights_peft.patch.metadata import PEFT_TYPE
 
 TIP_MOVED = 412
 """The Hub's answer to a commit on top of one that isn't the tip, or for a while isn't yet."""
@@ -103,7 +104,7 @@ def push_to_hub(
     source = Path(source)
     _check_login(repo_id)
     with TemporaryDirectory() as folder:
-        found = _find_base(source, read_metadata(find_adapter(source)), base)
+        found = _find_base(find_adapter(source), base)
         artifact = stage(source, Path(folder), found).mode.artifact
         write_card(Path(folder), repo_id)
         check_shareable(Path(folder))
@@ -124,20 +125,17 @@ def _check_login(repo_id: str) -> None:
         )
 
 
-def _find_base(source: Path, metadata: AdapterMetadata, given: str | None) -> Base:
+def _find_base(adapter: Path, given: str | None) -> Base:
     """Find the Hub id and the commit of the base, and that both are there."""
-    name, revision = metadata.base_model_name_or_path, metadata.revision
-    recorded = revision
-    if given is not None:
-        name, revision = split_revision(given)
-        recorded = recorded if name == metadata.base_model_name_or_path else None
-        revision = revision or recorded
-    elif name is None or revision is None:
+    name, revision = split_revision(given) if given else (None, None)
+    name, recorded = named_base(name, [adapter])
+    if given is None and recorded is None:
         raise HubError(
-            f"{source}: base_model_name_or_path: expected a Hub id and its commit, found "
-            f"{'nothing' if name is None else f'{name} without a commit, a directory'}; say by "
-            "--base USER/MODEL[@REVISION] where others find this base"
+            f"{adapter}: base_model_name_or_path: expected a Hub id and its commit, found {name} "
+            "without a commit, a directory; say by --base USER/MODEL[@REVISION] where others find "
+            "this base"
         )
+    revision = revision or recorded
     at = f" at revision {revision}" if revision else ""
     try:
         info = patiently(lambda: HfApi().model_info(name, revision=revision))
@@ -147,7 +145,7 @@ def _find_base(source: Path, metadata: AdapterMetadata, given: str | None) -> Ba
     assert info.sha is not None
     if given is not None and recorded not in (None, info.sha):
         raise HubError(
-            f"{source}: expected --base {name}@{recorded}, the commit that it was made for, found "
+            f"{adapter}: expected --base {name}@{recorded}, the commit that it was made for, found "
             f"commit {info.sha}; leave the revision out"
         )
     return Base(info.id, info.sha)
