@@ -1,0 +1,223 @@
+"""The frame of all jobs: the base, where to compute, progress, records, and work to resume from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.data import Example
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import DataError
+from safeweights_peft.evaluation.generate import generate_answers
+from safeweights_peft.fetching import BaseModel, resolve_base
+from safeweights_peft.files import read_json, sync, write_json
+from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from safeweights_peft.patch.artifacts import Artifact
+from safeweights_peft.settings import ComputeSettings, Settings
+
+PACKAGES = ("safeweights-peft", "transformers", "torch")
+
+
+class Progress(Protocol):
+    """Shows tasks of known length."""
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show one task while the context lasts; what it yields takes the units just done."""
+        ...
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show nothing."""
+        return nullcontext(lambda _: None)
+
+
+class Joined:
+    """Shows all tasks as parts of one that is shown already."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Add a part."""
+        return nullcontext(self._advance)
+
+
+class Job:
+    """A base, where to compute, and what is shown; nothing is read before it is asked for.
+
+    Several jobs on one base share it, and with it the loaded model.
+    """
+
+    def __init__(
+        self,
+        base: str | os.PathLike[str] | BaseModel,
+        compute: ComputeSettings | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._source = base
+        self.compute = compute or ComputeSettings()
+        self.progress: Progress = progress or Quiet()
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The base on this disk, downloaded if need be."""
+        if isinstance(self._source, BaseModel):
+            return self._source
+        return resolve_base(os.fspath(self._source), self.compute.revision)
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        """The base's files."""
+        return CheckpointReader(self.base.path)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return pick_device(self.compute.device)
+
+    @cached_property
+    def dtype(self) -> torch.dtype | str:
+        """What to compute in; "auto" is the checkpoint's own."""
+        return pick_dtype(self.compute.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, able to pad."""
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The base, loaded once; who writes to its weights restores them, or takes it."""
+        return load_model(self.base, self.dtype, self.device)
+
+    def take_model(self) -> PreTrainedModel:
+        """Hand the model over to be changed for good; the next job loads another."""
+        model = self.model
+        del self.model
+        return model
+
+    def ask(
+        self,
+        who: str,
+        requests: Sequence[str],
+        max_new_tokens: int,
+        batch_size: int = 25,
+        model: PreTrainedModel | None = None,
+    ) -> list[Example]:
+        """Let the base, or another model of its tokenizer, answer requests."""
+        with self.progress.task(f"Asking {who} requests", len(requests)) as advance:
+            return generate_answers(
+                self.model if model is None else model,
+                self.tokenizer,
+                requests,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_batch=advance,
+            )
+
+    @contextmanager
+    def steps(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a task; what it yields takes the step reached, as a resumed job skips some."""
+        done = 0
+        with self.progress.task(description, total) as advance:
+
+            def reach(step: int) -> None:
+                nonlocal done
+                advance(step - done)
+                done = step
+
+            yield reach
+
+    def record(
+        self,
+        kind: str,
+        artifact: Artifact | None = None,
+        settings: Settings | None = None,
+        **content: Any,
+    ) -> dict[str, Any]:
+        """Say what a result is made with: base, adapter, settings and versions.
+
+        A directory can be filled anew, so an adapter is named by its content id; as it holds
+        digests of its base, that names the base's entries too.
+        """
+        if settings is not None:
+            content["settings"] = asdict(settings) | asdict(self.compute)
+        return {
+            "kind": kind,
+            "base": {"name": self.base.name, "revision": self.base.revision},
+            "content_id": artifact.metadata.content_id if artifact else None,
+            **content,
+            **{f"{name.replace('-', '_')}_version": version(name) for name in PACKAGES},
+        }
+
+    @contextmanager
+    def work(self, out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+        """Name a directory beside a result for work to resume from; clear it once all is done.
+
+        The name is made of the base's files and of what else the result depends on, so that a
+        change of either starts afresh.
+        """
+        text = json.dumps({**identity, "files": describe_files(self.base.path)}, sort_keys=True)
+        yield out.with_name(f".{out.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.work")
+        _clear_work(out)
+
+
+def describe_files(folder: Path) -> list[list[Any]]:
+    """List a model's files with sizes and times, by which a changed one is noticed."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _clear_work(out: Path) -> None:
+    """Remove what jobs for a result have left beside it, those with other settings included."""
+    for path in out.absolute().parent.iterdir():
+        if path.name.startswith(f".{out.name}.") and path.name.endswith(".work"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do a step unless its result is there."""
+    if not path.exists():
+        write_json(path, measure())
+    return read_json(path, DataError)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Save arrays to resume from; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(dict(arrays), str(draft))
+        sync(draft)
+        draft.replace(path)
+    except SafetensorError as error:  # the library's name for a full disk
+        raise OSError(f"{path}: expected to be written, was not: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path) -> dict[str, Array] | None:
+    """Read what `save_arrays` left; None if there is nothing, or nothing that can be read."""
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError):
+        return None

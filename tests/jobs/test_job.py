@@ -1,0 +1,105 @@
+"""The frame of all jobs: nothing is loaded early or twice, and unfinished work is found again."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from safeweights_peft.errors import ModelError
+from safeweights_peft.fetching import resolve_base
+from safeweights_peft.jobs import job as frame
+from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.settings import ComputeSettings, ScoreSettings
+from tests.jobs.conftest import Run
+from tests.tiny_jobs import BENIGN, Interrupted, Recorder
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """The models loaded so far."""
+    loaded: list[object] = []
+    load = frame.load_model
+
+    def count(*arguments: object) -> object:
+        loaded.append(load(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr(frame, "load_model", count)
+    yield loaded
+
+
+def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+    job = Job(tmp_path / "nowhere", ComputeSettings(device="nonsense"))
+    with pytest.raises(ModelError, match="expected a model directory or a Hub id"):
+        _ = job.base
+    with pytest.raises(ModelError, match="--device nonsense: expected a torch device"):
+        _ = job.device
+
+
+def test_the_model_is_loaded_once_until_it_is_taken(tiny_llama: Path, loads: list[object]) -> None:
+    job = Job(tiny_llama)
+    assert not loads
+    job.ask("some", BENIGN, 2)
+    assert job.model is loads[0]
+    taken = job.take_model()
+    assert len(loads) == 1
+    assert job.model is not taken
+    assert len(loads) == 2
+
+
+def test_a_base_that_was_found_already_is_taken_as_it_is(tiny_llama_bf16: Path) -> None:
+    base = resolve_base(str(tiny_llama_bf16))
+    job = Job(base, ComputeSettings("cpu", "bfloat16"))
+    assert job.base is base
+    assert job.model.dtype is job.dtype is torch.bfloat16
+
+
+def test_another_model_may_be_asked(tiny_llama: Path, loads: list[object]) -> None:
+    job, other = Job(tiny_llama), Job(tiny_llama).model
+    assert job.ask("some", BENIGN, 2, model=other) == Job(tiny_llama).ask("some", BENIGN, 2)
+    assert len(loads) == 2
+
+
+def test_steps_are_shown_by_the_step_that_is_reached(tiny_llama: Path) -> None:
+    recorder = Recorder()
+    with Job(tiny_llama, progress=recorder).steps("Climbing", 9) as reach:
+        reach(5)
+        reach(6)
+    assert recorder.tasks == [["Climbing", 9, 6]]
+
+
+def test_a_record_names_base_adapter_settings_and_versions(run: Run) -> None:
+    artifact = read_artifact(run.out / "map")
+    record = Job(run.base).record("trial", artifact, ScoreSettings(seed=3), found=7)
+    assert record["kind"] == "trial"
+    assert record["base"] == {"name": str(run.base), "revision": None}
+    assert record["content_id"] == artifact.metadata.content_id
+    assert record["found"] == 7
+    assert (record["settings"]["seed"], record["settings"]["dtype"]) == (3, "auto")
+    assert record["torch_version"] == torch.__version__
+    assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("change", ["nothing", "identity", "base"])
+def test_work_is_found_again_unless_what_it_depends_on_has_changed(
+    change: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base, out = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "out"
+    with pytest.raises(Interrupted), Job(base).work(out, {"seed": 1}) as folder:
+        folder.mkdir()
+        raise Interrupted
+    if change == "base":
+        (base / "config.json").write_text((base / "config.json").read_text() + "\n")
+    with Job(base).work(out, {"seed": 2 if change == "identity" else 1}) as found:
+        assert found.exists() == (change == "nothing")
+        assert folder.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_step_is_done_once(tmp_path: Path) -> None:
+    assert once(tmp_path / "step.json", lambda: {"found": 1}) == {"found": 1}
+    assert once(tmp_path / "step.json", lambda: {"found": 2}) == {"found": 1}
