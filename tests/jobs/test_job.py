@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from tests.tiny_jobs import BENIGN, Interrupted, Recorder
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The models loaded so far."""
     loaded: list[object] = []
     load = frame.load_model
@@ -29,7 +29,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
         return loaded[-1]
 
     monkeypatch.setattr(frame, "load_model", count)
-    yield loaded
+    return loaded
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
@@ -84,14 +84,20 @@ def test_a_record_names_base_adapter_settings_and_versions(run: Run) -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+def interrupt(base: Path, out: Path) -> Path:
+    """Leaves work of a job that did not end."""
+    with suppress(Interrupted), Job(base).work(out, {"seed": 1}) as folder:
+        folder.mkdir()
+        raise Interrupted
+    return folder
+
+
 @pytest.mark.parametrize("change", ["nothing", "identity", "base"])
 def test_work_is_found_again_unless_what_it_depends_on_has_changed(
     change: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     base, out = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "out"
-    with pytest.raises(Interrupted), Job(base).work(out, {"seed": 1}) as folder:
-        folder.mkdir()
-        raise Interrupted
+    folder = interrupt(base, out)
     if change == "base":
         (base / "config.json").write_text((base / "config.json").read_text() + "\n")
     with Job(base).work(out, {"seed": 2 if change == "identity" else 1}) as found:
