@@ -7,6 +7,7 @@ pages that are touched. Adapters do not.
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,6 +92,24 @@ class CheckpointReader:
     def __contains__(self, key: str) -> bool:
         """Tell whether the checkpoint has a key."""
         return key in self.index.weight_map
+
+    def find_key(self, key: str) -> str | None:
+        """Find a tensor whose key may have lost its prefix, or got one; refuse one of several."""
+        if key in self:
+            return key
+        others = [key.removeprefix(prefix) for prefix in _prefixes(key)]
+        others += [prefix + key for prefix in self._prefixes]
+        matches = sorted({other for other in others if other in self})
+        if len(matches) > 1:
+            raise CheckpointError(
+                f"{self.directory}: expected one tensor {key}, whatever its prefix, found "
+                f"{' and '.join(matches)}; use the model class that the adapter was made with"
+            )
+        return matches[0] if matches else None
+
+    @cached_property
+    def _prefixes(self) -> set[str]:
+        return {prefix for key in self.index.weight_map for prefix in _prefixes(key)}
 
     def info(self, key: str) -> TensorInfo:
         """Look a tensor up, without reading it."""
@@ -177,6 +196,17 @@ class CheckpointReader:
         except OSError:
             return 0, 0, 0  # reading it will tell
         return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """List the leading paths of a key that name modules alone."""
+    # A class with a head and one without save one model under two prefixes, such as `transformer.`
+    # and none. A layer's number is never part of one: without it another layer would match.
+    parts = key.split(".")[:-1]
+    for count, part in enumerate(parts, 1):
+        if part.isdigit():
+            return
+        yield ".".join(parts[:count]) + "."
 
 
 def check_bounds(key: str, flat_indices: Array, numel: int) -> None:

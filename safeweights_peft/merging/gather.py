@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
@@ -15,8 +14,6 @@ from safeweights_peft.patch.records import TensorRecord, entries_by_block
 from safeweights_peft.patch.stored import BaseEntries
 
 PathLike = str | os.PathLike[str]
-
-_PREFIX = "model."
 
 
 def base_state(
@@ -61,11 +58,13 @@ def base_entries(reader: CheckpointReader) -> BaseEntries:
 def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
     """Give a record by the checkpoint's own keys: for its blocks, and for each tied key on disk.
 
-    Checkpoints of one model differ in a leading ``model.`` of their keys. Whoever relies on the
+    Checkpoints of one model differ in the prefix of their keys. Whoever relies on the
     entries that are found there compares digests.
     """
-    blocks = [replace(block, key=_on_disk(reader, block.key)) for block in record.blocks]
-    tied = [key for key in map(partial(_on_disk, reader), record.tied_keys) if key in reader]
+    blocks = [
+        replace(block, key=reader.find_key(block.key) or block.key) for block in record.blocks
+    ]
+    tied = [key for key in map(reader.find_key, record.tied_keys) if key is not None]
     return [replace(record, blocks=tuple(blocks))] + [
         replace(record, blocks=(replace(blocks[0], key=key),)) for key in tied
     ]
@@ -89,12 +88,6 @@ def check_floats(reader: CheckpointReader) -> None:
                 f"{reader.directory}: expected float weights, found {key} in {dtype}, quantized by "
                 f"{str(method)[:80]!r}; use the model that was quantized"
             )
-
-
-def _on_disk(reader: CheckpointReader, key: str) -> str:
-    """Find a key in the checkpoint, also with or without its prefix; itself if it is not there."""
-    other = key.removeprefix(_PREFIX) if key.startswith(_PREFIX) else _PREFIX + key
-    return other if key not in reader and other in reader else key
 
 
 def _check_tensor(

@@ -20,11 +20,10 @@ from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
 from safeweights_peft.patch.artifacts import Adapter, AnyPatch, Artifact, EncodedPatch, SafetyMap
 from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
-from safeweights_peft.patch.records import Mode, indices_key
+from safeweights_peft.patch.records import Mode, check_state, indices_key
 from safeweights_peft.patch.stored import (
     BaseEntries,
     StoredEntries,
-    check_base,
     check_layout,
     content_key,
     decode_entries,
@@ -288,7 +287,7 @@ def _write(
         entries = None
         if base is not None and metadata.may_need_base and metadata.values_dtype == "float32":
             entries = base(name, record, indices[name])
-            check_base(f"{path}: {name}", record, entries)
+            check_state(f"{path}: {name}", entries, record)
         records[name], stored, content = encode_entries(
             metadata.mode, record, indices[name], contents[name], entries
         )

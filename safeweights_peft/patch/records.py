@@ -9,11 +9,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from enum import Flag, StrEnum
 from typing import Any
 
-from safeweights_peft.delta import MAX_NUMEL, WEIGHT_DTYPES, Array
-from safeweights_peft.errors import CorruptAdapterError
+from safeweights_peft.delta import MAX_NUMEL, WEIGHT_DTYPES, Array, digest
+from safeweights_peft.errors import (
+    AlreadyMergedError,
+    BaseMismatchError,
+    CorruptAdapterError,
+    FormatError,
+)
 from safeweights_peft.patch.blocks import Block, check_blocks
 from safeweights_peft.patch.fields import Fields
 from safeweights_peft.patch.streams import (
@@ -38,11 +43,25 @@ _KEY = re.compile(
 _BLOCK_FIELDS = frozenset("key shape offset strides".split())
 
 
+class State(Flag):
+    """Whose a model's entries are; ``&`` gives what several parameters have in common."""
+
+    OTHER = 0
+    BASE = 1
+    MERGED = 2
+    EITHER = 3  # of a parameter whose entries no value moves
+
+
 class Mode(StrEnum):
     """Kind of artifact: a safety patch (SET) or a safety map (SPA)."""
 
     SET = "set"
     SPA = "spa"
+
+    @property
+    def safe_state(self) -> State:
+        """The state of a model that has the safety of the artifact."""
+        return State.MERGED if self is Mode.SET else State.BASE
 
     @property
     def artifact(self) -> str:
@@ -165,6 +184,56 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
         )
     check_blocks(where, record.blocks, record.numel)
     return replace(record, streams=_streams_from_json(fields, record))
+
+
+def state_of(entries: Array, record: TensorRecord) -> State:
+    """Tell by digest whose the entries at a record's indices are; ``(count,)``."""
+    # Another dtype may have the same bytes, as zeros do, and be another model.
+    if entries.dtype != WEIGHT_DTYPES[record.dtype]:
+        return State.OTHER
+    found, state = digest(entries), State.OTHER
+    if found == record.base_digest:
+        state |= State.BASE
+    if found == record.merged_digest:
+        state |= State.MERGED
+    return state
+
+
+def check_state(
+    name: str,
+    entries: Array,
+    record: TensorRecord,
+    expected: State = State.BASE,
+    *,
+    artifact: str = "adapter",
+    hint: str = "give that one",
+) -> State:
+    """Refuse entries in no expected state; return which of the expected ones they are in."""
+    if expected is State.MERGED and record.merged_digest is None:
+        raise FormatError(
+            f"{name}: expected a merged_digest in the safety patch, found null; save the patch "
+            "with save_pretrained, which computes it, and give its directory"
+        )
+    state = state_of(entries, record)
+    if state & expected:
+        return state & expected
+    if state is State.MERGED:
+        raise AlreadyMergedError(
+            f"{name}: expected the base's entries, found the {artifact}'s merged ones; "
+            "use the model as it is, or give the original base"
+        )
+    if state is State.BASE:
+        raise BaseMismatchError(
+            f"{name}: expected the base with the safety patch merged in, found the base without "
+            "it; merge the patch first"
+        )
+    model, own = f"base that the {artifact} was made for", record.base_digest
+    if expected is State.MERGED:
+        model, own = "base with the safety patch merged in at its own scale", record.merged_digest
+    raise BaseMismatchError(
+        f"{name}: expected the {model} (entries of digest {own}), found another "
+        f"({digest(entries)}); {hint}"
+    )
 
 
 def entries_by_block(

@@ -20,12 +20,7 @@ from safeweights_peft.delta import (
     digest,
     index_dtype,
 )
-from safeweights_peft.errors import (
-    AlreadyMergedError,
-    BaseMismatchError,
-    CorruptAdapterError,
-    FormatError,
-)
+from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.patch.blocks import check_coverage
 from safeweights_peft.patch.codec import (
     Coded,
@@ -43,6 +38,7 @@ from safeweights_peft.patch.records import (
     Encoding,
     Mode,
     TensorRecord,
+    check_state,
     indices_key,
     scores_key,
     values_key,
@@ -80,7 +76,7 @@ class StoredEntries:
                 f"{self.name}: expected the base that its values are steps from, found none; give "
                 "the base, or use `safeweights convert --encoding plain`"
             )
-        check_base(self.name, self.record, base)
+        check_state(self.name, base, self.record)
         return self.values_at(base)
 
     def values_at(self, base: Array) -> Array:
@@ -90,22 +86,6 @@ class StoredEntries:
         values = value_of(base, take_steps(base, self.content))
         check_finite(f"{self.name}: values", values)
         return values
-
-
-def check_base(name: str, record: TensorRecord, base: Array) -> None:
-    """Check that entries are those of the base that an adapter was made for."""
-    found = digest(base)
-    if base.dtype == WEIGHT_DTYPES[record.dtype] and found == record.base_digest:
-        return
-    if found == record.merged_digest:
-        raise AlreadyMergedError(
-            f"{name}: expected the base's entries, found the adapter's merged ones; "
-            "give the original base"
-        )
-    raise BaseMismatchError(
-        f"{name}: expected the base that the adapter was made for (entries of digest "
-        f"{record.base_digest}), found another ({found}); give that base"
-    )
 
 
 def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
