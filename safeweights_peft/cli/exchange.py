@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
 
 import click
 
@@ -91,50 +90,28 @@ def convert_command(
     show(report, rows_of(report), as_json)
 
 
-def _refuse_options() -> NoReturn:
-    raise click.UsageError("--rank and --max-error belong to --to lora.")
-
-
 @click.command("export")
 @click.argument("adapter", type=adapter)
 @click.option(
     "--to",
     "form",
-    type=click.Choice(["supertuning", "lora"]),
+    type=click.Choice(["supertuning"]),
     required=True,
-    help="PEFT's sparse method, or a LoRA.",
+    help="PEFT's own sparse method.",
 )
 @click.option("--base", help="Its base: directory or Hub id.  [default: what ADAPTER names]")
 @out_directory
-@click.option("--rank", type=click.IntRange(1), help="Rank of the LoRA.  [default: 16]")
-@click.option(
-    "--max-error",
-    type=FiniteRange(0),
-    help="Refuse a LoRA that loses more than this share of a matrix's change.  [default: 0.1]",
-)
 @overwrite
 @json_output
 def export_command(
-    adapter: Path,
-    form: str,
-    base: str | None,
-    out: Path,
-    overwrite: bool,
-    as_json: bool,
-    **lora: Any,
+    adapter: Path, form: str, base: str | None, out: Path, overwrite: bool, as_json: bool
 ) -> None:
     """Write the patch ADAPTER in another form, for programs without this package.
 
-    As a checkpoint: that is `safeweights merge`. To supertuning: plain PEFT loads it; linear layers
-    only, exact in float32. To lora: linear layers only, approximate; the error is printed.
+    To supertuning: plain PEFT loads it; linear layers only, exact in float32. A checkpoint needs no
+    export: `safeweights merge` writes one.
     """
-    from safeweights_peft.jobs.export import export_lora, export_supertuning
+    from safeweights_peft.jobs.export import export_supertuning
 
-    options = {name: value for name, value in lora.items() if value is not None}
-    if form == "lora":
-        record = export_lora(adapter, out, base, overwrite=overwrite, **options)
-    elif options:
-        _refuse_options()
-    else:
-        record = export_supertuning(adapter, out, base, overwrite=overwrite)
+    record = export_supertuning(adapter, out, base, overwrite=overwrite)
     show(record, rows_of(record), as_json)

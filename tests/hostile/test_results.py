@@ -9,7 +9,7 @@ import pytest
 
 from safeweights_peft.errors import FormatError
 from safeweights_peft.jobs.diff import diff
-from safeweights_peft.jobs.export import export_lora, export_supertuning
+from safeweights_peft.jobs.export import export_supertuning
 from safeweights_peft.merging.convert import convert
 from safeweights_peft.merging.in_place import merge_in_place
 from safeweights_peft.merging.merge import merge
@@ -32,8 +32,7 @@ MAKERS: dict[str, Make] = {
     "plan": lambda base, adapter, out: plan(base, [(adapter, 1.0)], out),
     "protect": lambda base, adapter, out: protect(base, base, adapter, out),
     "convert": lambda base, adapter, out: convert(adapter, "compact", out, base),
-    "export to supertuning": lambda base, adapter, out: export_supertuning(adapter, out, str(base)),
-    "export to lora": lambda base, adapter, out: export_lora(adapter, out, str(base)),
+    "export": lambda base, adapter, out: export_supertuning(adapter, out, str(base)),
     "report": lambda base, adapter, out: report_map(adapter, out, str(base)),
     "compare": lambda base, adapter, out: compare([adapter, adapter]),
     "diff": lambda base, adapter, out: diff(str(base), str(base), out, map_dir=adapter),

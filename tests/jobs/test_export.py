@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +21,9 @@ from safeweights_peft.errors import (
     MergeError,
     UnsupportedFeatureError,
 )
-from safeweights_peft.jobs.export import (
-    export_lora,
-    export_supertuning,
-    find_sparsity,
-)
+from safeweights_peft.jobs.export import export_supertuning, find_sparsity
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.layout import describe
-from safeweights_peft.patch.io import read_adapter
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Mode
 from tests.tiny_files import copy_checkpoint
@@ -38,8 +31,6 @@ from tests.tiny_jobs import content
 from tests.tiny_models import save_tiny_llama, save_tiny_mixtral
 from tests.tuner.patches import load_base, random_content, save_patch
 
-Export = Callable[..., dict[str, Any]]
-EXPORTS = [export_supertuning, export_lora]
 UP = "model.layers.0.mlp.up_proj.weight"
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
@@ -167,59 +158,6 @@ def test_the_sparsity_makes_room_as_peft_counts_it(matrices: list[tuple[int, flo
     assert min(rooms) in (0, 1)
 
 
-def test_a_lora_of_full_rank_is_the_patch_but_for_rounding(
-    tiny_llama: Path, patch: Path, tmp_path: Path
-) -> None:
-    record = export_lora(patch, tmp_path / "out", str(tiny_llama), rank=32)
-    found = merge_by_plain_peft(tiny_llama, tmp_path / "out", tmp_path / "by_peft")
-    merge(tiny_llama, patch, tmp_path / "merged")
-    expected = load_base(tmp_path / "merged").state_dict()
-    for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
-    assert record["largest_error"] < 1e-5
-
-
-def test_a_lora_s_error_is_what_peft_merges_against_the_change(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    patch = save_linear_patch(tiny_llama, tmp_path / "patch", scale=0.5)
-    options = {"rank": 4, "max_error": 1}
-    record = export_lora(patch, tmp_path / "out", str(tiny_llama), **options)
-    base = load_base(tiny_llama)
-    before = {name: each.clone() for name, each in base.state_dict().items()}
-    found = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
-    errors, lost, whole = {}, 0.0, 0.0
-    for name, delta in read_adapter(patch).deltas.items():
-        change = 0.5 * torch.from_numpy(delta.to_dense())
-        left = change - (found[name] - before[name])
-        best = torch.linalg.svdvals(change)[4:].square().sum().sqrt()
-        assert left.norm() == pytest.approx(float(best), rel=1e-3)
-        errors[name] = float(left.norm() / change.norm())
-        lost, whole = lost + float(left.norm()) ** 2, whole + float(change.norm()) ** 2
-    worst = max(errors, key=errors.__getitem__)
-    assert record["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
-    assert record["largest_error"] == pytest.approx(errors[worst], rel=1e-3)
-    assert record["largest_error_parameter"] == worst
-
-
-def test_a_rank_above_that_of_a_matrix_is_filled_with_zeros(
-    tiny_llama: Path, patch: Path, tmp_path: Path
-) -> None:
-    record = export_lora(patch, tmp_path / "out", str(tiny_llama), rank=40)
-    assert record["largest_error"] < 1e-5
-    PeftModel.from_pretrained(load_base(tiny_llama), tmp_path / "out")
-
-
-def test_a_lora_that_loses_too_much_is_refused_by_name_and_nothing_is_written(
-    tiny_llama: Path, patch: Path, tmp_path: Path
-) -> None:
-    message = r"weight: expected a relative error of at most 0.1 at rank 1, found 0\.\d+; raise"
-    with pytest.raises(MergeError, match=message):
-        export_lora(patch, tmp_path / "out", str(tiny_llama), rank=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["patch"]
-
-
-@pytest.mark.parametrize("export", EXPORTS)
 @pytest.mark.parametrize(
     ("base", "name", "found"),
     [
@@ -228,11 +166,10 @@ def test_a_lora_that_loses_too_much_is_refused_by_name_and_nothing_is_written(
         ("tiny_mixtral", "model.layers.0.mlp.experts.down_proj", "down_proj of a MixtralExperts"),
     ],
 )
-def test_what_peft_s_methods_can_not_change_is_refused_by_name(
+def test_what_super_tuning_can_not_change_is_refused_by_name(
     base: str,
     name: str,
     found: str,
-    export: Export,
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
@@ -241,54 +178,42 @@ def test_what_peft_s_methods_can_not_change_is_refused_by_name(
     with pytest.raises(
         UnsupportedFeatureError, match=rf"^{name}: .*, found {found}; .*: merge the patch$"
     ):
-        export(patch, tmp_path / "out", str(path))
+        export_supertuning(patch, tmp_path / "out", str(path))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_another_base_is_refused(export: Export, patch: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(patch: Path, tmp_path: Path) -> None:
     other = save_tiny_llama(tmp_path / "other", seed=1)
     with pytest.raises(BaseMismatchError, match=r"expected in .* the values with digest"):
-        export(patch, tmp_path / "out", str(other))
+        export_supertuning(patch, tmp_path / "out", str(other))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_a_merged_base_is_refused(
-    export: Export, tiny_llama: Path, patch: Path, tmp_path: Path
-) -> None:
+def test_a_merged_base_is_refused(tiny_llama: Path, patch: Path, tmp_path: Path) -> None:
     merge(tiny_llama, patch, tmp_path / "merged")
     with pytest.raises(AlreadyMergedError, match="already merged"):
-        export(patch, tmp_path / "out", str(tmp_path / "merged"))
+        export_supertuning(patch, tmp_path / "out", str(tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("export", EXPORTS)
 def test_the_config_names_the_base_and_every_layer(
-    export: Export, tiny_llama: Path, patch: Path, tmp_path: Path
+    tiny_llama: Path, patch: Path, tmp_path: Path
 ) -> None:
-    options = {"max_error": 1} if export is export_lora else {}
-    export(patch, tmp_path / "out", None, **options)  # the patch names it
+    export_supertuning(patch, tmp_path / "out", None)  # the patch names it
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_llama)
     names = [name.removesuffix(".weight") for name in linear_names(tiny_llama)]
     assert config["target_modules"] == sorted(names)
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_two_exports_are_the_same_bytes(export: Export, patch: Path, tmp_path: Path) -> None:
-    options = {"max_error": 1} if export is export_lora else {}
+def test_two_exports_are_the_same_bytes(patch: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        export(patch, tmp_path / name, **options)
+        export_supertuning(patch, tmp_path / name)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_a_layer_without_entries_is_left_out(
-    export: Export, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_layer_without_entries_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
     patch = save_linear_patch(tiny_llama, tmp_path / "patch", first=slice(0))
-    options = {"rank": 32} if export is export_lora else {}
-    export(patch, tmp_path / "out", **options)
+    export_supertuning(patch, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     names = {name.removesuffix(".weight") for name in linear_names(tiny_llama)[1:]}
     assert set(config["target_modules"]) == names
@@ -296,10 +221,7 @@ def test_a_layer_without_entries_is_left_out(
     assert count_differing(found, load_base(tiny_llama)) > 0
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_a_patch_without_entries_is_refused(
-    export: Export, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_a_patch_without_entries_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = load_base(tiny_llama)
     nothing = {UP: np.empty(0, np.int32)}
     metadata = AdapterMetadata(
@@ -310,17 +232,13 @@ def test_a_patch_without_entries_is_refused(
     values = {UP: np.empty(0, np.float32)}
     create_adapter(model, metadata, nothing, "default", values).save_pretrained(tmp_path / "patch")
     with pytest.raises(MergeError, match="expected a patch that changes entries, found none"):
-        export(tmp_path / "patch", tmp_path / "out")
+        export_supertuning(tmp_path / "patch", tmp_path / "out")
 
 
-@pytest.mark.parametrize("export", EXPORTS)
-def test_an_existing_result_is_replaced_only_when_asked(
-    export: Export, patch: Path, tmp_path: Path
-) -> None:
+def test_an_existing_result_is_replaced_only_when_asked(patch: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    options = {"max_error": 1} if export is export_lora else {}
     with pytest.raises(MergeError, match="set overwrite to replace it"):
-        export(patch, tmp_path / "out", **options)
-    export(patch, tmp_path / "out", overwrite=True, **options)
+        export_supertuning(patch, tmp_path / "out")
+    export_supertuning(patch, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "old").exists()
