@@ -1,52 +1,68 @@
-"""Every setting of every job: its default, its range and its help, declared once.
+"""Every setting of every job, declared once: type, default, range and help.
 
-The command line makes its options from these fields, results record them, and a run leaves them in
-``settings.json``, which ``--settings`` reads again. What a job does with a setting is told where
-the job is; sizes of batches and lengths are in requests and tokens, rates are fractions.
+The command line makes its options from these fields, records hold them, and a run leaves them in
+``settings.json``, which ``--settings`` reads again. Batch sizes count requests, lengths tokens.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import sys
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from safeweights_peft.errors import SettingsError
 
 Kind = TypeVar("Kind")
 
-_OTHER = "use the version of safeweights-peft that wrote it"
 
-
-class Option(NamedTuple):
-    """How the command line names a setting, what it says of it, and which numbers it takes.
-
-    ``least`` and ``most`` belong to the range, ``above`` doesn't.
-    """
+class Setting(NamedTuple):
+    """One setting: what it may be, and how the command line names and explains it."""
 
     help: str
+    group: str = ""
     flag: str = ""
     least: float | None = None
-    above: float | None = None
+    above: float | None = None  # outside the range; `least` and `most` are inside
     most: float | None = None
     choices: tuple[str, ...] = ()
+    # `settings_of` reads these from the field.
+    name: str = ""
+    kind: type[Any] = str  # bool, int, float, str or a StrEnum
+    is_optional: bool = False
+    default: Any = None
 
     @property
     def range(self) -> str:
-        """The range in words, such as "above 0 and at most 1"; empty if every number will do."""
+        """The range in words, such as "above 0 and at most 1"; empty if it has no bounds."""
         bounds = (("at least", self.least), ("above", self.above), ("at most", self.most))
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(f"{word} {bound:.10g}" for word, bound in bounds if bound is not None)
 
-    def allows(self, number: float) -> bool:
-        """Tell whether a number is finite and in the range."""
+    def check(self, value: Any) -> Any:
+        """Return a value, as a member where it is an enum's; refuse what the setting can't be."""
+        if value is None and self.is_optional:
+            return None
+        if self.choices:
+            if value in self.choices:
+                return self.kind(value)
+            expected = f"one of {', '.join(self.choices)}"
+        elif type(value) is not self.kind and (self.kind, type(value)) != (float, int):
+            expected = self.kind.__name__
+        elif self.kind not in (int, float) or self._allows(value):
+            return value
+        else:
+            expected = f"a number {self.range}" if self.range else "a finite number"
+        found = repr(value)[:80]
+        raise SettingsError(f"{self.name}: expected {expected}, found {found}; choose another")
+
+    def _allows(self, number: float) -> bool:
         return (
-            math.isfinite(number)
+            abs(number) <= sys.float_info.max  # false for NaN and infinity; no int overflows here
             and (self.least is None or number >= self.least)
             and (self.above is None or number > self.above)
             and (self.most is None or number <= self.most)
@@ -54,68 +70,53 @@ class Option(NamedTuple):
 
 
 def setting(default: Any, help: str, **option: Any) -> Any:
-    """Declare a setting; its flag is the field's name, unless ``flag`` gives another."""
-    return field(default=default, metadata={"option": Option(help, **option)})
+    """Declare a field of `Settings`; its flag and group have defaults."""
+    return field(default=default, metadata={"setting": Setting(help, **option)})
 
 
-class SettingKind(NamedTuple):
-    """The type of a setting: a plain one or an enum, and whether None is allowed too."""
-
-    kind: type[Any]
-    is_optional: bool
+def _requests(default: str | None, help: str, flag: str = "") -> Any:
+    sources = "builtin:NAME, a .json or .jsonl file, or the id of a dataset on the Hub"
+    return setting(default, f"{help}: {sources}.", flag=flag, group="Data")
 
 
-def kinds_of(settings: type[Any]) -> dict[str, SettingKind]:
-    """Read the types of a dataclass's fields; ``X | None`` is X, optional."""
-    found = {}
-    for name, hint in get_type_hints(settings).items():
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        kinds = [part for part in parts if part is not type(None)]
-        found[name] = SettingKind(kinds[0], len(kinds) < len(parts))
-    return found
+def _judge(default: Any, help: str, **option: Any) -> Any:
+    return setting(default, help, group="Judge", **option)
 
 
-def option_of(declared: Field[Any]) -> Option:
-    """Read what a field declares, with the flag that the command line gives it."""
-    option: Option = declared.metadata["option"]
-    return option._replace(flag=option.flag or f"--{declared.name.replace('_', '-')}")
-
-
-def check_setting(option: Option, kind: SettingKind, value: Any, name: str) -> None:
-    """Refuse a value of another type, out of range, or not finite; NaN passes no range."""
-    if value is None and kind.is_optional:
-        return
-    found = repr(value)[:80]
-    if issubclass(kind.kind, StrEnum) or option.choices:
-        choices = option.choices or tuple(each.value for each in kind.kind)
-        if value not in choices:
-            raise SettingsError(f"{name}: expected one of {', '.join(choices)}, found {found}")
-        return
-    is_number = kind.kind is float and type(value) is int
-    if type(value) is not kind.kind and not is_number:
-        raise SettingsError(f"{name}: expected {kind.kind.__name__}, found {found}")
-    if kind.kind in (int, float) and not option.allows(value):
-        wanted = f"a number {option.range}".rstrip() if option.range else "a finite number"
-        raise SettingsError(f"{name}: expected {wanted}, found {found}; choose another")
+def _seed() -> Any:
+    # NumPy's generators take no larger one.
+    return setting(0, "Random seed.", least=0, most=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of one job, checked when they are made."""
 
+    heading: ClassVar[str]  # of the options that have no other group
+
     def __post_init__(self) -> None:
         """Check every setting."""
-        for declared in fields(self):
-            if "option" in declared.metadata:
-                kind = kinds_of(type(self))[declared.name]
-                value = getattr(self, declared.name)
-                check_setting(option_of(declared), kind, value, declared.name)
+        for item in settings_of(type(self)):
+            object.__setattr__(self, item.name, item.check(getattr(self, item.name)))
 
-    @classmethod
-    def options(cls) -> Iterator[tuple[str, Option, SettingKind, Any]]:
-        """List each setting's name, option, type and default."""
-        for declared in fields(cls):
-            yield declared.name, option_of(declared), kinds_of(cls)[declared.name], declared.default
+
+def settings_of(job: type[Settings]) -> tuple[Setting, ...]:
+    """List the settings of a class with their names, types and defaults."""
+    hints, settings = get_type_hints(job), []
+    for item in fields(job):
+        option: Setting = item.metadata["setting"]
+        kind, *others = get_args(hints[item.name]) or (hints[item.name],)
+        completed = option._replace(
+            name=item.name,
+            flag=option.flag or f"--{item.name.replace('_', '-')}",
+            group=option.group or job.heading,
+            kind=kind,
+            choices=tuple(kind) if issubclass(kind, StrEnum) else option.choices,
+            is_optional=NoneType in others,
+            default=item.default,
+        )
+        settings.append(completed)
+    return tuple(settings)
 
 
 class Method(StrEnum):
@@ -142,7 +143,9 @@ class PreserveMethod(StrEnum):
 
 @dataclass(frozen=True)
 class ComputeSettings(Settings):
-    """Where and in what precision to compute."""
+    """Where and in which dtype to compute."""
+
+    heading = "Compute"
 
     device: str | None = setting(None, "torch device.  [default: an accelerator if there is one]")
     dtype: str = setting(
@@ -157,48 +160,51 @@ class ComputeSettings(Settings):
 class ScoreSettings(Settings):
     """How weights are scored and selected.
 
-    Safety is the likelihood of refusals, or with a guard or a classifier what that judge says of
-    the model's own answers.
+    Safety is the likelihood of refusals or, with a guard or a classifier, its verdict on the
+    model's own answers.
     """
 
-    harmful: str = setting(
-        "builtin:harmful_train",
-        "Harmful requests to learn from: builtin:NAME, a .json/.jsonl file, or a datasets id.",
-    )
-    examples: int = setting(64, "Number of harmful requests to score with.", least=1)
+    heading = "Scoring"
+
+    harmful: str = _requests("builtin:harmful_train", "Harmful requests to learn from")
+    examples: int = setting(64, "Number of harmful requests to score with.", group="Data", least=1)
+    contrast: str | None = _requests(None, "Benign requests whose weights to exclude")
     density: float = setting(0.01, "Fraction of all weights to select.", above=0, most=1)
     method: Method = setting(Method.ESI, "Select by ESI, or as many weights by a control.")
-    batch_size: int = setting(8, "Requests per forward pass.", least=1, flag="--score-batch-size")
-    refusal_tokens: int = setting(32, "Cut refusals after N tokens.", least=1)
-    seed: int = setting(0, "Random seed.", least=0)
-    guard: str | None = setting(None, "Guard model that judges the model's answers: path or id.")
-    profile: str | None = setting(
-        None, "How to ask the guard: a built-in profile, or a JSON file.", flag="--guard-profile"
-    )
-    classifier: str | None = setting(None, "Sequence classifier that judges instead: path or id.")
-    label: str | None = setting(
-        None,
-        "What the classifier's label means: safe=LABEL or unsafe=LABEL.",
-        flag="--classifier-label",
-    )
-    answer_tokens: int = setting(64, "Cut the answers to be judged after N tokens.", least=1)
-    temperature: float = setting(
-        0.3, "Gumbel-softmax temperature (with --guard or --classifier).", above=0
-    )
-    samples: int = setting(
-        4, "Gumbel-softmax samples per answer (with --guard or --classifier).", least=1
-    )
     aggregation: Aggregation = setting(
         Aggregation.ABS_OF_MEAN, "Absolute value of the mean gradient, or mean of absolute values."
-    )
-    contrast: str | None = setting(
-        None, "Benign requests; exclude the weights that matter most for answering them."
     )
     contrast_density: float = setting(
         0.01, "Fraction of weights to exclude (with --contrast).", above=0, most=1
     )
+    refusal_tokens: int = setting(32, "Score the first N tokens of refusals.", least=1)
+    batch_size: int = setting(8, "Requests per forward pass.", least=1)
     layers_per_pass: int | None = setting(
         None, "Score N layers at a time: less memory, more time.  [default: all]", least=1
+    )
+    seed: int = _seed()
+    guard: str | None = _judge(
+        None, "Guard model that judges the model's answers: directory or Hub id."
+    )
+    profile: str | None = _judge(
+        None,
+        "Prompt and labels of the guard: a built-in profile, or a .json file.",
+        flag="--guard-profile",
+    )
+    classifier: str | None = _judge(
+        None, "Sequence classifier that judges instead of a guard: directory or Hub id."
+    )
+    label: str | None = _judge(
+        None,
+        "Meaning of a label of the classifier: safe=LABEL or unsafe=LABEL.",
+        flag="--classifier-label",
+    )
+    answer_tokens: int = _judge(64, "Cut the model's answers after N tokens.", least=1)
+    temperature: float = _judge(
+        0.3, "Gumbel-softmax temperature (with --guard or --classifier).", above=0
+    )
+    samples: int = _judge(
+        4, "Gumbel-softmax samples per answer (with --guard or --classifier).", least=1
     )
 
 
@@ -206,16 +212,13 @@ class ScoreSettings(Settings):
 class TrainSettings(Settings):
     """How the selected weights are trained (SET)."""
 
-    harmful: str = setting(
-        "builtin:harmful_train",
-        "Harmful requests to learn from: builtin:NAME, a .json/.jsonl file, or a datasets id.",
-    )
-    benign: str = setting("builtin:benign_train", "Benign requests to keep answering as before.")
+    heading = "Training"
+
+    harmful: str = _requests("builtin:harmful_train", "Harmful requests to learn from")
+    benign: str = _requests("builtin:benign_train", "Benign requests to keep answering as before")
     steps: int = setting(100, "Optimizer steps.", least=1)
     learning_rate: float = setting(5e-4, "Peak learning rate of AdamW.", above=0, flag="--lr")
-    retain_weight: float = setting(
-        14.0, "Weight of staying close to the base, against refusing.", least=0
-    )
+    warmup_steps: int = setting(5, "Steps of linear warm-up.", least=0)
     harmful_batch_size: int = setting(12, "Harmful requests per step.", least=1)
     benign_batch_size: int = setting(36, "Benign requests per step.", least=1)
     refusal_tokens: int = setting(8, "Train on the first N tokens of refusals.", least=1)
@@ -223,14 +226,18 @@ class TrainSettings(Settings):
     token_decay: float = setting(
         0.7, "Weight of each answer token relative to the one before.", above=0, most=1
     )
-    warmup_steps: int = setting(5, "Steps of linear warm-up.", least=0)
+    retain_weight: float = setting(
+        14.0, "Weight of the retain loss (KL to the base) against the refusal loss.", least=0
+    )
     checkpoint_steps: int = setting(25, "Steps between checkpoints.", least=1)
-    seed: int = setting(0, "Random seed.", least=0)
+    seed: int = _seed()
 
 
 @dataclass(frozen=True)
 class PreserveSettings(Settings):
     """How a model is fine-tuned while its safety weights stay (SPA)."""
+
+    heading = "Training"
 
     method: PreserveMethod = setting(
         PreserveMethod.FULL, "Train all other weights, or a LoRA on all linear layers."
@@ -240,28 +247,32 @@ class PreserveSettings(Settings):
     learning_rate: float | None = setting(
         None, "Peak learning rate of AdamW.  [default: 2e-5; 2e-4 for lora]", above=0, flag="--lr"
     )
-    batch_size: int = setting(8, "Rows per step.", least=1)
-    max_answer_tokens: int = setting(256, "Cut answers after N tokens.", least=1)
+    warmup: float = setting(0.05, "Fraction of the steps for linear warm-up.", least=0, most=1)
     weight_decay: float = setting(0.1, "Weight decay of AdamW; frozen weights get none.", least=0)
-    warmup: float = setting(0.05, "Fraction of the steps for warm-up.", least=0, most=1)
+    batch_size: int = setting(8, "Rows per step.", least=1)
+    max_answer_tokens: int = setting(256, "Train on the first N tokens of answers.", least=1)
     checkpoint_steps: int = setting(200, "Steps between checkpoints.", least=1)
-    seed: int = setting(0, "Random seed.", least=0)
+    seed: int = _seed()
 
 
 @dataclass(frozen=True)
 class EvaluateSettings(Settings):
-    """What a model is asked, and how its answers are cut."""
+    """What a model is asked, and where its answers are cut."""
 
-    harmful: str = setting(
-        "builtin:harmful_eval", "Harmful requests to measure ASR on.", flag="--eval-harmful"
+    heading = "Evaluation"
+
+    harmful: str = _requests(
+        "builtin:harmful_eval", "Harmful requests to measure ASR on", flag="--eval-harmful"
     )
-    benign: str = setting(
-        "builtin:benign_eval", "Benign requests to measure over-refusal on.", flag="--eval-benign"
+    benign: str = _requests(
+        "builtin:benign_eval", "Benign requests to measure over-refusal on", flag="--eval-benign"
     )
-    limit: int | None = setting(None, "Use at most N requests of each kind.", least=1)
-    task: str | None = setting(None, "Requests with answers to measure the loss on.")
+    limit: int | None = setting(
+        None, "Use at most N requests of each kind.  [default: all]", group="Data", least=1
+    )
+    task: str | None = _requests(None, "Requests with answers to measure the loss on")
     max_new_tokens: int = setting(32, "Cut answers after N tokens.", least=1)
-    batch_size: int = setting(25, "Requests answered at once.", least=1, flag="--eval-batch-size")
+    batch_size: int = setting(25, "Requests answered at once.", least=1)
     keep_answers: bool = setting(False, "Keep the answers, harmful ones included, in the result.")
 
 
@@ -269,84 +280,73 @@ class EvaluateSettings(Settings):
 class ProbeSettings(Settings):
     """How weights are perturbed; 0.38 is the noise of the reference code of arXiv 2604.08297."""
 
+    heading = "Perturbation"
+
     noise: float = setting(0.38, "Noise, in standard deviations of the tensor.", above=0)
-    draws: int = setting(5, "Draws of noise, and of random weights.", least=1)
-    seed: int = setting(0, "Random seed.", least=0)
+    draws: int = setting(5, "Draws of noise and of random weights.", least=1)
+    seed: int = _seed()
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All settings of an `enhance` run; the content of its ``settings.json``.
+    """All settings of an `enhance` run, as its ``settings.json`` holds them."""
 
-    ``base`` is a directory or a Hub id.
-    """
-
-    base: str
+    base: str  # directory or Hub id
     score: ScoreSettings = ScoreSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     compute: ComputeSettings = ComputeSettings()
 
     @classmethod
-    def read(cls, path: Path, **given: Any) -> Self:
-        """Read a TOML or JSON file; what it leaves out keeps its default, ``given`` comes first."""
+    def read(cls, path: Path, **changes: Any) -> Self:
+        """Read a TOML or JSON file; what it leaves out keeps its default."""
         try:
             text = path.read_text(encoding="utf-8")
             content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SettingsError(
                 f"{path}: expected settings in TOML or JSON, found {error}; give "
                 "the settings.json of a run, or the same in TOML"
             ) from error
         if not isinstance(content, dict):
             raise SettingsError(f"{path}: expected a table of settings, found {content!r:.80}")
-        return restore(cls, content | given, str(path), partial=True)
+        return restore(cls, content | changes, str(path), partial=True)
 
 
 def restore(kind: type[Kind], values: Any, where: str, *, partial: bool = False) -> Kind:
-    """Make a dataclass of JSON; refuse unknown and missing fields, and values of another type.
+    """Make a dataclass, and those inside it, of JSON; refuse other names and other types.
 
-    Fields that are dataclasses, and dicts of them, are made too; ``partial`` allows missing ones.
+    Every field must be there, unless ``partial`` lets those that have one keep their default.
     """
-    known = get_type_hints(kind)
-    if not isinstance(values, Mapping):
+    fix = "correct it" if partial else "use the version of safeweights-peft that wrote it"
+    hints = get_type_hints(kind)
+    known = {item.name: item.default for item in fields(kind)}  # type: ignore[arg-type]
+    needed = {name for name, default in known.items() if default is MISSING or not partial}
+    if not isinstance(values, Mapping) or not needed <= values.keys() <= known.keys():
+        found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
         raise SettingsError(
-            f"{where}: expected {', '.join(known)}, found {repr(values)[:80]}; {_OTHER}"
+            f"{where}: expected {', '.join(known)}, found {found[:200] or 'nothing'}; {fix}"
         )
-    unknown, missing = values.keys() - known, known.keys() - values
-    if unknown or (missing and not partial):
-        raise SettingsError(
-            f"{where}: expected {', '.join(known)}, found "
-            f"{', '.join(map(str, values))[:200] or 'nothing'}; {_OTHER}"
-        )
-    made = {
-        name: _restore_value(known[name], value, f"{where}.{name}", partial)
-        for name, value in values.items()
-    }
-    try:
-        return kind(**made)
-    except TypeError as error:
-        raise SettingsError(f"{where}: expected all settings, found {error}") from error
-    except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from error
 
+    def build(hint: Any, value: Any, where: str) -> Any:
+        if isinstance(hint, type) and is_dataclass(hint):
+            return restore(hint, value, where, partial=partial)
+        if get_origin(hint) is dict and isinstance(value, Mapping):
+            inner = get_args(hint)[1]
+            return {key: build(inner, item, f"{where}.{key}") for key, item in value.items()}
+        for allowed in get_args(hint) or (hint,):
+            if type(value) is allowed or (allowed is float and type(value) is int):
+                return value
+        name = getattr(hint, "__name__", hint)
+        raise SettingsError(f"{where}: expected {name}, found {repr(value)[:80]}; {fix}")
 
-def _restore_value(hint: Any, value: Any, where: str, partial: bool) -> Any:
-    if isinstance(hint, type) and is_dataclass(hint):
-        return restore(hint, value, where, partial=partial)
-    if get_origin(hint) is dict and isinstance(value, Mapping):
-        inner = get_args(hint)[1]
-        return {
-            key: _restore_value(inner, each, f"{where}.{key}", partial)
-            for key, each in value.items()
-        }
-    for option in get_args(hint) or (hint,):
-        if type(value) is option or (option is float and type(value) is int):
-            return value
-        if isinstance(option, type) and issubclass(option, StrEnum) and value in list(option):
-            return option(value)
-    raise SettingsError(
-        f"{where}: expected {getattr(hint, '__name__', hint)}, found {repr(value)[:80]}; {_OTHER}"
+    if issubclass(kind, Settings):  # which check their values themselves
+        try:
+            return kind(**values)
+        except SettingsError as error:
+            raise SettingsError(f"{where}.{error}") from error
+    return kind(
+        **{name: build(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     )
 
 
@@ -357,6 +357,6 @@ def flatten(
     flat: dict[str, Any] = {}
     content = settings if isinstance(settings, Mapping) else asdict(settings)
     for key, value in content.items():
-        nested = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        is_nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if is_nested else {prefix + key: value}
     return flat

@@ -21,6 +21,7 @@ from safeweights_peft.settings import (
     TrainSettings,
     flatten,
     restore,
+    settings_of,
 )
 
 KINDS = [
@@ -38,8 +39,8 @@ def numbers() -> list[tuple[type[Settings], str]]:
     return [
         (settings, name)
         for settings in KINDS
-        for name, _, kind, _ in settings.options()
-        if kind.kind in (int, float)
+        for name, kind in ((each.name, each.kind) for each in settings_of(settings))
+        if kind in (int, float)
     ]
 
 
@@ -79,7 +80,7 @@ def test_a_whole_number_is_a_float() -> None:
 
 @pytest.mark.parametrize("settings", KINDS)
 def test_every_setting_has_help_and_a_flag_of_its_own(settings: type[Settings]) -> None:
-    options = [option for _, option, _, _ in settings.options()]
+    options = settings_of(settings)
     assert all(option.help.strip() for option in options)
     assert len({option.flag for option in options}) == len(options)
 
@@ -97,7 +98,7 @@ def test_a_settings_file_may_be_toml_and_leave_defaults_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[train]\nsteps = 0\n", "train: steps: expected a number at least 1, found 0"),
+        ("[train]\nsteps = 0\n", "train.steps: expected a number at least 1, found 0"),
         ("[train]\nstep = 1\n", "train: expected harmful, benign, .* found step"),
         ("[train]\nsteps = 1.5\n", "train.steps: expected int, found 1.5"),
         ("train = 1\n", "train: expected harmful, benign"),

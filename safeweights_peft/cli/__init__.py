@@ -22,7 +22,6 @@ from safeweights_peft.cli.artifacts import (
     unmerge_command,
 )
 from safeweights_peft.cli.exchange import convert_command, diff_command, export_command
-from safeweights_peft.cli.extension import extend_hf_command
 from safeweights_peft.cli.options import (
     FiniteRange,
     adapter,
@@ -399,7 +398,6 @@ for each in (
     diff_command,
     export_command,
     reproduce_command,
-    extend_hf_command,
     push_command,
     pull_command,
     list_command,

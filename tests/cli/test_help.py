@@ -21,7 +21,6 @@ def test_the_commands_are_the_steps_of_the_work() -> None:
         "enhance",
         "eval",
         "export",
-        "extend-hf",
         "inspect",
         "list",
         "merge",
@@ -59,7 +58,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_is_named_in_the_help_text(command: str) -> None:
     arguments = [each for each in main.commands[command].params if isinstance(each, click.Argument)]
-    assert arguments or command in ("extend-hf", "list", "protect")  # which take options alone
+    assert arguments or command in ("list", "protect")  # which take options alone
     text = main.commands[command].help
     assert [each.name for each in arguments if each.human_readable_name not in text] == []
 

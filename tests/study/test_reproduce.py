@@ -282,7 +282,10 @@ def test_a_base_that_is_nowhere_is_asked_for(alone: Path, requests: Requests) ->
         (lambda r: r.pop("environment"), "use the version of safeweights-peft that wrote it"),
         (lambda r: r.update(more=1), "use the version of safeweights-peft that wrote it"),
         (lambda r: r["settings"]["score"].update(examples="64"), "score.examples: expected int"),
-        (lambda r: r["settings"]["score"].update(method="best"), "score.method: expected Method"),
+        (
+            lambda r: r["settings"]["score"].update(method="best"),
+            "score.method: expected one of esi",
+        ),
         (lambda r: r["settings"]["train"].update(steps=True), "steps: expected int"),
         (lambda r: r["settings"].update(train=[]), r"train: expected harmful, benign, steps"),
         (lambda r: r["base"].update(files=[]), "base.files: expected"),
