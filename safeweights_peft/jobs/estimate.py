@@ -17,7 +17,8 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Row, read_rows
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.modeling.loading import pick_device, pick_dtype
-from safeweights_peft.selection.esi import layer_groups, layer_of
+from safeweights_peft.selection.pattern import find_place
+from safeweights_peft.selection.scores import split_by_layer
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
@@ -114,18 +115,18 @@ def _read_sizes(base: BaseModel, is_trained: bool, dtype: str, device: torch.dev
 
 def _accumulated(score: ScoreSettings, base: _Sizes) -> int:
     """Count the entries whose gradients are summed at once."""
-    passes = layer_groups(_scored(base), score.layers_per_pass)
+    passes = split_by_layer(_scored(base), score.layers_per_pass)
     return max(sum(base.counts[key] for key in keys) for keys in passes)
 
 
 def _scored(base: _Sizes) -> list[str]:
     """List the tensors of numbered layers: those of others hold nothing that is scored."""
-    return [key for key in base.counts if layer_of(key)] or list(base.counts)
+    return [key for key in base.counts if find_place(key).layer is not None] or list(base.counts)
 
 
 def _tokens_of_scoring(score: ScoreSettings, judge: _Sizes, base: _Sizes) -> float:
     """Count the model's tokens, a judge's in proportion to its size."""
-    passes = len(layer_groups(_scored(base), score.layers_per_pass))
+    passes = len(split_by_layer(_scored(base), score.layers_per_pass))
     answer = score.answer_tokens if judge.counts else score.refusal_tokens
     own: float = 3 * passes * (PROMPT_TOKENS + answer)
     if judge.counts:

@@ -15,10 +15,15 @@ from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.jobs.progress import Progress
 from safeweights_peft.modeling.loading import load_classifier, load_model, load_tokenizer
 from safeweights_peft.selection.guards import read_profile
-from safeweights_peft.selection.judged import Answered, JudgedObjective
-from safeweights_peft.selection.objective import ReferenceObjective, SafetyObjective
-from safeweights_peft.selection.scorers import AnswerScorer, ClassifierScorer, GuardScorer
-from safeweights_peft.settings import Aggregation, Method, ScoreSettings
+from safeweights_peft.selection.objective import (
+    Answered,
+    JudgedObjective,
+    ReferenceObjective,
+    SafetyObjective,
+)
+from safeweights_peft.selection.scores import SCORES
+from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, SoftJudge
+from safeweights_peft.settings import Aggregation, ScoreSettings
 
 
 def safety_objective(
@@ -80,10 +85,11 @@ def check_judges(settings: ScoreSettings) -> None:
             raise SelectionError(f"--{given}: expected --{missing} with it, found none; give both")
     judge_given = bool(settings.guard or settings.classifier)
     judge = "--guard" if settings.guard else "--classifier"
-    if judge_given and settings.method is Method.RANDOM:
+    if judge_given and not SCORES[settings.method].needs_gradient:
+        methods = " or ".join(method for method, score in SCORES.items() if score.needs_gradient)
         raise SelectionError(
-            f"{judge}: expected --method esi or bottom with it, found random, which asks nobody; "
-            "leave one out"
+            f"{judge}: expected --method {methods} with it, found {settings.method}, which asks "
+            "nobody; leave one out"
         )
     for name in ("temperature", "samples"):
         if not judge_given and getattr(settings, name) != getattr(ScoreSettings, name):
@@ -106,13 +112,13 @@ def _judge(
     (found,) = judges_of(settings)
     load = load_model if settings.guard else load_classifier
     judge, own = load(found, dtype, device), load_tokenizer(found)
-    scorer: AnswerScorer
+    scorer: SoftJudge
     if settings.guard:
         profile = read_profile(settings.profile or "")
-        scorer = GuardScorer(judge, own, tokenizer, profile)
+        scorer = GuardJudge(judge, own, tokenizer, profile)
     else:
         is_safe, label = _meaning(settings.label or "")
-        scorer = ClassifierScorer(judge, own, tokenizer, label, is_safe)
+        scorer = ClassifierJudge(judge, own, tokenizer, label, is_safe)
     return partial(
         JudgedObjective,
         scorer,

@@ -40,18 +40,17 @@ from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_d
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import write_map
-from safeweights_peft.selection.controls import leave_out
-from safeweights_peft.selection.esi import (
-    Accumulated,
-    accumulate_gradients,
-    esi_scores,
-    layer_groups,
-    random_scores,
-)
 from safeweights_peft.selection.guards import read_profile
-from safeweights_peft.selection.judged import JudgedObjective
-from safeweights_peft.selection.objective import SafetyObjective
+from safeweights_peft.selection.objective import JudgedObjective, SafetyObjective
 from safeweights_peft.selection.safety_map import build_map
+from safeweights_peft.selection.scores import (
+    SCORES,
+    GradientSum,
+    Score,
+    score_entries,
+    split_by_layer,
+    sum_gradients,
+)
 from safeweights_peft.selection.topk import Order, Selected, TopK, select
 from safeweights_peft.settings import ComputeSettings, Method, ScoreSettings
 
@@ -101,19 +100,19 @@ def score(
     )
     work_dir = work_dir_beside(out, identity)
     scoring = Scoring(model, parameters, settings, work_dir, progress or Quiet())
-    if settings.method is Method.RANDOM:
-        selected = select(random_scores(parameters, settings.seed), k)
+    kind = SCORES[settings.method]
+    if not kind.needs_gradient:
+        selected = select(score_entries(kind, parameters, {}, settings.seed), k, kind.order)
     else:
         left_out: dict[str, Array] = {}
         if benign:
             utility = utility_objective(model, tokenizer, benign, settings, scoring.progress)
             useful = scoring.select("usefulness", utility, spared)
             left_out = {name: each.indices for name, each in useful.items()}
-        order = Order.BOTTOM if settings.method is Method.BOTTOM else Order.TOP
         safety = safety_objective(model, tokenizer, rows, settings, dtype, scoring.progress)
-        selected = scoring.select("safety", safety, k, order, left_out)
+        selected = scoring.select("safety", safety, k, kind, left_out)
         if isinstance(safety, JudgedObjective):
-            selection["mean_safety"] = safety.mean_score
+            selection["mean_safety"] = safety.mean_safety
     selection["seconds"] = round(time.perf_counter() - started, 1)
     safety_map = build_map(model, found, selected, selection)
     write_map(out, safety_map, overwrite=overwrite)
@@ -122,7 +121,7 @@ def score(
 
 
 def _objective_name(settings: ScoreSettings) -> str | None:
-    if settings.method is Method.RANDOM:
+    if not SCORES[settings.method].needs_gradient:
         return None
     if settings.guard:
         return "guard"
@@ -183,12 +182,12 @@ class Scoring:
         what: str,
         objective: SafetyObjective,
         k: int,
-        order: Order = Order.TOP,
+        score: Score = SCORES[Method.ESI],
         left_out: Mapping[str, Array] = MappingProxyType({}),
     ) -> dict[str, Selected]:
         """Score all entries pass by pass, and keeps the k first."""
-        passes = layer_groups(self.parameters, self.settings.layers_per_pass)
-        best, kept = TopK(k, order), self.work_dir / f"{what}.safetensors"
+        passes = split_by_layer(self.parameters, self.settings.layers_per_pass)
+        best, kept = TopK(k, score.order), self.work_dir / f"{what}.safetensors"
         arrays = load_arrays(kept) or {"passes": np.zeros(1, np.int64)}
         done = int(arrays.pop("passes")[0])
         if done:
@@ -198,13 +197,13 @@ class Scoring:
             for number in range(done, len(passes)):
                 group = {name: self.parameters[name] for name in passes[number]}
                 gradients = self._accumulate(what, group, objective, number, reach)
-                for name, scores in leave_out(esi_scores(group, gradients), left_out, order):
-                    best.add(name, scores)
+                for name, scores in score_entries(score, group, gradients, self.settings.seed):
+                    best.add(name, scores, left_out.get(name))
                 del gradients
                 save_arrays(kept, best.state() | {"passes": np.array([number + 1])})
                 self._accumulator(what, number).unlink(missing_ok=True)
         selected = best.result()
-        if order is Order.TOP and not any(each.scores.any() for each in selected.values()):
+        if score.order is Order.TOP and not any(each.scores.any() for each in selected.values()):
             raise SelectionError(
                 f"{what}: expected weights on which it depends, found none: every score is 0; "
                 "check the objective and the model"
@@ -222,24 +221,24 @@ class Scoring:
         """Sum one pass's gradients, and leaves the sum on disk now and then."""
         path, saved_at = self._accumulator(what, number), time.monotonic()
 
-        def on_term(so_far: Accumulated) -> None:
+        def on_term(total: GradientSum) -> None:
             nonlocal saved_at
-            reach(number * len(objective) + so_far.terms)
+            reach(number * len(objective) + total.terms)
             if time.monotonic() - saved_at >= SAVE_SECONDS:
-                arrays = {name: to_numpy(each) for name, each in so_far.gradients.items()}
-                save_arrays(path, arrays | {"terms": np.array([so_far.terms])})
+                arrays = {name: to_numpy(each) for name, each in total.gradients.items()}
+                save_arrays(path, arrays | {"terms": np.array([total.terms])})
                 saved_at = time.monotonic()
 
-        return accumulate_gradients(
+        return sum_gradients(
             self.model,
             group,
             objective,
             on_term,
             aggregation=self.settings.aggregation,
-            so_far=self._interrupted(group, path),
+            resume_from=self._interrupted(group, path),
         )
 
-    def _interrupted(self, group: Mapping[str, nn.Parameter], path: Path) -> Accumulated | None:
+    def _interrupted(self, group: Mapping[str, nn.Parameter], path: Path) -> GradientSum | None:
         arrays = load_arrays(path)
         if arrays is None:
             return None
@@ -247,7 +246,7 @@ class Scoring:
             name: torch.from_numpy(arrays[name]).to(parameter.device)
             for name, parameter in group.items()
         }
-        return Accumulated(gradients, int(arrays["terms"][0]))
+        return GradientSum(gradients, int(arrays["terms"][0]))
 
     def _accumulator(self, what: str, number: int) -> Path:
         return self.work_dir / f"{what}-gradients-{number}.safetensors"

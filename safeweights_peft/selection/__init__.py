@@ -1,1 +1,1 @@
-"""From gradients to indices: objectives, ESI, exact top-k, controls, safety maps, patterns."""
+"""From requests to selected weights: objectives, scores, exact top-k, safety maps."""

@@ -1,12 +1,8 @@
-"""What is known of guard models: how a conversation is put to them, and how they answer.
-
-A profile says what a guard's own documentation says, in data. For a guard that isn't here, a JSON
-file with the same fields does.
-"""
+"""Guard models as data: how each reads a conversation, and which labels it answers with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -17,77 +13,50 @@ from transformers import PreTrainedTokenizerBase
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.files import read_json
 
-ANSWER = "\ue000answer\ue001"
-"""Stands for the answer in a rendered conversation: characters for private use."""
-
+# Stands for the answer in a rendered conversation: between characters for private use, which no
+# request holds and no template changes.
+_ANSWER = "\ue000answer\ue001"
 _PLACES = ("{request}", "{answer}")
 
 
 @dataclass(frozen=True)
 class GuardProfile:
-    """How a guard reads a conversation and says what it thinks of the answer.
+    """How a guard reads a conversation and says what it thinks of the answer."""
 
-    Attributes:
-        safe: labels that call an answer safe, each one token as it stands after the prompt.
-        unsafe: labels that call it unsafe.
-        template: the prompt with ``{request}`` and ``{answer}``; the tokenizer's own chat template
-            if None.
-        options: what that chat template takes besides the messages.
-        parts: whether it wants contents as lists of typed parts.
-        cue: what the guard writes between prompt and label, unless the prompt ends with it.
-    """
-
-    safe: tuple[str, ...]
+    safe: tuple[str, ...]  # labels of safe answers, each one token as it stands after the prompt
     unsafe: tuple[str, ...]
+    # The prompt with {request} and {answer}; if None, the tokenizer's own chat template.
     template: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    parts: bool = False
-    cue: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)  # for the chat template
+    parts: bool = False  # whether the chat template reads contents as lists of typed parts
+    cue: str = ""  # what the guard writes before the label, unless the prompt ends with it
 
-    def around(self, tokenizer: PreTrainedTokenizerBase, request: str) -> tuple[str, str]:
-        """Render a conversation, but for the answer."""
+    def render(self, tokenizer: PreTrainedTokenizerBase, request: str) -> tuple[str, str]:
+        """Render a conversation; return the texts before and after the answer."""
         if self.template is None:
-            prompt = self._chat(tokenizer, request)
+            prompt = self._apply_chat_template(tokenizer, request)
         else:
-            prompt = self.template.replace("{answer}", ANSWER).replace("{request}", request)
-        before, after = split_at_answer(tokenizer, prompt)
-        return before, after.removesuffix(self.cue) + self.cue
+            prompt = self.template.replace("{answer}", _ANSWER).replace("{request}", request)
+        before, *after = prompt.split(_ANSWER)
+        if len(after) != 1:
+            raise SelectionError(
+                f"{tokenizer.name_or_path}: expected a prompt that shows the answer once, found it "
+                f"{len(after)} times; give a profile with a template"
+            )
+        return before, after[0].removesuffix(self.cue) + self.cue
 
-    def _chat(self, tokenizer: PreTrainedTokenizerBase, request: str) -> str:
-        contents: list[Any] = [request, ANSWER]
-        if self.parts:
-            contents = [[{"type": "text", "text": text}] for text in contents]
+    def _apply_chat_template(self, tokenizer: PreTrainedTokenizerBase, request: str) -> str:
+        if not tokenizer.chat_template:
+            raise SelectionError(
+                f"{tokenizer.name_or_path}: expected a chat template, found none; give a profile "
+                "with a template"
+            )
         messages = [
-            {"role": role, "content": content}
-            for role, content in zip(("user", "assistant"), contents, strict=True)
+            {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
+            for role, text in (("user", request), ("assistant", _ANSWER))
         ]
-        return render_chat(tokenizer, messages, self.options)
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
-    options: Mapping[str, Any] = MappingProxyType({}),
-) -> str:
-    """Apply a guard's own chat template, up to the cue for what it says."""
-    if not tokenizer.chat_template:
-        raise SelectionError(
-            f"{tokenizer.name_or_path}: expected a chat template, found none; give a profile "
-            "with a template"
-        )
-    given = {"add_generation_prompt": True} | dict(options)
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **given))
-
-
-def split_at_answer(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, str]:
-    """Split a prompt where the answer belongs."""
-    before, *after = prompt.split(ANSWER)
-    if len(after) != 1:
-        raise SelectionError(
-            f"{tokenizer.name_or_path}: expected a prompt that shows the answer once, found it "
-            f"{len(after)} times; give a profile with a template"
-        )
-    return before, after[0]
+        options = {"add_generation_prompt": True} | dict(self.options)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 _HARM_POLICY = (
@@ -113,6 +82,8 @@ Answers: [/INST]
 <|assistant|>
 """
 
+# A new guard is an entry here, from its own documentation; WildGuard's prompt is word for word the
+# one that it was trained on.
 PROFILES: Mapping[str, GuardProfile] = MappingProxyType(
     {
         "llama-guard-3": GuardProfile(safe=("safe",), unsafe=("unsafe",), cue="\n\n"),
@@ -134,11 +105,10 @@ PROFILES: Mapping[str, GuardProfile] = MappingProxyType(
         ),
     }
 )
-"""Guards by name. WildGuard's prompt is the one that it was trained on, word for word."""
 
 
 def read_profile(name_or_file: str) -> GuardProfile:
-    """Find a guard's profile."""
+    """Find a guard's profile by its name, or read it from a JSON file with the same fields."""
     if name_or_file in PROFILES:
         return PROFILES[name_or_file]
     path = Path(name_or_file)
@@ -147,11 +117,16 @@ def read_profile(name_or_file: str) -> GuardProfile:
             f"{name_or_file}: expected a JSON file or one of {', '.join(PROFILES)}, found neither; "
             "name one, or write a profile"
         )
-    return _parse(read_json(path, SelectionError), name_or_file)
+    content = read_json(path, SelectionError)
+    _check_fields(content, name_or_file)
+    _check_meaning(content, name_or_file)
+    labels = {"safe": tuple(content["safe"]), "unsafe": tuple(content["unsafe"])}
+    return GuardProfile(**{**content, **labels})
 
 
-def _parse(content: Mapping[str, Any], source: str) -> GuardProfile:
-    known = {each.name for each in fields(GuardProfile)}
+def _check_fields(content: Mapping[str, Any], source: str) -> None:
+    """Check that there are no fields but a profile's, each of its type."""
+    known = {declared.name for declared in fields(GuardProfile)}
     strange = sorted(set(content) - known)
     if strange:
         raise SelectionError(
@@ -160,8 +135,8 @@ def _parse(content: Mapping[str, Any], source: str) -> GuardProfile:
         )
     for key in ("safe", "unsafe"):
         labels = content.get(key)
-        given = labels if isinstance(labels, list) else []
-        if not given or not all(isinstance(label, str) and label for label in given):
+        texts = labels if isinstance(labels, list) else []
+        if not texts or not all(isinstance(label, str) and label for label in texts):
             raise SelectionError(
                 f"{source}: {key}: expected a list of labels, found {labels!r}; give at least one"
             )
@@ -170,8 +145,11 @@ def _parse(content: Mapping[str, Any], source: str) -> GuardProfile:
             raise SelectionError(
                 f"{source}: {key}: expected a {kind.__name__}, found {content[key]!r}; correct it"
             )
+
+
+def _check_meaning(content: Mapping[str, Any], source: str) -> None:
     template = content.get("template", "".join(_PLACES))
-    if not all(template.count(part) == 1 for part in _PLACES):
+    if not all(template.count(place) == 1 for place in _PLACES):
         raise SelectionError(
             f"{source}: template: expected {' and '.join(_PLACES)} in it, once each, found "
             "otherwise; a guard reads the whole conversation"
@@ -182,11 +160,10 @@ def _parse(content: Mapping[str, Any], source: str) -> GuardProfile:
             f"{source}: safe: expected labels that aren't unsafe too, found {both.pop()!r} in "
             "both; remove it from one"
         )
-    taken = {"tokenize", "chat_template", "conversation"} & set(content.get("options", {}))
-    if taken:
+    # `GuardProfile.render` passes these itself.
+    clashing = {"tokenize", "chat_template", "conversation"} & set(content.get("options", {}))
+    if clashing:
         raise SelectionError(
             f"{source}: options: expected what the guard's chat template takes, found "
-            f"{taken.pop()}; remove it"
+            f"{clashing.pop()}; remove it"
         )
-    labels = {"safe": tuple(content["safe"]), "unsafe": tuple(content["unsafe"])}
-    return GuardProfile(**{**content, **labels})

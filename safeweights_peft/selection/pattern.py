@@ -1,8 +1,4 @@
-"""Where in a model selected entries lie: counted by layer, component and expert.
-
-A parameter's place is read off its name alone, so a model of any architecture has places; a
-component that isn't known here goes by the name of the module that owns it.
-"""
+"""Where in a model selected entries lie, counted by layer, component and expert."""
 
 from __future__ import annotations
 
@@ -18,35 +14,22 @@ from safeweights_peft.modeling.layout import ROUTER_NAMES
 
 SHORT_NAMES = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 EMBEDDING_NAMES = frozenset({"wte", "wpe"})
+# The module that owns fused parameters of all experts, [E, ...], or one module per expert.
 EXPERTS = "experts"
-"""The module that owns fused parameters of all experts, [E, ...], or one module per expert."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter, or an expert's part of one, is in its model.
+    """Where a parameter, or an expert's part of one, is in its model."""
 
-    Attributes:
-        layer: number of the layer, None outside the layers.
-        component: what it is in a layer, such as ``q``, ``experts down`` or ``norms``.
-        expert: number of the expert; None where there is none, or before they are told apart.
-    """
-
-    layer: int | None
-    component: str
-    expert: int | None = None
+    layer: int | None  # None outside the numbered layers
+    component: str  # such as "q", "experts down" or "norms"
+    expert: int | None = None  # None where there is none, or where one parameter holds all
 
 
 @dataclass(frozen=True)
 class Part:
-    """The entries of a parameter at one place.
-
-    Attributes:
-        place: where.
-        parameters: how many there are.
-        eligible: how many of them may be selected.
-        selected: how many of them are.
-    """
+    """The entries at one place, counted: all, those that may be selected, and those that are."""
 
     place: Place
     parameters: int
@@ -55,24 +38,25 @@ class Part:
 
 
 def find_place(name: str) -> Place:
-    """Read a parameter's place off its name."""
-    *modules, own = name.split(".")
+    """Read a parameter's place off its name, of whatever architecture."""
+    *modules, leaf = name.split(".")
     layer = next((int(module) for module in modules if module.isdecimal()), None)
     after = modules[modules.index(EXPERTS) + 1 :] if EXPERTS in modules else []
     expert = int(after[0]) if after and after[0].isdecimal() else None
-    return Place(layer, _component(modules, own), expert)
+    return Place(layer, _component(modules, leaf), expert)
 
 
-def _component(modules: list[str], own: str) -> str:
-    leaf = own if not modules or modules[-1] == EXPERTS else modules[-1]
-    if leaf in ROUTER_NAMES:
+def _component(modules: list[str], leaf: str) -> str:
+    owner = leaf if not modules or modules[-1] == EXPERTS else modules[-1]
+    if owner in ROUTER_NAMES:
         return "router"
-    if "norm" in leaf or leaf.startswith("ln_"):
+    if "norm" in owner or owner.startswith("ln_"):
         return "norms"
-    if "embed" in leaf or leaf in EMBEDDING_NAMES:
+    if "embed" in owner or owner in EMBEDDING_NAMES:
         return "embeddings"
-    home = next((module for module in modules if "expert" in module), "")
-    return f"{home} {SHORT_NAMES.get(leaf, leaf)}".lstrip()
+    experts = next((module for module in modules if "expert" in module), "")
+    # An unknown component goes by the name of the module that owns it.
+    return f"{experts} {SHORT_NAMES.get(owner, owner)}".lstrip()
 
 
 def count_parts(
@@ -90,25 +74,25 @@ def count_parts(
 
 
 def _split(name: str, shape: tuple[int, ...], indices: Array) -> Iterator[tuple[Place, int, int]]:
-    """Give place, entries and selected entries of a parameter, or of each expert's part of it."""
+    """Yield place, entries and selected entries of a parameter, or of each expert's part of it."""
     place, numel = find_place(name), math.prod(shape)
     if name.split(".")[-2:-1] != [EXPERTS]:
         yield place, numel, indices.size
         return
-    each = numel // shape[0]
-    for expert, count in enumerate(np.bincount(indices // each, minlength=shape[0])):
-        yield replace(place, expert=expert), each, int(count)
+    size = numel // shape[0]
+    for expert, count in enumerate(np.bincount(indices // size, minlength=shape[0])):
+        yield replace(place, expert=expert), size, int(count)
 
 
 def tabulate(parts: Collection[Part], *keys: str) -> list[dict[str, Any]]:
-    """Add parts up, and sets their share of the selection against their share of the model."""
+    """Add parts up by keys of their place, with their shares of model and selection."""
     groups: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts:
         groups.setdefault(tuple(getattr(part.place, key) for key in keys), []).append(part)
     whole = _count(parts)
     return [
-        dict(zip(keys, group, strict=True)) | _shares(_count(own), whole)
-        for group, own in groups.items()
+        dict(zip(keys, values, strict=True)) | _shares(_count(members), whole)
+        for values, members in groups.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""From selected entries to a safety map that names its base."""
+"""Safety maps made of selected entries."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def build_map(
     selected: Mapping[str, Selected],
     selection: dict[str, Any],
 ) -> SafetyMap:
-    """Record where selected entries are, on which base, and how they were chosen."""
+    """Build a map that records where the entries are, on which base, and how they were chosen."""
     reader = CheckpointReader(base.path)
     records = describe(model, selected, base.path)
     for name, entries in selected.items():
         # From disk: the model in memory may hold the entries in a narrower dtype.
         record, pieces = records[name], entries_by_block(records[name], entries.indices)
-        found = reader.gather_pieces(pieces, entries.indices.size, DTYPES[record.dtype])
-        records[name] = replace(record, count=found.size, base_digest=digest(found))
+        values = reader.gather_pieces(pieces, entries.indices.size, DTYPES[record.dtype])
+        records[name] = replace(record, count=values.size, base_digest=digest(values))
     metadata = AdapterMetadata(
         mode=Mode.SPA,
         base_model_name_or_path=base.name,

@@ -1,9 +1,4 @@
-"""From one tokenizer to another: which characters a token stands for, and in whose vocabulary.
-
-A guard with a tokenizer of its own reads an answer in other tokens than the model wrote. Positions
-are matched by the characters that both stand for; a model's token is matched with the guard's by
-its text.
-"""
+"""From a model's tokenizer to a judge's: tokens matched by their texts, positions by characters."""
 
 from __future__ import annotations
 
@@ -30,21 +25,19 @@ from safeweights_peft.errors import SelectionError
 logger = logging.getLogger(__name__)
 
 CACHE_DIR = Path(HF_HOME) / "safeweights_peft"
-_BLANK = "\u2581"
-"""What SentencePiece writes for a space."""
+_BLANK = "\u2581"  # what SentencePiece writes for a space
 
 
 class TokenTexts:
     """The text of each token of a byte-level or SentencePiece tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Find out how the tokenizer writes bytes."""
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
-        self._special = frozenset(each for each, token in added.items() if token.special)
-        described = identity(tokenizer)
-        self._is_byte_level = '"ByteLevel"' in described
-        if not self._is_byte_level and json.dumps(_BLANK) not in described:
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        description = describe_tokenizer(tokenizer)
+        self._is_byte_level = '"ByteLevel"' in description
+        if not self._is_byte_level and json.dumps(_BLANK) not in description:
             raise SelectionError(
                 f"{tokenizer.name_or_path}: expected a byte-level or SentencePiece tokenizer, "
                 "found another kind; use a guard with the model's own tokenizer"
@@ -52,7 +45,7 @@ class TokenTexts:
         self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Decode one token."""
+        """Decode one token, which may be a part of a character; a special one has no text."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None or token_id in self._special:
             return b""
@@ -63,10 +56,8 @@ class TokenTexts:
         return str(token).replace(_BLANK, " ").encode()
 
     def spell(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-        """Decode a sequence, and tells which characters each token stands for.
-
-        A character whose bytes are spread over several tokens belongs to the last of them.
-        """
+        """Decode a sequence; return its text and the span of characters of each token."""
+        # A decoder that keeps incomplete bytes gives a character of several tokens to the last.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         text, spans = "", []
         for token_id in token_ids:
@@ -76,21 +67,23 @@ class TokenTexts:
         return text, spans
 
 
-def identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Describe a tokenizer so that two that do the same are described alike."""
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Describe a tokenizer in JSON, the same for two that cut every text alike."""
     if not tokenizer.is_fast:
         raise SelectionError(
             f"{tokenizer.name_or_path}: expected a fast tokenizer, found a slow one; save it as "
             "tokenizer.json"
         )
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    for passing in ("truncation", "padding"):  # of its last call
-        described.pop(passing, None)
-    return json.dumps(described)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # left by the last call
+        description.pop(state, None)
+    return json.dumps(description)
 
 
-def overlaps(written: Sequence[tuple[int, int]], read: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Tell how far each token that is read stands for the text of each that was written."""
+def compute_overlaps(
+    written: Sequence[tuple[int, int]], read: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """Compute the fraction of each of U read spans that lies in each of T written ones, (U, T)."""
     ours = torch.tensor(written, dtype=torch.float32).reshape(-1, 2)
     theirs = torch.tensor(read, dtype=torch.float32).reshape(-1, 2)
     ends = torch.minimum(theirs[:, None, 1], ours[None, :, 1])
@@ -101,53 +94,47 @@ def overlaps(written: Sequence[tuple[int, int]], read: Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class VocabularyTransfer:
-    """For each token of a model, the guard's tokens that its text is read as.
+    """For each of V tokens of a model, the judge's tokens that its text is read as."""
 
-    Tokens without a text of their own (special ones, parts of a character) have no pieces.
-
-    Attributes:
-        counts: (V,) int64: how many different pieces each token has.
-        pieces: int64: ids of the guard, token by token.
-        weights: float32: of a token's pieces; they sum to 1.
-    """
-
+    # (V,) int64, the number of a token's pieces: 0 for special tokens and parts of a character.
     counts: torch.Tensor
-    pieces: torch.Tensor
-    weights: torch.Tensor
+    pieces: torch.Tensor  # int64, the judge's token ids, token by token
+    weights: torch.Tensor  # float32, of the pieces; a token's sum to 1
 
     @property
-    def known(self) -> torch.Tensor:
-        """(V,) bool: which tokens have a text of their own."""
+    def has_text(self) -> torch.Tensor:
+        """Which tokens have a text of their own, (V,) bool."""
         return self.counts > 0
 
     def carry(self, derivative: torch.Tensor) -> torch.Tensor:
-        """Carry a derivative over from the guard's vocabulary to the model's."""
+        """Carry a derivative, (T, W), over from the judge's vocabulary to the model's, (T, V)."""
         tokens = torch.arange(len(self.counts)).repeat_interleave(self.counts)
         carried = derivative.new_zeros(len(derivative), len(self.counts))
         return carried.index_add_(1, tokens, derivative[:, self.pieces] * self.weights)
 
 
-def vocabulary_transfer(
-    tokenizer: PreTrainedTokenizerBase, guard_tokenizer: PreTrainedTokenizerBase
+def load_transfer(
+    tokenizer: PreTrainedTokenizerBase, judge_tokenizer: PreTrainedTokenizerBase
 ) -> VocabularyTransfer:
-    """Read each token of a model as the guard would; once for each pair, then from a cache."""
-    both = identity(tokenizer) + identity(guard_tokenizer)
+    """Load the transfer between two tokenizers from a cache, or build it."""
+    both = describe_tokenizer(tokenizer) + describe_tokenizer(judge_tokenizer)
     path = CACHE_DIR / f"transfer-{hashlib.sha256(both.encode()).hexdigest()[:24]}.safetensors"
-    shape = len(tokenizer), len(guard_tokenizer)
-    cached = _read_cache(path, shape)
-    if cached is None:
-        cached = _build(TokenTexts(tokenizer), guard_tokenizer, shape[0])
-        _write_cache(path, cached)
-    return VocabularyTransfer(**cached)
+    shape = len(tokenizer), len(judge_tokenizer)
+    tensors = _read_cache(path, shape)
+    if tensors is None:
+        tensors = _build(TokenTexts(tokenizer), judge_tokenizer, shape[0])
+        _write_cache(path, tensors)
+    return VocabularyTransfer(**tensors)
 
 
 def _build(
-    texts: TokenTexts, guard_tokenizer: PreTrainedTokenizerBase, count: int
+    texts: TokenTexts, judge_tokenizer: PreTrainedTokenizerBase, count: int
 ) -> dict[str, torch.Tensor]:
-    spelled = [_text_or_none(texts.bytes_of(token_id)) for token_id in range(count)]
-    known = [text for text in spelled if text]
-    read = iter(guard_tokenizer(known, add_special_tokens=False)["input_ids"] if known else ())
-    rows = [Counter(next(read)) if text else Counter() for text in spelled]
+    by_token = [_decode(texts.bytes_of(token_id)) for token_id in range(count)]
+    # One batch: a call for each of 100,000 tokens would take far longer.
+    words = [text for text in by_token if text]
+    cuts = iter(judge_tokenizer(words, add_special_tokens=False)["input_ids"] if words else ())
+    rows = [Counter(next(cuts)) if text else Counter() for text in by_token]
     pieces = [(piece, row[piece] / row.total()) for row in rows for piece in sorted(row)]
     return {
         "counts": torch.tensor([len(row) for row in rows], dtype=torch.int64),
@@ -156,36 +143,36 @@ def _build(
     }
 
 
-def _text_or_none(raw: bytes) -> str | None:
+def _decode(raw: bytes) -> str | None:
     try:
         return raw.decode()
     except UnicodeDecodeError:
         return None
 
 
-def _write_cache(path: Path, built: dict[str, torch.Tensor]) -> None:
+def _write_cache(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(built, str(draft))
+        save_file(tensors, str(draft))
         draft.replace(path)
     except (OSError, SafetensorError) as error:
         logger.warning("%s: expected to keep a table there, could not (%s)", path, error)
 
 
 def _read_cache(path: Path, shape: tuple[int, int]) -> dict[str, torch.Tensor] | None:
-    """Read a transfer that was built before; none if it isn't there or isn't whole."""
     try:
-        cached = load_file(str(path))
+        tensors = load_file(str(path))
     except (OSError, SafetensorError):
         return None
-    return cached if _is_sound(cached, shape) else None
+    return tensors if _is_sound(tensors, shape) else None
 
 
-def _is_sound(cached: dict[str, Any], shape: tuple[int, int]) -> bool:
-    if set(cached) != {"counts", "pieces", "weights"}:
+def _is_sound(tensors: dict[str, Any], shape: tuple[int, int]) -> bool:
+    # Checked because the ids index embeddings, and anybody's program may have written the file.
+    if set(tensors) != {"counts", "pieces", "weights"}:
         return False
-    counts, pieces, weights = cached["counts"], cached["pieces"], cached["weights"]
+    counts, pieces, weights = tensors["counts"], tensors["pieces"], tensors["weights"]
     return bool(
         counts.shape == (shape[0],)
         and (counts >= 0).all()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from safeweights_peft.delta import Array
 from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.modeling.tensors import add_rounded, to_torch
-from safeweights_peft.selection.esi import sigma
+from safeweights_peft.selection.scores import compute_sigma
 
 Change = Callable[[str, nn.Parameter, Tensor], Tensor]
 """From a parameter's name, the parameter, and some of its entries to others in their place."""
@@ -48,7 +48,7 @@ def noise(factor: float, *seed: int) -> Change:
     def add(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
         generator = np.random.default_rng([*seed, zlib.crc32(f"noise at {name}".encode())])
         drawn = torch.from_numpy(generator.standard_normal(entries.numel(), np.float32))
-        return add_rounded(entries, factor * sigma(parameter) * drawn.to(entries.device))
+        return add_rounded(entries, factor * compute_sigma(parameter) * drawn.to(entries.device))
 
     return add
 

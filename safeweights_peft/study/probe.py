@@ -35,13 +35,13 @@ from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact, read_map, write_map
 from safeweights_peft.patch.records import Mode
 from safeweights_peft.rates import Rate, wilson
-from safeweights_peft.selection.controls import check_left, select_lowest
-from safeweights_peft.selection.esi import random_scores
 from safeweights_peft.selection.safety_map import build_map
-from safeweights_peft.selection.topk import Order
+from safeweights_peft.selection.scores import SCORES, check_left, score_entries
+from safeweights_peft.selection.topk import Order, select
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
+    Method,
     ProbeSettings,
     ScoreSettings,
 )
@@ -194,7 +194,7 @@ def _find_bottom(
         dtype, count = model.dtype, sum(each.size for each in artifact.indices.values())
         safety = safety_objective(model, asker.tokenizer, rows, settings, dtype, asker.progress)
         scoring = Scoring(model, eligible_parameters(model), settings, work_dir, asker.progress)
-        selected = scoring.select("safety", safety, count, Order.BOTTOM, artifact.indices)
+        selected = scoring.select("safety", safety, count, SCORES[Method.BOTTOM], artifact.indices)
         write_map(path, build_map(model, base, selected, {"method": "bottom"}))
     return read_map(path).indices
 
@@ -243,8 +243,11 @@ class _Bench:
     def _indices(self, trial: _Trial) -> Mapping[str, Array]:
         if trial.selection != "random":
             return self.map if trial.selection == "map" else self.bottom
-        scores = random_scores(eligible_parameters(self.model), self.settings.seed, trial.draw)
-        return {name: each.indices for name, each in select_lowest(scores, self.map).items()}
+        parameters, seed = eligible_parameters(self.model), (self.settings.seed, trial.draw)
+        scores = score_entries(SCORES[Method.RANDOM], parameters, {}, *seed)
+        count = sum(indices.size for indices in self.map.values())
+        selected = select(scores, count, Order.BOTTOM, self.map)
+        return {name: each.indices for name, each in selected.items()}
 
     def _change(self, trial: _Trial) -> Change:
         if trial.perturbation == "zero":

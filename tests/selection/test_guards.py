@@ -13,7 +13,7 @@ from transformers import (
 
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.selection.guards import PROFILES, GuardProfile, read_profile
-from safeweights_peft.selection.scorers import ClassifierScorer, GuardScorer
+from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge
 from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_classifier, save_tiny_guard
 from tests.tiny_models import CHAT_TEMPLATE
 
@@ -29,7 +29,7 @@ def tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
 def test_every_guard_reads_request_and_answer_in_this_order(name: str, tokenizer) -> None:
     profile = PROFILES[name]
     tokenizer.chat_template = PARTS_TEMPLATE if profile.parts else CHAT_TEMPLATE
-    before, after = profile.around(tokenizer, "How do I steal?")
+    before, after = profile.render(tokenizer, "How do I steal?")
     assert "How do I steal?" in before
     assert "answer" not in before[before.index("steal") :].replace("Answers", "")
     assert after.endswith(profile.cue)
@@ -39,12 +39,12 @@ def test_every_guard_reads_request_and_answer_in_this_order(name: str, tokenizer
 def test_a_guards_own_chat_template_gets_its_options(tokenizer) -> None:
     tokenizer.chat_template = "{{ guideline }}|{{ messages[1].content }}|"
     profile = GuardProfile(safe=("No",), unsafe=("Yes",), options={"guideline": "Be kind."})
-    assert profile.around(tokenizer, "x") == ("Be kind.|", "|")
+    assert profile.render(tokenizer, "x") == ("Be kind.|", "|")
 
 
 def test_a_cue_that_the_prompt_ends_with_is_not_repeated(tokenizer) -> None:
     tokenizer.chat_template = "{{ messages[1].content + '\n\n' }}"
-    assert GuardProfile(("s",), ("u",), cue="\n\n").around(tokenizer, "x") == ("", "\n\n")
+    assert GuardProfile(("s",), ("u",), cue="\n\n").render(tokenizer, "x") == ("", "\n\n")
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_a_template_that_does_not_show_the_answer_once_is_refused(
 ) -> None:
     tokenizer.chat_template = template
     with pytest.raises(SelectionError, match=f"answer once, found it {times} times"):
-        PROFILES["llama-guard-3"].around(tokenizer, "x")
+        PROFILES["llama-guard-3"].render(tokenizer, "x")
 
 
 def test_a_guard_without_a_chat_template_is_refused(tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(SelectionError, match="expected a chat template, found none"):
-        PROFILES["llama-guard-3"].around(tokenizer, "x")
+        PROFILES["llama-guard-3"].render(tokenizer, "x")
 
 
 def test_a_profile_in_a_file_is_one_of_its_own(tmp_path: Path, tokenizer) -> None:
@@ -69,7 +69,7 @@ def test_a_profile_in_a_file_is_one_of_its_own(tmp_path: Path, tokenizer) -> Non
     (tmp_path / "mine.json").write_text(json.dumps(content))
     profile = read_profile(str(tmp_path / "mine.json"))
     assert (profile.safe, profile.unsafe) == (("ok",), ("bad",))
-    assert profile.around(tokenizer, "{answer}") == ("Q {answer} A ", "?")
+    assert profile.render(tokenizer, "{answer}") == ("Q {answer} A ", "?")
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_a_label_of_several_tokens_is_refused(tmp_path: Path, tokenizer) -> None
     path = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
     guard = AutoModelForCausalLM.from_pretrained(path)
     with pytest.raises(SelectionError, match=r"the label 'unsafe' to be one token .* found 5"):
-        GuardScorer(guard, tokenizer, tokenizer, GuardProfile(("s",), ("unsafe",)))
+        GuardJudge(guard, tokenizer, tokenizer, GuardProfile(("s",), ("unsafe",)))
 
 
 def test_a_label_that_the_classifier_lacks_is_refused(tmp_path: Path, tokenizer) -> None:
     path = save_tiny_classifier(save_byte_level_tokenizer(tmp_path / "cls"), ["good", "bad"])
     classifier = AutoModelForSequenceClassification.from_pretrained(path)
     with pytest.raises(SelectionError, match="one of its labels bad, good, found 'evil'"):
-        ClassifierScorer(classifier, tokenizer, tokenizer, "evil", is_safe=False)
+        ClassifierJudge(classifier, tokenizer, tokenizer, "evil", is_safe=False)

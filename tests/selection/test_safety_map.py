@@ -15,9 +15,10 @@ from safeweights_peft.modeling.loading import load_model
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import read_map, write_map
 from safeweights_peft.patch.records import Mode, TensorRecord
-from safeweights_peft.selection.esi import random_scores
 from safeweights_peft.selection.safety_map import build_map
+from safeweights_peft.selection.scores import SCORES, score_entries
 from safeweights_peft.selection.topk import select
+from safeweights_peft.settings import Method
 from tests.tiny_models import save_tiny_llama
 
 SELECTION = {"method": "random", "seed": 3, "density": 0.05}
@@ -26,7 +27,7 @@ SELECTION = {"method": "random", "seed": 3, "density": 0.05}
 def random_map(path: Path, dtype: torch.dtype | str = "auto", k: int = 500) -> SafetyMap:
     base = resolve_base(str(path))
     model = load_model(base, dtype)
-    selected = select(random_scores(eligible_parameters(model), 3), k)
+    selected = select(score_entries(SCORES[Method.RANDOM], eligible_parameters(model), {}, 3), k)
     return build_map(model, base, selected, SELECTION)
 
 

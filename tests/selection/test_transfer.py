@@ -11,8 +11,8 @@ from safeweights_peft.selection import transfer
 from safeweights_peft.selection.transfer import (
     TokenTexts,
     VocabularyTransfer,
-    overlaps,
-    vocabulary_transfer,
+    compute_overlaps,
+    load_transfer,
 )
 from tests.tiny_guards import save_byte_level_tokenizer, save_piece_tokenizer
 from tests.tiny_models import END, save_tiny_tokenizer
@@ -73,7 +73,7 @@ def test_an_answer_cut_within_a_character_can_be_spelled(other) -> None:
 
 def test_overlaps_are_counted_character_by_character() -> None:
     written, read = [(0, 3), (3, 3), (3, 7), (7, 8)], [(0, 2), (2, 6), (7, 8), (9, 9)]
-    found = overlaps(written, read)
+    found = compute_overlaps(written, read)
     for u, (start, end) in enumerate(read):
         for t, (first, last) in enumerate(written):
             common = len(set(range(start, end)) & set(range(first, last)))
@@ -81,7 +81,7 @@ def test_overlaps_are_counted_character_by_character() -> None:
 
 
 def test_each_token_is_read_as_the_other_tokenizer_cuts_its_text(tokenizer, other) -> None:
-    texts, pieces = TokenTexts(tokenizer), dense(vocabulary_transfer(tokenizer, other), other)
+    texts, pieces = TokenTexts(tokenizer), dense(load_transfer(tokenizer, other), other)
     assert pieces.shape == (len(tokenizer), len(other))
     for token_id in range(len(tokenizer)):
         raw = texts.bytes_of(token_id)
@@ -95,32 +95,32 @@ def test_each_token_is_read_as_the_other_tokenizer_cuts_its_text(tokenizer, othe
 
 
 def test_a_derivative_is_carried_as_the_mean_over_a_tokens_pieces(tokenizer, other) -> None:
-    built = vocabulary_transfer(tokenizer, other)
+    built = load_transfer(tokenizer, other)
     derivative = torch.randn(4, len(other))
     torch.testing.assert_close(built.carry(derivative), derivative @ dense(built, other).T)
 
 
 def test_a_transfer_is_built_once(tokenizer, other, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = dense(vocabulary_transfer(tokenizer, other), other)
+    built = dense(load_transfer(tokenizer, other), other)
     monkeypatch.setattr(transfer, "_build", None)
-    assert torch.equal(dense(vocabulary_transfer(tokenizer, other), other), built)
+    assert torch.equal(dense(load_transfer(tokenizer, other), other), built)
 
 
 @pytest.mark.parametrize("spoil", [b"", b"not a tensor file"])
 def test_a_spoilt_cache_is_built_anew(tokenizer, other, cache: Path, spoil: bytes) -> None:
-    built = dense(vocabulary_transfer(tokenizer, other), other)
+    built = dense(load_transfer(tokenizer, other), other)
     (file,) = cache.iterdir()
     file.write_bytes(spoil)
-    assert torch.equal(dense(vocabulary_transfer(tokenizer, other), other), built)
+    assert torch.equal(dense(load_transfer(tokenizer, other), other), built)
 
 
 def test_an_index_in_the_cache_is_not_trusted(tokenizer, other, cache: Path) -> None:
-    built = dense(vocabulary_transfer(tokenizer, other), other)
+    built = dense(load_transfer(tokenizer, other), other)
     (file,) = cache.iterdir()
     stored = transfer.load_file(str(file))
     stored["pieces"][0] = len(other)
     transfer.save_file(stored, str(file))
-    assert torch.equal(dense(vocabulary_transfer(tokenizer, other), other), built)
+    assert torch.equal(dense(load_transfer(tokenizer, other), other), built)
 
 
 def test_a_slow_tokenizer_is_refused(other) -> None:
@@ -128,4 +128,4 @@ def test_a_slow_tokenizer_is_refused(other) -> None:
         is_fast, name_or_path = False, "slow"
 
     with pytest.raises(SelectionError, match="slow: expected a fast tokenizer"):
-        vocabulary_transfer(Slow(), other)
+        load_transfer(Slow(), other)

@@ -18,12 +18,15 @@ from safeweights_peft.data import Example, encode_prompt
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.selection import transfer
-from safeweights_peft.selection.esi import accumulate_gradients
 from safeweights_peft.selection.guards import GuardProfile
-from safeweights_peft.selection.judged import Answered, JudgedObjective
-from safeweights_peft.selection.published import PublishedObjective
-from safeweights_peft.selection.scorers import AnswerScorer, ClassifierScorer, GuardScorer
-from safeweights_peft.selection.soft_tokens import gumbel_noise
+from safeweights_peft.selection.objective import (
+    Answered,
+    JudgedObjective,
+    draw_gumbel_noise,
+    straight_through,
+)
+from safeweights_peft.selection.scores import sum_gradients
+from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, SoftJudge
 from tests.tiny_guards import (
     save_byte_level_tokenizer,
     save_piece_tokenizer,
@@ -100,7 +103,7 @@ class Twin:
             logits = self.logits(answered.example).detach()
             generator = JudgedObjective(None, answers, 0, seed=SEED)._generator(place)
             chosen = torch.tensor(answered.example.answer_ids)
-            noise = [gumbel_noise(logits.float(), chosen, generator) for _ in range(SAMPLES)]
+            noise = [draw_gumbel_noise(logits.float(), chosen, generator) for _ in range(SAMPLES)]
             self.noise.append(noise)
             self.at_theta.append(self.soft(logits, noise))
 
@@ -158,14 +161,14 @@ class Twin:
         return total
 
 
-def check(model, twin: Twin, scorer: AnswerScorer, answers, before, after, read) -> None:
+def check(model, twin: Twin, judge: SoftJudge, answers, before, after, read) -> None:
     """Holds the estimate, along itself and something random, to a central difference."""
-    objective = JudgedObjective(scorer, answers, 256, 2, TEMPERATURE, SAMPLES, SEED)
-    gradients = accumulate_gradients(model.float(), eligible_parameters(model), objective)
+    objective = JudgedObjective(judge, answers, 256, 2, TEMPERATURE, SAMPLES, SEED)
+    gradients = sum_gradients(model.float(), eligible_parameters(model), objective)
     twin.model.double()
     twin.freeze(answers)
     value = twin.value(answers, before, after, read)
-    assert objective.mean_score == pytest.approx(value, rel=1e-4)
+    assert objective.mean_safety == pytest.approx(value, rel=1e-4)
     generator = torch.Generator().manual_seed(0)
     aside = {name: torch.randn(each.shape, generator=generator) for name, each in gradients.items()}
     direction = {name: unit(gradients)[name] + unit(aside)[name] for name in gradients}
@@ -192,7 +195,7 @@ def test_a_guards_gradient_is_that_of_finite_differences(
         AutoModelForCausalLM.from_pretrained(path),
         AutoTokenizer.from_pretrained(path),
     )
-    scorer = GuardScorer(guard, guard_tokenizer, tokenizer, PROFILE)
+    judge = GuardJudge(guard, guard_tokenizer, tokenizer, PROFILE)
     labels = [encode(guard_tokenizer, label)[0] for label in "sux"]
     before = [f"<|im_start|>user\n{r}<|im_end|>\n<|im_start|>assistant\n" for r, _ in CONVERSATIONS]
     after = ["<|im_end|>\n<|im_start|>assistant\n\n"] * len(CONVERSATIONS)
@@ -203,7 +206,7 @@ def test_a_guards_gradient_is_that_of_finite_differences(
 
     twin_guard = AutoModelForCausalLM.from_pretrained(path)
     twin = Twin(model, tokenizer, twin_guard, guard_tokenizer)
-    check(model, twin, scorer, answers, before, after, read)
+    check(model, twin, judge, answers, before, after, read)
 
 
 @pytest.mark.parametrize("is_safe", [True, False])
@@ -214,7 +217,7 @@ def test_a_classifiers_gradient_is_that_of_finite_differences(
     path = save_tiny_classifier(OTHERS[kind](tmp_path / "classifier"), ["good", "bad", "odd"])
     load = AutoModelForSequenceClassification.from_pretrained
     classifier_tokenizer = AutoTokenizer.from_pretrained(path)
-    scorer = ClassifierScorer(load(path), classifier_tokenizer, tokenizer, "bad", is_safe)
+    judge = ClassifierJudge(load(path), classifier_tokenizer, tokenizer, "bad", is_safe)
 
     def read(logits: torch.Tensor) -> float:
         labelled = logits.softmax(0)[1].item()
@@ -222,7 +225,7 @@ def test_a_classifiers_gradient_is_that_of_finite_differences(
 
     twin = Twin(model, tokenizer, load(path), classifier_tokenizer)
     nothing = [""] * len(answers)
-    check(model, twin, scorer, answers, nothing, nothing, read)
+    check(model, twin, judge, answers, nothing, nothing, read)
 
 
 def test_noise_and_gradient_do_not_hang_on_the_batch_size(
@@ -230,11 +233,9 @@ def test_noise_and_gradient_do_not_hang_on_the_batch_size(
 ) -> None:
     path = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
     guard, own = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    scorer = GuardScorer(guard, own, tokenizer, PROFILE)
+    judge = GuardJudge(guard, own, tokenizer, PROFILE)
     first, second = (
-        accumulate_gradients(
-            model, eligible_parameters(model), JudgedObjective(scorer, answers, 256, size)
-        )
+        sum_gradients(model, eligible_parameters(model), JudgedObjective(judge, answers, 256, size))
         for size in (1, 2)
     )
     for name, gradient in first.items():
@@ -244,8 +245,8 @@ def test_noise_and_gradient_do_not_hang_on_the_batch_size(
 def test_the_guard_reads_the_request_too(tokenizer, tmp_path: Path) -> None:
     path = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
     guard, own = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    scorer, ids = GuardScorer(guard, own, tokenizer, PROFILE), encode(tokenizer, "sure")
-    assert scorer.score("Bake a cake", ids)[0] != scorer.score("Break a safe", ids)[0]
+    judge, ids = GuardJudge(guard, own, tokenizer, PROFILE), encode(tokenizer, "sure")
+    assert judge.differentiate("Bake a cake", ids)[0] != judge.differentiate("Break a safe", ids)[0]
 
 
 def test_a_guard_that_gives_no_number_is_refused(tokenizer, tmp_path: Path) -> None:
@@ -253,52 +254,57 @@ def test_a_guard_that_gives_no_number_is_refused(tokenizer, tmp_path: Path) -> N
     guard, own = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     guard.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(SelectionError, match="expected a finite score and gradient"):
-        GuardScorer(guard, own, tokenizer, PROFILE).score("x", encode(tokenizer, "y"))
+        GuardJudge(guard, own, tokenizer, PROFILE).differentiate("x", encode(tokenizer, "y"))
 
 
-@pytest.mark.parametrize("objective", [JudgedObjective, PublishedObjective])
-def test_a_request_without_an_answer_is_refused_by_name(objective: type) -> None:
+def test_a_request_without_an_answer_is_refused_by_name() -> None:
     answers = [Answered("Tell\nme", Example((1, 2), ()))]
-    arguments = (None, answers, 0) if objective is JudgedObjective else (None,) * 4 + (answers,)
     with pytest.raises(SelectionError, match="request 'Tell me': expected an answer of the model"):
-        objective(*arguments)
+        JudgedObjective(None, answers, 0)
 
 
-def test_the_published_arithmetic_is_that_written_out_step_by_step(
-    model, tokenizer, answers, tmp_path: Path
-) -> None:
-    path = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
-    guard, own = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    objective = PublishedObjective(guard, own, tokenizer, "s", answers, seed=5)
-    found = accumulate_gradients(model, eligible_parameters(model), objective)
-    embeddings = guard.get_input_embeddings().weight.detach()
-    total = torch.zeros(())
-    parameters = eligible_parameters(model)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    for place, ((_, text), answered) in enumerate(zip(CONVERSATIONS, answers, strict=True)):
-        read = encode(own, text.strip())
-        saturated = torch.full((len(read), len(own)), -17.0)
-        for u, token in enumerate(read):
-            saturated[u, token] = 0
-        saturated.requires_grad_(True)
-        before = encode(own, "<|im_start|>user\n")
-        after = encode(own, "<|im_end|>\n<|im_start|>assistant\n")
-        rows = [embeddings[[*before]], saturated.softmax(-1) @ embeddings, embeddings[[*after]]]
-        logits = guard(inputs_embeds=torch.cat(rows)[None]).logits[0, -1]
-        (g,) = torch.autograd.grad(-logits[encode(own, "s")[0]], saturated)
-        h = torch.zeros(len(read), len(tokenizer))
-        for token, string in enumerate(own.convert_ids_to_tokens(list(range(len(own))))):
-            pieces = encode(tokenizer, string.replace("_", " "))
-            for piece in pieces:
-                h[:, piece] += g[:, token] / len(pieces)
-        ids = torch.tensor([answered.example.prompt_ids + answered.example.answer_ids])
-        z = model(ids).logits[0, len(answered.example.prompt_ids) - 1 : -2]
-        with torch.random.fork_rng():
-            torch.manual_seed(5 + place)
-            p = F.gumbel_softmax(z, tau=0.3)
-        both = min(len(h), len(p))
-        total = total - (h[:both] * p[:both]).sum()
-    expected = torch.autograd.grad(total, list(parameters.values()))
-    for (name, gradient), twin in zip(found.items(), expected, strict=True):
-        torch.testing.assert_close(gradient, twin, rtol=1e-3, atol=1e-9, msg=name)
+# --- soft tokens --------------------------------------------------------------------------------
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_with_the_noise_the_chosen_tokens_have_the_largest_logits() -> None:
+    logits = 5 * torch.randn(500, 11, generator=seeded())
+    chosen = torch.randint(11, (500,), generator=seeded(1))
+    noise = draw_gumbel_noise(logits, chosen, seeded(2))
+    assert torch.equal((logits + noise).argmax(-1), chosen)
+
+
+def test_over_choices_made_by_their_own_probability_the_noise_is_plain_gumbel_noise() -> None:
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0]).expand(100_000, 4)
+    chosen = torch.multinomial(logits[0].softmax(0), 100_000, replacement=True, generator=seeded())
+    noise = draw_gumbel_noise(logits, chosen, seeded(1))
+    euler_gamma, variance = 0.5772, torch.pi**2 / 6
+    torch.testing.assert_close(noise.mean(0), torch.full((4,), euler_gamma), atol=0.02, rtol=0)
+    torch.testing.assert_close(noise.var(0), torch.full((4,), variance), atol=0.04, rtol=0)
+    covariance = torch.cov(noise.T) - torch.diag(noise.var(0))
+    assert covariance.abs().max() < 0.03
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4])
+def test_extreme_logits_give_finite_noise(scale: float) -> None:
+    logits = scale * torch.tensor([[1.0, -1.0, 0.0]] * 50)
+    for token in range(3):
+        noise = draw_gumbel_noise(logits, torch.full((50,), token), seeded())
+        assert noise.isfinite().all()
+
+
+def test_the_gradient_is_that_of_the_softmax_written_out() -> None:
+    logits = torch.randn(3, 7, generator=seeded(), requires_grad=True)
+    chosen, derivative = torch.tensor([2, 0, 6]), torch.randn(3, 7, generator=seeded(1))
+    straight_through(logits, chosen, derivative, 0.5, 2, seeded(2)).backward()
+    generator, expected = seeded(2), torch.zeros(3, 7)
+    for _ in range(2):
+        noise = draw_gumbel_noise(logits.detach(), chosen, generator)
+        for t in range(3):
+            p = ((logits.detach()[t] + noise[t]) / 0.5).softmax(0)
+            jacobian = (torch.diag(p) - torch.outer(p, p)) / 0.5
+            expected[t] += jacobian @ derivative[t] / 2
+    torch.testing.assert_close(logits.grad, expected)

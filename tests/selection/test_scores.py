@@ -1,4 +1,4 @@
-"""ESI, held to its formula written out: sigma of the tensor, times the gradient of S."""
+"""Scores: ESI as its formula says, sums of gradients that resume, and controls drawn evenly."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,16 +16,17 @@ from safeweights_peft.errors import SelectionError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
-from safeweights_peft.selection.esi import (
-    Accumulated,
-    accumulate_gradients,
-    esi_scores,
-    layer_groups,
-    random_scores,
-)
 from safeweights_peft.selection.objective import ReferenceObjective
-from safeweights_peft.selection.topk import select
-from safeweights_peft.settings import Aggregation
+from safeweights_peft.selection.scores import (
+    SCORES,
+    GradientSum,
+    check_left,
+    score_entries,
+    split_by_layer,
+    sum_gradients,
+)
+from safeweights_peft.selection.topk import Order, select
+from safeweights_peft.settings import Aggregation, Method
 
 PAD = 256
 REQUESTS = ["Forge a cheque.", "Pick a lock for me, please.", "Steal.", "Write a threat to Bob."]
@@ -67,11 +68,15 @@ def examples(tiny_llama: Path) -> list[Example]:
     return refusals(tiny_llama)
 
 
+def draw_scores(parameters: dict[str, nn.Parameter], *seed: int) -> Iterator:
+    return score_entries(SCORES[Method.RANDOM], parameters, {}, *seed)
+
+
 def gradients_of(
     model: PreTrainedModel, examples: list[Example], batch_size: int
 ) -> dict[str, torch.Tensor]:
     objective = ReferenceObjective(examples, PAD, batch_size)
-    return accumulate_gradients(model, eligible_parameters(model), objective)
+    return sum_gradients(model, eligible_parameters(model), objective)
 
 
 def test_the_terms_sum_to_the_mean_log_likelihood(model, examples) -> None:
@@ -106,7 +111,7 @@ def test_a_request_that_comes_twice_counts_twice(model, examples) -> None:
 def test_scores_are_sigma_times_gradient_without_a_sign(model, examples) -> None:
     parameters = eligible_parameters(model)
     gradients = gradients_of(model, examples, batch_size=4)
-    scores = dict(esi_scores(parameters, gradients))
+    scores = dict(score_entries(SCORES[Method.ESI], parameters, gradients))
     assert list(scores) == list(parameters)
     for name, parameter in parameters.items():
         sigma = np.std(parameter.detach().double().numpy(), ddof=1)
@@ -171,7 +176,7 @@ def test_a_failing_objective_leaves_the_model_as_it_was_too(model, examples) -> 
             raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        accumulate_gradients(model, eligible_parameters(model), Failing(examples, PAD, 2))
+        sum_gradients(model, eligible_parameters(model), Failing(examples, PAD, 2))
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad, name
         assert parameter.grad is None, name
@@ -191,7 +196,7 @@ def test_an_expert_that_no_token_reaches_scores_zero(tiny_mixtral: Path) -> None
     router = model.get_parameter("model.layers.0.mlp.gate.weight").detach()
     router[1:] = router[:1]  # a tie goes to the first experts, so the last two get no token
     gradients = gradients_of(model, refusals(tiny_mixtral), batch_size=2)
-    scores = dict(esi_scores(eligible_parameters(model), gradients))
+    scores = dict(score_entries(SCORES[Method.ESI], eligible_parameters(model), gradients))
     experts = scores["model.layers.0.mlp.experts.gate_up_proj"]
     assert sorted(Counter(experts.reshape(4, -1).any(1).tolist()).items()) == [
         (False, 2),
@@ -209,7 +214,7 @@ def test_an_objective_has_as_many_terms_as_it_says_and_reports_each(
     model, examples, batch_size: int
 ) -> None:
     objective, reported = ReferenceObjective(examples, PAD, batch_size), []
-    accumulate_gradients(
+    sum_gradients(
         model, eligible_parameters(model), objective, lambda now: reported.append(now.terms)
     )
     assert reported == list(range(1, len(objective) + 1))
@@ -219,7 +224,7 @@ def test_an_objective_has_as_many_terms_as_it_says_and_reports_each(
 def test_sizes_are_summed_request_by_request_where_asked(model, examples) -> None:
     parameters, objective = eligible_parameters(model), ReferenceObjective(examples, PAD, 1)
     how = Aggregation.MEAN_OF_ABS
-    found = accumulate_gradients(model, parameters, objective, aggregation=how)
+    found = sum_gradients(model, parameters, objective, aggregation=how)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     singly = [
@@ -234,17 +239,17 @@ def test_sizes_are_summed_request_by_request_where_asked(model, examples) -> Non
 @pytest.mark.parametrize("done", [1, 2, 3])
 def test_an_interrupted_sum_goes_on_bit_for_bit(model, examples, done: int) -> None:
     parameters, objective = eligible_parameters(model), ReferenceObjective(examples, PAD, 1)
-    expected = accumulate_gradients(model, parameters, objective)
+    expected = sum_gradients(model, parameters, objective)
     kept = {}
 
-    def interrupt(now: Accumulated) -> None:
+    def interrupt(now: GradientSum) -> None:
         if now.terms == done:
-            kept["now"] = Accumulated({n: g.clone() for n, g in now.gradients.items()}, done)
+            kept["now"] = GradientSum({n: g.clone() for n, g in now.gradients.items()}, done)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        accumulate_gradients(model, parameters, objective, interrupt)
-    found = accumulate_gradients(model, parameters, objective, so_far=kept["now"])
+        sum_gradients(model, parameters, objective, interrupt)
+    found = sum_gradients(model, parameters, objective, resume_from=kept["now"])
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
 
@@ -253,7 +258,7 @@ def test_a_gradient_that_is_not_finite_is_refused_after_the_first_term(model, ex
     model.get_parameter("model.layers.1.mlp.up_proj.weight").detach()[0, 0] = float("nan")
     reported = []
     with pytest.raises(SelectionError, match="expected a finite gradient, found NaN or infinity"):
-        accumulate_gradients(
+        sum_gradients(
             model, eligible_parameters(model), ReferenceObjective(examples, PAD, 1), reported.append
         )
     assert not reported
@@ -261,10 +266,10 @@ def test_a_gradient_that_is_not_finite_is_refused_after_the_first_term(model, ex
 
 def test_layers_are_shared_out_over_passes_in_order() -> None:
     names = ["embed", "model.layers.0.a", "model.layers.0.b.0.c", "model.layers.1.a", "head"]
-    assert layer_groups(names, None) == [names]
-    assert layer_groups(names, 1) == [names[:1], names[1:3], names[3:4], names[4:]]
-    assert layer_groups(names, 2) == [names[:3], names[3:]]
-    assert layer_groups(names, 9) == [names]
+    assert split_by_layer(names, None) == [names]
+    assert split_by_layer(names, 1) == [names[:1], names[1:3], names[3:4], names[4:]]
+    assert split_by_layer(names, 2) == [names[:3], names[3:]]
+    assert split_by_layer(names, 9) == [names]
 
 
 def parameters_of(*sizes: int) -> dict[str, nn.Parameter]:
@@ -273,22 +278,22 @@ def parameters_of(*sizes: int) -> dict[str, nn.Parameter]:
 
 def test_random_scores_are_fixed_by_seed_and_name_alone() -> None:
     parameters = parameters_of(3, 4, 5)
-    scores = dict(random_scores(parameters, 7))
-    backwards = dict(random_scores(dict(reversed(parameters.items())), 7))
+    scores = dict(draw_scores(parameters, 7))
+    backwards = dict(draw_scores(dict(reversed(parameters.items())), 7))
     for name, parameter in parameters.items():
-        alone = dict(random_scores({name: parameter}, 7))[name]
+        alone = dict(draw_scores({name: parameter}, 7))[name]
         assert np.array_equal(scores[name], alone)
         assert np.array_equal(scores[name], backwards[name])
 
 
 def test_random_scores_differ_by_seed_and_by_name() -> None:
-    scores, others = (dict(random_scores(parameters_of(9, 9), seed)) for seed in (0, 1))
+    scores, others = (dict(draw_scores(parameters_of(9, 9), seed)) for seed in (0, 1))
     assert not np.array_equal(scores["layer 0"], others["layer 0"])
     assert not np.array_equal(scores["layer 0"], scores["layer 1"])
 
 
 def test_random_scores_are_float32_of_the_parameters_shape_in_0_to_1() -> None:
-    ((_, scores),) = random_scores(parameters_of(500), 0)
+    ((_, scores),) = draw_scores(parameters_of(500), 0)
     assert (scores.dtype, scores.shape) == (np.float32, (500, 10))
     assert scores.min() >= 0
     assert scores.max() < 1
@@ -297,10 +302,132 @@ def test_random_scores_are_float32_of_the_parameters_shape_in_0_to_1() -> None:
 def test_the_top_of_random_scores_is_a_uniform_choice() -> None:
     parameters = parameters_of(1000, 3000, 6000)
     k = 10_000
-    selected = select(random_scores(parameters, 0), k)
+    selected = select(draw_scores(parameters, 0), k)
     for name, parameter in parameters.items():
         share = parameter.numel() / 100_000
         spread = (k * share * (1 - share)) ** 0.5
         assert selected[name].indices.size == pytest.approx(k * share, abs=4 * spread)
         halves = selected[name].indices < parameter.numel() // 2
         assert halves.mean() == pytest.approx(0.5, abs=2 / halves.size**0.5)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_every_method_that_can_be_chosen_has_a_score() -> None:
+    assert list(SCORES) == [Method.ESI, Method.BOTTOM, Method.RANDOM]
+    assert set(SCORES) == set(Method)
+
+
+def test_the_bottom_is_the_other_end_of_the_same_scores() -> None:
+    parameters = {"w": nn.Parameter(torch.arange(6.0).reshape(2, 3))}
+    gradients = {"w": torch.tensor([[3.0, -1.0, 0.5], [0.0, 2.0, -4.0]])}
+    top, bottom = SCORES[Method.ESI], SCORES[Method.BOTTOM]
+    (first,), (second,) = (score_entries(score, parameters, gradients) for score in (top, bottom))
+    assert np.array_equal(first[1], second[1])
+    assert select([first], 2, top.order)["w"].indices.tolist() == [0, 5]
+    assert select([second], 2, bottom.order)["w"].indices.tolist() == [2, 3]
+
+
+# --- controls ------------------------------------------------------------------------------------
+
+SHAPES = {"a": (4, 5), "b": (30,), "c": (7, 2)}
+
+
+def make_scores(seed: int) -> dict[str, np.ndarray]:
+    """Scores with many ties, zeros among them."""
+    random = np.random.default_rng(seed)
+    return {name: random.integers(0, 5, shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def exclude(seed: int, fraction: float, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {
+        name: np.sort(random.choice(size, int(size * fraction), replace=False))
+        for name, size in sizes.items()
+    }
+
+
+def as_set(indices: dict[str, np.ndarray]) -> set[tuple[str, int]]:
+    return {(name, int(i)) for name, flat in indices.items() for i in flat}
+
+
+def select_lowest(scores: dict[str, np.ndarray], excluded: dict) -> set[tuple[str, int]]:
+    count = len(as_set(excluded))
+    selected = select(scores.items(), count, Order.BOTTOM, excluded)
+    return as_set({name: entries.indices for name, entries in selected.items()})
+
+
+def sizes_of(scores: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: values.size for name, values in scores.items()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_the_lowest_of_what_is_left_are_selected(seed: int, fraction: float) -> None:
+    scores = make_scores(seed)
+    excluded = exclude(seed, fraction, sizes_of(scores))
+    # Ties go to the smaller name, then to the smaller index.
+    left = [
+        (value, name, i)
+        for name, values in scores.items()
+        for i, value in enumerate(values.flatten())
+        if (name, i) not in as_set(excluded)
+    ]
+    lowest = sorted(left)[: len(as_set(excluded))]
+    assert select_lowest(scores, excluded) == {(name, i) for _, name, i in lowest}
+
+
+def test_no_excluded_entry_is_selected_where_all_others_are_needed() -> None:
+    scores = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    excluded = exclude(0, 0.5, sizes_of(scores))
+    everything = as_set({name: np.arange(size) for name, size in sizes_of(scores).items()})
+    assert select_lowest(scores, excluded) == everything - as_set(excluded)
+
+
+def test_excluded_entries_keep_the_scores_that_they_had() -> None:
+    scores = np.ones(4, np.float32)
+    select([("w", scores)], 2, excluded={"w": np.array([0, 1])})
+    assert scores.tolist() == [1, 1, 1, 1]
+
+
+def test_entries_of_other_tensors_count_but_exclude_nothing() -> None:
+    scores = make_scores(0)
+    lowest = sorted(value for values in scores.values() for value in values.flatten())[:9]
+    found = select_lowest(scores, {"elsewhere": np.arange(9)})
+    assert sorted(scores[name].flatten()[i] for name, i in found) == lowest
+
+
+def draw(path: Path, *seed: int) -> set[tuple[str, int]]:
+    parameters = eligible_parameters(load(path))
+    excluded = exclude(0, 0.1, {name: each.numel() for name, each in parameters.items()})
+    drawn = select_lowest(dict(draw_scores(parameters, *seed)), excluded)
+    assert not drawn & as_set(excluded)
+    assert len(drawn) == len(as_set(excluded))
+    return drawn
+
+
+def test_random_entries_are_fixed_by_seed_and_draw(tiny_llama: Path) -> None:
+    first, same, other_draw, other_seed = (
+        draw(tiny_llama, *seed) for seed in ((3, 1), (3, 1), (3, 2), (4, 1))
+    )
+    assert first == same
+    assert other_draw != first != other_seed
+
+
+def test_random_entries_are_spread_evenly(tiny_llama: Path) -> None:
+    sizes = {name: each.numel() for name, each in eligible_parameters(load(tiny_llama)).items()}
+    drawn = [name for seed in range(5) for name, _ in draw(tiny_llama, 0, seed)]
+    for name, size in sizes.items():
+        fraction = drawn.count(name) / len(drawn)
+        assert fraction == pytest.approx(size / sum(sizes.values()), rel=0.2)
+
+
+def test_a_map_of_half_the_entries_leaves_enough() -> None:
+    check_left(parameters_of(1, 1), {"layer 0": np.arange(10)})
+
+
+def test_a_map_that_leaves_too_few_is_refused() -> None:
+    message = r"^map: expected at most as many .* found 11 and 9 eligible ones left; use a map of"
+    with pytest.raises(SelectionError, match=message):
+        check_left(parameters_of(1, 1), {"layer 0": np.arange(10), "layer 1": np.arange(1)})
