@@ -24,8 +24,8 @@ from transformers import LlamaForCausalLM
 
 from safeweights_peft.data import Example
 from safeweights_peft.modeling.layout import eligible_parameters
-from safeweights_peft.selection.esi import accumulate_gradients
 from safeweights_peft.selection.objective import ReferenceObjective
+from safeweights_peft.selection.scores import sum_gradients
 
 ROWS = 64
 BATCH_SIZE = 8
@@ -41,7 +41,7 @@ def make_run(kind: str, model: LlamaForCausalLM, tokens: int) -> Callable[[], No
         rows = [Example(tuple(row[:half]), tuple(row[half:])) for row in ids.tolist()]
         objective = ReferenceObjective(rows, 0, BATCH_SIZE)
         parameters = eligible_parameters(model)
-        return lambda: accumulate_gradients(model, parameters, objective).clear()
+        return lambda: sum_gradients(model, parameters, objective).clear()
     labels = ids.clone()
     labels[:, : tokens // 2] = -100
 

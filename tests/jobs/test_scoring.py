@@ -23,8 +23,8 @@ from safeweights_peft.modeling.loading import load_tokenizer
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import read_map
 from safeweights_peft.selection import transfer
-from safeweights_peft.selection.esi import accumulate_gradients, esi_scores
 from safeweights_peft.selection.objective import ReferenceObjective
+from safeweights_peft.selection.scores import SCORES, score_entries, sum_gradients
 from safeweights_peft.selection.topk import select
 from safeweights_peft.settings import Method
 from tests.tiny_guards import (
@@ -359,8 +359,8 @@ def useful_entries(model: nn.Module, base: Path, count: int) -> dict[str, np.nda
     tokenizer = load_tokenizer(resolve_base(str(base)))
     examples = generate_answers(model, tokenizer, BENIGN, max_new_tokens=64)
     parameters = eligible_parameters(model)
-    gradients = accumulate_gradients(model, parameters, ReferenceObjective(examples, 256, 8))
-    selected = select(esi_scores(parameters, gradients), count)
+    gradients = sum_gradients(model, parameters, ReferenceObjective(examples, 256, 8))
+    selected = select(score_entries(SCORES[Method.ESI], parameters, gradients), count)
     return {name: each.indices for name, each in selected.items()}
 
 

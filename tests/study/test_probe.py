@@ -30,9 +30,9 @@ from safeweights_peft.modeling.layout import eligible_parameters, total_paramete
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.patch.io import read_artifact, read_map, write_map
 from safeweights_peft.rates import wilson
-from safeweights_peft.selection.controls import select_lowest
-from safeweights_peft.selection.esi import random_scores
-from safeweights_peft.settings import ComputeSettings, ProbeSettings
+from safeweights_peft.selection.scores import SCORES, score_entries
+from safeweights_peft.selection.topk import Order, select
+from safeweights_peft.settings import ComputeSettings, Method, ProbeSettings
 from safeweights_peft.study.draws import mean_over_draws
 from safeweights_peft.study.probe import count_evaluations, probe
 from tests.jobs.conftest import Run
@@ -146,8 +146,10 @@ def add_noise_to_the_map(model: PreTrainedModel, patch: Path) -> None:
 
 
 def add_noise_to_random_entries(model: PreTrainedModel, patch: Path) -> None:
-    scores = random_scores(eligible_parameters(model), 5, 1)
-    chosen = select_lowest(scores, read_artifact(patch).indices)
+    scores = score_entries(SCORES[Method.RANDOM], eligible_parameters(model), {}, 5, 1)
+    excluded = read_artifact(patch).indices
+    count = sum(indices.size for indices in excluded.values())
+    chosen = select(scores, count, Order.BOTTOM, excluded)
     add_noise(model, {name: each.indices for name, each in chosen.items()})
 
 
