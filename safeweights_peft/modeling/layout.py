@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES
-from safeweights_peft.errors import ModelError
+from safeweights_peft.errors import BaseMismatchError, ModelError
 from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.records import TensorRecord
 
@@ -79,10 +79,19 @@ def describe(
             blocks: tuple[Block, ...] = (Block.dense(name, parameter.shape),)
         else:
             blocks = _convert(model, name, parameter)
-        record = _describe_parameter(model, name, parameter, blocks, reader)
+        record = _describe_parameter(name, parameter, blocks, reader)
         others = tuple(other for other in tied[parameter] if other != name)
         records[name] = replace(record, tied_keys=others)
     return records
+
+
+def check_shape(name: str, parameter: Tensor | None, record: TensorRecord, hint: str) -> None:
+    """Refuse a parameter that is missing, or of another shape than an adapter records."""
+    if parameter is None or tuple(parameter.shape) != record.shape:
+        found = "no such parameter" if parameter is None else list(parameter.shape)
+        raise BaseMismatchError(
+            f"{name}: expected shape {list(record.shape)}, found {found}; {hint}"
+        )
 
 
 def _find_kept(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> set[str]:
@@ -104,7 +113,6 @@ def _convert(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> tupl
 
 
 def _describe_parameter(
-    model: PreTrainedModel,
     name: str,
     parameter: nn.Parameter,
     blocks: tuple[Block, ...],
@@ -112,7 +120,7 @@ def _describe_parameter(
 ) -> TensorRecord:
     dtype = str(parameter.dtype).removeprefix("torch.")
     if reader is not None:
-        blocks = tuple(_on_disk(model, name, block, reader) for block in blocks)
+        blocks = tuple(_on_disk(name, block, reader) for block in blocks)
         dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
     return TensorRecord(
         shape=tuple(parameter.shape),
@@ -140,9 +148,8 @@ def _block(name: str, key: str, positions: np.ndarray) -> Block:
     return Block(key=key, shape=positions.shape, offset=offset, strides=tuple(strides))
 
 
-def _on_disk(model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader) -> Block:
-    bare = block.key.removeprefix(f"{model.base_model_prefix}.")
-    key = next((key for key in (block.key, bare) if key in reader), None)
+def _on_disk(name: str, block: Block, reader: CheckpointReader) -> Block:
+    key = reader.find_key(block.key)
     if key is None:
         raise ModelError(
             f"{name}: expected {block.key} in {reader.directory}, found no such tensor; "

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, Array
+from safeweights_peft.patch.records import State, TensorRecord, check_state
 
 # Dtypes that torch hands to numpy only as integers of their size.
 _WITHOUT_NUMPY = {
@@ -36,3 +37,20 @@ def to_torch(array: Array) -> Tensor:
     if array.dtype == DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+def check_entries(
+    name: str,
+    entries: Tensor,
+    record: TensorRecord,
+    expected: State = State.BASE,
+    artifact: str = "adapter",
+    hint: str = "load that one",
+) -> None:
+    """Refuse a parameter's entries at a record's indices in another state; ``(count,)``."""
+    loaded = str(entries.dtype).removeprefix("torch.")
+    # The digest is of the checkpoint's bits, which a cast to fewer digits has lost.
+    if loaded not in ("float32", record.dtype):
+        hint += f" in {record.dtype} or float32, not {loaded}"
+    stored = to_numpy(entries.to(getattr(torch, record.dtype)))
+    check_state(name, stored, record, expected, artifact=artifact, hint=hint)

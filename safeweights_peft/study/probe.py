@@ -30,10 +30,9 @@ from safeweights_peft.jobs.score import Scoring, sample_rows
 from safeweights_peft.merging.gather import copies, gather_entries
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.modeling.loading import load_model, pick_device, pick_dtype
-from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact, read_map, write_map
-from safeweights_peft.patch.records import Mode
+from safeweights_peft.patch.records import check_state
 from safeweights_peft.rates import Rate, wilson
 from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.scores import SCORES, check_left, score_entries
@@ -49,7 +48,6 @@ from safeweights_peft.study.draws import mean_over_draws, rate_over_draws
 from safeweights_peft.study.perturb import Change, noise, perturbed, zeros
 from safeweights_peft.study.pictures import plot_probe
 from safeweights_peft.study.specificity import Harm, judge_specificity
-from safeweights_peft.tuner.entries import check_base, check_merged
 
 RATES = ("attack_success_rate", "complied_rate", "over_refusal_rate", "invalid_rate")
 SELECTIONS = ("map", "random", "bottom")
@@ -136,11 +134,9 @@ def _check_entries(base: BaseModel, artifact: Artifact) -> None:
     reader, metadata = CheckpointReader(base.path), artifact.metadata
     for name, record in metadata.tensors.items():
         for copy in copies(reader, record):
-            entries = to_torch(gather_entries(reader, name, copy, artifact.indices[name]))
-            if metadata.mode is Mode.SPA:
-                check_base(name, entries, record, metadata.mode.artifact)
-            else:
-                check_merged(name, entries, record, metadata.scale)
+            entries = gather_entries(reader, name, copy, artifact.indices[name])
+            mode, hint = metadata.mode, "give that one by --base"
+            check_state(name, entries, record, mode.safe_state, artifact=mode.artifact, hint=hint)
 
 
 def _check_layout(model: PreTrainedModel, base: BaseModel, artifact: Artifact) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
+from safeweights_peft.errors import ModelError, ReportError
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
-from safeweights_peft.modeling.layout import eligible_parameters
+from safeweights_peft.modeling.layout import check_shape, eligible_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.metadata import AdapterMetadata
@@ -37,8 +37,10 @@ def report_map(
     check_apart(out, {"the base": found.path, "the map": map_dir}, ReportError)
     model = build_empty(found)
     _check_matrices(found, model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    _check_fit(found, metadata, shapes)
+    parameters, hint = dict(model.named_parameters()), f"give the map's base, not {found.name}"
+    for name, tensor in metadata.tensors.items():
+        check_shape(name, parameters.get(name), tensor, hint)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     parts = count_parts(shapes, eligible_parameters(model), artifact.indices)
     record = {
         "kind": "pattern",
@@ -73,16 +75,6 @@ def _check_matrices(base: BaseModel, model: PreTrainedModel) -> None:
             f"{base.name}: expected a model with matrices beside its embeddings, found none; "
             "give the map's base by --base"
         )
-
-
-def _check_fit(base: BaseModel, metadata: AdapterMetadata, shapes: Shapes) -> None:
-    for name, record in metadata.tensors.items():
-        if shapes.get(name) != record.shape:
-            found = f"{list(shapes[name])}" if name in shapes else "no such parameter"
-            raise BaseMismatchError(
-                f"{name}: expected shape {list(record.shape)} in {base.name}, found {found}; "
-                "give the base that the map was made for"
-            )
 
 
 def _figures(parts: list[Part]) -> dict[str, Any]:

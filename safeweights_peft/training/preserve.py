@@ -26,10 +26,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from safeweights_peft.delta import DTYPES, check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
-from safeweights_peft.modeling.tensors import to_torch
+from safeweights_peft.modeling.layout import check_shape
+from safeweights_peft.modeling.tensors import check_entries, to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
-from safeweights_peft.patch.records import Mode, TensorRecord
+from safeweights_peft.patch.records import State, TensorRecord
 from safeweights_peft.training.adapters import (
     check_adapters,
     has_adapters,
@@ -39,7 +40,6 @@ from safeweights_peft.training.adapters import (
     plain_name,
 )
 from safeweights_peft.training.lora import LoraCorrection, frozen_part
-from safeweights_peft.tuner.entries import check_base, check_merged
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
 
     Raises:
         BaseMismatchError: the model's entries are not those that the map was made for, or not the
-            patch's merged ones.
-        ModelError: a parameter is missing or has another shape.
+            patch's merged ones; or a parameter is missing or has another shape.
         UnsupportedFeatureError: the model has adapters other than plain LoRA on linear layers, or
             merged ones, or a parameter is sharded, quantized, or without data.
     """
@@ -229,7 +228,9 @@ def _read(artifact: ArtifactOrPath) -> Artifact:
 def _frozen_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
     """Find the entries of whatever stands for an artifact's parameters in a model, all checked."""
     metadata = artifact.metadata
-    kind = metadata.mode.artifact
+    kind, state, hint = metadata.mode.artifact, metadata.mode.safe_state, "load that one"
+    if state is State.MERGED:
+        hint += f", merged at scale {metadata.scale}"
     _check_model(model, next(iter(artifact.indices), kind))
     parameters = parameters_by_name(model)
     entries = []
@@ -238,10 +239,7 @@ def _frozen_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]
         check_indices(name, indices, record.shape)
         for label, parameter in _find(parameters, name, record, kind).items():
             frozen = FrozenEntries(label, parameter, to_torch(indices))
-            if metadata.mode is Mode.SPA:
-                check_base(label, frozen.originals, record, kind)
-            else:
-                check_merged(label, frozen.originals, record, metadata.scale)
+            check_entries(label, frozen.originals, record, state, kind, hint)
             entries.append(frozen)
     return entries
 
@@ -270,19 +268,12 @@ def _check_model(model: nn.Module, first: str) -> None:
 def _find(
     parameters: dict[str, dict[str, nn.Parameter]], name: str, record: TensorRecord, kind: str
 ) -> dict[str, nn.Parameter]:
-    if name not in parameters:
-        raise ModelError(
-            f"{name}: expected a parameter of the model, found none; train the base that the "
-            f"{kind} was made for"
-        )
-    for label, parameter in parameters[name].items():
-        _check_kind(parameter, label)
-        if tuple(parameter.shape) != record.shape:
-            raise ModelError(
-                f"{label}: expected shape {list(record.shape)}, found {list(parameter.shape)}; "
-                f"train the base that the {kind} was made for"
-            )
-    return parameters[name]
+    owners = parameters.get(name, {})
+    for label, parameter in owners.items() or [(name, None)]:
+        if parameter is not None:
+            _check_kind(parameter, label)
+        check_shape(label, parameter, record, f"train the base that the {kind} was made for")
+    return owners
 
 
 def _check_kind(parameter: nn.Parameter, name: str) -> None:

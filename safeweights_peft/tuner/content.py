@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, digest, index_dtype
 from safeweights_peft.errors import BaseMismatchError, ModelError, UnsupportedFeatureError
-from safeweights_peft.modeling.tensors import to_numpy, to_torch
+from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
 from safeweights_peft.patch.metadata import FORMAT_MINOR, AdapterMetadata
 from safeweights_peft.patch.records import (
     Encoding,
@@ -28,7 +28,6 @@ from safeweights_peft.patch.records import (
 from safeweights_peft.patch.stored import encode_entries
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.containers import is_coded
-from safeweights_peft.tuner.entries import check_base
 from safeweights_peft.tuner.fit import find_parameter
 from safeweights_peft.tuner.layer import named_layers, selected_parameters
 from safeweights_peft.tuner.parameter import SelectedParameter
@@ -99,7 +98,7 @@ def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas)
         else:
             entries = parameter.detach().flatten().index_select(0, indices)
         if record.base_digest:
-            check_base(name, entries, record)
+            check_entries(name, entries, record)
         records[name] = _with_digests(record, delta, entries, metadata.scale)
     return replace(metadata, tensors=records)
 

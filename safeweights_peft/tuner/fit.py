@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import BaseMismatchError, UnsupportedFeatureError
+from safeweights_peft.modeling.layout import check_shape
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
@@ -42,12 +43,9 @@ def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> nn.Para
     path, _, own = name.rpartition(".")
     module = _unwrap(_module(model, path), own, name)
     parameter: nn.Parameter | None = getattr(module, "_parameters", {}).get(own)
-    if parameter is None or tuple(parameter.shape) != record.shape:
-        found = "no such parameter" if parameter is None else list(parameter.shape)
-        raise BaseMismatchError(
-            f"{name}: expected shape {list(record.shape)}, found {found}; load the base that the "
-            "adapter was made for, with the transformers version that it records"
-        )
+    hint = "load the base that the adapter was made for, with the transformers version it records"
+    check_shape(name, parameter, record, hint)
+    assert parameter is not None
     if parameter.dtype not in _BASE_DTYPES or isinstance(parameter, DTensor):
         raise UnsupportedFeatureError(
             f"{name}: expected a whole tensor of {', '.join(DTYPES)}, found {parameter.dtype} in a "

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from safeweights_peft.delta import Array, check_finite
 from safeweights_peft.errors import CorruptAdapterError
-from safeweights_peft.modeling.tensors import to_numpy, to_torch
+from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import indices_key, values_key
 from safeweights_peft.patch.stored import check_layout, decode_entries
 from safeweights_peft.tuner.containers import CodedValues, is_coded, is_unloaded
-from safeweights_peft.tuner.entries import check_base
 from safeweights_peft.tuner.parameter import SelectedParameter
 
 
@@ -95,7 +94,7 @@ def decode(
             entries = decode_entries(metadata, each.name, stored, source)
             indices = to_torch(entries.indices).to(each.parameter.device)
             base = each.originals(indices)
-            check_base(each.name, base, entries.record)
+            check_entries(each.name, base, entries.record)
             values = entries.values_at(to_numpy(base.to(getattr(torch, entries.record.dtype))))
             content[each.name] = Content(indices, to_torch(values).to(indices.device).float())
     return content

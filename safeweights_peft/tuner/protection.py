@@ -17,11 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
-from safeweights_peft.modeling.tensors import to_torch
+from safeweights_peft.modeling.tensors import check_entries, to_torch
 from safeweights_peft.patch.io import check_tensors
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.entries import check_base
 from safeweights_peft.tuner.fit import find_parameter
 
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ def protect(
     for name, record in metadata.tensors.items():
         indices = to_torch(stored[name].indices)
         frozen = FrozenEntries(name, find_parameter(model, name, record), indices)
-        check_base(name, frozen.originals, record, metadata.mode.artifact)
+        check_entries(name, frozen.originals, record, artifact=metadata.mode.artifact)
         entries.append(frozen)
     guard = FreezeGuard(entries)
     guard.attach()

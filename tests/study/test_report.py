@@ -225,7 +225,7 @@ def test_a_base_of_other_shapes_is_refused_by_name(safety_map: Path, tmp_path: P
     base = save_tiny_llama(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 52}))
-    message = rf"{UP}: expected shape \[48, 32\] in {base}, found \[52, 32\]; give the base"
+    message = rf"{UP}: expected shape \[48, 32\], found \[52, 32\]; give the map's base, not {base}"
     with pytest.raises(BaseMismatchError, match=message):
         report_map(safety_map, tmp_path / "report", str(base))
     assert not (tmp_path / "report").exists()
@@ -234,7 +234,7 @@ def test_a_base_of_other_shapes_is_refused_by_name(safety_map: Path, tmp_path: P
 def test_a_base_without_a_parameter_of_the_map_is_refused_by_name(
     tiny_mixtral: Path, safety_map: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(BaseMismatchError, match=f"{UP}: .* found no such parameter; give the base"):
+    with pytest.raises(BaseMismatchError, match=f"{UP}: .* found no such parameter; give the map"):
         report_map(safety_map, tmp_path / "report", str(tiny_mixtral))
     assert not (tmp_path / "report").exists()
 

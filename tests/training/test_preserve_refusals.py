@@ -51,15 +51,15 @@ def refused(
 def test_a_model_without_a_parameter_of_the_map_is_refused_by_its_name(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     model.model.layers = model.model.layers[:1]
-    message = f"^{DOWN}: expected a parameter of the model, found none; train the base"
-    refused(model, make_map(tiny_llama, [UP, DOWN]), ModelError, message)
+    message = rf"^{DOWN}: expected shape \[32, 48\], found no such parameter; train the base"
+    refused(model, make_map(tiny_llama, [UP, DOWN]), BaseMismatchError, message)
 
 
 def test_a_parameter_of_another_shape_is_refused_by_its_name(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     model.model.layers[1].mlp.down_proj = nn.Linear(7, 32, bias=False)
     message = rf"^{DOWN}: expected shape \[32, 48\], found \[32, 7\]; train the base"
-    refused(model, make_map(tiny_llama, [UP, DOWN]), ModelError, message)
+    refused(model, make_map(tiny_llama, [UP, DOWN]), BaseMismatchError, message)
 
 
 def test_a_base_with_other_entries_is_refused_by_the_parameters_name(tiny_llama: Path) -> None:
@@ -258,7 +258,7 @@ def test_the_base_under_lora_is_checked_as_ever(tiny_llama: Path) -> None:
     refused(model, make_map(tiny_llama, [UP]), BaseMismatchError, message)
     layer.base_layer.weight.data = before[:40]
     message = rf"^{UP}: expected shape \[48, 32\], found \[40, 32\]; train the base"
-    refused(model, make_map(tiny_llama, [UP]), ModelError, message)
+    refused(model, make_map(tiny_llama, [UP]), BaseMismatchError, message)
 
 
 def test_a_copy_that_is_trained_in_full_beside_lora_is_checked_by_its_own_name(
@@ -274,8 +274,8 @@ def test_a_copy_that_is_trained_in_full_beside_lora_is_checked_by_its_own_name(
 def test_a_parameter_that_the_adapted_model_lacks_is_refused_by_its_name(tiny_llama: Path) -> None:
     model = with_lora(tiny_llama)
     del model.base_model.model.model.layers[1]
-    message = f"^{DOWN}: expected a parameter of the model, found none; train the base"
-    refused(model, make_map(tiny_llama, [DOWN]), ModelError, message)
+    message = rf"^{DOWN}: expected shape \[32, 48\], found no such parameter; train the base"
+    refused(model, make_map(tiny_llama, [DOWN]), BaseMismatchError, message)
 
 
 def test_the_correction_of_an_adapter_that_the_model_lacks_is_refused(tiny_llama: Path) -> None:
