@@ -24,6 +24,7 @@ NUMPY_ROOMS = (
     "rates",
     "settings",
     "tables",
+    "cards",
     "files",
     "patch",
     "checkpoint",
@@ -31,6 +32,7 @@ NUMPY_ROOMS = (
     "signing",
     "study.compare",
 )
+CARDS = ("lora", "merged", "patch", "preserved", "shared")
 VAGUE_NAMES = {"common", "helper", "helpers", "manager", "misc", "util", "utils"}
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 100
@@ -120,14 +122,15 @@ def test_the_contract_on_torch_covers_the_rooms_that_are_tried_without_it() -> N
     assert light["source_modules"] == [f"safeweights_peft.{room}" for room in NUMPY_ROOMS]
 
 
-def test_the_package_holds_code_prompts_the_card_and_the_typing_marker_only() -> None:
+def test_the_package_holds_code_prompts_cards_and_the_typing_marker_only() -> None:
     others = {
         path.relative_to(PACKAGE)
         for path in PACKAGE.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc", ".pyi"}
     }
-    named = {path for path in others if path.parts[0] != "prompts"}
-    assert named == {Path("hub/card.md.jinja"), Path("py.typed")}
+    cards = {f"templates/{name}.md.jinja" for name in CARDS}
+    named = {path.as_posix() for path in others if path.parts[0] != "prompts"}
+    assert named == {*cards, "py.typed"}
 
 
 def test_the_probe_for_loaded_modules_notices_torch() -> None:

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "safeweights_peft"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # What inspecting, verifying and merging need, of all the dependencies.
-LIGHT = {"click", "ml_dtypes", "numpy", "rich", "safetensors", "lazy-loader", "wrapt", "zstandard"}
+LIGHT = {
+    *("click", "jinja2", "lazy-loader", "ml_dtypes", "numpy", "rich", "safetensors", "wrapt"),
+    "zstandard",
+}
 PARAMETER = "model.layers.1.mlp.up_proj.weight"
 
 pytestmark = pytest.mark.slow

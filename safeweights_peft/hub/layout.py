@@ -8,14 +8,14 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
+from safeweights_peft.cards import CARD_FILE
 from safeweights_peft.patch.io import ADAPTER_FILES
 from safeweights_peft.signing import SIGNATURE_FILE
 
-CARD = "README.md"
 MAP, RESULTS, IMAGES, FIGURES = "map", "results", "images", ".eval_results"
 PATTERNS = (
     *ADAPTER_FILES,
-    CARD,
+    CARD_FILE,
     f"{FIGURES}/*.yaml",
     f"{RESULTS}/*.json",
     f"{IMAGES}/*.png",

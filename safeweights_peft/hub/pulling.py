@@ -14,12 +14,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from safeweights_peft.cards import HUB_ID
 from safeweights_peft.errors import HubError
 from safeweights_peft.fetching import HUB_ERRORS, download, latest_commit, patiently, split_revision
 from safeweights_peft.files import check_target, publish
 from safeweights_peft.hub.checking import check_adapter
 from safeweights_peft.hub.layout import MAP, PATTERNS, belongs, is_unsafe
-from safeweights_peft.merging.card import HUB_ID
 from safeweights_peft.patch.io import ADAPTER_FILES, CONFIG_FILE
 from safeweights_peft.signing import SIGNATURE_FILE
 

@@ -13,15 +13,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
+from safeweights_peft.cards import HUB_ID
 from safeweights_peft.errors import HubError
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import FIGURES, RESULTS
-from safeweights_peft.merging.card import HUB_ID
 from safeweights_peft.rates import Rate
 
 REPRODUCE = "reproduce.json"
@@ -45,6 +45,12 @@ class Asked:
     digest: str
     rate: Rate
     invalid: int
+
+    @property
+    def title(self) -> str:
+        """The source as people know it."""
+        name = self.source.removeprefix("builtin:")
+        return self.source if name == self.source else f"{name}, built into safeweights-peft"
 
 
 @dataclass(frozen=True)
@@ -88,17 +94,11 @@ class Evaluation:
         return (self.base, *asked, self.judge, self.decoding)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A patch's evaluation, and its base's if there is one.
+class Measured(NamedTuple):
+    """A patch's evaluation, and its base's on the same requests if there is one."""
 
-    Attributes:
-        after: of the patched model.
-        before: of the base, on the same requests.
-    """
-
-    after: Evaluation
     before: Evaluation | None
+    after: Evaluation
 
 
 def read_results(
@@ -114,7 +114,7 @@ def read_results(
             _check_base(read, base)
             found[content.get("adapter") is None].append(read)
     before = {each.setting: each for each in found[True]}
-    measured = [Measured(each, before.get(each.setting)) for each in found[False]]
+    measured = [Measured(before.get(each.setting), each) for each in found[False]]
     paired = [each.before.file for each in measured if each.before]
     for each in found[True]:
         if each.file not in paired:
@@ -155,12 +155,6 @@ def write_eval_results(folder: Path, measured: list[Measured], repo_id: str) -> 
 def base_text(name: str | None, commit: str | None) -> str:
     """Name a base for people."""
     return f"{name} at {commit}" if commit else str(name)
-
-
-def source_title(source: str) -> str:
-    """Name a source of requests for people."""
-    name = source.removeprefix("builtin:")
-    return source if name == source else f"{name}, built into safeweights-peft"
 
 
 def data_set(source: str) -> tuple[str, str | None] | None:
@@ -254,7 +248,7 @@ def _results(evaluation: Evaluation, repo_id: str) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=sets[asked][0],
             dataset_split=sets[asked][1],
-            dataset_name=source_title(asked.source),
+            dataset_name=asked.title,
             metric_type=metric,
             metric_name=name,
             metric_value=value,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
 from safeweights_peft.errors import ModelError
@@ -25,30 +26,6 @@ from safeweights_peft.training.preserve import lora_correction
 
 CORRECTION = "correction"
 """The correction's directory in that of the LoRA."""
-
-CARD = """---
-library_name: peft
-tags: [safeweights]
----
-
-# LoRA for {base} that keeps its safety weights
-
-Trained or corrected so that {count:,} weights in {tensors} tensors stay what they are in the base,
-those of a {kind} (Safety Preserving Adaptation, arXiv 2604.08297). Load both parts:
-
-```python
-import safeweights_peft  # tells PEFT of the correction's method
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, "path/of/this/correction").merge_and_unload()
-model = PeftModel.from_pretrained(model, "path/of/this")
-```
-
-Without the correction the LoRA moves those weights. `safeweights protect --lora path/of/this
---map ... --merged --out ...` writes one model, in which they are the base's bit for bit.
-"""
 
 
 def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
@@ -75,13 +52,14 @@ def write_corrected(
     config.base_model_name_or_path, config.revision = base.name, base.revision
     model.save_pretrained(str(folder))
     write_adapter(folder / CORRECTION, correction)
-    card = CARD.format(
-        base=base.name,
-        count=sum(each.size for each in artifact.indices.values()),
+    card = render_card(
+        "lora",
+        *(base.name, base.revision),
+        entries=sum(indices.size for indices in artifact.indices.values()),
         tensors=len(artifact.indices),
-        kind=artifact.metadata.mode.artifact,
+        artifact=artifact.metadata.mode.artifact,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def build_correction(

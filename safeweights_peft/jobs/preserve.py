@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
 from safeweights_peft.data import Row, data_digest, encode_example, read_rows
@@ -35,18 +36,6 @@ from safeweights_peft.settings import ComputeSettings, PreserveMethod, PreserveS
 from safeweights_peft.training.finetune import add_lora, fine_tune
 
 RECORD_FILE = "preserving.json"
-CARD = """---
-library_name: transformers
-tags: [safeweights]
----
-
-# {base}, fine-tuned with its safety weights kept
-
-{count:,} weights in {tensors} tensors are bit for bit what they were, those of a {kind}; all others
-were trained (Safety Preserving Adaptation, arXiv 2604.08297). `preserving.json` tells the settings
-and the losses. `safeweights verify path/of/the/{short} --merged path/of/this/model` finds those
-weights here, and says that it can't tell of the others.
-"""
 
 
 def preserve_model(
@@ -156,18 +145,18 @@ def _save(
     overwrite: bool,
 ) -> None:
     """Publish a copy of the base with the trained weights, once the frozen ones are checked."""
-    card = CARD.format(
-        base=Path(record["base"]["name"]).name,
-        count=record["frozen_entries"],
+    card = render_card(
+        "preserved",
+        *(record["base"]["name"], record["base"]["revision"]),
+        entries=record["frozen_entries"],
         tensors=len(artifact.indices),
-        kind=record["artifact"],
-        short=record["artifact"].removeprefix("safety "),
+        artifact=record["artifact"],
     )
     with draft_copy(reader, out, overwrite=overwrite) as draft:
         write_parameters(draft, model, layout)
         base_state(draft.reader, artifact.metadata, artifact.indices)
         folder = draft.reader.directory
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(folder / RECORD_FILE, record)
 
 

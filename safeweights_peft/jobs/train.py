@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Example, data_digest, encode_example, read_rows, with_refusals
 from safeweights_peft.errors import FormatError
@@ -28,24 +29,6 @@ from safeweights_peft.training.refuse import StepLoss, enhance
 from safeweights_peft.tuner.content import create_adapter, round_values
 
 LOSSES_FILE = "training.json"
-CARD = """---
-library_name: peft
-tags: [safeweights]
----
-
-# Safety patch for {base}
-
-{count:,} weights in {tensors} tensors, trained to refuse harmful requests (Safety Enhancement
-Tuning, arXiv 2604.08297). The rest of the model is untouched.
-
-```python
-import safeweights_peft  # tells PEFT of the method; without it PEFT says KeyError: 'SAFEWEIGHTS'
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/of/this/patch")
-model = model.merge_and_unload()
-```
-"""
 
 
 def train(
@@ -146,14 +129,16 @@ def _save(
     config = model.peft_config["default"]
     config.values_dtype = _storage_dtype(metadata)
     round_values(model)
-    card = CARD.format(
-        base=Path(metadata.base_model_name_or_path or "").name,
-        count=sum(each.count for each in metadata.tensors.values()),
+    card = render_card(
+        "patch",
+        metadata.base_model_name_or_path,
+        metadata.revision,
+        entries=sum(record.count for record in metadata.tensors.values()),
         tensors=len(metadata.tensors),
     )
     with publish(out, overwrite, FormatError) as draft:
         model.save_pretrained(str(draft))
-        (draft / "README.md").write_text(card, encoding="utf-8")
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(draft / LOSSES_FILE, record)
 
 

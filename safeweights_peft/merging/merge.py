@@ -7,16 +7,16 @@ the disk, another is copied.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, MergeError
 from safeweights_peft.files import check_apart, check_target, sync
-from safeweights_peft.merging.card import CARD_FILE, card
 from safeweights_peft.merging.edits import edits
 from safeweights_peft.merging.gather import PathLike, check_floats
 from safeweights_peft.merging.patches import (
@@ -129,10 +129,24 @@ def merge(
     copying = draft_copy(reader, out_dir, overwrite=overwrite, progress=progress, change=write)
     with copying as draft:
         path = draft.reader.directory / CARD_FILE
-        path.write_text(card(patches, shared), encoding="utf-8")
+        path.write_text(_describe(patches, shared), encoding="utf-8")
         size_bytes = CheckpointReader(draft.reader.directory).size_bytes  # opened as a user will
     tensors = sum(map(len, changes.values()))
     return MergeReport.of(out_dir, size_bytes, patches, shared, tensors, started)
+
+
+def _describe(patches: Sequence[Patch], shared: Sequence[Overlap]) -> str:
+    """Write the card of a merged checkpoint."""
+    base = patches[0].adapter.metadata
+    return render_card(
+        "merged",
+        *(base.base_model_name_or_path, base.revision),
+        patches=[
+            asdict(patch.described) | {"name": Path(patch.described.adapter).resolve().name}
+            for patch in patches
+        ],
+        shared=sum(overlap.entries for overlap in shared),
+    )
 
 
 def open_base(base_dir: PathLike) -> CheckpointReader:

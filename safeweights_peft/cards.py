@@ -1,0 +1,48 @@
+"""Model cards, made from the templates in ``templates/`` and facts that callers give."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+CARD_FILE = "README.md"
+
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+"""What a repository of the Hub is called: ``USER/NAME``."""
+
+
+def render_card(template: str, base: str | None, commit: str | None, **facts: Any) -> str:
+    """Fill in a template, of which every value is escaped unless the template calls it safe.
+
+    ``base`` and ``commit`` are what an adapter records of its base.
+    """
+    # A base without a commit is a directory; where that is on this machine stays out of the card.
+    hub_id = base if base and commit and HUB_ID.fullmatch(base) else None
+    name = hub_id or Path(base or "a base model").name
+    card = _TEMPLATES.get_template(f"{template}.md.jinja")
+    return card.render(base=name, hub_id=hub_id, commit=commit, **facts)
+
+
+def escape(value: object) -> str:
+    """Keep text from being read as Markdown, HTML, YAML, or the end of a table's cell."""
+    # Names in an adapter come from strangers. Jinja's own escaping knows HTML alone, and calls this
+    # first; what a macro or `| safe` has made of parts that were escaped is Markup, and passes.
+    return value if isinstance(value, Markup) else re.sub(r"[^\w.,+/ -]", "_", str(value))
+
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=True,
+    finalize=escape,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["commas"] = "{:,}".format
+_TEMPLATES.filters["shell"] = lambda name: Markup(quote(escape(name)))
