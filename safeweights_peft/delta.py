@@ -92,12 +92,29 @@ def bits_differ(left: Array, right: Array) -> Array:
     return differ
 
 
+class Hash:
+    """A SHA-256 over arrays, which can go on in two ways: so that no array is hashed twice."""
+
+    def __init__(self) -> None:
+        """Begin before the first array."""
+        self._sha = hashlib.sha256()
+
+    def then(self, *arrays: Array) -> "Hash":
+        """Return a new hash, over the contiguous little-endian bytes of more arrays."""
+        longer = Hash()
+        longer._sha = self._sha.copy()
+        for array in arrays:
+            longer._sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return longer
+
+    def __str__(self) -> str:
+        """Write it as a record does."""
+        return f"sha256:{self._sha.hexdigest()}"
+
+
 def digest(*arrays: Array) -> str:
-    """Hash the contiguous little-endian bytes of arrays, one after the other."""
-    sha = hashlib.sha256()
-    for array in arrays:
-        sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return f"sha256:{sha.hexdigest()}"
+    """Hash the contiguous little-endian bytes of arrays, one after another."""
+    return str(Hash().then(*arrays))
 
 
 def index_dtype(numel: int) -> np.dtype[Any]:
@@ -105,30 +122,38 @@ def index_dtype(numel: int) -> np.dtype[Any]:
     return np.dtype(np.int32 if numel < 2**31 else np.int64)
 
 
-def check_indices(name: str, indices: Array, shape: Sequence[int]) -> None:
-    """Check flat, row-major indices: integer dtype, one dimension, ascending, unique, in range."""
+def check_indices(name: str, indices: Array, shape: Sequence[int], *, copy: bool = False) -> Array:
+    """Check flat indices: integers, one dimension, ascending, unique, in range; return them."""
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
         raise CorruptAdapterError(
             f"{name}: expected integer indices of one dimension, found {indices.dtype.name} of "
             f"shape {list(indices.shape)}; write flat row-major indices"
         )
     if not indices.size:
-        return
-    for start in range(0, indices.size - 1, _WINDOW):  # a mapped file is never held whole
-        part = indices[start : start + _WINDOW + 1]
-        falls = np.flatnonzero(part[1:] <= part[:-1])
+        return indices
+    # A mapped file may be a hole: terabytes of zeros that cost their sender nothing. So it is
+    # copied window by window, and what is checked is the copy, which nobody else can change.
+    windows, last = [], indices[:0]
+    for start in range(0, indices.size, _WINDOW):
+        window = np.concatenate([last, indices[start : start + _WINDOW]])
+        falls = np.flatnonzero(window[1:] <= window[:-1])
         if falls.size:
-            at = start + int(falls[0])
+            at = int(falls[0])
             raise CorruptAdapterError(
-                f"{name}: expected ascending indices without repeats, found {indices[at]} before "
-                f"{indices[at + 1]} at position {at}; do not use this adapter"
+                f"{name}: expected ascending indices without repeats, found {window[at]} before "
+                f"{window[at + 1]} at position {start - last.size + at}; do not use this adapter"
             )
+        windows += [window[last.size :]] if copy else []
+        last = window[-1:]
+    if copy:
+        indices = np.concatenate(windows)
     numel = math.prod(shape)
     if int(indices[0]) < 0 or int(indices[-1]) >= numel:
         bad = indices[0] if int(indices[0]) < 0 else indices[-1]
         raise CorruptAdapterError(
             f"{name}: expected indices from 0 to {numel - 1}, found {bad}; do not use this adapter"
         )
+    return indices
 
 
 def check_finite(name: str, values: Array) -> None:
@@ -169,6 +194,14 @@ class SparseDelta:
                 f"{self.values.dtype.name} of shape {list(self.values.shape)}; give one per index"
             )
         check_finite("values", self.values)
+
+    @classmethod
+    def _of_checked(cls, shape: tuple[int, ...], indices: Array, values: Array) -> Self:
+        """Make a delta of arrays that a reader has checked, and does not check again."""
+        delta = cls.__new__(cls)
+        for name, value in {"shape": shape, "indices": indices, "values": values}.items():
+            object.__setattr__(delta, name, value)
+        return delta
 
     @property
     def numel(self) -> int:

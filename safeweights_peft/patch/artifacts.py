@@ -68,7 +68,8 @@ class EncodedPatch:
         for name, each in self.entries.items():
             wanted = base is not None and each.record.needs_base
             own = base(name, each.record, each.indices) if base is not None and wanted else None
-            deltas[name] = SparseDelta(each.record.shape, each.indices, each.values(own))
+            values = each.values(own)
+            deltas[name] = SparseDelta._of_checked(each.record.shape, each.indices, values)
         return Adapter(self.metadata, deltas)
 
 

@@ -15,9 +15,9 @@ from safeweights_peft.delta import (
     DTYPES,
     WEIGHT_DTYPES,
     Array,
+    Hash,
     check_finite,
     check_indices,
-    digest,
     index_dtype,
 )
 from safeweights_peft.errors import CorruptAdapterError, FormatError
@@ -144,23 +144,35 @@ def check_layout(metadata: AdapterMetadata, found: Mapping[str, Layout], source:
 
 
 def decode_entries(
-    metadata: AdapterMetadata, name: str, tensors: Mapping[str, Array], source: str
+    metadata: AdapterMetadata,
+    name: str,
+    tensors: Mapping[str, Array],
+    source: str,
+    mapped: bool = False,
 ) -> StoredEntries:
     """Decode one parameter's entries, and check them: order, bounds, finite values, digests."""
-    record, key = metadata.tensors[name], indices_key(name)
-    stored, other = tensors[key], tensors[content_key(metadata, name)]
-    indices = _decode_indices(f"{source}: {key}", record, stored)
+    record, keys = metadata.tensors[name], (indices_key(name), content_key(metadata, name))
+    first, second = (tensors[key] for key in keys)
+    indices = _decode_indices(f"{source}: {keys[0]}", record, first)
+    if indices is first:
+        first = indices = check_indices(f"{source}: {keys[0]}", first, record.shape, copy=mapped)
     check_coverage(f"{source}: {name}", record.blocks, indices)
-    content = _decode_content(f"{source}: {content_key(metadata, name)}", metadata, name, other)
-    for asked, found in (
-        (record.digest, digest(stored, other)),
-        (record.content_digest, plain := _content_digest(metadata.mode, indices, content)),
+    content = _decode_content(f"{source}: {keys[1]}", metadata, name, second)
+    if content is second and mapped:
+        second = content = np.array(content)
+    if not record.needs_base:
+        check_finite(f"{source}: {keys[1]}", content)
+    stored_digest, plain_digest = _digests(metadata.mode, (first, second), (indices, content))
+    for expected, found in (
+        (record.digest, stored_digest),
+        (record.content_digest, plain_digest),
     ):
-        if asked not in (None, found):
+        if expected not in (None, found):
             raise CorruptAdapterError(
-                f"{source}: {name}: expected digest {asked}, found {found}; fetch the adapter again"
+                f"{source}: {name}: expected digest {expected}, found {found}; "
+                "fetch the adapter again"
             )
-    record = replace(record, content_digest=plain)
+    record = replace(record, content_digest=plain_digest)
     return StoredEntries(f"{source}: {name}", record, indices, content)
 
 
@@ -186,20 +198,27 @@ def encode_entries(
     if all(stream.coding is Coding.PLAIN for stream in streams.values()):
         streams = {}
     first, second = (part.stored for part in coded.values())
+    stored_digest, plain_digest = _digests(mode, (first, second), (plain, content))
     described = replace(
         record,
         count=plain.size,
         encoding=Encoding.COMPACT if streams else Encoding.PLAIN,
         streams=streams,
-        digest=digest(first, second),
-        content_digest=_content_digest(mode, plain, content),
+        digest=stored_digest,
+        content_digest=plain_digest,
     )
     return described, first, second
 
 
-def _content_digest(mode: Mode, indices: Array, content: Array) -> str:
-    """Digest what an adapter is whatever its encoding; what values do is in the merged digest."""
-    return digest(indices) if mode is Mode.SET else digest(indices, content)
+def _digests(mode: Mode, stored: tuple[Array, Array], plain: tuple[Array, Array]) -> list[str]:
+    """Digest stored bytes, then what an adapter is whatever its encoding; hash no array twice."""
+    first = Hash().then(stored[0])
+    content = first if plain[0] is stored[0] else Hash().then(plain[0])
+    whole = first.then(stored[1])
+    if mode is Mode.SPA:  # what values do is in the merged digest, what scores are nowhere else
+        is_plain = content is first and plain[1] is stored[1]
+        content = whole if is_plain else content.then(plain[1])
+    return [str(whole), str(content)]
 
 
 def _decode_indices(source: str, record: TensorRecord, stored: Array) -> Array:
@@ -207,7 +226,6 @@ def _decode_indices(source: str, record: TensorRecord, stored: Array) -> Array:
     if stream.coding is not Coding.PLAIN:
         planes = decompress(source, stored, stream.sizes, stream.planes(record.count))
         return decode_gaps(source, planes, record.count, record.numel)
-    check_indices(source, stored, record.shape)
     return stored
 
 
@@ -223,5 +241,4 @@ def _decode_content(source: str, metadata: AdapterMetadata, name: str, stored: A
         if record.needs_base:
             return decode_steps(source, stream, planes, itemsize)
         content = join(planes).view(dtype)
-    check_finite(source, content)
     return content
