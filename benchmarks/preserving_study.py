@@ -26,7 +26,8 @@ from safeweights_peft.delta import Array
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
-from safeweights_peft.jobs.evaluate import evaluate, figures
+from safeweights_peft.jobs.evaluate import evaluate, pick_figures
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.score import score
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
@@ -191,7 +192,8 @@ def measure(arguments: argparse.Namespace, base: str, adapter: Path | None) -> d
         benign=arguments.benign,
         task=str(arguments.out / "task_test.json"),
     )
-    return figures(evaluate(base, adapter, settings, ComputeSettings(dtype=arguments.dtype)))
+    job = Job(base, ComputeSettings(dtype=arguments.dtype))
+    return pick_figures(evaluate(job, adapter, settings))
 
 
 def count_moved(base: str, tuned: Path, map_dir: Path) -> dict[str, int]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.files import write_json
-from safeweights_peft.jobs.evaluate import evaluate, figures
+from safeweights_peft.jobs.evaluate import evaluate, pick_figures
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.settings import (
@@ -96,7 +97,8 @@ def validate(arguments: argparse.Namespace, row_dir: Path, rate: float) -> dict[
 
 def measure(base: str, patch: Path, settings: EvaluateSettings, dtype: str) -> dict[str, Any]:
     """Evaluate a patch and keep its figures."""
-    return figures(evaluate(base, patch, settings, ComputeSettings(dtype=dtype)))
+    job = Job(base, ComputeSettings(dtype=dtype))
+    return pick_figures(evaluate(job, patch, settings))
 
 
 def merit(found: dict[str, Any]) -> float:

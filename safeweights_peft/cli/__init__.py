@@ -322,6 +322,7 @@ def eval_command(
     from safeweights_peft.files import write_json
     from safeweights_peft.jobs.estimate import estimate
     from safeweights_peft.jobs.evaluate import evaluate
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.tables import evaluation_rows
 
     settings, compute = evaluate_settings(options), compute_settings(options)
@@ -332,7 +333,7 @@ def eval_command(
         needs = estimate(base, evaluate=settings, evaluations=runs, compute=compute)
         return show_estimate(needs, as_json)
     with show_progress() as progress:
-        result = evaluate(base, adapter, settings, compute, progress)
+        result = evaluate(Job(base, compute, progress), adapter, settings)
     if out:
         write_json(out, result)
     show(result, evaluation_rows(result), as_json)

@@ -1,1 +1,1 @@
-"""What a model answers, how answers are judged, and what that amounts to."""
+"""What a model answers, how answers are judged, and what a patch costs."""

@@ -1,9 +1,10 @@
-"""What a patch costs on harmless requests: drift from the base model, and perplexity."""
+"""The cost of a patch on harmless requests: drift from the base, and perplexity."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,40 +15,41 @@ from safeweights_peft.data import IGNORED, Batch, Example, collate
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.modeling.answers import answer_logits
 
+Patched = Callable[[], AbstractContextManager[PreTrainedModel]]
+"""Opens a patched model; it may be the base itself, patched while the context lasts."""
+
 
 @dataclass(frozen=True)
 class Utility:
-    """Closeness to the base model on the base's own answers to harmless requests.
+    """Closeness to the base on its own answers to harmless requests."""
 
-    Attributes:
-        kl: mean over answer tokens of KL(base || model), in nats; 0 for the base itself.
-        perplexity: exp of the mean negative log-likelihood of the answers under the model.
-        tokens: how many answer tokens were scored.
-    """
-
-    kl: float
-    perplexity: float
+    kl: float  # mean over answer tokens of KL(base || model), in nats; 0 for the base itself
+    perplexity: float  # exp of the mean negative log-likelihood of the answers under the model
     tokens: int
 
 
 @torch.inference_mode()
 def measure_utility(
-    model: PreTrainedModel,
     base: PreTrainedModel,
     answers: Sequence[Example],
     pad_token_id: int,
+    patched: Patched | None = None,
     *,
     batch_size: int = 10,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Utility:
-    """Score the base's answers under both models."""
+    """Score the base's answers under the base and under a patched model, or the base alone."""
     kl = loss = 0.0
     tokens = 0
     for batch in _batches(answers, pad_token_id, batch_size):
-        batch = batch.to(model.device)
+        batch = batch.to(base.device)
         scored = batch.answer_ids != IGNORED
-        log_p = F.log_softmax(answer_logits(base, batch)[scored], -1)
-        log_q = log_p if model is base else F.log_softmax(answer_logits(model, batch)[scored], -1)
+        log_q = log_p = F.log_softmax(answer_logits(base, batch)[scored], -1)
+        if patched is not None:
+            # Switched for each batch: one batch of the base's log-probabilities is all that is
+            # kept, where those of all answers would fill the memory.
+            with patched() as model:
+                log_q = F.log_softmax(answer_logits(model, batch)[scored], -1)
         kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         loss += F.nll_loss(log_q, batch.answer_ids[scored], reduction="sum").item()
         tokens += int(scored.sum())

@@ -12,7 +12,8 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.jobs.evaluate import check_requests, evaluate, figures
+from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.progress import Progress
 from safeweights_peft.jobs.provenance import check_made_with
 from safeweights_peft.jobs.record import record_run
@@ -50,19 +51,17 @@ def enhance_model(
     compute = compute or ComputeSettings()
     told = RunSettings(base, score_settings, train_settings, evaluate_settings, compute)
     settings = asdict(told)
-    _check_inputs(base, score_settings, train_settings, evaluate_settings, compute)
+    _check_inputs(base, score_settings, train_settings, compute)
+    evaluator = Evaluator(Job(base, compute, progress), evaluate_settings)
     _claim(out, settings)
 
-    def measure(adapter: Path | None) -> dict[str, Any]:
-        return evaluate(base, adapter, evaluate_settings, compute, progress)
-
     patch = out / "patch"
-    before = once(out / "before.json", lambda: measure(None))
+    before = once(out / "before.json", lambda: evaluator.evaluate())
     if not (out / "map").exists():
         score(base, out / "map", score_settings, compute, progress)
     if not patch.exists():
         train(base, out / "map", patch, train_settings, compute, progress)
-    after = once(out / "after.json", lambda: measure(patch))
+    after = once(out / "after.json", lambda: evaluator.evaluate(patch))
     check_made_with(after, patch, out / "after.json")
     result = summarise(patch, before, after) | {"settings": settings}
     recorded = once(
@@ -88,8 +87,8 @@ def summarise(patch: Path, before: dict[str, Any], after: dict[str, Any]) -> dic
             "share_of_weights": content["entries"] / total,
             "size_bytes": content["size_bytes"],
         },
-        "before": figures(before),
-        "after": figures(after),
+        "before": pick_figures(before),
+        "after": pick_figures(after),
     }
 
 
@@ -97,14 +96,12 @@ def _check_inputs(
     base: str,
     score: ScoreSettings,
     train: TrainSettings,
-    evaluate: EvaluateSettings,
     compute: ComputeSettings,
 ) -> None:
     """Find out now, not hours later, that the base or a source of requests is missing."""
     resolve_base(base, compute.revision)
     for source in dict.fromkeys((score.harmful, train.harmful, train.benign)):
         read_rows(source)
-    check_requests(evaluate)
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -15,9 +15,8 @@ from torch import nn
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, bits_differ
 from safeweights_peft.errors import MergeError, UnsupportedFeatureError
-from safeweights_peft.fetching import BaseModel
+from safeweights_peft.fetching import BaseModel, find_base
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
-from safeweights_peft.jobs.load import find_base
 from safeweights_peft.merging.gather import base_entries, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.modeling.loading import build_empty

@@ -1,25 +1,23 @@
-"""Loads a base model with adapters on it or merged into it: what is evaluated is what is shipped.
-
-A safety patch is merged as the model is loaded: its few merged entries, computed from the base's
-files, go into the loaded weights in place. So there is no second copy of any weight, and the bits
-are those of a merged checkpoint, whatever the weights are loaded in.
-"""
+"""Load a base with adapters merged into it or around it: what is evaluated is what is shipped."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
-from safeweights_peft.fetching import BaseModel, latest_commit, resolve_base
+from safeweights_peft.fetching import BaseModel, find_base, latest_commit
 from safeweights_peft.files import read_json
+from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.hub.pulling import fetch_adapter
 from safeweights_peft.jobs.correction import CORRECTION
 from safeweights_peft.merging.sums import merged_entries
@@ -44,10 +42,9 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Load a base with safety patches, at the commit that they were made for.
 
-    A warning says so if the base's main branch has moved on from there.
-
     Several patches add up: where they share an entry, their values are added in the order given,
-    in float32, and the sum is rounded once.
+    in float32, and the sum is rounded once. A warning says so if the base's main branch has moved
+    on from the recorded commit.
 
     Args:
         base: directory or Hub id; what the first adapter names if None. A base by the name that an
@@ -65,13 +62,19 @@ def load_model(
     Raises:
         BaseMismatchError: a patch was made for another base.
         ModelError: there is no adapter, none names its base, or the base can't be loaded.
+
+    Example:
+        >>> from safeweights_peft import load_model
+        >>> model = load_model("demo/base", "demo/run/patch")
+        >>> model.dtype, model.training
+        (torch.bfloat16, False)
     """
-    given = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
-    if not given:
+    paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if not paths:
         raise ModelError("adapters: expected at least one, found none; give a safety patch")
-    folders = [_find_adapter(each) for each in given]
+    folders = [Path(path) if Path(path).is_dir() else fetch_adapter(str(path)) for path in paths]
     found, place = find_base(base, folders), pick_device(device)
-    _tell_moved(found)
+    _warn_if_moved(found)
     if merge:
         return load_patched(found, folders, dtype, place)
     model = load_base(found, dtype, place)
@@ -87,28 +90,56 @@ def load_patched(
     base: BaseModel, adapters: Sequence[Path], dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
     """Load a base and merge adapters into it: safety patches first, then LoRAs by PEFT."""
-    loras = [each for each in adapters if not is_patch(each)]
-    patches = [each for each in adapters if is_patch(each)]
-    patches += [each / CORRECTION for each in loras if (each / CORRECTION).is_dir()]
-    read = [read_patch(each) for each in patches]  # a broken one is told before a base is loaded
+    loras = [path for path in adapters if not is_patch(path)]
+    folders = [path for path in adapters if path not in loras]
+    folders += [path / CORRECTION for path in loras if (path / CORRECTION).is_dir()]
+    patches = [read_patch(path) for path in folders]
+    # Checked before a model is loaded, which can take minutes.
+    merged = MergedEntries(CheckpointReader(base.path), patches) if patches else None
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
-    if read:
-        _put_merged(model, base, read)
-    for each in loras:
-        model = PeftModel.from_pretrained(model, str(each)).merge_and_unload()
+    if merged:
+        merged.write(model)
+    for path in loras:
+        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     return model if dtype == "auto" else model.to(dtype)
 
 
-@torch.no_grad()
-def _put_merged(model: PreTrainedModel, base: BaseModel, patches: Sequence[AnyPatch]) -> None:
-    """Write merged entries over the base's own, in the loaded weights."""
-    records = {name: each for patch in patches for name, each in patch.metadata.tensors.items()}
-    for name, (indices, entries) in merged_entries(CheckpointReader(base.path), patches).items():
-        parameter = find_parameter(model, name, records[name])
-        flat = to_torch(indices).long().to(parameter.device)
-        places = torch.unravel_index(flat, parameter.shape)  # whatever the strides in memory
-        parameter[places] = to_torch(entries).to(parameter.device, parameter.dtype)
+class MergedEntries:
+    """What patches make of a base's entries, to be written into the loaded base."""
+
+    # The few merged entries are computed from the base's files, in the checkpoint's dtype. So the
+    # bits are those of a merged checkpoint in whatever dtype the base is loaded, and no weight is
+    # held twice.
+
+    def __init__(self, reader: CheckpointReader, patches: Sequence[AnyPatch]) -> None:
+        """Merge, and check that the patches fit the base."""
+        self._entries = merged_entries(reader, patches)
+        self._records = {
+            name: record for patch in patches for name, record in patch.metadata.tensors.items()
+        }
+
+    def write(self, model: PreTrainedModel) -> None:
+        """Write the merged entries over the base's."""
+        for entries, merged in self._locate(model):
+            entries.write(merged)
+
+    @contextmanager
+    def switch_on(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Write the merged entries, and restore the base's bit for bit when the context ends."""
+        located = list(self._locate(model))
+        try:
+            for entries, merged in located:
+                entries.write(merged)
+            yield model
+        finally:
+            for entries, _ in located:
+                entries.restore()
+
+    def _locate(self, model: PreTrainedModel) -> Iterator[tuple[FrozenEntries, Tensor]]:
+        for name, (indices, merged) in self._entries.items():
+            parameter = find_parameter(model, name, self._records[name])
+            yield FrozenEntries(name, parameter, to_torch(indices)), to_torch(merged).to(parameter)
 
 
 def is_patch(adapter: Path) -> bool:
@@ -123,13 +154,7 @@ def is_patch(adapter: Path) -> bool:
     return method == PEFT_TYPE
 
 
-def _find_adapter(adapter: PathLike) -> Path:
-    path = Path(adapter)
-    return path if path.is_dir() else fetch_adapter(str(adapter))
-
-
-def _tell_moved(base: BaseModel) -> None:
-    """Warn that a base has moved on, though the commit that is wanted is still there."""
+def _warn_if_moved(base: BaseModel) -> None:
     latest = latest_commit(base.name) if base.revision else None
     if latest not in (None, base.revision):
         warnings.warn(
@@ -137,21 +162,3 @@ def _tell_moved(base: BaseModel) -> None:
             f"tip of main, found {latest}; the former is loaded",
             stacklevel=3,
         )
-
-
-def find_base(base: PathLike | None, adapters: Sequence[Path]) -> BaseModel:
-    """Find the base of adapters; by the name that one records, at the commit recorded there."""
-    configs = [read_json(each / CONFIG_FILE, FormatError) for each in adapters]
-    name = configs[0].get("base_model_name_or_path") if base is None else str(base)
-    if not isinstance(name, str):
-        raise ModelError(
-            f"{adapters[0]}: expected the name of its base in {CONFIG_FILE}, found none; give base"
-        )
-    named = [each for each in configs if each.get("base_model_name_or_path") == name]
-    revision = named[0].get("revision") if named else None
-    if not isinstance(revision, str | None):
-        raise FormatError(
-            f"{adapters[0]}: {CONFIG_FILE}: revision: expected a commit or null, found "
-            f"{str(revision)[:80]}; do not use this adapter"
-        )
-    return resolve_base(name, revision)

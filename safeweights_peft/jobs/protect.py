@@ -24,7 +24,8 @@ from safeweights_peft.errors import CheckpointError, ModelError
 from safeweights_peft.fetching import BaseModel, download, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
-from safeweights_peft.jobs.evaluate import check_requests, evaluate, figures
+from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import write_parameters
 from safeweights_peft.jobs.progress import Progress, Quiet, advance_to
 from safeweights_peft.jobs.provenance import made_with
@@ -53,7 +54,7 @@ def protect_tuned(
     """Write a tuned checkpoint with its base's safety weights put back; measures both if asked."""
     compute, progress = compute or ComputeSettings(), progress or Quiet()
     if settings:
-        check_requests(settings)
+        Evaluator(Job(base), settings)  # are the requests there?
     found = resolve_base(base, compute.revision)
     with progress.task("Copying the tuned model", 100) as advance:
         reach = advance_to(advance)
@@ -97,7 +98,7 @@ def protect_lora(
     compute, progress = compute or ComputeSettings(), progress or Quiet()
     check_target(out, overwrite, CheckpointError)
     if settings:
-        check_requests(settings)
+        Evaluator(Job(base or lora), settings)  # are the requests there?
     artifact = read_artifact(map_dir)
     folder, base = _find_lora(lora, base)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
@@ -133,7 +134,7 @@ def _finish(
         for stage, (model, adapter) in zip(("before", "after"), models, strict=True):
             # The revision is the base's; a directory has none.
             where = replace(compute, revision=None) if Path(model).is_dir() else compute
-            record[stage] = figures(evaluate(model, adapter, settings, where, progress))
+            record[stage] = pick_figures(evaluate(Job(model, where, progress), adapter, settings))
         record["settings"] = asdict(settings) | asdict(compute)
     write_json(out / RECORD_FILE, record)
     return record

@@ -8,7 +8,8 @@ what the intervals mean in ``evaluation.draws`` and ``evaluation.specificity``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import Example, Row, data_digest
+from safeweights_peft.data import Row, data_digest
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
-from safeweights_peft.jobs.evaluate import Asker, figures, make_asker
+from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.objectives import safety_objective
 from safeweights_peft.jobs.progress import Joined, Progress, Quiet
 from safeweights_peft.jobs.provenance import made_with
@@ -89,7 +91,7 @@ def probe(
     rows, artifact = sample_rows(score_settings), read_artifact(map_dir)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
     check_apart(out, {"the base": found.path, "the map": map_dir}, EvaluationError)
-    asker = make_asker(found, evaluate_settings, progress)
+    asker = Evaluator(Job(found, compute, progress), evaluate_settings)
     _check_entries(found, artifact)
     dtype = pick_dtype(compute.dtype, device)
     model = load_model(found, dtype, device)
@@ -105,8 +107,7 @@ def probe(
     }
     work_dir = work_dir_beside(out, record | {"digests": digests(model, artifact.indices)})
     bottom = _find_bottom(model, found, artifact, asker, rows, score_settings, work_dir)
-    reference = load_model(found, dtype, device)
-    bench = _Bench(model, reference, asker, artifact.indices, bottom, settings, work_dir)
+    bench = _Bench(model, asker, artifact.indices, bottom, settings, work_dir)
     result = record | _summarise(bench.run())
     with publish(out, overwrite, EvaluationError) as draft:
         write_json(draft / "probe.json", result)
@@ -155,7 +156,7 @@ def _describe(
     base: BaseModel,
     map_dir: Path,
     artifact: Artifact,
-    asker: Asker,
+    asker: Evaluator,
     scored: Sequence[Row],
 ) -> dict[str, Any]:
     """Record what the job works on, how it judges, and with what versions."""
@@ -179,7 +180,7 @@ def _find_bottom(
     model: PreTrainedModel,
     base: BaseModel,
     artifact: Artifact,
-    asker: Asker,
+    asker: Evaluator,
     rows: list[Row],
     settings: ScoreSettings,
     work_dir: Path,
@@ -188,8 +189,10 @@ def _find_bottom(
     path = work_dir / "bottom"
     if not path.exists():
         dtype, count = model.dtype, sum(each.size for each in artifact.indices.values())
-        safety = safety_objective(model, asker.tokenizer, rows, settings, dtype, asker.progress)
-        scoring = Scoring(model, eligible_parameters(model), settings, work_dir, asker.progress)
+        safety = safety_objective(
+            model, asker.job.tokenizer, rows, settings, dtype, asker.job.progress
+        )
+        scoring = Scoring(model, eligible_parameters(model), settings, work_dir, asker.job.progress)
         selected = scoring.select("safety", safety, count, SCORES[Method.BOTTOM], artifact.indices)
         write_map(path, build_map(model, base, selected, {"method": "bottom"}))
     return read_map(path).indices
@@ -200,8 +203,7 @@ class _Bench:
     """A model to be perturbed, an unperturbed copy of it, and what has been measured so far."""
 
     model: PreTrainedModel
-    reference: PreTrainedModel
-    asker: Asker
+    asker: Evaluator
     map: Mapping[str, Array]
     bottom: Mapping[str, Array]
     settings: ProbeSettings
@@ -210,29 +212,29 @@ class _Bench:
     def run(self) -> dict[tuple[str | None, str], list[dict[str, Any]]]:
         """Measure what is missing; gives each draw's figures by perturbation and selection."""
         asker, trials = self.asker, _trials(self.settings)
-        answers = asker.ask_base(self.reference)  # also when resumed: no answers are kept on disk
+        _ = asker.base_answers  # also when resumed: no answers are kept on disk
         measured = once(
             self.work_dir / "base.json",
-            lambda: _figures(asker.measure(self.reference, self.reference, answers)),
+            lambda: _figures(asker.measure()),
         )
         draws: dict[tuple[str | None, str], list[dict[str, Any]]] = {(None, "base"): [measured]}
         length = len(asker.harmful) + 2 * len(asker.benign) + len(asker.task)
-        with asker.progress.task("Asking perturbed models", length * len(trials)) as advance:
-            joined = replace(asker, progress=Joined(advance))
+        with asker.job.progress.task("Asking perturbed models", length * len(trials)) as advance:
+            asker.job.progress = Joined(advance)
             for trial in trials:
                 if self._path(trial).exists():
                     advance(length)
                 found = draws.setdefault((trial.perturbation, trial.selection), [])
-                found.append(self._draw(trial, joined, answers))
+                found.append(self._draw(trial))
         return draws
 
     def _path(self, trial: _Trial) -> Path:
         return self.work_dir / f"{trial.perturbation}-{trial.selection}-{trial.draw}.json"
 
-    def _draw(self, trial: _Trial, asker: Asker, answers: Sequence[Example]) -> dict[str, Any]:
+    def _draw(self, trial: _Trial) -> dict[str, Any]:
         def measure() -> dict[str, Any]:
             with perturbed(self.model, self._indices(trial), self._change(trial)):
-                return _figures(asker.measure(self.model, self.reference, answers))
+                return _figures(self.asker.measure(lambda: nullcontext(self.model)))
 
         return once(self._path(trial), measure)
 
@@ -255,7 +257,7 @@ def _figures(measured: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the figures of one draw; verdicts by request stay only where answers are kept."""
     harmful, benign = measured["harmful"], measured["benign"]
     invalid = wilson(harmful["invalid"] + benign["invalid"], harmful["n"] + benign["n"])
-    found = figures(measured) | {
+    found = pick_figures(measured) | {
         "complied_rate": asdict(wilson(harmful["complied"], harmful["n"])),
         "invalid_rate": asdict(invalid),
     }

@@ -1,6 +1,7 @@
 """KL to the base and perplexity, held to sums over tokens written out."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def utility_twin(
     return kl / tokens, math.exp(loss / tokens), tokens
 
 
+def measure(
+    model: PreTrainedModel, base: PreTrainedModel, answers: list[Example], **options: int
+) -> Utility:
+    """Compares two models in memory."""
+    return measure_utility(base, answers, PAD, lambda: nullcontext(model), **options)
+
+
 def as_tuple(utility: Utility) -> tuple[float, float, int]:
     return utility.kl, utility.perplexity, utility.tokens
 
@@ -59,7 +67,7 @@ def test_kl_and_perplexity_are_the_means_over_answer_tokens(
     tiny_llama: Path, other, answers, batch_size: int
 ) -> None:
     base = load(tiny_llama)
-    found = measure_utility(other, base, answers, PAD, batch_size=batch_size)
+    found = measure(other, base, answers, batch_size=batch_size)
     assert as_tuple(found) == pytest.approx(utility_twin(other, base, answers), rel=1e-4)
     assert found.kl > 0.01
 
@@ -68,9 +76,7 @@ def test_kl_is_that_of_the_base_to_the_model_not_the_other_way_round(
     tiny_llama: Path, other, answers
 ) -> None:
     base = load(tiny_llama)
-    there, back = (
-        measure_utility(*pair, answers, PAD).kl for pair in [(other, base), (base, other)]
-    )
+    there, back = (measure(*pair, answers).kl for pair in [(other, base), (base, other)])
     assert back == pytest.approx(utility_twin(base, other, answers)[0], rel=1e-4)
     assert there != pytest.approx(back, rel=1e-3)
 
@@ -80,7 +86,7 @@ def test_the_base_itself_has_no_kl_and_its_own_perplexity(
     tiny_llama: Path, answers, dtype: torch.dtype
 ) -> None:
     base, copy = load(tiny_llama, dtype), load(tiny_llama, dtype)
-    itself, twin = (measure_utility(model, base, answers, PAD) for model in (base, copy))
+    itself, twin = measure_utility(base, answers, PAD), measure(copy, base, answers)
     assert itself.kl == 0
     assert itself == twin
     if dtype is torch.float32:
@@ -90,19 +96,19 @@ def test_the_base_itself_has_no_kl_and_its_own_perplexity(
 def test_every_answer_token_counts_once_and_no_prompt_token(tiny_llama: Path, answers) -> None:
     base = load(tiny_llama)
     expected = sum(len(example.answer_ids) for example in answers)
-    assert measure_utility(base, base, answers, PAD).tokens == expected
+    assert measure_utility(base, answers, PAD).tokens == expected
 
 
 def test_an_answer_of_no_tokens_weighs_nothing(tiny_llama: Path, other, answers) -> None:
     base = load(tiny_llama)
     silent = [*answers, Example(answers[0].prompt_ids, ())]
-    found = measure_utility(other, base, silent, PAD)
-    assert as_tuple(found) == pytest.approx(as_tuple(measure_utility(other, base, answers, PAD)))
+    found = measure(other, base, silent)
+    assert as_tuple(found) == pytest.approx(as_tuple(measure(other, base, answers)))
 
 
 def test_each_batch_is_reported_with_its_size(tiny_llama: Path, answers) -> None:
     base, sizes = load(tiny_llama), []
-    measure_utility(base, base, answers, PAD, batch_size=2, on_batch=sizes.append)
+    measure_utility(base, answers, PAD, batch_size=2, on_batch=sizes.append)
     assert sizes == [2, 1]
 
 
@@ -110,7 +116,7 @@ def test_each_batch_is_reported_with_its_size(tiny_llama: Path, answers) -> None
 def test_no_answer_tokens_at_all_are_refused(tiny_llama: Path, empty: list[Example]) -> None:
     base = load(tiny_llama)
     with pytest.raises(EvaluationError, match="answers: expected at least one token, found none"):
-        measure_utility(base, base, empty, PAD)
+        measure_utility(base, empty, PAD)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -119,4 +125,4 @@ def test_a_model_that_gives_no_numbers_is_refused(
 ) -> None:
     other.lm_head.weight[0, 0] = value
     with pytest.raises(EvaluationError, match="answers: expected finite likelihoods, found NaN"):
-        measure_utility(other, load(tiny_llama), answers, PAD)
+        measure(other, load(tiny_llama), answers)

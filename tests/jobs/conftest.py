@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from transformers import AutoModelForCausalLM, GenerationMixin
 
 from safeweights_peft.jobs.enhance import enhance_model
 from tests.tiny_jobs import Requests
@@ -34,3 +35,35 @@ def run(tiny_llama_bf16: Path, requests: Requests, tmp_path_factory: pytest.Temp
     out = tmp_path_factory.mktemp("runs") / "run"
     settings = requests.score(), requests.train(steps=20), requests.evaluate()
     return Run(tiny_llama_bf16, out, enhance_model(str(tiny_llama_bf16), out, *settings))
+
+
+class Counts:
+    """What was done so far.
+
+    Attributes:
+        loads: causal language models loaded.
+        asked: requests that a model was given to answer.
+    """
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self.asked = 0
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counts:
+    """Counts loads and requests from here on."""
+    found, generate = Counts(), GenerationMixin.generate
+    load = AutoModelForCausalLM.from_pretrained.__func__
+
+    def count_load(cls: type, *arguments: Any, **options: Any) -> Any:
+        found.loads += 1
+        return load(cls, *arguments, **options)
+
+    def count_requests(model: Any, *arguments: Any, **options: Any) -> Any:
+        found.asked += len(options["input_ids"])
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", classmethod(count_load))
+    monkeypatch.setattr(GenerationMixin, "generate", count_requests)
+    return found

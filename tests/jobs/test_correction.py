@@ -16,6 +16,7 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import ModelError, SafeWeightsError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.evaluate import evaluate
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.protect import protect_lora
 from safeweights_peft.jobs.score import score
@@ -146,7 +147,7 @@ def test_the_record_says_what_the_lora_did_before_and_does_now(
     settings, out = requests.evaluate(task=requests.lessons), tmp_path / "out"
     record = protect_lora(str(lora), map_dir, out, settings=settings)
     for stage, adapter in (("before", lora), ("after", out)):
-        assert record[stage]["task_loss"] == evaluate(str(base), adapter, settings)["task"]["loss"]
+        assert record[stage]["task_loss"] == evaluate(Job(base), adapter, settings)["task"]["loss"]
     assert record["before"]["task_loss"] != record["after"]["task_loss"]
     assert json.loads((out / "protecting.json").read_text()) == json.loads(json.dumps(record))
 

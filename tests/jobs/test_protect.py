@@ -9,6 +9,7 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.fetching import BaseModel
 from safeweights_peft.files import read_json
 from safeweights_peft.jobs.evaluate import evaluate
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.protect import protect_tuned
 from safeweights_peft.jobs.score import score
@@ -45,7 +46,7 @@ def test_the_record_holds_what_both_models_were_measured_at(
     out = tmp_path / "out"
     record = protect_tuned(tuned, str(run.base), run.out / "map", out, settings)
     for stage, model in (("before", tuned), ("after", out)):
-        alone = evaluate(str(model), None, settings)
+        alone = evaluate(Job(model), None, settings)
         assert record[stage]["attack_success_rate"] == alone["harmful"]["attack_success_rate"]
         assert record[stage]["task_loss"] == alone["task"]["loss"]
     assert record["before"]["task_loss"] != record["after"]["task_loss"]

@@ -10,6 +10,7 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.files import write_json
 from safeweights_peft.jobs.enhance import enhance_model
 from safeweights_peft.jobs.evaluate import evaluate
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.protect import protect_lora, protect_tuned
 from safeweights_peft.patch.io import read_artifact
@@ -66,7 +67,7 @@ def test_a_lora_has_no_content_id(run: Run, requests: Requests, tmp_path: Path) 
     settings = requests.preserve(steps=2, method=PreserveMethod.LORA)
     job = str(run.base), run.out / "map", requests.lessons, tmp_path / "lora", settings
     preserve_model(*job)
-    result = evaluate(str(run.base), tmp_path / "lora", requests.evaluate(limit=1))
+    result = evaluate(Job(run.base), tmp_path / "lora", requests.evaluate(limit=1))
     assert result["content_id"] is None
 
 

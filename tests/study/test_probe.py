@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,8 @@ from safeweights_peft.errors import (
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.utility import measure_utility
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.jobs.evaluate import evaluate, figures
+from safeweights_peft.jobs.evaluate import evaluate, pick_figures
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
@@ -116,7 +118,7 @@ def test_nothing_else_is_left(probed: Probed) -> None:
 
 
 def test_the_base_is_judged_as_by_an_evaluation(probed: Probed, requests: Requests) -> None:
-    told = figures(evaluate(str(probed.base), None, requests.evaluate()))
+    told = pick_figures(evaluate(Job(probed.base), None, requests.evaluate()))
     found = row(probed.result, None, "base")
     for key in ("attack_success_rate", "over_refusal_rate"):
         assert found[key] == told[key]
@@ -175,15 +177,15 @@ def test_a_draw_is_what_a_perturbed_checkpoint_does(
     change(model, probed.patch)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    told = evaluate(str(tmp_path), None, requests.evaluate())
+    told = evaluate(Job(tmp_path), None, requests.evaluate())
     found = row(probed.result, *place[:2])["draws"][place[2]]
     assert found["attack_success_rate"] == told["harmful"]["attack_success_rate"]
     assert found["over_refusal_rate"] == told["benign"]["over_refusal_rate"]
     assert found["complied_rate"]["count"] == told["harmful"]["complied"]
-    assert found["invalid_rate"]["count"] == figures(told)["invalid"]
+    assert found["invalid_rate"]["count"] == pick_figures(told)["invalid"]
     original = load_model(base, torch.float32)
     answers = generate_answers(original, tokenizer, BENIGN, max_new_tokens=11, batch_size=4)
-    twin = measure_utility(model, original, answers, tokenizer.pad_token_id)
+    twin = measure_utility(original, answers, tokenizer.pad_token_id, lambda: nullcontext(model))
     assert found["kl"] == pytest.approx(twin.kl, rel=1e-6)
     assert found["kl"] > 0
 
