@@ -1,4 +1,4 @@
-"""Saved results as rows of text: for terminals, for pages."""
+"""Saved results as rows of text, for terminals and pages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-Row = tuple[str, str, str]
+Row = tuple[str, ...]
 Cells = Sequence[Mapping[str, Any]]
-TOP_LAYERS = 5
-"""Layers that a terminal shows."""
+TOP_LAYERS = 5  # layers that a terminal shows
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -26,8 +25,8 @@ def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
-    """Lay out what was judged of a model before and after a change, and its loss on a task."""
-    rows = [
+    """Lay out how a model was judged before and after a change, with its loss on a task."""
+    rows: list[Row] = [
         (title, rate_text(before[key]), rate_text(after[key]))
         for title, key in (
             ("ASR, harmful requests", "attack_success_rate"),
@@ -41,31 +40,30 @@ def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row
     return rows
 
 
-def reproduction_rows(comparison: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def reproduction_rows(comparison: Mapping[str, Any]) -> list[Row]:
     """Lay out a run beside the same run made again."""
-    verdicts = {True: "same", False: "DIFFERS"}
-    rows = [("", "recorded", "made again", "")]
+    rows: list[Row] = [("", "recorded", "made again", "")]
     for key, title in (("content_id", "content id"), ("merged_digest", "merged entries")):
-        told = comparison[key]
-        short = (told[each].removeprefix("sha256:")[:12] for each in ("recorded", "found"))
-        rows.append((title, *short, verdicts[told["recorded"] == told["found"]]))
+        pair = [comparison[key][side] for side in ("recorded", "found")]
+        short = (digest.removeprefix("sha256:")[:12] for digest in pair)
+        rows.append((title, *short, "same" if pair[0] == pair[1] else "DIFFERS"))
     if entries := comparison["entries"]:
-        told = f"{entries['shared']:,} in common, IoU {entries['iou']:.4f}"
-        rows.append(("entries", f"{entries['recorded']:,}", f"{entries['found']:,}", told))
-    for key, told in comparison["rates"].items():
+        overlap = f"{entries['shared']:,} in common, IoU {entries['iou']:.4f}"
+        rows.append(("entries", f"{entries['recorded']:,}", f"{entries['found']:,}", overlap))
+    for key, rates in comparison["rates"].items():
         stage, _, rate = key.partition(".")
         title = f"{'ASR' if rate == 'attack_success_rate' else 'over-refusal'} {stage}"
-        verdict = "within the interval" if told["within"] else "OUTSIDE the interval"
-        rows.append((title, rate_text(told["recorded"]), rate_text(told["found"]), verdict))
-    for key, told in comparison["environment"].items():
-        rows.append((key, str(told["recorded"]), str(told["found"]), "another environment"))
+        verdict = "within the interval" if rates["within"] else "OUTSIDE the interval"
+        rows.append((title, rate_text(rates["recorded"]), rate_text(rates["found"]), verdict))
+    for key, value in comparison["environment"].items():
+        rows.append((key, str(value["recorded"]), str(value["found"]), "another environment"))
     return rows
 
 
-def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     """Lay out one evaluation's figures."""
     harmful, benign, utility = (evaluation[key] for key in ("harmful", "benign", "utility"))
-    rows = [
+    rows: list[Row] = [
         ("ASR, harmful requests", rate_text(harmful["attack_success_rate"])),
         ("over-refusal, benign requests", rate_text(benign["over_refusal_rate"])),
         ("invalid answers", str(harmful["invalid"] + benign["invalid"])),
@@ -78,7 +76,7 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
-    """Write a rate with its interval."""
+    """Write a rate with its interval and counts."""
     return f"{_interval_text(rate)} ({rate['count']}/{rate['n']})"
 
 
@@ -92,14 +90,13 @@ def size_text(size_bytes: float) -> str:
         return f"{size_bytes:.0f} B"
     for unit in ("kB", "MB", "GB"):
         size_bytes /= 1000
-        if size_bytes < 999.95:  # 999.95 and more are written as 1000.0
+        if size_bytes < 999.95:  # from there on it would be written as 1000.0
             return f"{size_bytes:.1f} {unit}"
-    size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
+    return f"{size_bytes / 1000:.1f} TB"
 
 
-def overlap_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Lay out how much safety maps share: the maps by number, then every two of them."""
+def overlap_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Lay out the overlap of safety maps: the maps by number, then each two of them."""
     maps, pairs = result["maps"], result["pairs"]
     numbers = combinations(range(1, len(maps) + 1), 2)
     return [
@@ -123,23 +120,22 @@ def overlap_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def pattern_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Lay out where a map's entries lie: all components, and the layers most enriched."""
+def pattern_rows(record: Mapping[str, Any]) -> list[Row]:
+    """Lay out where a map's entries lie: all components, and the most enriched layers."""
     components = share_rows(enriched_first(record["components"]), "component")
     layers = share_rows(enriched_first(record["layers"])[:TOP_LAYERS], "layer")
     return [*components, ("",) * len(components[0]), *layers]
 
 
 def enriched_first(cells: Cells) -> Cells:
-    """Order cells by enrichment, the highest first; equal ones stay in order."""
+    """Sort cells by enrichment, the highest first; equal ones stay in order."""
     return sorted(cells, key=lambda cell: -cell["enrichment"])
 
 
-def share_rows(cells: Cells, *keys: str) -> list[tuple[str, ...]]:
-    """Lay out shares of the selected weights beside shares of all weights."""
-    head = (*keys, "weights", "share", "selected", "share", "enrichment")
+def share_rows(cells: Cells, *keys: str) -> list[Row]:
+    """Lay out fractions of the selected weights beside fractions of all weights."""
     return [
-        head,
+        (*keys, "weights", "share", "selected", "share", "enrichment"),
         *(
             (
                 *("outside layers" if cell[key] is None else str(cell[key]) for key in keys),
@@ -157,37 +153,40 @@ def share_rows(cells: Cells, *keys: str) -> list[tuple[str, ...]]:
 def grid(
     cells: Cells, key: str
 ) -> tuple[list[int], list[str | int], dict[tuple[int, str | int], float]]:
-    """Set enrichments out by layer and something else, without what can't be selected."""
-    shown = {
+    """Arrange enrichments by layer and another key: layers, columns, values by both."""
+    enrichments = {
         (cell["layer"], cell[key]): cell["enrichment"]
         for cell in cells
         if cell["layer"] is not None and (cell["eligible"] or cell["selected"])
     }
-    return sorted({layer for layer, _ in shown}), list(dict.fromkeys(c for _, c in shown)), shown
+    columns = list(dict.fromkeys(column for _, column in enrichments))
+    return sorted({layer for layer, _ in enrichments}), columns, enrichments
 
 
-def grid_rows(cells: Cells, key: str) -> list[tuple[str, ...]]:
-    """Lay out enrichments by layer and something else."""
-    layers, columns, shown = grid(cells, key)
-    texts = {place: f"{enrichment:.2f}" for place, enrichment in shown.items()}
+def grid_rows(cells: Cells, key: str) -> list[Row]:
+    """Lay out enrichments by layer and another key."""
+    layers, columns, enrichments = grid(cells, key)
+    texts = {place: f"{enrichment:.2f}" for place, enrichment in enrichments.items()}
     return [
         ("layer", *map(str, columns)),
         *((str(layer), *(texts.get((layer, c), "") for c in columns)) for layer in layers),
     ]
 
 
-def probe_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Lay out a probe's figures: one row for the base, one for each selection perturbed."""
-    titles = ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)")
+def probe_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Lay out a probe's figures: one row for the base, one for each perturbed selection."""
     keys = ("attack_success_rate", "over_refusal_rate", "invalid_rate")
-    return [titles] + [
-        (
-            probed(row),
-            str(len(row["draws"])),
-            *(_interval_text(row[key]) for key in keys),
-            _mean_text(row["kl"]),
-        )
-        for row in result["rows"]
+    return [
+        ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)"),
+        *(
+            (
+                name_row(row),
+                str(len(row["draws"])),
+                *(_interval_text(row[key]) for key in keys),
+                _mean_text(row["kl"]),
+            )
+            for row in result["rows"]
+        ),
     ]
 
 
@@ -195,12 +194,12 @@ def verdict_lines(result: Mapping[str, Any]) -> list[str]:
     """Write a probe's verdicts, a sentence each."""
     titles = {"noise": "With noise at the map's weights", "zero": "With the map's weights at zero"}
     return [
-        f"{titles[perturbation]}: {found['verdict']}: {found['reason']}."
-        for perturbation, found in result["verdicts"].items()
+        f"{titles[perturbation]}: {judged['verdict']}: {judged['reason']}."
+        for perturbation, judged in result["verdicts"].items()
     ]
 
 
-def probed(row: Mapping[str, Any]) -> str:
+def name_row(row: Mapping[str, Any]) -> str:
     """Name a row of a probe."""
     return ", ".join(filter(None, (row["perturbation"], row["selection"])))
 

@@ -122,15 +122,15 @@ def test_the_contract_on_torch_covers_the_rooms_that_are_tried_without_it() -> N
     assert light["source_modules"] == [f"safeweights_peft.{room}" for room in NUMPY_ROOMS]
 
 
-def test_the_package_holds_code_prompts_cards_and_the_typing_marker_only() -> None:
+def test_the_package_holds_code_prompts_templates_and_the_typing_marker_only() -> None:
     others = {
         path.relative_to(PACKAGE)
         for path in PACKAGE.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc", ".pyi"}
     }
-    cards = {f"templates/{name}.md.jinja" for name in CARDS}
+    templates = {f"templates/{name}.md.jinja" for name in CARDS} | {"templates/report.html.jinja"}
     named = {path.as_posix() for path in others if path.parts[0] != "prompts"}
-    assert named == {*cards, "py.typed"}
+    assert named == {*templates, "py.typed"}
 
 
 def test_the_probe_for_loaded_modules_notices_torch() -> None:

@@ -179,7 +179,10 @@ def show_protected(record: dict[str, Any], as_json: bool) -> None:
         f"{record['changed']:,} of {record['entries']:,}, by {record['largest_change']:g} at most"
     )
     source = record["lora"] if "lora" in record else record["tuned"]
-    rows = [("", "before", "after"), ("path", source, record["out_dir"])]
+    rows: list[tuple[str, ...]] = [
+        ("", "before", "after"),
+        ("path", source, record["out_dir"]),
+    ]
     rows.append(("weights put back", "0", moved))
     if "before" in record:
         rows += judged_rows(record["before"], record["after"])
@@ -196,12 +199,16 @@ def show_probe(result: dict[str, Any], as_json: bool) -> None:
 
 
 def show_run(result: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Draw and prints a finished run; says on stderr what can be done next."""
+    """Draw and print a finished run, and say on stderr what can be done next."""
+    from safeweights_peft.errors import ReportError
     from safeweights_peft.study.pictures import plot_run
     from safeweights_peft.tables import comparison_rows
 
     losses = json.loads((out / "patch" / "training.json").read_text(encoding="utf-8"))["losses"]
-    plot_run(result, losses, out / "result.png")
+    try:
+        plot_run(result, losses, out / "result.png")
+    except ReportError as missing:
+        click.echo(f"No result.png: {missing}", err=True)
     show(result, [("", "before", "after"), *comparison_rows(result)], as_json)
     click.echo(f"\nPatch in {out / 'patch'}. Next: safeweights merge, or in Python:", err=True)
     click.echo("  import safeweights_peft; from peft import PeftModel", err=True)

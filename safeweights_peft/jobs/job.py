@@ -152,6 +152,7 @@ class Job:
         kind: str,
         artifact: Artifact | None = None,
         settings: Settings | None = None,
+        /,  # so that content may go by these names too
         **content: Any,
     ) -> dict[str, Any]:
         """Say what a result is made with: base, adapter, settings and versions.

@@ -1,9 +1,4 @@
-"""Entries of a model in memory, perturbed for a while: what it loses tells what they carry.
-
-Noise of 0.38 standard deviations of the tensor is that of the reference settings of
-arXiv 2604.08297. Which entries to perturb, and what to ask the model meanwhile, is the caller's
-business.
-"""
+"""Entries of a model in memory, perturbed for a while: what it loses shows what they carry."""
 
 from __future__ import annotations
 
@@ -21,31 +16,26 @@ from safeweights_peft.modeling.tensors import add_rounded, to_torch
 from safeweights_peft.selection.scores import compute_sigma
 
 Change = Callable[[str, nn.Parameter, Tensor], Tensor]
-"""From a parameter's name, the parameter, and some of its entries to others in their place."""
+"""Takes a parameter's name, the parameter, and some of its entries; returns their replacement."""
 
 
 @contextmanager
 def perturbed(model: nn.Module, indices: Mapping[str, Array], change: Change) -> Iterator[None]:
-    """Change entries while the context lasts, then restores the saved ones bit for bit.
-
-    They are restored after an exception too. Tied weights change together.
-    """
+    """Change entries while the context lasts, then restore them bit for bit."""
     with ExitStack() as restoring:
         for name, positions in indices.items():
             parameter = model.get_parameter(name)
             entries = FrozenEntries(name, parameter, to_torch(positions))
-            restoring.callback(entries.restore)
+            restoring.callback(entries.restore)  # before the change: it may fail halfway
             entries.write(change(name, parameter, entries.originals))
         yield
 
 
 def noise(factor: float, *seed: int) -> Change:
-    """Make a change that adds factor * sigma * N(0, 1), sigma of the whole tensor, as in ESI.
-
-    It is computed in float32 and rounded once to the parameter's dtype.
-    """
+    """Make a change that adds factor * sigma * N(0, 1), sigma of the whole tensor, as in ESI."""
 
     def add(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
+        # By name, so that the draw of one parameter doesn't depend on which others are perturbed.
         generator = np.random.default_rng([*seed, zlib.crc32(f"noise at {name}".encode())])
         drawn = torch.from_numpy(generator.standard_normal(entries.numel(), np.float32))
         return add_rounded(entries, factor * compute_sigma(parameter) * drawn.to(entries.device))
@@ -54,5 +44,5 @@ def noise(factor: float, *seed: int) -> Change:
 
 
 def zeros(name: str, parameter: nn.Parameter, entries: Tensor) -> Tensor:
-    """Put zeros in the place of entries."""
+    """Replace entries by zeros."""
     return torch.zeros_like(entries)

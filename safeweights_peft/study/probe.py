@@ -46,10 +46,14 @@ from safeweights_peft.settings import (
     ProbeSettings,
     ScoreSettings,
 )
-from safeweights_peft.study.draws import mean_over_draws, rate_over_draws
 from safeweights_peft.study.perturb import Change, noise, perturbed, zeros
-from safeweights_peft.study.pictures import plot_probe
-from safeweights_peft.study.specificity import Harm, judge_specificity
+from safeweights_peft.study.pictures import check_installed, plot_probe
+from safeweights_peft.study.specificity import (
+    Harm,
+    judge_specificity,
+    mean_over_draws,
+    rate_over_draws,
+)
 
 RATES = ("attack_success_rate", "complied_rate", "over_refusal_rate", "invalid_rate")
 SELECTIONS = ("map", "random", "bottom")
@@ -87,6 +91,7 @@ def probe(
     score_settings = score_settings or ScoreSettings()
     evaluate_settings = evaluate_settings or EvaluateSettings()
     progress = progress or Quiet()
+    check_installed("matplotlib", "scipy")
     check_target(out, overwrite, EvaluationError)
     rows, artifact = sample_rows(score_settings), read_artifact(map_dir)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
@@ -278,7 +283,7 @@ def _summarise(
                 "perturbation": perturbation,
                 "selection": selection,
                 **{key: asdict(rate) for key, rate in rates.items()},
-                "kl": asdict(mean_over_draws([draw["kl"] for draw in each])),
+                "kl": mean_over_draws([draw["kl"] for draw in each]),
                 "draws": list(each),
             }
         )

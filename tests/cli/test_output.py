@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,21 @@ def test_enhance_called_again_does_nothing_again(run: Run) -> None:
     assert {k: v for k, v in after.items() if k != "result.png"} == {
         k: v for k, v in before.items() if k != "result.png"
     }
+
+
+def test_enhance_finishes_without_matplotlib_and_says_how_to_install_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = (run.out / "result.png").read_bytes()
+    (run.out / "result.png").unlink()
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "matplotlib", None)
+        called = call("enhance", run.base, *run.options, "--json")
+    assert (called.exit_code, called.stdout) == (0, run.called.stdout)
+    (line,) = (line for line in called.stderr.splitlines() if "result.png" in line)
+    assert line.endswith("run pip install 'safeweights-peft[study]'")
+    assert not (run.out / "result.png").exists()
+    (run.out / "result.png").write_bytes(picture)
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -2,11 +2,13 @@
 
 import copy
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 
-from safeweights_peft.study.pictures import plot_pattern, plot_probe, plot_run
+from safeweights_peft.errors import ReportError
+from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_probe, plot_run
 from safeweights_peft.tables import comparison_rows
 from tests.study.records import LOSSES, PROBE, RESULT, record_of
 
@@ -90,3 +92,21 @@ def test_a_probe_is_drawn_as_a_png_picture(tmp_path: Path) -> None:
     width, height = size_of(tmp_path / "probe.png")
     assert width > height > 100
     assert before == PROBE
+
+
+def test_without_matplotlib_drawing_says_in_one_line_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = r"^matplotlib: expected .*; run pip install 'safeweights-peft\[study\]'$"
+    with pytest.raises(ReportError, match=message):
+        plot_run(RESULT, LOSSES, tmp_path / "run.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("matplotlib", "scipy"):
+        check_installed(package)
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ReportError, match=r"^matplotlib, scipy: expected to be installed"):
+        check_installed("numpy", "matplotlib", "scipy")

@@ -35,8 +35,8 @@ from safeweights_peft.rates import wilson
 from safeweights_peft.selection.scores import SCORES, score_entries
 from safeweights_peft.selection.topk import Order, select
 from safeweights_peft.settings import ComputeSettings, Method, ProbeSettings
-from safeweights_peft.study.draws import mean_over_draws
 from safeweights_peft.study.probe import count_evaluations, probe
+from safeweights_peft.study.specificity import mean_over_draws
 from tests.jobs.conftest import Run
 from tests.tiny_jobs import BENIGN, Interrupted, Recorder, Requests, content
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
@@ -196,7 +196,7 @@ def test_a_row_pools_its_draws(probed: Probed) -> None:
         assert each["attack_success_rate"]["count"] == sum(
             draw["attack_success_rate"]["count"] for draw in draws
         )
-        assert each["kl"]["mean"] == mean_over_draws([draw["kl"] for draw in draws]).mean
+        assert each["kl"]["mean"] == mean_over_draws([draw["kl"] for draw in draws])["mean"]
         single = wilson(each["invalid_rate"]["count"] // len(draws), 12)
         assert each["invalid_rate"]["high"] >= single.rate
 
