@@ -17,6 +17,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy as np
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import WEIGHT_DTYPES, Array, add_rounded, bits_differ, digest
 from safeweights_peft.merging.convert import convert
-from safeweights_peft.merging.gather import base_entries
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.codec import (
     decode_gaps,
@@ -176,7 +177,7 @@ def print_synthetic(rounds: int) -> None:
 
 def parts(patch: Path, base: Path) -> Iterator[Stored]:
     """Encode each parameter of a real patch."""
-    read = base_entries(CheckpointReader(base))
+    read = partial(gather_entries, CheckpointReader(base))
     artifact = read_artifact(patch)
     for name, record in artifact.metadata.tensors.items():
         indices = artifact.indices[name]

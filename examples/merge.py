@@ -14,8 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from safeweights_peft.merging.merge import merge
-from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.merge import merge, plan
 from safeweights_peft.merging.verify import verify
 
 

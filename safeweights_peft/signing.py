@@ -44,6 +44,11 @@ def sign(
 
     Raises:
         SignatureError: There is a signature, the key can't be used, or a package is missing.
+
+    Example:
+        >>> from safeweights_peft import sign
+        >>> sign("demo/run/patch", "demo/key.pem")["files"]
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     folder, target = Path(adapter_dir), _signature(adapter_dir, out)
     if target.exists() and not overwrite:
@@ -88,6 +93,12 @@ def verify_signature(
     Raises:
         SignatureError: There is no signature, it is by another key or over other files, the key
             can't be used, or a package is missing.
+
+    Example:
+        >>> from safeweights_peft import sign, verify_signature
+        >>> signed = sign("demo/run/patch", "demo/key.pem")
+        >>> verify_signature("demo/run/patch", "demo/key.pub") == signed
+        True
     """
     folder, source = Path(adapter_dir), _signature(adapter_dir, signature)
     if not source.is_file():

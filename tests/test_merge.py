@@ -20,8 +20,7 @@ from safeweights_peft.errors import (
     MergeError,
     SafeWeightsError,
 )
-from safeweights_peft.merging.merge import merge
-from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.merge import merge, plan
 from safeweights_peft.patch.io import read_adapter, write_adapter, write_map
 from safeweights_peft.patch.records import TensorRecord, entries_by_block
 from tests.merging.cases import (
@@ -30,6 +29,7 @@ from tests.merging.cases import (
     UP,
     Case,
     assert_same_tensors,
+    count_work,
     plain_layout,
     slow_merge,
     tied_layout,
@@ -95,6 +95,19 @@ def test_a_tied_copy_that_differs_from_the_base_is_refused_by_key(case: Case) ->
     case.change_base(lambda tensors: tensors["lm_head.weight"].reshape(-1).__setitem__(at, 9))
     with pytest.raises(BaseMismatchError, match=f"^{EMBEDDINGS}: expected in lm_head.weight of"):
         merge(case.base, case.patch, case.out)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_each_entry_is_read_and_hashed_once(
+    case: Case, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    reads, hashes = count_work(monkeypatch)
+    merge(case.base, [(case.patch, scale)], case.out)
+    assert reads == {f"base: {key}": 1 for key in case.tensors if key != "untouched.weight"}
+    records = case.adapter.metadata.tensors.values()
+    assert [hashes[str(each.base_digest)] for each in records] == [1, 1, 1]
+    # The merged digest is the promise at the patch's own scale alone.
+    assert hashes.total() == (6 if scale == 1.0 else 3)
 
 
 def test_values_that_change_nothing_still_merge(tmp_path: Path) -> None:
@@ -261,6 +274,20 @@ def test_every_refusal_is_one_line_of_the_one_tree(case: Case) -> None:
     with pytest.raises(SafeWeightsError) as caught:
         merge(case.base, case.patch, case.out)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["import safeweights_peft.merging", "safeweights_peft.merge"])
+def test_the_room_and_the_function_have_names_of_their_own(first: str) -> None:
+    code = f"""
+import types
+import safeweights_peft
+{first}
+import safeweights_peft.merging.merge
+from safeweights_peft import merge
+assert callable(merge) and safeweights_peft.merge is safeweights_peft.merging.merge.merge
+assert isinstance(safeweights_peft.merging, types.ModuleType)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_these_rooms_start_without_torch() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +13,7 @@ import pytest
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES
 from safeweights_peft.merging.convert import convert
-from safeweights_peft.merging.gather import base_entries
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.patch.io import read_adapter
 from safeweights_peft.patch.records import TensorRecord
 from tests.merging.cases import LAYOUTS, UP, Case
@@ -54,7 +55,7 @@ def test_the_short_reader_agrees_with_the_package(
     if encoding != "plain":
         patch = tmp_path / "compact"
         convert(case.patch, "compact", patch, case.base if encoding == "compact" else None)
-    deltas = read_adapter(patch, base_entries(CheckpointReader(case.base))).deltas
+    deltas = read_adapter(patch, partial(gather_entries, CheckpointReader(case.base))).deltas
     found = {name: entries for name, *entries in reader.read_patch(patch, case.base)}
     assert found.keys() == deltas.keys()
     for name, (indices, values) in found.items():

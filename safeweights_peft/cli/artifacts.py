@@ -91,8 +91,7 @@ def merge_command(
     called again, or undone by `safeweights unmerge`.
     """
     from safeweights_peft.merging.in_place import merge_in_place
-    from safeweights_peft.merging.merge import merge
-    from safeweights_peft.merging.plan import plan
+    from safeweights_peft.merging.merge import merge, plan
 
     _check_place(base, out, in_place)
     found = find_base(base, adapters[0][0], revision)

@@ -28,7 +28,7 @@ from safeweights_peft.merging.diff import (
     find_change,
     keep,
 )
-from safeweights_peft.merging.gather import base_state
+from safeweights_peft.merging.gather import find_state
 from safeweights_peft.modeling.layout import describe, total_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.artifacts import Adapter
@@ -181,7 +181,7 @@ def _open_pair(base: BaseModel, tuned: BaseModel, map_dir: Path | None, show: Pr
     eligible = None
     if map_dir is not None:
         safety_map = read_map(map_dir)
-        base_state(before, safety_map.metadata, safety_map.indices)
+        find_state(before, safety_map)
         eligible = safety_map.indices
     changed, model = set(changed_keys(before, after)), build_empty(base)
     # A parameter that goes by its own name on disk is looked up only if it has changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, bits
 from safeweights_peft.errors import MergeError, UnsupportedFeatureError
 from safeweights_peft.fetching import BaseModel, find_base
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
-from safeweights_peft.merging.gather import base_entries, gather_entries
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.artifacts import Adapter
@@ -31,7 +32,7 @@ def export_supertuning(
     check_target(out, overwrite, MergeError)
     found = find_base(base, [adapter_dir])
     reader = CheckpointReader(found.path)
-    adapter = read_adapter(adapter_dir, base_entries(reader))
+    adapter = read_adapter(adapter_dir, partial(gather_entries, reader))
     check_apart(out, {"the base": found.path, "the patch": adapter_dir}, MergeError)
     deltas = _linear_deltas(adapter, found)
     merged = merged_entries(reader, [adapter])

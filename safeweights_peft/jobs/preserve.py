@@ -25,7 +25,7 @@ from safeweights_peft.jobs.correction import correct, write_corrected
 from safeweights_peft.jobs.progress import Progress, Quiet, advance_to
 from safeweights_peft.jobs.provenance import made_with
 from safeweights_peft.jobs.resume import clear_work, digests, work_dir_beside
-from safeweights_peft.merging.gather import base_state, copies
+from safeweights_peft.merging.gather import find_copies, find_state
 from safeweights_peft.modeling.layout import describe
 from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from safeweights_peft.modeling.tensors import to_numpy
@@ -154,7 +154,7 @@ def _save(
     )
     with draft_copy(reader, out, overwrite=overwrite) as draft:
         write_parameters(draft, model, layout)
-        base_state(draft.reader, artifact.metadata, artifact.indices)
+        find_state(draft.reader, artifact)
         folder = draft.reader.directory
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(folder / RECORD_FILE, record)
@@ -171,7 +171,7 @@ def write_parameters(
 def _write_parameter(draft: CheckpointDraft, parameter: nn.Parameter, record: TensorRecord) -> None:
     """Round a parameter once, to nearest even, into the tensors that hold it on disk."""
     flat = parameter.detach().cpu().to(getattr(torch, record.dtype)).flatten()
-    for copy in copies(draft.reader, record):
+    for copy in find_copies(draft.reader, record):
         for block in copy.blocks:
             start = flat.storage_offset() + block.offset
             tensor = flat.as_strided(block.shape, block.strides, start)

@@ -20,7 +20,7 @@ from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import check_target, publish, write_json
 from safeweights_peft.jobs.progress import Progress, Quiet, advance_to
 from safeweights_peft.jobs.resume import clear_work, work_dir_beside
-from safeweights_peft.merging.gather import base_state
+from safeweights_peft.merging.gather import find_state
 from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from safeweights_peft.patch.io import read_map
 from safeweights_peft.patch.metadata import AdapterMetadata
@@ -53,7 +53,7 @@ def train(
     benign_rows = read_rows(settings.benign)
     safety_map = read_map(map_dir)
     found, device = resolve_base(base, compute.revision), pick_device(compute.device)
-    base_state(CheckpointReader(found.path), safety_map.metadata, safety_map.indices)
+    find_state(CheckpointReader(found.path), safety_map)
     tokenizer = load_tokenizer(found)
     base_model = load_model(found, pick_dtype(compute.dtype, device), device)
     harmful = [

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array, SparseDelta, bits_differ
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import check_apart, check_target, publish
-from safeweights_peft.merging.gather import PathLike, base_entries
+from safeweights_peft.merging.gather import PathLike, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.patch.artifacts import Adapter, Artifact, EncodedPatch, SafetyMap, in_encoding
 from safeweights_peft.patch.io import (
@@ -27,28 +28,16 @@ from safeweights_peft.patch.records import Encoding
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion did.
-
-    Attributes:
-        out_dir: The new directory.
-        encoding: The encoding that was asked for.
-        content_id: What the adapter is, in either encoding.
-        entries: Number of entries.
-        changed_values: How many values are other numbers now, which give the same merged entries.
-        before_bytes: Size of the config and of the tensors before.
-        after_bytes: Their size now.
-        before_bytes_per_entry: Bytes of the tensors per entry before.
-        after_bytes_per_entry: Bytes of the tensors per entry now.
-    """
+    """What a conversion did."""
 
     out_dir: str
-    encoding: str
-    content_id: str
+    encoding: str  # that was asked for
+    content_id: str  # the adapter's, in either encoding
     entries: int
-    changed_values: int
-    before_bytes: int
+    changed_values: int  # that are other numbers now, with the same merged entries
+    before_bytes: int  # of the config and the tensors
     after_bytes: int
-    before_bytes_per_entry: float
+    before_bytes_per_entry: float  # of the tensors alone
     after_bytes_per_entry: float
 
 
@@ -60,25 +49,31 @@ def convert(
     *,
     overwrite: bool = False,
 ) -> ConvertReport:
-    """Write a safety patch or a safety map again in another encoding.
+    """Write a safety patch or a safety map in another encoding.
 
-    The compact encoding stores a patch's values as steps from its base's entries, if that base is
-    given and the patch's scale is 1. Then the merged entries stay the same, bit for bit, and a
-    value becomes the difference of the two. Without a base, values keep their bits.
+    With a base, and at scale 1, the compact encoding stores a patch's values as steps from the
+    base's entries. Then the merged entries stay the same, bit for bit, and a value becomes the
+    difference of the two. Without a base, values keep their bits.
 
     Args:
         adapter_dir: The patch or map.
-        encoding: "plain" or "compact"; a parameter that is not smaller compact is plain.
-        out_dir: Where the directory is to appear, whole or not at all.
-        base_dir: The base's checkpoint; needed to take steps out again.
+        encoding: "plain" or "compact"; a parameter that is not smaller compact stays plain.
+        out_dir: The new directory, which appears whole or not at all.
+        base_dir: The base's checkpoint; also needed to turn steps into values again.
         overwrite: Replace an existing non-empty directory, whatever it holds.
 
     Returns:
-        What was done.
+        What was converted.
 
     Raises:
         FormatError: What was written is not the same adapter, or ``out_dir`` is in the way of an
             input.
+
+    Example:
+        >>> from safeweights_peft import convert
+        >>> report = convert("demo/run/patch", "plain", "plain", "demo/base")
+        >>> report.content_id.startswith("sha256:")
+        True
     """
     check_target(Path(out_dir), overwrite, FormatError)
     inputs = {"adapter_dir": adapter_dir} | ({"base_dir": base_dir} if base_dir else {})
@@ -120,27 +115,27 @@ def _write_map(draft: Path, safety_map: SafetyMap, encoding: Encoding) -> Adapte
 def _write_patch(
     draft: Path, patch: Adapter | EncodedPatch, encoding: Encoding, reader: CheckpointReader | None
 ) -> tuple[AdapterMetadata, int]:
-    """Write a patch, and count the values that are other numbers now, with the same result."""
-    base = None if reader is None else base_entries(reader)
+    """Write a patch, and count the values that become other numbers with the same result."""
+    base = None if reader is None else partial(gather_entries, reader)
     before = patch.decode(base) if isinstance(patch, EncodedPatch) else patch
-    asked = replace(before, metadata=in_encoding(before.metadata, encoding))
-    stepped = encoding is Encoding.COMPACT and base is not None and asked.metadata.may_need_base
-    write_adapter(draft, _in_float32(asked) if stepped else asked, base=base)
+    draft_patch = replace(before, metadata=in_encoding(before.metadata, encoding))
+    stepped = encoding is Encoding.COMPACT and base is not None and before.metadata.may_need_base
+    write_adapter(draft, _widen(draft_patch) if stepped else draft_patch, base=base)
     written = read_adapter(draft, base)
     if reader is not None:
         merged_entries(reader, [written])  # compares with the merged digests
     first, second = (
-        {name: each.values for name, each in adapter.deltas.items()}
+        {name: delta.values for name, delta in adapter.deltas.items()}
         for adapter in (before, written)
     )
     return written.metadata, _count_changed(written, first, second, None if stepped else 0)
 
 
-def _in_float32(adapter: Adapter) -> Adapter:
-    """Widen values, which changes none: steps stand for float32 ones."""
+def _widen(adapter: Adapter) -> Adapter:
+    # Steps stand for float32 values; widening changes none.
     deltas = {
-        name: SparseDelta(each.shape, each.indices, each.values.astype(np.float32))
-        for name, each in adapter.deltas.items()
+        name: SparseDelta(delta.shape, delta.indices, delta.values.astype(np.float32))
+        for name, delta in adapter.deltas.items()
     }
     return Adapter(replace(adapter.metadata, values_dtype="float32"), deltas)
 

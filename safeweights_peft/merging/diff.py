@@ -1,7 +1,4 @@
-"""Where two checkpoints of one architecture differ, tensor by tensor, and what becomes a patch.
-
-Which parameter a tensor belongs to, and which entries are to be kept, is decided in ``pipeline``.
-"""
+"""Compare two checkpoints of one architecture, and make the changed entries part of a patch."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +17,7 @@ from safeweights_peft.delta import (
     index_dtype,
 )
 from safeweights_peft.errors import MergeError
-from safeweights_peft.merging.gather import copies, gather_entries
+from safeweights_peft.merging.gather import find_copies, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.patch.artifacts import Adapter
 from safeweights_peft.patch.blocks import Block
@@ -29,42 +26,25 @@ from safeweights_peft.patch.records import TensorRecord
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The entries of one parameter whose bits differ between two checkpoints.
+    """The entries of one parameter whose bits differ between two checkpoints."""
 
-    Attributes:
-        indices: Their ascending flat indices in the parameter; ``(count,)``.
-        base: The entries before, in the checkpoint's dtype, finite; ``(count,)``.
-        tuned: The entries after; ``(count,)``.
-        values: Float32 values that lead from one to the other; ``(count,)``.
-        exact: Whether the rule gives the tuned bits with them; ``(count,)``.
-    """
-
-    indices: Array
-    base: Array
-    tuned: Array
-    values: Array
-    exact: Array
+    indices: Array  # ascending flat indices in the parameter; (count,)
+    base: Array  # in the checkpoint's dtype, finite; (count,)
+    tuned: Array  # likewise; (count,)
+    values: Array  # float32, from one towards the other; (count,)
+    exact: Array  # whether adding them gives the tuned bits; (count,)
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The part of a change that goes into a patch, and what is lost by it.
+    """The part of a change that goes into a patch, and what is lost by it."""
 
-    Attributes:
-        record: The parameter's record, with the digests of the kept entries.
-        delta: The kept entries.
-        changed: Number of changed entries.
-        inexact: Number of kept entries that don't get the tuned bits.
-        square: Sum of the squared changes.
-        lost_square: Sum of the squared differences that remain.
-    """
-
-    record: TensorRecord
+    record: TensorRecord  # with the digests of the kept entries
     delta: SparseDelta
-    changed: int
-    inexact: int
-    square: float
-    lost_square: float
+    changed: int  # entries of the whole change
+    inexact: int  # kept entries that don't get the tuned bits
+    square: float  # sum of the squared changes
+    lost_square: float  # sum of the squared differences that remain
 
     @property
     def lost(self) -> int:
@@ -80,7 +60,7 @@ def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
         return _differ(base, key, tuned, key)
 
     keys = base.keys()
-    return [key for key, each in zip(keys, in_threads(differs, keys), strict=True) if each]
+    return [key for key, differ in zip(keys, in_threads(differs, keys), strict=True) if differ]
 
 
 def find_change(
@@ -135,8 +115,8 @@ def check_patch(
     """Check that a patch, as it was written, makes the tuned checkpoint's entries of the base's."""
     missed = 0
     for name, (indices, entries) in merged_entries(base, [adapter]).items():
-        wanted = gather_entries(tuned, name, adapter.metadata.tensors[name], indices)
-        missed += int(bits_differ(entries, wanted).sum())
+        expected = gather_entries(tuned, name, adapter.metadata.tensors[name], indices)
+        missed += int(bits_differ(entries, expected).sum())
     if missed != inexact:
         raise MergeError(
             f"{tuned.directory}: expected {inexact} entries that the written patch misses, found "
@@ -164,7 +144,7 @@ def _check_comparable(base: CheckpointReader, tuned: CheckpointReader) -> None:
 
 
 def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> None:
-    own, *tied = copies(reader, record)
+    own, *tied = find_copies(reader, record)
     for copy in tied:
         (first,), (second,) = own.blocks, copy.blocks
         if _differ(reader, first.key, reader, second.key):

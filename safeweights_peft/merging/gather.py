@@ -1,93 +1,75 @@
 """An adapter's entries in a checkpoint: where they are, what they hold, whose they are."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
-from safeweights_peft.errors import BaseMismatchError, CheckpointError
-from safeweights_peft.files import read_json
-from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import TensorRecord, entries_by_block
-from safeweights_peft.patch.stored import BaseEntries
+from safeweights_peft.errors import BaseMismatchError
+from safeweights_peft.patch.artifacts import Artifact
+from safeweights_peft.patch.records import State, TensorRecord, entries_by_block, state_of
 
 PathLike = str | os.PathLike[str]
 
 
-def base_state(
-    reader: CheckpointReader, metadata: AdapterMetadata, indices: Mapping[str, Array]
-) -> Literal["base", "merged"]:
-    """Tell whether a checkpoint is an adapter's base, or already holds its merged values."""
-    is_base = is_merged = True
+def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
+    """Return whose entries a whole checkpoint holds, tied copies included; refuse a mixture."""
+    metadata, state = artifact.metadata, State.EITHER
     for name, record in metadata.tensors.items():
-        for copy in copies(reader, record):
-            found = digest(gather_entries(reader, name, copy, indices[name]))
-            is_base &= found == record.base_digest
-            is_merged &= found == record.merged_digest
-            if not is_base and not is_merged:
+        for copy in find_copies(reader, record):
+            entries = gather_entries(reader, name, copy, artifact.indices[name])
+            found = state_of(entries, record)
+            if not state & found:
+                # What other parameters have ruled out is no longer expected of this one: a half
+                # merged base is neither a base nor a merged model.
+                digests = {State.BASE: record.base_digest, State.MERGED: record.merged_digest}
+                expected = [str(digests[each]) for each in state if digests[each]]
+                revision = f" at revision {metadata.revision}" if metadata.revision else ""
                 raise BaseMismatchError(
                     f"{name}: expected in {copy.keys[0]} of {reader.directory} the values with "
-                    f"digest {record.base_digest}, found {found}; use "
-                    f"{metadata.base_model_name_or_path or 'the base of the adapter'}"
-                    f"{f' at revision {metadata.revision}' if metadata.revision else ''}"
+                    f"digest {' or '.join(expected)}, found {digest(entries)}; use "
+                    f"{metadata.base_model_name_or_path or 'the base of the adapter'}{revision}"
                 )
-    return "base" if is_base else "merged"
+            state &= found
+    return state
+
+
+def check_safety(reader: CheckpointReader, artifact: Artifact) -> None:
+    """Check that a checkpoint holds a map's base, or a patch's base with the patch merged in."""
+    if not find_state(reader, artifact) & artifact.metadata.mode.safe_state:
+        raise BaseMismatchError(
+            f"{reader.directory}: expected the base with the safety patch merged in, found it "
+            "without; give the checkpoint that `safeweights merge` wrote"
+        )
 
 
 def gather_entries(
     reader: CheckpointReader, name: str, record: TensorRecord, indices: Array
 ) -> Array:
-    """Read a parameter's entries from the checkpoint tensors that hold them."""
-    for block in record.blocks:
+    """Read a parameter's entries from the checkpoint tensors that hold them; ``(count,)``."""
+    placed = _place(reader, record)
+    for block in placed.blocks:
         _check_tensor(reader, name, block.key, block.shape, record.dtype)
-    pieces = entries_by_block(record, indices)
+    pieces = entries_by_block(placed, indices)
     return reader.gather_pieces(pieces, indices.size, WEIGHT_DTYPES[record.dtype])
 
 
-def base_entries(reader: CheckpointReader) -> BaseEntries:
-    """Give a base's entries to what decodes a patch or encodes it."""
+def find_copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
+    """Return a record by the checkpoint's own keys: of its blocks, then of each tied key there."""
+    placed = _place(reader, record)
+    own = placed.blocks[0]
+    # Two keys may be one tensor here, where the prefix that told them apart is not saved.
+    tied = dict.fromkeys(map(reader.find_key, record.tied_keys))
+    keys = [key for key in tied if key not in (None, own.key)]
+    return [placed, *(replace(placed, blocks=(replace(own, key=str(key)),)) for key in keys)]
 
-    def read(name: str, record: TensorRecord, indices: Array) -> Array:
-        return gather_entries(reader, name, copies(reader, record)[0], indices)
 
-    return read
-
-
-def copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
-    """Give a record by the checkpoint's own keys: for its blocks, and for each tied key on disk.
-
-    Checkpoints of one model differ in the prefix of their keys. Whoever relies on the
-    entries that are found there compares digests.
-    """
-    blocks = [
+def _place(reader: CheckpointReader, record: TensorRecord) -> TensorRecord:
+    # A key that is nowhere stays as it is, for the message of whoever reads it.
+    blocks = (
         replace(block, key=reader.find_key(block.key) or block.key) for block in record.blocks
-    ]
-    tied = [key for key in map(reader.find_key, record.tied_keys) if key is not None]
-    return [replace(record, blocks=tuple(blocks))] + [
-        replace(record, blocks=(replace(blocks[0], key=key),)) for key in tied
-    ]
-
-
-def check_floats(reader: CheckpointReader) -> None:
-    """Refuse a checkpoint whose weights are quantized to integers.
-
-    Scaled float8 weights are what they are on disk; a patch fits them or not, as digests tell.
-    """
-    config = reader.directory / "config.json"
-    described = read_json(config, CheckpointError) if config.is_file() else {}
-    quantization = described.get("quantization_config")
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    for key in reader.keys():
-        dtype = reader.info(key).dtype
-        if not dtype.lower().startswith(("f", "bf")):
-            raise CheckpointError(
-                f"{reader.directory}: expected float weights, found {key} in {dtype}, quantized by "
-                f"{str(method)[:80]!r}; use the model that was quantized"
-            )
+    )
+    return replace(record, blocks=tuple(blocks), tied_keys=())
 
 
 def _check_tensor(

@@ -1,32 +1,37 @@
-"""Merge safety patches into a checkpoint where it lies, and take the merge back out.
+"""Merge safety patches into a checkpoint in place, and undo such a merge.
 
-The time goes with the patches, not with the checkpoint. What is changed stands in an undo journal
-beforehand (see ``undo``), so that after an interruption the next call finishes or undoes it.
+The time goes with the patches, not with the checkpoint.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import MergeError
-from safeweights_peft.merging.edits import edits
 from safeweights_peft.merging.gather import PathLike
 from safeweights_peft.merging.merge import MergeReport, open_base
-from safeweights_peft.merging.patches import Adapters, OnOverlap, Patch, overlaps, read_patches
-from safeweights_peft.merging.undo import UNDO_DIR, UndoJournal, find_journal, sweep, write_journal
+from safeweights_peft.merging.sums import (
+    Adapters,
+    OnOverlap,
+    PatchSet,
+    find_edits,
+    gather_base,
+    read_patches,
+)
+from safeweights_peft.merging.undo import (
+    UNDO_DIR,
+    UndoJournal,
+    check_own_files,
+    find_journal,
+    sweep,
+    write_journal,
+)
+from safeweights_peft.patch.records import State
 
 
 @dataclass(frozen=True)
 class UnmergeReport:
-    """What an unmerge did.
-
-    Attributes:
-        directory: The checkpoint.
-        tensors: Number of checkpoint tensors restored, tied copies included.
-        entries: Number of entries restored, tied copies included.
-        seconds: Wall time.
-    """
+    """What an unmerge did; counts include tied copies."""
 
     directory: str
     tensors: int
@@ -37,18 +42,18 @@ class UnmergeReport:
 def merge_in_place(
     base_dir: PathLike, adapters: Adapters, *, on_overlap: OnOverlap = "add"
 ) -> MergeReport:
-    """Add safety patches to the checkpoint that they were made for, by changing its files.
+    """Merge safety patches into the checkpoint that they were made for, by changing its files.
 
     All is checked before anything is changed. An interrupted merge is finished by the same call,
-    or undone by :func:`unmerge`. The same call on what it has finished changes nothing.
+    or undone by :func:`unmerge`. The same call on a finished merge changes nothing.
 
     Args:
         base_dir: The base's checkpoint, which becomes the merged one.
         adapters: As for :func:`merge`.
-        on_overlap: What to do where patches change the same entries.
+        on_overlap: As for :func:`merge`.
 
     Returns:
-        What was done.
+        What was merged.
 
     Raises:
         AlreadyMergedError: The base already holds the merged values, and not by such a call.
@@ -56,20 +61,32 @@ def merge_in_place(
         CheckpointError: The checkpoint was changed since an interrupted merge.
         MergeError: A patch cannot be merged, the shards belong to other places too, or something
             else is merged in place already.
+
+    Example:
+        >>> from safeweights_peft import merge_in_place, unmerge
+        >>> merged = merge_in_place("demo/base", "demo/run/patch")
+        >>> unmerge("demo/base").tensors == merged.tensors
+        True
     """
     started = time.perf_counter()
-    patches = read_patches(adapters)
-    shared = overlaps(patches, on_overlap)
-    journal = _begun(CheckpointReader(base_dir), patches)
+    patches = read_patches(adapters, on_overlap)
+    journal = _find_same_merge(CheckpointReader(base_dir), patches)
     if journal is None:
         reader = open_base(base_dir)
         check_own_files(reader)
         sweep(reader.directory)
-        described = [patch.described for patch in patches]
-        journal = write_journal(reader, described, edits(reader, patches))
-    journal.write("merged")
-    size_bytes = CheckpointReader(base_dir).size_bytes
-    return MergeReport.of(base_dir, size_bytes, patches, shared, journal.tensors, started)
+        edits = find_edits(gather_base(reader, patches))
+        journal = write_journal(reader, patches.summaries, edits)
+    journal.write(State.MERGED)
+    return MergeReport(
+        out_dir=str(base_dir),
+        patches=patches.summaries,
+        overlap=patches.overlap,
+        tensors=journal.tensors,
+        entries=patches.entries,
+        size_bytes=journal.reader.size_bytes,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def unmerge(directory: PathLike) -> UnmergeReport:
@@ -79,11 +96,18 @@ def unmerge(directory: PathLike) -> UnmergeReport:
         directory: The checkpoint.
 
     Returns:
-        What was done.
+        What was restored.
 
     Raises:
         CheckpointError: The checkpoint or its undo journal was changed since.
         MergeError: There is no undo journal.
+
+    Example:
+        >>> from safeweights_peft import merge_in_place, unmerge, verify
+        >>> merged = merge_in_place("demo/base", "demo/run/patch")
+        >>> restored = unmerge("demo/base")
+        >>> verify("demo/run/patch", "demo/base").ok
+        True
     """
     started = time.perf_counter()
     reader = CheckpointReader(directory)
@@ -95,45 +119,24 @@ def unmerge(directory: PathLike) -> UnmergeReport:
             "in place here; use the base that was merged"
         )
     check_own_files(reader)
-    journal.state()
-    journal.write("base")
-    report = UnmergeReport(
-        str(directory), journal.tensors, journal.entries, time.perf_counter() - started
-    )
+    journal.state()  # refuses a checkpoint that was changed since
+    journal.write(State.BASE)
     journal.remove()
     sweep(reader.directory)
-    return report
+    seconds = time.perf_counter() - started
+    return UnmergeReport(str(directory), journal.tensors, journal.entries, seconds)
 
 
-def check_own_files(reader: CheckpointReader) -> None:
-    """Check that a checkpoint's shards may be changed: that no other place shares them."""
-    for shard in reader.index.shards:
-        path = reader.directory / shard
-        if path.is_symlink() or path.stat().st_nlink > 1:
-            raise MergeError(
-                f"{path}: expected a file of its own, found a link, as in the Hugging Face cache, "
-                "so that others would change too; write a merged copy elsewhere"
-            )
-        try:
-            path.open("r+b").close()
-        except OSError as reason:
-            raise MergeError(
-                f"{path}: expected a file that may be changed, found {reason}; "
-                "write a merged copy elsewhere"
-            ) from reason
-
-
-def _begun(reader: CheckpointReader, patches: Sequence[Patch]) -> UndoJournal | None:
+def _find_same_merge(reader: CheckpointReader, patches: PatchSet) -> UndoJournal | None:
     """Find the journal of the same merge, interrupted or done; refuse any other."""
     journal = find_journal(reader)
     if journal is None:
         return None
-    wanted = [(each.described.content_id, each.described.scale) for each in patches]
-    found = [(each.get("content_id"), each.get("scale")) for each in journal.patches]
     state = journal.state()
-    if found != wanted:
-        kind = "merge" if state == "merged" else "unfinished merge"
-        names = ", ".join(str(each.get("adapter"))[:200] for each in journal.patches)
+    expected = [(patch.content_id, patch.scale) for patch in patches.summaries]
+    if expected != [(patch.get("content_id"), patch.get("scale")) for patch in journal.patches]:
+        kind = "merge" if State.MERGED in state else "unfinished merge"
+        names = ", ".join(str(patch.get("adapter"))[:200] for patch in journal.patches)
         raise MergeError(
             f"{reader.directory}: expected nothing merged in place, found the {kind} of {names}; "
             "unmerge it first, then merge all patches at once"

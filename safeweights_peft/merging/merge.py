@@ -1,79 +1,50 @@
-"""Merge safety patches into a checkpoint as a new one.
+"""Merge safety patches into a checkpoint as a new one, or tell what merging them would need."""
 
-Files are copied as they are, then only the touched entries are overwritten, so memory stays at the
-patches and what becomes of their entries. Several shards are under way at a time: while one goes to
-the disk, another is copied.
-"""
-
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
-from safeweights_peft.delta import Array
+from safeweights_peft.checkpoint.threads import THREADS
+from safeweights_peft.checkpoint.windows import WINDOW_BYTES
+from safeweights_peft.checkpoint.writer import (
+    CheckpointDraft,
+    Progress,
+    draft_copy,
+    files_to_copy,
+)
+from safeweights_peft.delta import DTYPES, Array, index_dtype
 from safeweights_peft.errors import CheckpointError, MergeError
-from safeweights_peft.files import check_apart, check_target, sync
-from safeweights_peft.merging.edits import edits
-from safeweights_peft.merging.gather import PathLike, check_floats
-from safeweights_peft.merging.patches import (
+from safeweights_peft.files import check_apart, check_target, read_json, sync
+from safeweights_peft.merging.gather import PathLike
+from safeweights_peft.merging.sums import (
     Adapters,
     MergedPatch,
     OnOverlap,
     Overlap,
-    Patch,
-    count_entries,
-    overlaps,
+    PatchSet,
+    find_edits,
+    gather_base,
     read_patches,
 )
-from safeweights_peft.merging.undo import find_journal
+from safeweights_peft.merging.undo import check_own_files, find_journal, journal_bytes
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """What a merge did."""
 
-    Attributes:
-        out_dir: The merged checkpoint.
-        patches: What was merged, in the order in which it was added up.
-        overlap: How many entries every two patches share in every parameter, where they do.
-        tensors: Number of checkpoint tensors changed, tied copies included.
-        entries: Number of entries that the patches change, each counted once.
-        size_bytes: Size of the merged shards.
-        seconds: Wall time.
-    """
-
-    out_dir: str
-    patches: tuple[MergedPatch, ...]
+    out_dir: str  # the merged checkpoint
+    patches: tuple[MergedPatch, ...]  # in the order in which they were added up
     overlap: tuple[Overlap, ...]
-    tensors: int
-    entries: int
-    size_bytes: int
+    tensors: int  # changed in the checkpoint, tied copies included
+    entries: int  # changed, each counted once
+    size_bytes: int  # of all shards
     seconds: float
-
-    @classmethod
-    def of(
-        cls,
-        out_dir: PathLike,
-        size_bytes: int,
-        patches: Sequence[Patch],
-        overlap: tuple[Overlap, ...],
-        tensors: int,
-        started: float,
-    ) -> Self:
-        """Describe a merge that is done."""
-        return cls(
-            out_dir=str(out_dir),
-            patches=tuple(patch.described for patch in patches),
-            overlap=overlap,
-            tensors=tensors,
-            entries=count_entries(patches),
-            size_bytes=size_bytes,
-            seconds=time.perf_counter() - started,
-        )
 
 
 def merge(
@@ -85,78 +56,156 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Add safety patches to the checkpoint that they were made for, as a new checkpoint.
+    """Merge safety patches into a copy of the checkpoint that they were made for.
 
     The patches and the base are checked before anything is written, the result before it appears.
-    Several patches are added up in the order given, by :func:`safeweights_peft.delta.sum_rounded`.
+    Several patches are added up in the order given: each value times its scale, summed in float32,
+    rounded once to the base's dtype.
 
     Args:
         base_dir: The base's checkpoint.
         adapters: A patch's directory, or several; each alone, or with a factor on its values on
             top of the patch's own: ``[first, (second, 0.5)]``.
-        out_dir: Where the merged checkpoint is to appear, whole or not at all.
-        on_overlap: What to do where patches change the same entries.
+        out_dir: The merged checkpoint, which appears whole or not at all.
+        on_overlap: Where patches change the same entries, "add" them up or raise an "error".
         overwrite: Replace an existing non-empty directory, whatever it holds.
-        progress: Told of the bytes copied.
+        progress: Called with the bytes copied so far, and the bytes to copy.
 
     Returns:
-        What was done.
+        What was merged.
 
     Raises:
         AlreadyMergedError: The base already holds the merged values of a patch.
         BaseMismatchError: A patch was made for another base.
         CheckpointError: The base is quantized to integers, or half merged in place.
-        MergeError: A patch is a safety map, a scale is not finite, patches share entries and are
-            not to, or ``out_dir`` is in the way of an input.
+        MergeError: A patch is a safety map, a scale is not finite, patches overlap and may not, or
+            ``out_dir`` is in the way of an input.
+
+    Example:
+        >>> from safeweights_peft import merge
+        >>> report = merge("demo/base", "demo/run/patch", "merged")
+        >>> report.entries == report.patches[0].entries > 0
+        True
     """
     started = time.perf_counter()
     check_target(Path(out_dir), overwrite, MergeError)
-    patches = read_patches(adapters)
-    for patch in patches:
-        inputs = {"base_dir": base_dir, "adapter_dir": patch.described.adapter}
-        check_apart(Path(out_dir), inputs, MergeError)
-    shared = overlaps(patches, on_overlap)
+    patches = read_patches(adapters, on_overlap)
+    for patch in patches.summaries:
+        check_apart(Path(out_dir), {"base_dir": base_dir, "adapter_dir": patch.adapter}, MergeError)
     reader = open_base(base_dir)
+    # All sums come first, so that nothing is written for a base that is refused. What the base
+    # holds is let go: memory stays at the patches and what their entries become.
     changes: dict[str, list[tuple[str, Array, Array]]] = {name: [] for name in reader.index.shards}
-    for edit in edits(reader, patches):  # what the base holds is let go
+    for edit in find_edits(gather_base(reader, patches)):
         changes[reader.info(edit.key).shard].append((edit.key, edit.indices, edit.merged))
 
     def write(draft: CheckpointDraft, shard: str) -> None:
         for change in changes[shard]:
             draft.patch(*change)
+        # Synced here, a shard goes to the disk while others are copied.
         sync(draft.reader.directory / shard)
 
     copying = draft_copy(reader, out_dir, overwrite=overwrite, progress=progress, change=write)
     with copying as draft:
-        path = draft.reader.directory / CARD_FILE
-        path.write_text(_describe(patches, shared), encoding="utf-8")
-        size_bytes = CheckpointReader(draft.reader.directory).size_bytes  # opened as a user will
-    tensors = sum(map(len, changes.values()))
-    return MergeReport.of(out_dir, size_bytes, patches, shared, tensors, started)
+        folder = draft.reader.directory
+        (folder / CARD_FILE).write_text(_describe(patches), encoding="utf-8")
+        size_bytes = CheckpointReader(folder).size_bytes  # opened as a user will
+    return MergeReport(
+        out_dir=str(out_dir),
+        patches=patches.summaries,
+        overlap=patches.overlap,
+        tensors=sum(map(len, changes.values())),
+        entries=patches.entries,
+        size_bytes=size_bytes,
+        seconds=time.perf_counter() - started,
+    )
 
 
-def _describe(patches: Sequence[Patch], shared: Sequence[Overlap]) -> str:
+def plan(
+    base_dir: PathLike,
+    adapters: Adapters,
+    out_dir: PathLike | None,
+    *,
+    on_overlap: OnOverlap = "add",
+) -> dict[str, Any]:
+    """Return what merging, in place without `out_dir`, would change and need, and write nothing."""
+    patches = read_patches(adapters, on_overlap)
+    reader = open_base(base_dir)
+    tensors = largest = undo_bytes = merged_bytes = 0
+    for edit in find_edits(gather_base(reader, patches)):
+        tensors += 1
+        largest = max(largest, reader.info(edit.key).size_bytes)
+        undo_bytes += journal_bytes(reader, edit.key, edit.indices.size)
+        merged_bytes += edit.merged.nbytes
+    if out_dir is None:
+        check_own_files(reader)
+        write_bytes, new_bytes, place = undo_bytes, 0, reader.directory
+    else:
+        write_bytes, new_bytes = sum(files_to_copy(reader).values()), merged_bytes
+        path = Path(out_dir).absolute()
+        place = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(place).free
+    windows = THREADS * min(largest, WINDOW_BYTES)
+    return {
+        "tensors": tensors,
+        "entries": patches.entries,
+        "overlap": [asdict(overlap) for overlap in patches.overlap],
+        "write_bytes": write_bytes,
+        "memory_bytes": windows + sum(_sizes(patches)) + new_bytes,
+        "free_bytes": free_bytes,
+        "fits": write_bytes <= free_bytes,
+    }
+
+
+def _describe(patches: PatchSet) -> str:
     """Write the card of a merged checkpoint."""
-    base = patches[0].adapter.metadata
+    base = patches.patches[0].adapter.metadata
     return render_card(
         "merged",
         *(base.base_model_name_or_path, base.revision),
         patches=[
-            asdict(patch.described) | {"name": Path(patch.described.adapter).resolve().name}
-            for patch in patches
+            asdict(patch) | {"name": Path(patch.adapter).resolve().name}
+            for patch in patches.summaries
         ],
-        shared=sum(overlap.entries for overlap in shared),
+        shared=sum(overlap.entries for overlap in patches.overlap),
     )
 
 
 def open_base(base_dir: PathLike) -> CheckpointReader:
-    """Open a checkpoint that patches are to be merged into, as far as headers tell."""
+    """Open a checkpoint that patches are to be merged into, and check it as far as headers tell."""
     reader = CheckpointReader(base_dir)
-    check_floats(reader)
+    _check_floats(reader)
     journal = find_journal(reader)
-    if journal is not None and journal.state() == "unfinished":
+    if journal is not None and not journal.state():
         raise CheckpointError(
             f"{base_dir}: expected a whole checkpoint, found an unfinished merge; "
             "run `safeweights unmerge` on it, or the same merge again"
         )
     return reader
+
+
+def _check_floats(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint whose weights are quantized to integers."""
+    # Scaled float8 weights are what they are on disk; a patch fits them or not, as digests tell.
+    config = reader.directory / "config.json"
+    described = read_json(config, CheckpointError) if config.is_file() else {}
+    quantization = described.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    for key in reader.keys():
+        dtype = reader.info(key).dtype
+        if not dtype.lower().startswith(("f", "bf")):
+            raise CheckpointError(
+                f"{reader.directory}: expected float weights, found {key} in {dtype}, quantized by "
+                f"{str(method)[:80]!r}; use the model that was quantized"
+            )
+
+
+def _sizes(patches: PatchSet) -> Iterator[int]:
+    """Count the bytes of each parameter's entries in memory, patch by patch."""
+    for patch in patches.patches:
+        metadata = patch.adapter.metadata
+        for record in metadata.tensors.values():
+            value_bytes = DTYPES[metadata.values_dtype].itemsize
+            yield (index_dtype(record.numel).itemsize + value_bytes) * record.count

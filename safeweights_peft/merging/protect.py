@@ -1,11 +1,6 @@
-"""Put a base's safety entries back into a model that was fine-tuned without protection.
-
-What training would have kept (see ``training.preserve``) is restored after the fact: the tuned
-checkpoint is copied, and the entries of a safety map or patch are overwritten with the base's.
-"""
+"""Put a base's safety entries back into a model that was fine-tuned without protection."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,34 +9,24 @@ import numpy as np
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
 from safeweights_peft.delta import DTYPES, Array, bits_differ
-from safeweights_peft.errors import BaseMismatchError, MergeError
+from safeweights_peft.errors import MergeError
 from safeweights_peft.files import check_apart, check_target
-from safeweights_peft.merging.gather import PathLike, base_state, copies, gather_entries
+from safeweights_peft.merging.gather import PathLike, check_safety, find_copies, gather_entries
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
-from safeweights_peft.patch.records import Mode, TensorRecord, entries_by_block
+from safeweights_peft.patch.records import TensorRecord, entries_by_block
 
 
 @dataclass(frozen=True)
 class ProtectReport:
-    """What was put back.
-
-    Attributes:
-        out_dir: The protected checkpoint.
-        tensors: Number of checkpoint tensors that the entries are in, tied copies included.
-        entries: Number of entries of the safety map or patch.
-        changed: How many of them the fine-tuning had moved, counted once per parameter.
-        largest_change: The furthest that one had moved.
-        size_bytes: Size of the protected shards.
-        seconds: Wall time.
-    """
+    """What was put back."""
 
     out_dir: str
-    tensors: int
-    entries: int
-    changed: int
+    tensors: int  # of the checkpoint, tied copies included
+    entries: int  # of the safety map or patch
+    changed: int  # how many of them fine-tuning had moved
     largest_change: float
-    size_bytes: int
+    size_bytes: int  # of all shards
     seconds: float
 
 
@@ -54,19 +39,19 @@ def protect(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ProtectReport:
-    """Write a tuned checkpoint with its base's entries at the indices of a safety map or patch.
+    """Copy a tuned checkpoint, with its base's entries at the indices of a safety map or patch.
 
-    The tuned checkpoint is left as it is. Where it has another dtype than the base, the base's
-    entries are rounded to it, to nearest even. All is checked before anything is written, and the
-    entries once more before the result appears.
+    Where the tuned checkpoint has another dtype than the base, the base's entries are rounded to
+    it, to nearest even. All is checked before anything is written, and the entries once more before
+    the result appears.
 
     Args:
         tuned_dir: The fine-tuned checkpoint.
         base_dir: What it was tuned from: the map's base, or the patch's base with the patch merged.
         artifact_dir: The safety map or patch.
-        out_dir: Where the protected checkpoint is to appear, whole or not at all.
+        out_dir: The protected checkpoint, which appears whole or not at all.
         overwrite: Replace an existing non-empty directory, whatever it holds.
-        progress: Told of the bytes copied.
+        progress: Called with the bytes copied so far, and the bytes to copy.
 
     Returns:
         What was put back.
@@ -75,6 +60,12 @@ def protect(
         BaseMismatchError: The base is not the map's, or does not hold the patch.
         MergeError: The tuned checkpoint lacks a tensor or has it in another shape, or ``out_dir``
             is in the way of an input.
+
+    Example:
+        >>> from safeweights_peft import protect
+        >>> tuned = "demo/base"  # here your fine-tuned model
+        >>> protect(tuned, "demo/base", "demo/run/map", "protected").changed
+        0
     """
     started = time.perf_counter()
     check_target(Path(out_dir), overwrite, MergeError)
@@ -82,22 +73,17 @@ def protect(
     check_apart(Path(out_dir), inputs, MergeError)
     artifact = read_artifact(artifact_dir)
     base, tuned = CheckpointReader(base_dir), CheckpointReader(tuned_dir)
-    _check_base(base, artifact)
-    records = {name: list(_tuned_copies(tuned, name, artifact)) for name in artifact.indices}
-    tensors = changed = 0
-    largest = 0.0
+    check_safety(base, artifact)
+    copies = {name: _find_tuned(tuned, name, artifact) for name in artifact.indices}
     with draft_copy(tuned, out_dir, overwrite=overwrite, progress=progress) as draft:
-        for name, found in records.items():
-            moved, furthest = _put_back(base, draft, artifact, name, found)
-            tensors += sum(len(each.blocks) for each in found)
-            changed, largest = changed + moved, max(largest, furthest)
+        moves = [_put_back(base, draft, artifact, name, copies[name]) for name in copies]
         size_bytes = CheckpointReader(draft.reader.directory).size_bytes
     return ProtectReport(
         out_dir=str(out_dir),
-        tensors=tensors,
-        entries=sum(each.size for each in artifact.indices.values()),
-        changed=changed,
-        largest_change=largest,
+        tensors=sum(len(copy.blocks) for records in copies.values() for copy in records),
+        entries=sum(indices.size for indices in artifact.indices.values()),
+        changed=sum(changed for changed, _ in moves),
+        largest_change=max((distance for _, distance in moves), default=0.0),
         size_bytes=size_bytes,
         seconds=time.perf_counter() - started,
     )
@@ -106,28 +92,19 @@ def protect(
 def put_back(base: CheckpointReader, draft: CheckpointDraft, artifact: Artifact) -> None:
     """Overwrite an artifact's entries in a changed copy of its base with the base's own."""
     for name, record in artifact.metadata.tensors.items():
-        _put_back(base, draft, artifact, name, copies(base, record))
+        _put_back(base, draft, artifact, name, find_copies(base, record))
 
 
-def _check_base(base: CheckpointReader, artifact: Artifact) -> None:
-    """Refuse a base without the safety that is to be kept: that of a patch must be merged in."""
-    state = base_state(base, artifact.metadata, artifact.indices)
-    if artifact.metadata.mode is Mode.SET and state == "base":
-        raise BaseMismatchError(
-            f"{base.directory}: expected the base with the safety patch merged in, found it "
-            "without; give the checkpoint that `safeweights merge` wrote"
-        )
-
-
-def _tuned_copies(tuned: CheckpointReader, name: str, artifact: Artifact) -> Iterator[TensorRecord]:
+def _find_tuned(tuned: CheckpointReader, name: str, artifact: Artifact) -> list[TensorRecord]:
     """Find a parameter in the tuned checkpoint, tied copies included, in the dtype it has there."""
-    for copy in copies(tuned, artifact.metadata.tensors[name]):
+    copies = []
+    for copy in find_copies(tuned, artifact.metadata.tensors[name]):
         for block in copy.blocks:
-            found = tuned.info(block.key).shape if block.key in tuned else None
-            if found != block.shape:
+            shape = tuned.info(block.key).shape if block.key in tuned else None
+            if shape != block.shape:
                 raise MergeError(
                     f"{name}: expected {block.key} of shape {list(block.shape)} in "
-                    f"{tuned.directory}, found {'none' if found is None else list(found)}; give a "
+                    f"{tuned.directory}, found {'none' if shape is None else list(shape)}; give a "
                     "model that was tuned from this base, unresized"
                 )
         dtypes = {tuned.info(block.key).dtype for block in copy.blocks}
@@ -136,7 +113,8 @@ def _tuned_copies(tuned: CheckpointReader, name: str, artifact: Artifact) -> Ite
                 f"{name}: expected one of the dtypes {', '.join(DTYPES)} in {tuned.directory}, "
                 f"found {', '.join(sorted(dtypes))}; save the tuned model in one of them"
             )
-        yield replace(copy, dtype=dtypes.pop())
+        copies.append(replace(copy, dtype=dtypes.pop()))
+    return copies
 
 
 def _put_back(
@@ -144,24 +122,21 @@ def _put_back(
     draft: CheckpointDraft,
     artifact: Artifact,
     name: str,
-    found: list[TensorRecord],
+    copies: list[TensorRecord],
 ) -> tuple[int, float]:
-    """Overwrite one parameter's entries, and tell how many had moved, how far."""
+    """Overwrite one parameter's entries; return how many had moved, and how far at most."""
     indices = artifact.indices[name]
-    own = copies(base, artifact.metadata.tensors[name])[0]
-    original = gather_entries(base, name, own, indices)
-    before = gather_entries(draft.reader, name, found[0], indices)
-    for record in found:
+    original = gather_entries(base, name, artifact.metadata.tensors[name], indices)
+    before = gather_entries(draft.reader, name, copies[0], indices)
+    for record in copies:
         entries = original.astype(DTYPES[record.dtype])
         for key, (positions, local) in entries_by_block(record, indices).items():
             draft.patch(key, local, entries[positions])
-    return _distance(before, original.astype(before.dtype))
+    return _measure(before, original.astype(before.dtype))
 
 
-def _distance(before: Array, after: Array) -> tuple[int, float]:
-    """Count the entries whose bits differ, and measure the largest difference."""
-    moved = bits_differ(before, after)
-    if not moved.any():
-        return 0, 0.0
+def _measure(before: Array, after: Array) -> tuple[int, float]:
+    """Count the entries whose bits differ, and find the largest difference."""
+    moved = np.flatnonzero(bits_differ(before, after))
     distance = np.abs(before[moved].astype(np.float64) - after[moved].astype(np.float64))
-    return int(moved.sum()), float(distance.max())
+    return moved.size, float(distance.max(initial=0.0))

@@ -1,11 +1,12 @@
-"""What a checkpoint's entries are once patches are merged: by parameter, ready to be put anywhere.
+"""Patches that are merged together: read, checked against each other, and added up."""
 
-Nothing is written here. ``edits`` brings the entries to the tensors of a checkpoint; a model that
-is being loaded, and exports, take them as they are.
-"""
-
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,89 +14,199 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.threads import in_threads
 from safeweights_peft.delta import Array, add_rounded, bits_differ, digest, sum_rounded
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError
-from safeweights_peft.merging.gather import base_state, copies, gather_entries
-from safeweights_peft.merging.patches import (
-    Patch,
-    changed_entries,
-    check_together,
-    describe_patch,
-    parameters,
-)
+from safeweights_peft.merging.gather import PathLike, find_copies, find_state, gather_entries
 from safeweights_peft.patch.artifacts import AnyPatch
-from safeweights_peft.patch.records import TensorRecord
+from safeweights_peft.patch.io import read_metadata, read_patch
+from safeweights_peft.patch.records import Mode, State, TensorRecord, entries_by_block, state_of
+
+OnOverlap = Literal["add", "error"]
+"""What to do where patches change the same entries: add them up, or refuse."""
+
+Adapters = PathLike | Sequence[PathLike | tuple[PathLike, float]]
+"""The directory of a patch, or of several, each alone or with a factor on top of its own."""
+
+
+@dataclass(frozen=True)
+class MergedPatch:
+    """One patch of a merge, as reports and the undo journal describe it."""
+
+    adapter: str  # its directory
+    content_id: str
+    scale: float  # its own times the requested one
+    entries: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Entries of one parameter that two patches change."""
+
+    left: str  # directory of the first patch
+    right: str  # directory of the second
+    tensor: str
+    entries: int
 
 
 @dataclass(frozen=True, eq=False)
-class MergedParameter:
-    """What patches make of one parameter.
+class Patch:
+    """A patch that has been read, and what is reported of it."""
 
-    Attributes:
-        name: The parameter.
-        copies: Where it lies in the checkpoint, tied copies included.
-        indices: The ascending flat indices of the entries that change; ``(count,)``.
-        base: The base's entries there, in the checkpoint's dtype; ``(count,)``.
-        merged: What they become; ``(count,)``.
-    """
+    adapter: AnyPatch
+    summary: MergedPatch
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSet:
+    """Patches that are merged together, in the order in which they are added up."""
+
+    patches: Sequence[Patch]
+    overlap: tuple[Overlap, ...]
+    records: dict[str, TensorRecord]
+    indices: dict[str, Array]  # ascending flat indices of every entry that changes; (count,)
+
+    @property
+    def summaries(self) -> tuple[MergedPatch, ...]:
+        """What is reported of each patch."""
+        return tuple(patch.summary for patch in self.patches)
+
+    @property
+    def entries(self) -> int:
+        """Number of entries that change, each counted once."""
+        return sum(indices.size for indices in self.indices.values())
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterEntries:
+    """The entries of one parameter that patches change, as the base holds them."""
 
     name: str
-    copies: list[TensorRecord]
-    indices: Array
-    base: Array
-    merged: Array
+    copies: Sequence[TensorRecord]  # by the checkpoint's keys, tied copies included
+    indices: Array  # ascending flat indices; (count,)
+    base: Array  # in the checkpoint's dtype; (count,)
+    terms: Sequence[tuple[Patch, Any]]  # each patch with entries here, and their positions
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """New entries of one checkpoint tensor."""
+
+    key: str
+    indices: Array  # flat indices in the tensor, at least one, in any order; (count,)
+    base: Array  # in the tensor's dtype; (count,)
+    merged: Array  # likewise; (count,)
+
+
+def read_patches(adapters: Adapters, on_overlap: OnOverlap = "add") -> PatchSet:
+    """Read some patches, and check that they can be merged together."""
+    several = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
+    if not several:
+        raise MergeError("adapters: expected at least one patch, found none; give its directory")
+    pairs = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in several]
+    return combine([_read(*pair) for pair in pairs], on_overlap)
+
+
+def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
+    """Say what is merged of a patch that has been read."""
+    factor = adapter.metadata.scale * scale
+    if not math.isfinite(factor) or abs(factor) > float(np.finfo(np.float32).max):
+        raise MergeError(
+            f"scale: expected a factor that is finite in float32, found {factor}; "
+            "give a smaller one"
+        )
+    entries = sum(indices.size for indices in adapter.indices.values())
+    return Patch(adapter, MergedPatch(source, str(adapter.metadata.content_id), factor, entries))
+
+
+def combine(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> PatchSet:
+    """Check that patches can be added up, and find what they change together."""
+    for left, right in combinations(patches, 2):
+        _check_pair(left, right)
+    overlap = tuple(_find_overlaps(patches))
+    if overlap and on_overlap == "error":
+        first = overlap[0]
+        raise MergeError(
+            f"{first.tensor}: expected patches that change different entries, found "
+            f"{first.entries} of {first.left} in {first.right} too; leave one patch out, or let "
+            "them add up"
+        )
+    records: dict[str, TensorRecord] = {}
+    parts: dict[str, list[Array]] = {}
+    for patch in patches:
+        records = patch.adapter.metadata.tensors | records
+        for name, indices in patch.adapter.indices.items():
+            parts.setdefault(name, []).append(indices)
+    return PatchSet(
+        patches, overlap, records, {name: reduce(np.union1d, part) for name, part in parts.items()}
+    )
 
 
 def merged_entries(
     reader: CheckpointReader, adapters: Sequence[AnyPatch]
 ) -> dict[str, tuple[Array, Array]]:
-    """Compute the entries that patches change, from their base; only these entries are read."""
-    patches = [describe_patch(each, f"adapter {n}") for n, each in enumerate(adapters, 1)]
-    check_together(patches)
-    return {each.name: (each.indices, each.merged) for each in merge_parameters(reader, patches)}
+    """Compute what patches make of their base's entries: by parameter, indices and new entries."""
+    patches = [describe_patch(adapter, f"adapter {n}") for n, adapter in enumerate(adapters, 1)]
+    parameters = gather_base(reader, combine(patches))
+    return {entries.name: (entries.indices, merged) for entries, merged in add_up(parameters)}
 
 
-def merge_parameters(
-    reader: CheckpointReader, patches: Sequence[Patch]
-) -> Iterator[MergedParameter]:
-    """Add up the values of patches for all parameters, and check the base and the results."""
+def gather_base(reader: CheckpointReader, patches: PatchSet) -> Iterator[ParameterEntries]:
+    """Read the entries that patches change, each once, and check that they are the base's."""
 
-    def merge(named: tuple[str, TensorRecord]) -> MergedParameter:
-        name, record = named
-        found = copies(reader, record)
-        indices = changed_entries(patches, name)
-        base, *others = (gather_entries(reader, name, each, indices) for each in found)
-        if any(bits_differ(base, other).any() for other in others):
+    def gather(name: str) -> ParameterEntries:
+        indices, copies = patches.indices[name], find_copies(reader, patches.records[name])
+        base, *tied = (gather_entries(reader, name, copy, indices) for copy in copies)
+        terms = [
+            (patch, _positions(own, indices))
+            for patch in patches.patches
+            if (own := patch.adapter.indices.get(name)) is not None
+        ]
+        if any(bits_differ(base, copy).any() for copy in tied) or not all(
+            state_of(base[where], patch.adapter.metadata.tensors[name]) & State.BASE
+            for patch, where in terms
+        ):
             _refuse_base(reader, patches, name)
-        return MergedParameter(
-            name, found, indices, base, _merge(reader, patches, name, indices, base)
-        )
+        return ParameterEntries(name, copies, indices, base, terms)
 
-    yield from in_threads(merge, parameters(patches).items())
+    return in_threads(gather, patches.indices)
 
 
-def _merge(
-    reader: CheckpointReader, patches: Sequence[Patch], name: str, indices: Array, base: Array
-) -> Array:
-    """Add up the values of patches for one parameter, and check both its ends."""
-    terms = []
-    for patch in patches:
-        own = patch.indices(name)
-        if own is None:
-            continue
-        scale, record = patch.described.scale, patch.adapter.metadata.tensors[name]
-        where = ... if own.size == indices.size else np.searchsorted(indices, own)
-        own_base = base[where]
-        if digest(own_base) != record.base_digest:
-            _refuse_base(reader, patches, name)
-        values = patch.adapter.values(name, own_base)
-        terms.append((where, values, scale))
-        if scale == patch.adapter.metadata.scale:
-            found = digest(add_rounded(own_base, values, scale))
-            if found != record.merged_digest:
-                raise MergeError(
-                    f"{name}: expected merged entries with digest {record.merged_digest}, found "
-                    f"{found}; the adapter contradicts itself, do not use it"
-                )
+def add_up(parameters: Iterable[ParameterEntries]) -> Iterator[tuple[ParameterEntries, Array]]:
+    """Add patches' values to their base's entries; yields what these become, checked."""
+    return in_threads(lambda entries: (entries, _add_up(entries)), parameters)
+
+
+def find_edits(parameters: Iterable[ParameterEntries]) -> Iterator[Edit]:
+    """Compute what merging changes in each tensor on disk, tied copies included."""
+    holders: dict[str, str] = {}
+    for entries, merged in add_up(parameters):
+        for copy in entries.copies:
+            for key, (positions, local) in entries_by_block(copy, entries.indices).items():
+                if holders.setdefault(key, entries.name) != entries.name:
+                    raise MergeError(
+                        f"{entries.name}: expected a tensor of its own in the checkpoint, found "
+                        f"{key}, which holds {holders[key]}; do not use this adapter"
+                    )
+                if local.size:
+                    yield Edit(key, local, entries.base[positions], merged[positions])
+
+
+def _add_up(parameter: ParameterEntries) -> Array:
+    name, base = parameter.name, parameter.base
+    terms = [
+        (where, patch.adapter.values(name, base[where]), patch.summary.scale)
+        for patch, where in parameter.terms
+    ]
     merged = sum_rounded(base, terms)
+    for (patch, where), (_, values, scale) in zip(parameter.terms, terms, strict=True):
+        metadata = patch.adapter.metadata
+        if scale != metadata.scale:
+            continue  # the digest is of the merged entries at the patch's own scale
+        own = merged if len(terms) == 1 else add_rounded(base[where], values, scale)
+        expected, found = metadata.tensors[name].merged_digest, digest(own)
+        if found != expected:
+            raise MergeError(
+                f"{name}: expected merged entries with digest {expected}, found {found}; "
+                "the adapter contradicts itself, do not use it"
+            )
     if np.isnan(merged).any():
         raise MergeError(
             f"{name}: expected numbers after merging, found NaN; "
@@ -104,16 +215,73 @@ def _merge(
     return merged
 
 
-def _refuse_base(reader: CheckpointReader, patches: Sequence[Patch], name: str) -> None:
+def _refuse_base(reader: CheckpointReader, patches: PatchSet, name: str) -> None:
     """Say what a checkpoint is that lacks a patch's base entries: merged already, or another."""
-    for patch in patches:
-        if base_state(reader, patch.adapter.metadata, patch.adapter.indices) == "merged":
+    for patch in patches.patches:
+        if not find_state(reader, patch.adapter) & State.BASE:
             raise AlreadyMergedError(
                 f"{reader.directory}: expected the base, found the values of "
-                f"{patch.described.adapter} already merged into it; use it as it is, or give the "
+                f"{patch.summary.adapter} already merged into it; use it as it is, or give the "
                 "original base"
             )
     raise BaseMismatchError(
         f"{name}: expected {reader.directory} to stay as it is, found it changed meanwhile; "
         "try again when nothing else writes to it"
     )
+
+
+def _positions(own: Array, indices: Array) -> Any:
+    """Find where a patch's indices are among those of all patches."""
+    return ... if own.size == indices.size else np.searchsorted(indices, own)
+
+
+def _find_overlaps(patches: Sequence[Patch]) -> Iterator[Overlap]:
+    for left, right in combinations(patches, 2):
+        others = right.adapter.indices
+        for name, indices in left.adapter.indices.items():
+            if name not in others:
+                continue
+            shared = np.intersect1d(indices, others[name], assume_unique=True).size
+            if shared:
+                yield Overlap(left.summary.adapter, right.summary.adapter, name, shared)
+
+
+def _read(directory: PathLike, scale: float) -> Patch:
+    if read_metadata(directory).mode is Mode.SPA:
+        raise MergeError(
+            f"{directory}: expected a safety patch, found a safety map, which has no values; "
+            "train with it instead"
+        )
+    return describe_patch(read_patch(directory), str(directory), scale)
+
+
+def _check_pair(left: Patch, right: Patch) -> None:
+    """Refuse a patch given twice, and two whose entries cannot be matched."""
+    one, other = left.summary, right.summary
+    if one.content_id == other.content_id:
+        raise MergeError(
+            f"{other.adapter}: expected different patches, found the content of {one.adapter}; "
+            "give it once, with the scale that you want"
+        )
+    homes = _homes(left.adapter)
+    for key, home in _homes(right.adapter).items():
+        if homes.get(key, home) != home:
+            raise MergeError(
+                f"{key}: expected one parameter and layout in all patches, found {homes[key][0]} "
+                f"in {one.adapter} and {home[0]} in {other.adapter}; make both patches with one "
+                "version of transformers"
+            )
+
+
+def _homes(adapter: AnyPatch) -> dict[str, tuple[str, TensorRecord]]:
+    """Find which parameter each checkpoint key belongs to, and how that is laid out."""
+    homes: dict[str, tuple[str, TensorRecord]] = {}
+    for name, record in adapter.metadata.tensors.items():
+        layout = TensorRecord(
+            shape=record.shape,
+            dtype=record.dtype,
+            blocks=record.blocks,
+            tied_keys=record.tied_keys,
+        )
+        homes |= dict.fromkeys(layout.keys, (name, layout))
+    return homes

@@ -1,9 +1,9 @@
-"""The undo journal: what merging in place changes in a checkpoint, written before it is changed.
+"""The undo journal of a checkpoint that is merged in place: what changes, written down beforehand.
 
 It is a directory beside the shards. ``entries.bin`` holds, for each tensor that changes, the flat
 indices of its entries, what they were and what they become; ``journal.json`` says where, of which
 tensors, and by which patches. So the entries on disk themselves tell how far a merge has got, and
-each call may write them again, either way.
+every call may write them again, either way.
 """
 
 import math
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -20,28 +20,21 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.threads import in_threads
 from safeweights_peft.checkpoint.writer import CheckpointDraft
 from safeweights_peft.delta import WEIGHT_DTYPES, bits_differ, digest, index_dtype
-from safeweights_peft.errors import CheckpointError
+from safeweights_peft.errors import CheckpointError, MergeError
 from safeweights_peft.files import publish, read_json, sync, write_json
-from safeweights_peft.merging.edits import Edit
-from safeweights_peft.merging.patches import MergedPatch
+from safeweights_peft.merging.sums import Edit, MergedPatch
+from safeweights_peft.patch.records import State
 
 UNDO_DIR = "safeweights_undo"
 JOURNAL_FILE, ENTRIES_FILE = "journal.json", "entries.bin"
 VERSION = 1
 
-State = Literal["base", "merged", "unfinished"]
-
 
 class UndoJournal:
-    """The undo journal of a checkpoint that was, or is being, merged in place.
-
-    Attributes:
-        reader: The checkpoint.
-        patches: What was merged, as :class:`MergedPatch` in plain JSON.
-    """
+    """The undo journal of a checkpoint that was, or is being, merged in place."""
 
     reader: CheckpointReader
-    patches: list[dict[str, Any]]
+    patches: list[dict[str, Any]]  # each MergedPatch as plain JSON, not checked further
 
     def __init__(self, reader: CheckpointReader) -> None:
         """Read the journal's description, and check it against the checkpoint's headers."""
@@ -59,17 +52,8 @@ class UndoJournal:
             self._check_record(key, record)
 
     @property
-    def _path(self) -> Path:
-        return self.reader.directory / UNDO_DIR
-
-    @property
-    def shards(self) -> list[str]:
-        """File names of the shards that change, sorted."""
-        return sorted({record["shard"] for record in self._tensors.values()})
-
-    @property
     def tensors(self) -> int:
-        """Number of tensors that change."""
+        """Number of tensors that change, tied copies included."""
         return len(self._tensors)
 
     @property
@@ -78,9 +62,9 @@ class UndoJournal:
         return sum(record["count"] for record in self._tensors.values())
 
     def state(self) -> State:
-        """Tell what the checkpoint holds now."""
+        """Tell what the checkpoint holds now; OTHER is an unfinished merge."""
 
-        def compare(key: str) -> tuple[bool, bool]:
+        def compare(key: str) -> State:
             edit = self._edit(key)
             now = self.reader.gather(key, edit.indices)
             not_base, not_merged = bits_differ(now, edit.base), bits_differ(now, edit.merged)
@@ -90,25 +74,28 @@ class UndoJournal:
                     "or after it, found others, so the checkpoint was changed since; use the "
                     "original base"
                 )
-            return not not_base.any(), not not_merged.any()
+            is_base = State.OTHER if not_base.any() else State.BASE
+            return is_base | (State.OTHER if not_merged.any() else State.MERGED)
 
-        found = list(in_threads(compare, self._tensors))
-        if all(is_merged for _, is_merged in found):
-            return "merged"
-        return "base" if all(is_base for is_base, _ in found) else "unfinished"
+        state = State.EITHER
+        for found in in_threads(compare, self._tensors):
+            state &= found
+        return state
 
-    def write(self, state: Literal["base", "merged"]) -> None:
-        """Overwrite the entries, bring them to the disk, and check that they are there."""
+    def write(self, state: State) -> None:
+        """Overwrite the entries by the base's or the merged ones, and bring them to the disk."""
         draft = CheckpointDraft(self.reader)
 
         def restore(shard: str) -> None:
             for key, record in self._tensors.items():
                 if record["shard"] == shard:
                     edit = self._edit(key)
-                    draft.patch(key, edit.indices, edit.base if state == "base" else edit.merged)
+                    draft.patch(
+                        key, edit.indices, edit.base if state is State.BASE else edit.merged
+                    )
             sync(self.reader.directory / shard)
 
-        for _ in in_threads(restore, self.shards):
+        for _ in in_threads(restore, sorted({r["shard"] for r in self._tensors.values()})):
             pass
 
     def remove(self) -> None:
@@ -118,27 +105,28 @@ class UndoJournal:
         sync(old.parent)
         shutil.rmtree(old)
 
+    @property
+    def _path(self) -> Path:
+        return self.reader.directory / UNDO_DIR
+
     def _edit(self, key: str) -> Edit:
         """Read a tensor's indices and its entries before and after, checked by their digest."""
         path, record = self._path / ENTRIES_FILE, self._tensors[key]
         count, start = record["count"], record["start"]
-        of_indices, of_entries = _dtypes(record)
-        indices = np.fromfile(path, of_indices, count, offset=start)
-        start += count * of_indices.itemsize
-        base = np.fromfile(path, of_entries, count, offset=start)
-        start += count * of_entries.itemsize
-        merged = np.fromfile(path, of_entries, count, offset=start)
-        found = digest(indices, base, merged)
+        arrays = []
+        for dtype in _dtypes(record):
+            arrays.append(np.fromfile(path, dtype, count, offset=start))
+            start += count * dtype.itemsize
+        found = digest(*arrays)
         if found != record.get("digest"):
             self._refuse(f"entries of {key} with digest {record.get('digest')}", found)
-        return Edit(key, indices, base, merged)
+        return Edit(key, *arrays)
 
     def _check_record(self, key: str, record: Any) -> None:
         if key not in self.reader:
             self._refuse(f"only tensors of {self.reader.directory}", repr(key))
-        if not isinstance(record, dict) or {k: record.get(k) for k in _PLACE} != _place(
-            self.reader, key
-        ):
+        place = _place(self.reader, key)
+        if not isinstance(record, dict) or {name: record.get(name) for name in place} != place:
             self._refuse(f"{key} as it is in {self.reader.directory}", "it laid out in another way")
         count, start = record.get("count"), record.get("start")
         size = (self._path / ENTRIES_FILE).stat().st_size
@@ -154,22 +142,19 @@ class UndoJournal:
         )
 
 
-_PLACE = ("shard", "shape", "dtype", "offset")
-
-
 def find_journal(reader: CheckpointReader) -> UndoJournal | None:
     """Open a checkpoint's undo journal, if there is one."""
     return UndoJournal(reader) if (reader.directory / UNDO_DIR).exists() else None
 
 
 def write_journal(
-    reader: CheckpointReader, patches: Sequence[MergedPatch], changes: Iterable[Edit]
+    reader: CheckpointReader, patches: Sequence[MergedPatch], edits: Iterable[Edit]
 ) -> UndoJournal:
     """Write an undo journal, which is on the disk when this returns."""
     with publish(reader.directory / UNDO_DIR, False, CheckpointError) as draft:
         tensors = {}
         with (draft / ENTRIES_FILE).open("wb") as file:
-            for edit in changes:
+            for edit in edits:
                 record = _place(reader, edit.key)
                 indices = edit.indices.astype(_dtypes(record)[0])
                 arrays = indices, edit.base, edit.merged
@@ -183,13 +168,31 @@ def write_journal(
         ]
         content = {"version": VERSION, "patches": described, "tensors": tensors}
         write_json(draft / JOURNAL_FILE, content)
+    # Read back from the disk: what is wrong with it shows before a shard is changed.
     return UndoJournal(reader)
 
 
 def journal_bytes(reader: CheckpointReader, key: str, count: int) -> int:
-    """Tell how much of a journal a tensor takes."""
-    of_indices, of_entries = _dtypes(_place(reader, key))
-    return count * (of_indices.itemsize + 2 * of_entries.itemsize)
+    """Return how much of a journal a tensor's entries take."""
+    return count * sum(dtype.itemsize for dtype in _dtypes(_place(reader, key)))
+
+
+def check_own_files(reader: CheckpointReader) -> None:
+    """Check that a checkpoint's shards may be changed: that no other place shares them."""
+    for shard in reader.index.shards:
+        path = reader.directory / shard
+        if path.is_symlink() or path.stat().st_nlink > 1:
+            raise MergeError(
+                f"{path}: expected a file of its own, found a link, as in the Hugging Face cache, "
+                "so that others would change too; write a merged copy elsewhere"
+            )
+        try:
+            path.open("r+b").close()
+        except OSError as reason:
+            raise MergeError(
+                f"{path}: expected a file that may be changed, found {reason}; "
+                "write a merged copy elsewhere"
+            ) from reason
 
 
 def sweep(directory: Path) -> None:
@@ -199,7 +202,6 @@ def sweep(directory: Path) -> None:
 
 
 def _place(reader: CheckpointReader, key: str) -> dict[str, Any]:
-    """Say where and what a tensor is."""
     info = reader.info(key)
     return {
         "shard": info.shard,
@@ -209,6 +211,7 @@ def _place(reader: CheckpointReader, key: str) -> dict[str, Any]:
     }
 
 
-def _dtypes(record: Mapping[str, Any]) -> tuple[np.dtype[Any], np.dtype[Any]]:
-    """Give the dtypes of a tensor's indices and of its entries."""
-    return index_dtype(math.prod(record["shape"])), WEIGHT_DTYPES[record["dtype"]]
+def _dtypes(record: Mapping[str, Any]) -> tuple[np.dtype[Any], ...]:
+    """Return the dtypes of a tensor's indices, base entries and merged entries in a journal."""
+    entries = WEIGHT_DTYPES[record["dtype"]]
+    return index_dtype(math.prod(record["shape"])), entries, entries

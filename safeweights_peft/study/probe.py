@@ -29,7 +29,7 @@ from safeweights_peft.jobs.progress import Joined, Progress, Quiet
 from safeweights_peft.jobs.provenance import made_with
 from safeweights_peft.jobs.resume import clear_work, digests, once, work_dir_beside
 from safeweights_peft.jobs.score import Scoring, sample_rows
-from safeweights_peft.merging.gather import copies, gather_entries
+from safeweights_peft.merging.gather import find_copies, gather_entries
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.modeling.loading import load_model, pick_device, pick_dtype
 from safeweights_peft.patch.artifacts import Artifact
@@ -139,7 +139,7 @@ def _check_entries(base: BaseModel, artifact: Artifact) -> None:
     """Check on disk, in the checkpoint's own dtype, that the map is the base's."""
     reader, metadata = CheckpointReader(base.path), artifact.metadata
     for name, record in metadata.tensors.items():
-        for copy in copies(reader, record):
+        for copy in find_copies(reader, record):
             entries = gather_entries(reader, name, copy, artifact.indices[name])
             mode, hint = metadata.mode, "give that one by --base"
             check_state(name, entries, record, mode.safe_state, artifact=mode.artifact, hint=hint)

@@ -12,8 +12,7 @@ from safeweights_peft.jobs.diff import diff
 from safeweights_peft.jobs.export import export_supertuning
 from safeweights_peft.merging.convert import convert
 from safeweights_peft.merging.in_place import merge_in_place
-from safeweights_peft.merging.merge import merge
-from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.merge import merge, plan
 from safeweights_peft.merging.protect import protect
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.study.compare import compare

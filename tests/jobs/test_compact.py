@@ -1,5 +1,6 @@
 """Jobs on a compact patch: each does what it does with the plain one."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file
 from safeweights_peft import convert, create_adapter, load_model, merge, preserve, protect
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.jobs.export import export_supertuning
-from safeweights_peft.merging.gather import base_entries
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.patch.io import (
     read_adapter,
     read_artifact,
@@ -55,7 +56,9 @@ def test_a_compact_patch_is_exported_with_the_values_that_its_base_gives(
 ) -> None:
     export_supertuning(compact, tmp_path / "supertuning")
     stored = load_file(tmp_path / "supertuning" / "adapter_model.safetensors")
-    deltas = read_adapter(compact, base_entries(CheckpointReader(tiny_llama_bf16))).deltas
+    deltas = read_adapter(
+        compact, partial(gather_entries, CheckpointReader(tiny_llama_bf16))
+    ).deltas
     for name, delta in deltas.items():
         module = name.removesuffix(".weight")
         held = [value.reshape(-1) for key, value in stored.items() if f".{module}." in key]

@@ -1,11 +1,15 @@
 """Layouts of a base, and the obvious twin of merging into it."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.delta import digest
 from safeweights_peft.patch.artifacts import Adapter
 from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.io import write_adapter
@@ -72,6 +76,26 @@ def assert_same_tensors(found: Tensors, expected: Tensors) -> None:
         assert found[key].dtype == tensor.dtype
         assert found[key].shape == tensor.shape
         assert found[key].tobytes() == tensor.tobytes(), key
+
+
+def count_work(monkeypatch: pytest.MonkeyPatch) -> tuple[Counter[str], Counter[str]]:
+    """Count from now on how often each checkpoint's tensors are gathered from, and each hash."""
+    reads: Counter[str] = Counter()
+    hashes: Counter[str] = Counter()
+    gather = CheckpointReader.gather
+
+    def counted_gather(reader: CheckpointReader, key: str, indices: np.ndarray) -> np.ndarray:
+        reads[f"{reader.directory.name}: {key}"] += 1
+        return gather(reader, key, indices)
+
+    def counted_digest(*arrays: np.ndarray) -> str:
+        hashes[digest(*arrays)] += 1
+        return digest(*arrays)
+
+    monkeypatch.setattr(CheckpointReader, "gather", counted_gather)
+    for room in ("patch.records", "merging.gather", "merging.sums"):
+        monkeypatch.setattr(f"safeweights_peft.{room}.digest", counted_digest)
+    return reads, hashes
 
 
 class Case:

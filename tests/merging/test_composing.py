@@ -8,8 +8,7 @@ import pytest
 
 from safeweights_peft.delta import WEIGHT_DTYPES
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError
-from safeweights_peft.merging.merge import merge
-from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.merge import merge, plan
 from safeweights_peft.patch.io import read_metadata, write_adapter, write_map
 from tests.merging.cases import (
     LAYOUTS,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, bits_differ
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, FormatError, MergeError
 from safeweights_peft.merging.convert import convert
-from safeweights_peft.merging.gather import base_entries
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.in_place import merge_in_place, unmerge
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
@@ -155,7 +156,7 @@ def test_steps_need_their_base(case: Case, compact: Path, tmp_path: Path) -> Non
 def test_a_merged_base_is_no_base(case: Case, compact: Path, tmp_path: Path) -> None:
     merge(case.base, case.patch, case.out)
     with pytest.raises(AlreadyMergedError, match=f"{UP}: expected the base's entries, found"):
-        read_adapter(compact, base_entries(CheckpointReader(case.out)))
+        read_adapter(compact, partial(gather_entries, CheckpointReader(case.out)))
     with pytest.raises(AlreadyMergedError, match="already merged"):
         merge(case.out, compact, tmp_path / "twice")
 
@@ -224,7 +225,7 @@ def test_a_conversion_is_deterministic(case: Case, compact: Path, tmp_path: Path
 
 
 def test_a_value_may_be_another_number_with_the_same_result(case: Case, compact: Path) -> None:
-    base = base_entries(CheckpointReader(case.base))
+    base = partial(gather_entries, CheckpointReader(case.base))
     before, after = case.adapter.deltas[UP].values, read_adapter(compact, base).deltas[UP].values
     assert bits_differ(before, after).any()
     assert np.abs(before - after).max() < 2**-9

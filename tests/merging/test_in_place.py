@@ -16,8 +16,7 @@ from safeweights_peft.errors import (
     MergeError,
 )
 from safeweights_peft.merging.in_place import merge_in_place, unmerge
-from safeweights_peft.merging.merge import merge
-from safeweights_peft.merging.plan import plan
+from safeweights_peft.merging.merge import merge, plan
 from safeweights_peft.merging.undo import UNDO_DIR
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import write_adapter

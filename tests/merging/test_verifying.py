@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.merging.cases import (
     LAYOUTS,
     UP,
     Case,
+    count_work,
     plain_layout,
     tied_layout,
 )
@@ -161,7 +163,10 @@ def test_the_base_itself_is_not_the_merged_model(case: Case) -> None:
 def test_base_and_merged_model_given_for_each_other_fail(case: Case) -> None:
     report = verify(case.patch, case.out, case.base)
     assert report.verdict is Verdict.FAILED
-    assert "the base's, without the adapter" in report.checks[-1].detail
+    assert (
+        "expected the base with the safety patch merged in, found it without"
+        in report.checks[-1].detail
+    )
 
 
 @pytest.mark.parametrize("patches", [["second"], ["patch", "second"], [("patch", 0.5)]])
@@ -284,6 +289,20 @@ def test_an_adapter_that_calls_two_tensors_tied_hides_neither(tmp_path: Path) ->
     change(case.out, lambda tensors: tensors.pop("other"))
     report = verify_all(case)
     assert (report.verdict, report.checks[-1].name) == (Verdict.FAILED, "weights")
+
+
+def test_a_patchs_entries_are_read_and_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, tied_layout("bfloat16"), head=True)
+    merge(case.base, case.patch, case.out)
+    reads, hashes = count_work(monkeypatch)
+    assert verify_all(case).ok
+    assert reads == {f"base: {key}": 1 for key in case.tensors if key != "untouched.weight"}
+    records = read_metadata(case.patch).tensors.values()
+    assert hashes == Counter([each.base_digest for each in records]) + Counter(
+        [each.merged_digest for each in records]
+    )
 
 
 def test_tensors_are_compared_window_by_window(
