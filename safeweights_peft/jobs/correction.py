@@ -22,7 +22,7 @@ from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import Adapter, Artifact
 from safeweights_peft.patch.io import write_adapter
 from safeweights_peft.patch.records import Mode
-from safeweights_peft.training.preserve import lora_correction
+from safeweights_peft.training.preserve import compute_correction
 
 CORRECTION = "correction"
 """The correction's directory in that of the LoRA."""
@@ -30,7 +30,7 @@ CORRECTION = "correction"
 
 def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
     """Compute what takes a LoRA's part at frozen entries out again."""
-    values = lora_correction(model, artifact)
+    values = compute_correction(model, artifact)
     if not values:
         raise ModelError(
             f"model: expected a LoRA on tensors of the {artifact.metadata.mode.artifact}, found "

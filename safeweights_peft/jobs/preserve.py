@@ -87,7 +87,7 @@ def preserve_model(
             settings,
             work_dir,
             dtype,
-            lambda step, _loss: reach(step),
+            reach,
         )
     if by_lora:
         with publish(out, overwrite, CheckpointError) as draft:

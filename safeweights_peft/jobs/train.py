@@ -25,7 +25,7 @@ from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_d
 from safeweights_peft.patch.io import read_map
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.settings import ComputeSettings, TrainSettings
-from safeweights_peft.training.refuse import StepLoss, enhance
+from safeweights_peft.training.refuse import StepLoss, train_to_refuse
 from safeweights_peft.tuner.content import create_adapter, round_values
 
 LOSSES_FILE = "training.json"
@@ -111,14 +111,14 @@ def _run(
 ) -> list[StepLoss]:
     with progress.task("Training", settings.steps) as advance:
         reach = advance_to(advance)
-        return enhance(
+        return train_to_refuse(
             model,
             tokenizer,
             harmful,
             benign,
             settings,
             work_dir,
-            lambda loss: reach(loss.step),
+            reach,
         )
 
 

@@ -1,5 +1,1 @@
-"""Training on `transformers.Trainer`.
-
-Safety Enhancement Tuning (SET) trains the selected entries, and Safety Preserving Adaptation (SPA)
-keeps them as they are while the others train.
-"""
+"""Training on `transformers.Trainer`: of the selected weights (SET), or of all others (SPA)."""

@@ -1,48 +1,110 @@
-"""SPA under LoRA: a layer's output without what LoRA adds to frozen entries of its weight.
+"""SPA under PEFT: a model's parameters by plain names, and LoRA that leaves frozen entries alone.
 
-LoRA makes W + s·BA of a weight W. Here each adapter's B(Ax) becomes B(Ax) − Cx, where C is BA at
-the frozen entries and zero elsewhere, so that the effective weight is W there. That is exact at any
-scale, with any number of adapters, and with dropout, because x is what has passed it. Neither BA
-nor a mask is ever made: every product is taken at the frozen entries alone.
-
-Which layers are corrected, and at which entries, is the matter of ``adapters``.
+LoRA turns a weight W into W + s·BA. At the frozen entries each adapter's part is taken out again:
+B(Ax) becomes B(Ax) − Cx, with C equal to BA there and zero elsewhere, so the effective weight stays
+W. That is exact at any scale, with any number of adapters, and with dropout, since x is its output.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.errors import UnsupportedFeatureError
+from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.tuner.csr import columns_of_tokens, csr_pattern, sampled_product, transposed
 
+# What PEFT puts into the name of a parameter that it wraps or copies.
+_ADDED = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")
 _NOTE = "_safeweights_input"
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Return whether PEFT has changed a model."""
+    is_wrapped = isinstance(model, PeftModel | PeftMixedModel)
+    return is_wrapped or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name in the plain model."""
+    return _ADDED.sub("", name)
+
+
+def is_copy(name: str) -> bool:
+    """Return whether a parameter is a copy that PEFT trains in place of the original."""
+    return ".modules_to_save." in name
+
+
+def find_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Find by plain name all parameters that stand for it, each under a name of its own."""
+    is_adapted = has_adapters(model)
+    by_name: dict[str, dict[str, nn.Parameter]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
+    for full_name, parameter in _unwrap(model).named_parameters(remove_duplicate=False):
+        full_name = full_name.replace("_orig_mod.", "")  # of a compiled module
+        name = plain_name(full_name) if is_adapted else full_name
+        label = full_name if is_adapted and is_copy(full_name) else name
+        by_name.setdefault(name, {})[label] = parameter
+        names.setdefault(parameter, []).append(name)
+    return {name: _add_tied(name, by_name, names) for name in by_name}
+
+
+def _add_tied(
+    name: str, by_name: dict[str, dict[str, nn.Parameter]], names: dict[nn.Parameter, list[str]]
+) -> dict[str, nn.Parameter]:
+    """Add to a name's parameters those of every name that one of them is tied to."""
+    own = by_name[name].values()
+    # Dicts, not sets: the order decides under which name a tied parameter is reported.
+    tied = {name: None} | {other: None for parameter in own for other in names[parameter]}
+    labels: dict[nn.Parameter, str] = {}
+    for other in tied:
+        for label, parameter in by_name[other].items():
+            labels.setdefault(parameter, label)
+    return {label: parameter for parameter, label in labels.items()}
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Check that a model's adapters are LoRA, and not merged."""
+    configs = getattr(model, "peft_config", {}).values()
+    kinds = {str(config.peft_type.value) for config in configs} - {"LORA"}
+    if isinstance(model, PeftMixedModel):
+        kinds.add(PeftMixedModel.__name__)
+    if kinds:
+        raise UnsupportedFeatureError(
+            f"model: expected LoRA or no adapter, found {', '.join(sorted(kinds))}, which can't be "
+            "kept from moving effective weights; train the base itself, or merge the adapter first"
+        )
+    for name, layer in _tuner_layers(model):
+        if layer.merged:
+            raise UnsupportedFeatureError(
+                f"{name}: expected adapters that are not merged, found "
+                f"{', '.join(layer.merged_adapters)} merged; unmerge first"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenPattern:
-    """Frozen entries of a weight by rows and by columns: 8 bytes each, 4 per row and column.
+    """Frozen entries of a weight: 8 bytes each, and 4 per row and column."""
 
-    Attributes:
-        by_row: The pattern of the weight; see `csr_pattern`.
-        by_column: The pattern of its transpose.
-    """
-
-    by_row: Tensor
-    by_column: Tensor
+    by_row: Tensor  # the weight's pattern; see `csr_pattern`
+    by_column: Tensor  # the pattern of its transpose
 
     @classmethod
-    def lay_out(cls, indices: Tensor, shape: tuple[int, int]) -> FrozenPattern:
-        """Lay frozen entries out."""
+    def build(cls, indices: Tensor, shape: tuple[int, int]) -> FrozenPattern:
+        """Build both patterns from flat, sorted indices."""
         rows, columns = shape
-        transposed = indices.long() % columns * rows + indices.long() // columns
-        by_column = csr_pattern(transposed.sort().values.to(indices.dtype), (columns, rows))
+        turned = indices.long() % columns * rows + indices.long() // columns
+        by_column = csr_pattern(turned.sort().values.to(indices.dtype), (columns, rows))
         return cls(csr_pattern(indices, shape), by_column)
 
     def to(self, device: torch.device) -> FrozenPattern:
@@ -52,28 +114,82 @@ class FrozenPattern:
 
 @dataclass(frozen=True, eq=False)
 class FrozenLayer:
-    """A LoRA layer that would move frozen entries of its weight.
-
-    Attributes:
-        name: The layer's name, for messages.
-        layer: LoRA on a linear layer.
-        pattern: The frozen entries; layers that share a weight share it.
-    """
+    """A LoRA layer that would move frozen entries of its weight."""
 
     name: str
     layer: LoraLinear
-    pattern: FrozenPattern
+    pattern: FrozenPattern  # shared by layers that share a weight
+
+    def part_of(self, adapter: str) -> Tensor:
+        """Compute what an adapter adds to the frozen entries, (n,) float32."""
+        first, second = self.layer.lora_A[adapter], self.layer.lora_B[adapter]
+        a, b = first.weight.detach().float(), second.weight.detach().float()
+        product = sampled_product(self.pattern.by_row.to(a.device), b, a.T)
+        return product.values() * self.layer.scaling[adapter]
+
+
+def find_frozen_layers(model: nn.Module, entries: Sequence[FrozenEntries]) -> list[FrozenLayer]:
+    """Find the LoRA layers that would move frozen entries."""
+    indices: dict[nn.Parameter, list[Tensor]] = {}
+    for frozen in entries:
+        indices.setdefault(frozen.parameter, []).append(frozen.indices)
+    patterns: dict[nn.Parameter, FrozenPattern] = {}
+    layers = []
+    for name, layer in _tuner_layers(model):
+        base = layer.get_base_layer()
+        if indices.keys().isdisjoint(base.parameters()):
+            continue
+        _check_layer(name, layer, base, getattr(base, "bias", None) in indices)
+        weight = base.weight
+        if weight in indices:
+            if weight not in patterns:
+                flat = torch.cat(indices[weight]).unique()
+                patterns[weight] = FrozenPattern.build(flat, tuple(weight.shape))
+            layers.append(FrozenLayer(name, layer, patterns[weight]))
+    return layers
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Look under PEFT's wrapper, which lengthens every name."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    for name, module in _unwrap(model).named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def _check_layer(name: str, layer: BaseTunerLayer, base: nn.Module, bias: bool) -> None:
+    obstacle = _find_obstacle(layer, base, bias)
+    if obstacle is not None:
+        raise UnsupportedFeatureError(
+            f"{name}: expected plain LoRA on a linear layer where entries are frozen, found "
+            f"{obstacle}; leave this layer to the base, or take it out of the map"
+        )
+
+
+def _find_obstacle(layer: BaseTunerLayer, base: nn.Module, bias: bool) -> str | None:
+    # Only what is known to add s·B(A(dropout(x))) and nothing else can be corrected.
+    if type(layer) is not LoraLinear:
+        return f"{type(layer).__name__} on {type(base).__name__}"
+    if not isinstance(base, nn.Linear):
+        return f"LoRA on {type(base).__name__}"
+    for adapter, variant in layer.lora_variant.items():
+        return f"{type(variant).__name__.removesuffix('LinearVariant')} in adapter {adapter}"
+    if bias and any(layer.lora_bias.values()):
+        return "lora_bias, with frozen entries in the bias"
+    return None
 
 
 class LoraCorrection:
     """The hooks that keep one layer's effective weight at its frozen entries."""
 
     def __init__(self, frozen: FrozenLayer) -> None:
-        """Note what to correct, and change nothing yet."""
         self._layer = frozen.layer
         self._patterns = {frozen.pattern.by_row.device: frozen.pattern}
         self._handles: list[RemovableHandle] = []
-        hooks = [h for each in self._layer.lora_B.values() for h in each._forward_hooks.values()]
+        hooks = [hook for b in self._layer.lora_B.values() for hook in b._forward_hooks.values()]
         if any(isinstance(getattr(hook, "__self__", None), LoraCorrection) for hook in hooks):
             raise UnsupportedFeatureError(
                 f"{frozen.name}: expected a LoRA layer that no other map or patch protects, found "
@@ -81,7 +197,7 @@ class LoraCorrection:
             )
 
     def attach(self) -> None:
-        """Start to correct every adapter of the layer."""
+        """Correct every adapter of the layer from now on."""
         for adapter, first in self._layer.lora_A.items():
             second = self._layer.lora_B[adapter]
             self._handles.append(first.register_forward_hook(_note_input))
@@ -104,16 +220,17 @@ class LoraCorrection:
 
 @torch.compiler.disable
 def _note_input(first: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    """Let lora_A's output say what it was made of, for lora_B's hook.
-
-    The note is on the tensor, not on a module: `DataParallel` runs copies of a module at once, and
-    what a broken forward pass leaves is freed with the tensor.
-    """
+    """Attach lora_A's input to its output, for lora_B's hook."""
+    # On the tensor, not on a module: `DataParallel` runs copies of a module at once, and what a
+    # broken forward pass leaves is freed with the tensor.
     setattr(output, _NOTE, (args[0], first))
 
 
 class _Corrected(torch.autograd.Function):
-    """``output - input @ C.T`` with C = B @ A at the frozen entries, made anew when going back."""
+    """``output - input @ C.T`` with C = B @ A at the frozen entries."""
+
+    # C is computed again in the backward pass, and neither BA nor a mask ever exists: every
+    # product is taken at the frozen entries alone.
 
     @staticmethod
     def forward(
@@ -134,12 +251,8 @@ class _Corrected(torch.autograd.Function):
         _, for_input, for_a, for_b, _ = ctx.needs_input_grad
         to_input = to_a = to_b = None
         with torch.autocast(gradient.device.type, enabled=False):
-            outer, inner, a32, b32 = (
-                columns_of_tokens(gradient),
-                columns_of_tokens(input),
-                a.float(),
-                b.float(),
-            )
+            outer, inner = columns_of_tokens(gradient), columns_of_tokens(input)
+            a32, b32 = a.float(), b.float()
             if for_input:
                 negative = sampled_product(by_column, -a32.T, b32)
                 to_input = transposed(negative @ outer).view(input.shape).to(input.dtype)
@@ -148,11 +261,3 @@ class _Corrected(torch.autograd.Function):
             if for_b:
                 to_b = -(sampled_product(by_row, outer, inner) @ a32.T.contiguous()).to(b.dtype)
         return gradient, to_input, to_a, to_b, None
-
-
-def frozen_part(frozen: FrozenLayer, adapter: str) -> Tensor:
-    """Compute what an adapter adds to a weight's frozen entries."""
-    first, second = frozen.layer.lora_A[adapter], frozen.layer.lora_B[adapter]
-    a, b = first.weight.detach().float(), second.weight.detach().float()
-    product = sampled_product(frozen.pattern.by_row.to(a.device), b, a.T)
-    return product.values() * frozen.layer.scaling[adapter]

@@ -1,10 +1,4 @@
-"""Safety Preserving Adaptation (SPA): a model learns something else, its safety entries stay.
-
-The entries of a safety map, or of a safety patch that has been merged, are frozen bit for bit
-while everything else trains, in any loop (`preserve`) or in `transformers.Trainer` and the trainers
-that build on it, such as TRL's (`SafetyPreservingCallback`); under LoRA, those of the effective
-weights. The hooks that do it live in ``safeweights_peft.freeze`` and in ``lora``, what adapters a
-model may have is told in ``adapters``; here a map or a patch meets a model.
+"""Safety Preserving Adaptation (SPA): a model trains while its safety entries stay, bit for bit.
 
 Source: arXiv 2604.08297, section on SPA.
 """
@@ -30,66 +24,66 @@ from safeweights_peft.modeling.layout import check_shape
 from safeweights_peft.modeling.tensors import check_entries, to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
-from safeweights_peft.patch.records import State, TensorRecord
-from safeweights_peft.training.adapters import (
+from safeweights_peft.patch.records import State
+from safeweights_peft.training.lora import (
+    LoraCorrection,
     check_adapters,
+    find_frozen_layers,
+    find_parameters,
     has_adapters,
     is_copy,
-    lora_layers,
-    parameters_by_name,
     plain_name,
 )
-from safeweights_peft.training.lora import LoraCorrection, frozen_part
 
 logger = logging.getLogger(__name__)
 
 ArtifactOrPath = Artifact | str | os.PathLike[str]
-"""A safety map or a safety patch, or its directory."""
 
 _WHOLE = "train it whole, on one device or with DDP"
 
 
 @contextmanager
 def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
-    """Keep the entries of a safety map or patch bit for bit as they are while the model trains.
-
-    ::
-
-        with preserve(model, "path/to/map"):
-            for batch in batches:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+    """Keep the entries of a safety map or patch as they are, bit for bit, while a model trains.
 
     Frozen entries get a zero gradient, before it is clipped or reduced over processes, and are
-    written back after every step of every `torch.optim.Optimizer` that holds their parameters;
-    the same once more at the end, also after an exception. Everything is checked before anything
-    is changed. Several maps may be nested. Beyond the model it takes 12 bytes per entry at most.
+    restored after every step of every `torch.optim.Optimizer` that holds their parameters, and at
+    the end, also after an exception. Everything is checked before anything is changed. Maps may be
+    nested. Each entry takes at most 12 bytes of memory.
 
     Under LoRA on linear layers, with any number of adapters, the effective weight W + s·BA stays W
-    at the frozen entries whenever the model runs: what each adapter would add there is taken out of
-    its output. What is trained beside LoRA, `modules_to_save` included, is protected as in full
-    training. One map at a time can protect a LoRA layer. Add adapters before, and merge none
-    meanwhile: the hooks set at the beginning don't see it. The adapter is saved as plain LoRA,
-    which moves the entries wherever it runs without `preserve`; `training.lora_correction` tells by
-    how much.
+    at the frozen entries whenever the model runs: what each adapter adds there is removed from its
+    output. What is trained beside LoRA, `modules_to_save` included, is protected as in full
+    training. A LoRA layer can be protected by one map at a time. Add adapters before, and merge
+    none inside: hooks are set on entry. The adapter is saved as plain LoRA, which moves the entries
+    wherever it runs without `preserve`; `training.preserve.compute_correction` says by how much.
 
-    Enter it with the parameters that the optimizer trains: an optimizer that works on copies of
-    its own, as DeepSpeed's do, moves entries unseen until the end. The entries are put back then.
+    Pass the parameters that the optimizer trains: an optimizer that works on copies, as DeepSpeed's
+    do, moves entries unseen until they are restored at the end.
 
     Args:
-        model: the map's base, or the patch's base with the patch merged in, or what an earlier run
-            under the same artifact made of it; perhaps with LoRA, wrapped in DDP, or compiled.
-        artifact: the safety map or patch, or its directory.
+        model: The map's base, or the patch's base with the patch merged in, or what an earlier run
+            under the same artifact made of it; with or without LoRA, DDP, `torch.compile`.
+        artifact: The safety map or patch, or its directory.
 
     Yields:
         Nothing.
 
     Raises:
-        BaseMismatchError: the model's entries are not those that the map was made for, or not the
+        BaseMismatchError: The model's entries are not those that the map was made for, or not the
             patch's merged ones; or a parameter is missing or has another shape.
-        UnsupportedFeatureError: the model has adapters other than plain LoRA on linear layers, or
+        UnsupportedFeatureError: The model has adapters other than plain LoRA on linear layers, or
             merged ones, or a parameter is sharded, quantized, or without data.
+
+    Example:
+        >>> import torch, safeweights_peft
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("demo/base")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> with safeweights_peft.preserve(model, "demo/run/map"):
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step()
     """
     guard = _Guard(model, artifact)
     try:
@@ -100,24 +94,26 @@ def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
 
 
 class SafetyPreservingCallback(TrainerCallback):
-    """Keeps entries as they are in `transformers.Trainer`, as `preserve` does in any loop.
-
-    ::
-
-        Trainer(model=model, ..., callbacks=[SafetyPreservingCallback("path/to/map")])
+    """Keep entries as they are in `transformers.Trainer`, as `preserve` does in any loop.
 
     It works from the start of a training to its end, resumed ones included: their checkpoints
-    hold the entries as they were. Where training is broken off by an exception, the trainer tells
-    no callback: the entries stay protected until the same callback sees another training begin, or
-    until `detach` is called. Under LoRA the model runs as plain LoRA again when training has ended;
-    to evaluate what was trained, use `preserve`.
+    hold the entries as they were. When an exception ends a training, the trainer calls no callback:
+    the entries stay protected until the same callback sees another training begin, or until
+    `detach` is called. Under LoRA the model runs as plain LoRA again after training; to evaluate
+    what was trained, use `preserve`.
+
+    Example:
+        >>> from safeweights_peft import SafetyPreservingCallback
+        >>> from transformers import AutoModelForCausalLM, Trainer
+        >>> model = AutoModelForCausalLM.from_pretrained("demo/base")
+        >>> trainer = Trainer(model, callbacks=[SafetyPreservingCallback("demo/run/map")])
     """
 
     def __init__(self, artifact: ArtifactOrPath) -> None:
         """Take a map or a patch, which is checked when training begins.
 
         Args:
-            artifact: the safety map or patch, or its directory.
+            artifact: The safety map or patch, or its directory.
         """
         self._artifact = artifact
         self._guard: _Guard | None = None
@@ -125,17 +121,16 @@ class SafetyPreservingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start to protect the model that is about to train, and that one only.
+        """Protect the model that is about to train, and no other.
 
         Args:
-            args: the trainer's arguments.
-            state: not used.
-            control: not used.
-            **kwargs: the trainer's objects; `model` is used.
+            args: The trainer's arguments.
+            state: Not used.
+            control: Not used.
+            **kwargs: The trainer's objects; `model` is used.
 
         Raises:
-            UnsupportedFeatureError: the trainer uses DeepSpeed, or see `preserve`, whose other
-                errors come from here too.
+            UnsupportedFeatureError: The trainer uses DeepSpeed; see `preserve` for other errors.
         """
         self.detach()
         if args.deepspeed_plugin is not None:
@@ -152,39 +147,37 @@ class SafetyPreservingCallback(TrainerCallback):
         """End the protection.
 
         Args:
-            args: not used.
-            state: not used.
-            control: not used.
-            **kwargs: not used.
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            **kwargs: Not used.
         """
         self.detach()
 
     def detach(self) -> None:
-        """Restore the entries a last time and removes all hooks; does nothing if there are none.
+        """Restore the entries a last time and remove all hooks, if there are any.
 
-        Needed only after a training that was broken off, to go on with the model unprotected.
+        Only needed after a training that an exception ended, to continue unprotected.
         """
         guard, self._guard = self._guard, None
         if guard is not None:
             guard.detach()
 
 
-def lora_correction(
+def compute_correction(
     model: nn.Module, artifact: ArtifactOrPath, adapter: str = "default"
 ) -> dict[str, Tensor]:
-    """Tell what takes a LoRA adapter's part at the entries of a safety map or patch out again.
-
-    Added to the merged weights, or to the base beside the adapter, it makes of the effective weight
-    W + s·BA what `preserve` made of it in training.
-    """
+    """Compute what takes a LoRA adapter's part out of the entries of a map or patch, float32."""
+    # Added to the merged weights, or to the base beside the adapter, it makes W + s·BA the
+    # effective weight that `preserve` made of it in training.
     artifact, model = _read(artifact), _unwrap(model)
     if adapter not in getattr(model, "peft_config", {}):
         raise ModelError(f"model: expected an adapter {adapter!r}, found none; name one it has")
     correction = {}
-    for each in _frozen_entries(model, artifact):
-        for found in lora_layers(model, [each]):
-            if adapter in found.layer.lora_A:
-                correction[each.name] = -frozen_part(found, adapter).cpu()
+    for frozen in _find_entries(model, artifact):
+        for layer in find_frozen_layers(model, [frozen]):
+            if adapter in layer.layer.lora_A:
+                correction[frozen.name] = -layer.part_of(adapter).cpu()
     return correction
 
 
@@ -192,31 +185,33 @@ class _Guard:
     """All hooks that protect one model, from ``attach`` to ``detach``."""
 
     def __init__(self, model: nn.Module, artifact: ArtifactOrPath) -> None:
-        """Do all checks, and changes nothing yet."""
+        # All checks are done here, before anything is changed.
         artifact, model = _read(artifact), _unwrap(model)
-        entries, adapted = _frozen_entries(model, artifact), has_adapters(model)
-        layers = lora_layers(model, entries) if adapted else []
-        corrected = {each.layer.get_base_layer().weight for each in layers}
+        entries, is_adapted = _find_entries(model, artifact), has_adapters(model)
+        layers = find_frozen_layers(model, entries) if is_adapted else []
+        corrected = {layer.layer.get_base_layer().weight for layer in layers}
         _warn_of_untrained(entries, corrected, artifact.metadata.mode.artifact)
-        if adapted:  # no optimizer holds the rest of the base
-            entries = [e for e in entries if e.parameter.requires_grad or is_copy(e.name)]
-        self._corrections = [LoraCorrection(each) for each in layers]
-        self._freeze = FreezeGuard(entries)
+        if is_adapted:  # no optimizer holds the rest of the base
+            entries = [
+                frozen
+                for frozen in entries
+                if frozen.parameter.requires_grad or is_copy(frozen.name)
+            ]
+        self._corrections = [LoraCorrection(layer) for layer in layers]
+        self._hooks: list[LoraCorrection | FreezeGuard] = [*self._corrections, FreezeGuard(entries)]
 
     def attach(self) -> None:
         self._forget_compiled()
-        for each in self._corrections:
-            each.attach()
-        self._freeze.attach()
+        for hooks in self._hooks:
+            hooks.attach()
 
     def detach(self) -> None:
         self._forget_compiled()
-        for each in self._corrections:
-            each.detach()
-        self._freeze.detach()
+        for hooks in self._hooks:
+            hooks.detach()
 
     def _forget_compiled(self) -> None:
-        """Compiled code doesn't notice hooks on modules that come or go."""
+        # Compiled code doesn't notice hooks on modules that come or go.
         if self._corrections:
             torch.compiler.reset()
 
@@ -225,19 +220,24 @@ def _read(artifact: ArtifactOrPath) -> Artifact:
     return artifact if isinstance(artifact, Artifact) else read_artifact(artifact)
 
 
-def _frozen_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
-    """Find the entries of whatever stands for an artifact's parameters in a model, all checked."""
+def _find_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
+    """Find and check the entries of whatever stands for an artifact's parameters in a model."""
     metadata = artifact.metadata
     kind, state, hint = metadata.mode.artifact, metadata.mode.safe_state, "load that one"
     if state is State.MERGED:
         hint += f", merged at scale {metadata.scale}"
     _check_model(model, next(iter(artifact.indices), kind))
-    parameters = parameters_by_name(model)
+    parameters = find_parameters(model)
     entries = []
     for name, indices in artifact.indices.items():
         record = metadata.tensors[name]
         check_indices(name, indices, record.shape)
-        for label, parameter in _find(parameters, name, record, kind).items():
+        fit = f"train the base that the {kind} was made for"
+        if name not in parameters:
+            check_shape(name, None, record, fit)
+        for label, parameter in parameters[name].items():
+            _check_kind(parameter, label)
+            check_shape(label, parameter, record, fit)
             frozen = FrozenEntries(label, parameter, to_torch(indices))
             check_entries(label, frozen.originals, record, state, kind, hint)
             entries.append(frozen)
@@ -258,22 +258,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module, first: str) -> None:
     if has_adapters(model):
         check_adapters(model)
-    if any(isinstance(each, FullyShardedDataParallel) for each in model.modules()):
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise UnsupportedFeatureError(
             f"{first}: expected a whole parameter, found a model whose parameters FSDP has "
             f"flattened; {_WHOLE}"
         )
-
-
-def _find(
-    parameters: dict[str, dict[str, nn.Parameter]], name: str, record: TensorRecord, kind: str
-) -> dict[str, nn.Parameter]:
-    owners = parameters.get(name, {})
-    for label, parameter in owners.items() or [(name, None)]:
-        if parameter is not None:
-            _check_kind(parameter, label)
-        check_shape(label, parameter, record, f"train the base that the {kind} was made for")
-    return owners
 
 
 def _check_kind(parameter: nn.Parameter, name: str) -> None:
@@ -299,11 +288,11 @@ def _warn_of_untrained(
     entries: Sequence[FrozenEntries], corrected: set[nn.Parameter], kind: str
 ) -> None:
     trained = {
-        plain_name(each.name)
-        for each in entries
-        if each.parameter.requires_grad or each.parameter in corrected or is_copy(each.name)
+        plain_name(frozen.name)
+        for frozen in entries
+        if frozen.parameter.requires_grad or frozen.parameter in corrected or is_copy(frozen.name)
     }
-    names = list(dict.fromkeys(plain_name(each.name) for each in entries))
+    names = list(dict.fromkeys(plain_name(frozen.name) for frozen in entries))
     untrained = [name for name in names if name not in trained]
     if untrained:
         logger.warning(

@@ -1,145 +1,87 @@
-"""Safety Enhancement Tuning (SET): train the selected entries to refuse harmful requests only.
+"""Safety Enhancement Tuning (SET): train the selected entries, and only them, to refuse.
 
-The loss is a refusal term on harmful requests plus a retain term on benign ones: KL divergence to
-the base model on the base's own answers. Both are weighted towards the first answer tokens, which
-decide between refusing and helping. The loop is `transformers.Trainer`'s.
-
-Source: arXiv 2604.08297, section on SET, which has the refusal term only.
+The loss is a refusal term on harmful requests plus a retain term on benign ones: the KL divergence
+to the base on the base's own answers. Source: arXiv 2604.08297, which has only the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from safeweights_peft.data import IGNORED, Batch, Example, collate, endless_shuffle
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.settings import TrainSettings
+from safeweights_peft.training.finetune import make_arguments, run_trainer
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one step.
-
-    Attributes:
-        step: from 1.
-        refusal: weighted negative log-likelihood of the refusals, in nats per token.
-        retain: weighted KL(base || model) on benign answers, in nats per token.
-    """
+    """The loss of one step, counted from 1: each term in nats per token, weighted."""
 
     step: int
     refusal: float
     retain: float
 
 
-def enhance(
+def train_to_refuse(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     harmful: Sequence[Example],
     benign: Sequence[Example],
     settings: TrainSettings,
     work_dir: Path,
-    on_step: Callable[[StepLoss], None] = lambda _: None,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> list[StepLoss]:
-    """Train an adapter's values in place.
-
-    A run that was interrupted goes on from the last checkpoint in `work_dir`, and ends with the
-    values that a straight run has.
-    """
+    """Train an adapter's values in place; resume from the last checkpoint in the directory."""
     if not harmful or not benign:
         raise TrainingError(
             f"examples: expected harmful and benign ones, found {len(harmful)} and {len(benign)}"
         )
-    trainer = _EnhanceTrainer(
-        model=model,
-        args=_arguments(settings, work_dir, next(model.parameters()).device),
-        train_dataset=_Steps(harmful, benign, settings, tokenizer.pad_token_id),
-        data_collator=_only,
+    arguments = make_arguments(
+        settings,
+        work_dir,
+        next(model.parameters()).device,
+        per_device_train_batch_size=1,  # an item holds a whole step
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.0,  # of differences, it would pull the model back to its base
+        max_grad_norm=0.0,
+        label_names=[],  # none in a PeftModel's signature, of which the trainer would warn
     )
-    trainer.settings = settings
-    trainer.on_step = on_step
-    trainer.remove_callback(PrinterCallback)
+    generator = torch.Generator().manual_seed(settings.seed)
+    harmful_steps = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
+    benign_steps = _deal(benign, settings.benign_batch_size, settings.steps, generator)
+    trainer = _RefusalTrainer(
+        settings,
+        model=model,
+        args=arguments,
+        train_dataset=list(zip(harmful_steps, benign_steps, strict=True)),
+        data_collator=lambda items: _collate_step(items, tokenizer.pad_token_id),
+    )
     with _exact_checkpoints(model):
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work_dir)))
-    model.eval()
-    return [StepLoss(**entry) for entry in trainer.state.log_history if "refusal" in entry]
+        log = run_trainer(trainer, on_step)
+    return [StepLoss(int(entry["step"]), entry["refusal"], entry["retain"]) for entry in log]
 
 
 @contextmanager
 def _exact_checkpoints(model: PeftModel) -> Iterator[None]:
-    """Store float32 values while training: rounded ones would not continue the same run."""
+    """Store float32 values while training: rounded ones would not resume the same run."""
     config = model.peft_config[model.active_adapter]
     values_dtype, config.values_dtype = config.values_dtype, "float32"
     try:
         yield
     finally:
         config.values_dtype = values_dtype
-
-
-def _arguments(settings: TrainSettings, work_dir: Path, device: torch.device) -> TrainingArguments:
-    work_dir.mkdir(parents=True, exist_ok=True)
-    return TrainingArguments(
-        output_dir=str(work_dir),
-        max_steps=settings.steps,
-        per_device_train_batch_size=1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        save_steps=settings.checkpoint_steps,
-        save_total_limit=1,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=[],
-        seed=settings.seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
-    )
-
-
-class _Steps(Dataset[tuple[Batch, Batch]]):
-    """The examples of each step: item i is step i's whole batch, and its benign rows alone."""
-
-    def __init__(
-        self,
-        harmful: Sequence[Example],
-        benign: Sequence[Example],
-        settings: TrainSettings,
-        pad_token_id: int,
-    ) -> None:
-        generator = torch.Generator().manual_seed(settings.seed)
-        self._pad_token_id = pad_token_id
-        self._harmful = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
-        self._benign = _deal(benign, settings.benign_batch_size, settings.steps, generator)
-
-    def __len__(self) -> int:
-        return len(self._harmful)
-
-    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
-        benign = self._benign[step]
-        return (
-            collate(self._harmful[step] + benign, self._pad_token_id),
-            collate(benign, self._pad_token_id),
-        )
 
 
 def _deal(
@@ -149,19 +91,24 @@ def _deal(
     return [[next(dealt) for _ in range(size)] for _ in range(steps)]
 
 
-def _only(items: list[tuple[Batch, Batch]]) -> dict[str, Batch]:
-    ((whole, benign),) = items
-    return {"whole": whole, "benign": benign}
+def _collate_step(
+    items: list[tuple[list[Example], list[Example]]], pad_token_id: int
+) -> dict[str, Batch]:
+    ((harmful, benign),) = items
+    # The benign rows come alone as well, because the base answers them alone.
+    return {
+        "whole": collate(harmful + benign, pad_token_id),
+        "benign": collate(benign, pad_token_id),
+    }
 
 
-class _EnhanceTrainer(Trainer):
-    """`Trainer` with SET's loss, and examples in the order in which they were dealt."""
+class _RefusalTrainer(Trainer):
+    """`Trainer` with SET's loss, whose terms it logs."""
 
-    settings: TrainSettings
-    on_step: Callable[[StepLoss], None]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+    def __init__(self, settings: TrainSettings, **options: Any) -> None:
+        super().__init__(**options)
+        self._settings = settings
+        self._terms: dict[str, float] = {}
 
     def compute_loss(
         self,
@@ -172,25 +119,19 @@ class _EnhanceTrainer(Trainer):
     ) -> torch.Tensor:
         device = self.args.device
         whole, benign = inputs["whole"].to(device), inputs["benign"].to(device)
-        refusal, retain = step_losses(model, whole, benign, self.settings.token_decay)
-        self._report(refusal.item(), retain.item())
-        return refusal + self.settings.retain_weight * retain
+        refusal, retain = step_losses(model, whole, benign, self._settings.token_decay)
+        self._terms = {"refusal": refusal.item(), "retain": retain.item()}
+        return refusal + self._settings.retain_weight * retain
 
-    def _report(self, refusal: float, retain: float) -> None:
-        step = StepLoss(self.state.global_step + 1, refusal, retain)
-        if not torch.isfinite(torch.tensor([refusal, retain])).all():
-            raise TrainingError(
-                f"step {step.step}: expected a finite loss, found refusal {refusal}, "
-                f"retain {retain}; lower --lr"
-            )
-        self.state.log_history.append(asdict(step))  # kept in checkpoints, unlike the trainer
-        self.on_step(step)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Into the trainer's own log, which its checkpoints keep: a resumed run returns all steps.
+        super().log(logs | self._terms if "loss" in logs else logs, start_time)
 
 
 def step_losses(
     model: PeftModel, whole: Batch, benign: Batch, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute both terms of SET's loss."""
+    """Compute both terms of SET's loss, for a batch whose last rows are the benign ones."""
     with torch.no_grad(), model.disable_adapter():
         base = answer_logits(model, benign)
     logits = answer_logits(model, whole)
@@ -220,7 +161,8 @@ def retain_loss(
 
 
 def token_weights(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
-    """Weight answer tokens: geometrically less from each to the next, 1 in all."""
+    """Weight answer tokens so that each has `decay` times the weight of the one before; sum 1."""
+    # The first answer tokens decide between refusing and helping.
     steps = torch.arange(answer_ids.shape[1], device=answer_ids.device)
     weights = decay**steps * (answer_ids != IGNORED)
     return weights / weights.sum()

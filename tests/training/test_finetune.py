@@ -92,7 +92,7 @@ def test_a_run_broken_off_anywhere_ends_bitwise_like_a_straight_one(
 ) -> None:
     safety_map, straight, resumed = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
 
-    def on_step(step: int, loss: float) -> None:
+    def on_step(step: int) -> None:
         if step == stop:
             raise Interrupted
 
@@ -115,7 +115,7 @@ def test_no_hook_is_left_after_a_run_that_was_broken_off(tiny_llama: Path, tmp_p
     safety_map, model = make_map(tiny_llama), load(tiny_llama)
     before, frozen = hooks(model), entries(model, safety_map)
 
-    def on_step(step: int, loss: float) -> None:
+    def on_step(step: int) -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):

@@ -17,7 +17,7 @@ from tests.training.twins import config, masked_delta
 @contextmanager
 def corrected(layer: LoraLinear, indices: Tensor) -> Iterator[None]:
     """Corrects a layer by itself."""
-    pattern = FrozenPattern.lay_out(indices, tuple(layer.base_layer.weight.shape))
+    pattern = FrozenPattern.build(indices, tuple(layer.base_layer.weight.shape))
     correction = LoraCorrection(FrozenLayer("layer", layer, pattern))
     correction.attach()
     yield
@@ -75,7 +75,7 @@ def test_a_correction_holds_eight_bytes_per_entry_and_four_per_row_and_column(
     dtype: torch.dtype, expected: int
 ) -> None:
     indices = torch.arange(0, 1_000_000, 100, dtype=dtype)
-    pattern = FrozenPattern.lay_out(indices, (500, 2000))
+    pattern = FrozenPattern.build(indices, (500, 2000))
     parts = [
         part
         for each in (pattern.by_row, pattern.by_column)

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from transformers import TrainerCallback
 
 from safeweights_peft import SafetyMap, SafetyPreservingCallback, merge, preserve, read_adapter
-from safeweights_peft.training.preserve import lora_correction
+from safeweights_peft.training.preserve import compute_correction
 from tests.tiny_jobs import Interrupted
 from tests.training.maps import (
     BATCHES,
@@ -359,7 +359,7 @@ def test_nothing_is_logged_where_lora_is_on_all_that_the_map_holds(
 def test_the_correction_takes_out_what_merging_adds_to_the_maps_entries(tiny_llama: Path) -> None:
     safety_map, model = make_map(tiny_llama), adapted(tiny_llama)
     train(model, steps=3)
-    correction = lora_correction(model, safety_map)
+    correction = compute_correction(model, safety_map)
     assert correction.keys() == layers(model).keys()
     before = entries(load(tiny_llama), safety_map)
     merged = entries(model.merge_and_unload(), safety_map)
@@ -375,7 +375,7 @@ def test_a_correction_may_be_asked_for_under_protection_and_for_one_adapter_of_m
     safety_map, model = make_map(tiny_llama), adapted(tiny_llama)
     model.add_adapter("second", config(target_modules=["up_proj"]))
     with preserve(model, safety_map):
-        correction = lora_correction(model, safety_map, adapter="second")
+        correction = compute_correction(model, safety_map, adapter="second")
     assert {name.split(".")[-2] for name in correction} == {"up_proj"}
     assert len(correction[UP]) == len(safety_map.indices[UP])
 

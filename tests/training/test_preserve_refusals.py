@@ -25,8 +25,8 @@ from safeweights_peft import (
     preserve,
 )
 from safeweights_peft.freeze import FrozenEntries
-from safeweights_peft.training.adapters import lora_layers
-from safeweights_peft.training.preserve import lora_correction
+from safeweights_peft.training.lora import find_frozen_layers
+from safeweights_peft.training.preserve import compute_correction
 from tests.training.maps import DOWN, UP, hooks, kept, load, make_map, train
 
 
@@ -238,7 +238,7 @@ def test_a_bias_of_loras_own_is_refused_where_the_layers_bias_holds_frozen_entri
     with pytest.raises(
         UnsupportedFeatureError, match=r"^0: .*found lora_bias, with frozen entries"
     ):
-        lora_layers(model, [FrozenEntries("0.bias", bias, torch.tensor([1]))])
+        find_frozen_layers(model, [FrozenEntries("0.bias", bias, torch.tensor([1]))])
 
 
 def test_a_second_map_over_the_same_lora_layer_is_refused(tiny_llama: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_parameter_that_the_adapted_model_lacks_is_refused_by_its_name(tiny_ll
 
 def test_the_correction_of_an_adapter_that_the_model_lacks_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match=r"^model: expected an adapter 'other', found none"):
-        lora_correction(with_lora(tiny_llama), make_map(tiny_llama, [UP]), adapter="other")
+        compute_correction(with_lora(tiny_llama), make_map(tiny_llama, [UP]), adapter="other")
 
 
 def test_a_model_whose_adapter_was_merged_away_is_no_longer_refused(tiny_llama: Path) -> None:

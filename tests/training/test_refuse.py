@@ -21,10 +21,10 @@ from safeweights_peft.patch.records import Mode
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.refuse import (
     StepLoss,
-    enhance,
     refusal_loss,
     retain_loss,
     token_weights,
+    train_to_refuse,
 )
 from safeweights_peft.tuner.content import create_adapter
 from safeweights_peft.tuner.layer import selected_parameters
@@ -68,15 +68,15 @@ class Job:
     def run(self, work_dir: Path, stop_at: int | None = None, **changes: object) -> list[StepLoss]:
         """Trains, or breaks off in the middle of a step."""
 
-        def on_step(loss: StepLoss) -> None:
-            self.steps.append(loss.step)
-            if loss.step == stop_at:
+        def on_step(step: int) -> None:
+            self.steps.append(step)
+            if step == stop_at:
                 raise Interrupted
 
         self.steps: list[int] = []
         settings = dataclasses.replace(SETTINGS, **changes)
         examples = (self.harmful, self.benign)
-        return enhance(self.model, self.tokenizer, *examples, settings, work_dir, on_step)
+        return train_to_refuse(self.model, self.tokenizer, *examples, settings, work_dir, on_step)
 
     def values(self) -> dict[str, Tensor]:
         return {
@@ -290,7 +290,7 @@ def test_no_example_comes_again_before_all_have_come(
             seen.extend(examples)
         return collate(examples, pad_token_id)
 
-    monkeypatch.setattr(sys.modules[enhance.__module__], "collate", spy)
+    monkeypatch.setattr(sys.modules[train_to_refuse.__module__], "collate", spy)
     job.run(tmp_path, steps=6, harmful_batch_size=4, benign_batch_size=4)
     for known in (job.harmful, job.benign):
         dealt = [example for example in seen if example in known]
