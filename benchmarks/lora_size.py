@@ -26,8 +26,8 @@ from safeweights_peft.data import (
     Example,
     collate,
     encode_example,
-    endless_shuffle,
     read_rows,
+    shuffle_endlessly,
     with_refusals,
 )
 from safeweights_peft.evaluation.generate import generate_answers
@@ -121,7 +121,7 @@ def batches(
 ) -> Iterator[tuple[list[Example], list[Example]]]:
     """Deal the examples of each step."""
     generator = torch.Generator().manual_seed(RECIPE.seed)
-    first, second = endless_shuffle(harmful, generator), endless_shuffle(benign, generator)
+    first, second = shuffle_endlessly(harmful, generator), shuffle_endlessly(benign, generator)
     while True:
         yield (
             list(islice(first, RECIPE.harmful_batch_size)),

@@ -1,9 +1,4 @@
-"""Prompts and training examples: where they come from and how they become token batches.
-
-Reads the built-in prompt set, JSON and JSONL files, and ``datasets`` ids; applies the tokenizer's
-chat template; lays examples out so that every answer of a batch starts in the same column. It
-downloads nothing unless a ``datasets`` id is given, and never sees a model.
-"""
+"""Requests and answers: read from files, rendered by a chat template, laid out in batches."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +31,7 @@ REFUSALS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One request, with the wished answer where the set has one.
-
-    Attributes:
-        instruction: the user's request.
-        output: the wished answer, or None.
-    """
+    """One request of a user, with the answer to learn if there is one."""
 
     instruction: str
     output: str | None = None
@@ -50,37 +39,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation of one turn as token ids.
+    """A conversation of one turn as token ids."""
 
-    Attributes:
-        prompt_ids: rendered request, up to and including the cue for the answer.
-        answer_ids: the answer and, unless it was cut, the end of the turn.
-    """
-
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]  # with the cue for the answer
+    answer_ids: tuple[int, ...]  # with the end of the turn, unless the answer was cut
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples laid side by side, so that all answers start in the same column.
+    """B examples side by side, so that all answers start in the same column."""
 
-    A row is: the tokens with which all prompts begin (the template's system prompt), padding, the
-    rest of the prompt (its last token at least), the answer, padding.
-
-    Attributes:
-        input_ids: (B, P + A) token ids.
-        attention_mask: (B, P + A), 1 where a token stands.
-        position_ids: (B, P + A), counted over each row's tokens.
-        answer_ids: (B, A) token ids, `IGNORED` where an answer has ended.
-        shared: how many leading columns are the same in all rows.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    answer_ids: torch.Tensor
-    shared: int
+    # A row is: the tokens with which all prompts begin (the template's system prompt), padding,
+    # the rest of the prompt (its last token at least), the answer, padding. So logits of answers
+    # are one slice, and the shared start can be computed once.
+    input_ids: torch.Tensor  # (B, P + A)
+    attention_mask: torch.Tensor  # (B, P + A), 0 at padding
+    position_ids: torch.Tensor  # (B, P + A), counted over each row's own tokens
+    answer_ids: torch.Tensor  # (B, A), `IGNORED` after an answer's end
+    shared: int  # columns at the start that are the same in all rows
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
@@ -94,7 +70,7 @@ class Batch:
 
 
 def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
-    """Read requests from a built-in set, a file, or the datasets library."""
+    """Read requests from a built-in set, a JSON or JSONL file, or the datasets library."""
     raw = _read_raw(source)
     rows = [_row(item, f"{source}, row {position}", needs_output) for position, item in raw]
     if not rows:
@@ -102,55 +78,44 @@ def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
     return rows
 
 
+def _is_file(source: str) -> bool:
+    return source.startswith(BUILTIN) or Path(source).suffix in FILE_SUFFIXES
+
+
 def _read_raw(source: str) -> list[tuple[int, Any]]:
-    if source.startswith(BUILTIN):
-        return _read_builtin(source.removeprefix(BUILTIN))
-    if Path(source).suffix in FILE_SUFFIXES:
-        path = _existing(source)
-        return _parse(_read_text(path), source, lines=path.suffix == ".jsonl")
+    if _is_file(source):
+        return _parse(_read_bytes(source), source, lines=source.endswith(".jsonl"))
     return _read_datasets(source)
 
 
-def _existing(source: str) -> Path:
-    path = Path(source)
-    if not path.is_file():
+def _read_bytes(source: str) -> bytes:
+    """Read the file of a source, of ours or the user's."""
+    if source.startswith(BUILTIN):
+        name = source.removeprefix(BUILTIN)
+        if name not in BUILTIN_SETS:
+            raise DataError(
+                f"{source}: expected one of {', '.join(BUILTIN_SETS)}, found {name!r}; "
+                "name one of them, or give a file"
+            )
+        return (resources.files("safeweights_peft") / "prompts" / f"{name}.json").read_bytes()
+    if not Path(source).is_file():
         raise DataError(f"{source}: expected a file, found none; check the path")
-    return path
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8, found {error}; save the file as UTF-8") from error
+    return Path(source).read_bytes()
 
 
 def source_digest(source: str) -> str:
-    """Name what a source of requests holds: its file's bytes, which other programs can hash too."""
-    if source.startswith(BUILTIN):
-        content = _builtin_file(source.removeprefix(BUILTIN)).read_bytes()
-    elif Path(source).suffix in FILE_SUFFIXES:
-        content = _existing(source).read_bytes()
-    else:
+    """Digest a source's content."""
+    if not _is_file(source):
         return data_digest(read_rows(source))
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+    # The file's bytes, not its rows, so that others can check the digest with `sha256sum`.
+    return f"sha256:{hashlib.sha256(_read_bytes(source)).hexdigest()}"
 
 
-def _read_builtin(name: str) -> list[tuple[int, Any]]:
-    text = _builtin_file(name).read_text("utf-8")
-    return _parse(text, f"{BUILTIN}{name}", lines=False)
-
-
-def _builtin_file(name: str) -> Traversable:
-    if name not in BUILTIN_SETS:
-        raise DataError(
-            f"{BUILTIN}{name}: expected one of {', '.join(BUILTIN_SETS)}, found {name!r}; "
-            "name one of them, or give a file"
-        )
-    return resources.files("safeweights_peft") / "prompts" / f"{name}.json"
-
-
-def _parse(text: str, source: str, *, lines: bool) -> list[tuple[int, Any]]:
+def _parse(content: bytes, source: str, *, lines: bool) -> list[tuple[int, Any]]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: expected UTF-8, found {error}; save it as UTF-8") from error
     if lines:  # at "\n" alone: JSON texts may hold the other line ends of Unicode as they are
         numbered = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [(n, _parse_json(line, f"{source}, row {n}")) for n, line in numbered]
@@ -200,7 +165,7 @@ def _row(item: Any, where: str, needs_output: bool) -> Row:
 
 
 def with_refusals(rows: Sequence[Row]) -> list[Row]:
-    """Give harmful requests that have no wished answer a short refusal, in turn."""
+    """Give each request without an answer a short refusal, in turn."""
     return [
         row if row.output else Row(row.instruction, REFUSALS[position % len(REFUSALS)])
         for position, row in enumerate(rows)
@@ -208,7 +173,7 @@ def with_refusals(rows: Sequence[Row]) -> list[Row]:
 
 
 def data_digest(rows: Sequence[Row]) -> str:
-    """Name a set of rows by its content."""
+    """Digest rows in their order."""
     text = json.dumps([[row.instruction, row.output] for row in rows])
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -225,37 +190,37 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> tuple[int, ...]:
-    """Render a request and turns it into token ids."""
-    text = render_prompt(tokenizer, instruction)
+    """Render a request and encode it."""
+    return _encode(tokenizer, render_prompt(tokenizer, instruction))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    # The template has written the special tokens.
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str, max_answer_tokens: int
 ) -> Example:
-    """Render a request and its answer, and turns them into token ids."""
+    """Render a request and its answer, and encode them."""
     prompt = render_prompt(tokenizer, instruction)
-    conversation = str(
-        tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": instruction},
-                {"role": "assistant", "content": answer},
-            ],
-            tokenize=False,
-        )
-    )
+    messages = [
+        {"role": "user", "content": instruction},
+        {"role": "assistant", "content": answer},
+    ]
+    conversation = str(tokenizer.apply_chat_template(messages, tokenize=False))
     if not conversation.startswith(prompt):
         raise DataError(
             f"{tokenizer.name_or_path}: expected a chat template whose conversation begins with "
             "its generation prompt, found another text; use a template without a forced prefix"
         )
-    turn = conversation[len(prompt) :].rstrip("\n")
-    ids = tokenizer(turn, add_special_tokens=False)["input_ids"]
-    return Example(encode_prompt(tokenizer, instruction), tuple(ids[:max_answer_tokens]))
+    # Newlines after the end of the turn are the template's: no model is asked to write them.
+    answer_ids = _encode(tokenizer, conversation[len(prompt) :].rstrip("\n"))
+    return Example(_encode(tokenizer, prompt), answer_ids[:max_answer_tokens])
 
 
-def endless_shuffle(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
-    """Deal examples out in random order, all of them before any comes again."""
+def shuffle_endlessly(examples: Sequence[Example], generator: torch.Generator) -> Iterator[Example]:
+    """Yield examples in random order, all of them before any comes again."""
     while True:
         for position in torch.randperm(len(examples), generator=generator).tolist():
             yield examples[position]
@@ -281,7 +246,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 def _shared_start(prompts: Sequence[Sequence[int]]) -> int:
-    """Count the leading tokens that all prompts share, and leaves each at least one of its own."""
+    """Count the leading tokens that all prompts share, but leave each a token of its own."""
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
     differing = (n for n, tokens in enumerate(columns) if len(set(tokens)) > 1)
     return next(differing, min(len(prompt) for prompt in prompts) - 1)

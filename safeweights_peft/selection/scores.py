@@ -31,7 +31,7 @@ NO_GRADIENT = torch.empty(0)
 
 @dataclass(frozen=True)
 class Score:
-    """One way to score entries; where more is better, they are selected from the top."""
+    """One way to score entries, and which end of the ranking is selected."""
 
     # Of a parameter, its gradient (`NO_GRADIENT` unless needed) and a generator of its own.
     compute: Callable[[Tensor, Tensor, np.random.Generator], Tensor]
@@ -158,7 +158,7 @@ def _check_finite(gradients: Mapping[str, Tensor]) -> None:
 
 
 def split_by_layer(names: Iterable[str], layers_per_pass: int | None) -> list[list[str]]:
-    """Split parameters into passes of a few layers each; what lies between layers is one too."""
+    """Split names into passes of some layers each; names between layers count as a layer."""
     layers = [list(layer) for _, layer in groupby(names, lambda name: find_place(name).layer)]
     size = layers_per_pass or len(layers)
     passes: list[Sequence[list[str]]] = [

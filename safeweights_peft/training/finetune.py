@@ -23,7 +23,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from safeweights_peft.data import IGNORED, Example, endless_shuffle
+from safeweights_peft.data import IGNORED, Example, shuffle_endlessly
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.settings import PreserveMethod, PreserveSettings, TrainSettings
 from safeweights_peft.training.preserve import ArtifactOrPath, preserve
@@ -69,7 +69,7 @@ def run_trainer(trainer: Trainer, on_step: Callable[[int], None]) -> list[dict[s
 
 
 class _StepWatch(TrainerCallback):
-    """Reports each step, and stops before a checkpoint where the loss is not finite."""
+    """Report each step, and stop before a checkpoint where the loss is not finite."""
 
     def __init__(self, on_step: Callable[[int], None]) -> None:
         self._on_step = on_step
@@ -161,7 +161,7 @@ def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Exampl
         raise TrainingError("examples: expected at least one, found none; give more data")
     generator = torch.Generator().manual_seed(settings.seed)
     size, total = settings.batch_size, settings.steps * settings.batch_size
-    order = list(islice(endless_shuffle(examples, generator), total))
+    order = list(islice(shuffle_endlessly(examples, generator), total))
     dealt: list[Example] = []
     for start in range(0, total, BATCHES_SORTED * size):
         chosen = order[start : start + BATCHES_SORTED * size]

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from safeweights_peft.data import IGNORED, Batch, Example, collate, endless_shuffle
+from safeweights_peft.data import IGNORED, Batch, Example, collate, shuffle_endlessly
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.settings import TrainSettings
@@ -87,7 +87,7 @@ def _exact_checkpoints(model: PeftModel) -> Iterator[None]:
 def _deal(
     examples: Sequence[Example], size: int, steps: int, generator: torch.Generator
 ) -> list[list[Example]]:
-    dealt = endless_shuffle(examples, generator)
+    dealt = shuffle_endlessly(examples, generator)
     return [[next(dealt) for _ in range(size)] for _ in range(steps)]
 
 
