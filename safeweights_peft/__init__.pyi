@@ -56,9 +56,9 @@ from .errors import (
 from .errors import (
     UnsupportedVersionError as UnsupportedVersionError,
 )
-from .hub.listing import find_on_hub as find_on_hub
-from .hub.pulling import pull_from_hub as pull_from_hub
-from .hub.pushing import push_to_hub as push_to_hub
+from .hub.pull import find_on_hub as find_on_hub
+from .hub.pull import pull_from_hub as pull_from_hub
+from .hub.push import push_to_hub as push_to_hub
 from .jobs.load import load_model as load_model
 from .merging.convert import convert as convert
 from .merging.in_place import merge_in_place as merge_in_place

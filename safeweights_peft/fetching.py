@@ -1,11 +1,4 @@
-"""Where base models are; files of the Hub, brought into its cache; what can go wrong there.
-
-Here live waiting and trying again, and the words for the Hub's errors, in one line. It runs without
-torch. Loading a model is the matter of ``modeling``, what a shared patch has where of ``hub``.
-
-Uploads and listings are tried again by huggingface_hub itself; most other requests are not, and
-those go through :func:`patiently`.
-"""
+"""Find base models; fetch files from the Hub into its cache; retry, and explain what went wrong."""
 
 from __future__ import annotations
 
@@ -37,19 +30,18 @@ from safeweights_peft.patch.io import CONFIG_FILE, read_metadata
 from safeweights_peft.patch.metadata import PEFT_TYPE
 
 Result = TypeVar("Result")
-PathLike = str | os.PathLike[str]
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-"""What of a model's repository is needed, as patterns."""
+"""Files of a model's repository to fetch, as patterns."""
 
-WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
-"""How long to wait before each further try, where the server doesn't say."""
+BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
+"""Waits between tries, where the server doesn't say how long."""
 
-LONGEST_WAIT_SECONDS = 300.0
-"""A server that asks for a longer wait is told to the user instead."""
+MAX_WAIT_SECONDS = 300.0
+"""A server that asks for more is reported to the user instead."""
 
-PASSING = (408, 429, 500, 502, 503, 504)
-"""Statuses of answers that another try may not get."""
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+"""Statuses that another try may not get."""
 
 HUB_ERRORS = (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises when the Hub, the network or a name is at fault."""
@@ -57,21 +49,15 @@ HUB_ERRORS = (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Where a base model was found.
+    """A base model on this disk."""
 
-    Attributes:
-        name: the Hub id or path as the user gave it; recorded in adapters.
-        path: the local directory with its files.
-        revision: the Hub commit, or None for a plain directory.
-    """
-
-    name: str
+    name: str  # Hub id or path as the user gave it; adapters record it
     path: Path
-    revision: str | None
+    revision: str | None  # commit on the Hub; None for a plain directory
 
 
 def find_base(
-    base: PathLike | None,
+    base: str | os.PathLike[str] | None,
     adapters: Sequence[Path] = (),
     revision: str | None = None,
     files: Sequence[str] = MODEL_FILES,
@@ -82,12 +68,14 @@ def find_base(
     a revision, the commit that they record for that name, or else the tip of the main branch.
     """
     is_here = base is not None and Path(base).is_dir()
-    name, commit = (str(base), None) if is_here else named_base(base, adapters)
-    # A recorded commit is no commit of a directory; digests tell whether that is the base.
+    name, commit = (str(base), None) if is_here else name_base(base, adapters)
+    # A directory may bear the name of a recorded base, but it has no commits: digests will tell.
     return resolve_base(name, revision if Path(name).is_dir() else revision or commit, files)
 
 
-def named_base(base: PathLike | None, adapters: Sequence[Path]) -> tuple[str, str | None]:
+def name_base(
+    base: str | os.PathLike[str] | None, adapters: Sequence[Path]
+) -> tuple[str, str | None]:
     """Return the name of a base, and the commit that adapters record for it, if one does."""
     recorded = [_recorded_base(adapter) for adapter in adapters]
     name = str(base) if base is not None else next((name for name, _ in recorded if name), None)
@@ -138,77 +126,77 @@ def resolve_base(
 def download(
     source: str,
     patterns: Sequence[str],
-    wanted: str,
+    expected: str,
     revision: str | None = None,
     error: type[SafeWeightsError] = ModelError,
 ) -> Path:
     """Download files of a Hub repository into the cache, unless they are there."""
 
     def fetch() -> str:
-        found: str = huggingface_hub.snapshot_download(
+        folder: str = huggingface_hub.snapshot_download(
             source, revision=revision, allow_patterns=list(patterns)
         )
-        return found
+        return folder
 
     try:
-        return Path(patiently(fetch))
+        return Path(retry(fetch))
     except HUB_ERRORS as reason:
         at = f" at revision {revision}" if revision else ""
-        raise error(f"{source}: expected {wanted}{at}, {explain(reason, source)}") from reason
+        raise error(f"{source}: expected {expected}{at}, {explain(reason, source)}") from reason
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Split what a user gives for a repository, perhaps at a revision."""
+    """Split ``NAME@REVISION``; the revision is None if there is none."""
     name, _, revision = source.partition("@")
     return name, revision or None
 
 
 def latest_commit(repo_id: str) -> str | None:
-    """Ask for the commit at the tip of a model's main branch."""
+    """Return the commit at the tip of a model's main branch; None if the Hub can't be asked."""
     try:
         return huggingface_hub.HfApi().model_info(repo_id, timeout=10).sha
     except HUB_ERRORS:
         return None
 
 
-def patiently(call: Callable[[], Result]) -> Result:
-    """Call the Hub, and again after a wait if the answer is one that passes."""
-    waits = iter(WAITS_SECONDS)
+def retry(call: Callable[[], Result]) -> Result:
+    """Call the Hub, and again after transient errors."""
+    # huggingface_hub itself retries uploads and listings, but few other requests.
+    waits = iter(BACKOFF_SECONDS)
     while True:
         try:
             return call()
         except HUB_ERRORS as error:
-            if not wait_out(error, waits):
+            if not wait_to_retry(error, waits):
                 raise
 
 
-def wait_out(
-    error: BaseException, waits: Iterator[float], passing: Sequence[int] = PASSING
+def wait_to_retry(
+    error: BaseException, waits: Iterator[float], transient: Sequence[int] = TRANSIENT
 ) -> bool:
-    """Wait before another try, as long as the server asks, or else the next of some waits."""
-    if not is_passing(error, passing) or (wait := next(waits, None)) is None:
+    """Wait as long as the server asks, or else the next of ``waits``; False if that won't help."""
+    if not _is_transient(_cause(error), transient) or (wait := next(waits, None)) is None:
         return False
-    asked = _asked_wait(error)
-    if asked is not None and asked > LONGEST_WAIT_SECONDS:
+    requested = _requested_wait(_cause(error))
+    if requested is not None and requested > MAX_WAIT_SECONDS:
         return False
-    time.sleep(wait if asked is None else asked)
+    time.sleep(wait if requested is None else requested)
     return True
 
 
-def is_passing(error: BaseException, passing: Sequence[int] = PASSING) -> bool:
-    """Tell whether another try may go better: after a lost connection or a passing status."""
-    cause = _cause(error)
+def _is_transient(cause: BaseException, transient: Sequence[int]) -> bool:
     if isinstance(cause, HfHubHTTPError):
-        return cause.response.status_code in passing
+        return cause.response.status_code in transient
     if isinstance(cause, json.JSONDecodeError):
         return True  # the page of some proxy in place of the Hub's answer
+    # A connection that is refused stays refused: offline, a user shouldn't wait for half a minute.
     return isinstance(cause, HTTPError) and type(cause).__name__ != "ConnectError"
 
 
 def explain(error: BaseException, repo_id: str) -> str:
     """Say what went wrong at the Hub, and what to do."""
-    found, do = _describe(_cause(error), repo_id)
-    return f"found {found}; {do}"
+    found, advice = _describe(_cause(error), repo_id)
+    return f"found {found}; {advice}"
 
 
 def _describe(error: BaseException, repo_id: str) -> tuple[str, str]:
@@ -244,31 +232,30 @@ def _describe_status(error: HfHubHTTPError) -> tuple[str, str]:
     if status == 403:
         return "that your token has no right to it", "use a token with the right, or ask for it"
     if status == 429:
-        asked = _asked_wait(error)
-        wait = "some minutes" if asked is None else f"{asked:.0f} seconds"
+        requested = _requested_wait(error)
+        wait = "some minutes" if requested is None else f"{requested:.0f} seconds"
         return "too many requests (429)", f"wait {wait}, and call again"
-    if status in PASSING:
+    if status in TRANSIENT:
         return f"an error of the server ({status})", "call again later"
     return f"the answer {status}: {_line(error.server_message or '')}", "see the message"
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Find the answer or the lost connection behind what huggingface_hub made of it."""
+    """Find the response or the lost connection that huggingface_hub wraps in errors of its own."""
     while not isinstance(error, HTTPError | OfflineModeIsEnabled) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _asked_wait(error: BaseException) -> float | None:
-    """Read how many seconds a server asks to wait, if it does."""
-    cause = _cause(error)
+def _requested_wait(cause: BaseException) -> float | None:
+    """Read how many seconds the server asks to wait, if it does."""
     if not isinstance(cause, HfHubHTTPError):
         return None
     limits = parse_ratelimit_headers(cause.response.headers)
     if limits is not None and limits.remaining == 0:
         return float(limits.reset_in_seconds)
-    asked = cause.response.headers.get("Retry-After", "").strip()
-    return float(asked) if asked.isdigit() else None
+    seconds = cause.response.headers.get("Retry-After", "").strip()
+    return float(seconds) if seconds.isdigit() else None
 
 
 def _line(text: str) -> str:

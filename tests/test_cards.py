@@ -11,20 +11,22 @@ from markupsafe import Markup
 import safeweights_peft.cards
 from safeweights_peft.cards import escape, render_card
 from safeweights_peft.hub.card import VERSIONS
-from safeweights_peft.hub.results import Asked, Evaluation, Measured
+from safeweights_peft.hub.layout import Base
+from safeweights_peft.hub.results import Evaluation, Measured, Requests
 from safeweights_peft.rates import Rate
 
 EVIL = "x\n---\nlicense: mit\n# Owned\n| [a](b) <script>`{{ 7 * 7 }}`' \" |"
 WORDS = ("license: mit", "# Owned", "[a](b)", "<script>", "49", "{{")
 
 
-def asked(text: str) -> Asked:
-    return Asked(text, text, Rate(1, 2, 0.5, 0.1, 0.9), 0)
+def requests(text: str) -> Requests:
+    return Requests(text, text, Rate(1, 2, 0.5, 0.1, 0.9), 0)
 
 
 def measured(text: str) -> list[Measured]:
     evaluation = Evaluation(
-        *(text, (text, text), asked(text), asked(text), (text, text), 1.0, 1.0, 1.0, 1000),
+        *(text, Base(text, text), requests(text), requests(text), text, text),
+        *(1.0, 1.0, 1.0, 1000),
         *(text, text, text, text),
     )
     return [Measured(evaluation, evaluation), Measured(None, evaluation)]

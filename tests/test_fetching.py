@@ -9,13 +9,13 @@ import pytest
 
 from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.fetching import (
-    LONGEST_WAIT_SECONDS,
-    WAITS_SECONDS,
+    BACKOFF_SECONDS,
+    MAX_WAIT_SECONDS,
     BaseModel,
     find_base,
     latest_commit,
-    patiently,
     resolve_base,
+    retry,
     split_revision,
 )
 from tests.tiny_files import cache_model
@@ -185,20 +185,20 @@ def status_error(status: int, **headers: str) -> Exception:
 
 def test_the_waits_grow_and_end(waited: list[float]) -> None:
     with pytest.raises(OSError, match="it failed"):
-        patiently(Failing(status_error(503), 100))
-    assert waited == list(WAITS_SECONDS)
+        retry(Failing(status_error(503), 100))
+    assert waited == list(BACKOFF_SECONDS)
     assert sorted(waited) == waited
 
 
 def test_a_passing_failure_is_forgotten(waited: list[float]) -> None:
-    assert patiently(Failing(status_error(500), 2)) == "done"
+    assert retry(Failing(status_error(500), 2)) == "done"
     assert len(waited) == 2
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 412])
 def test_a_refusal_is_not_asked_again(status: int, waited: list[float]) -> None:
     with pytest.raises(OSError, match="it failed"):
-        patiently(Failing(status_error(status), 1))
+        retry(Failing(status_error(status), 1))
     assert waited == []
 
 
@@ -209,20 +209,20 @@ def test_the_server_s_own_wait_comes_first(
     asked: str, expected: list[float], waited: list[float]
 ) -> None:
     error = status_error(429, **{"Retry-After": asked})
-    assert patiently(Failing(error, 1)) == "done"
+    assert retry(Failing(error, 1)) == "done"
     assert waited == expected
 
 
 def test_a_wait_beyond_patience_is_not_waited(waited: list[float]) -> None:
-    error = status_error(429, **{"Retry-After": str(int(LONGEST_WAIT_SECONDS) + 1)})
+    error = status_error(429, **{"Retry-After": str(int(MAX_WAIT_SECONDS) + 1)})
     with pytest.raises(OSError, match="it failed"):
-        patiently(Failing(error, 1))
+        retry(Failing(error, 1))
     assert waited == []
 
 
 def test_other_errors_are_not_the_hub_s(waited: list[float]) -> None:
     with pytest.raises(KeyError):
-        patiently(Failing(KeyError("mine"), 1))
+        retry(Failing(KeyError("mine"), 1))
     assert waited == []
 
 

@@ -44,7 +44,7 @@ class _Adapter(click.ParamType):
         """Find the directory: what is here comes before what is on the Hub."""
         if Path(value).is_dir():
             return Path(value)
-        from safeweights_peft.hub.pulling import fetch_adapter, is_hub_id
+        from safeweights_peft.hub.pull import fetch_adapter, is_hub_id
 
         return fetch_adapter(value) if is_hub_id(value) else existing.convert(value, param, ctx)
 

@@ -36,7 +36,7 @@ def push_command(
     there. Nothing is sent that holds a local path or a token, or was measured on another patch. An
     interrupted push leaves REPO as it was; call it again.
     """
-    from safeweights_peft.hub.pushing import push_to_hub
+    from safeweights_peft.hub.push import push_to_hub
 
     pushed = push_to_hub(
         directory,
@@ -71,7 +71,7 @@ def pull_command(source: str, out: Path | None, overwrite: bool, as_json: bool) 
     REPO is USER/NAME, perhaps with @REVISION, a branch, tag or commit. Only files that belong to a
     patch are fetched.
     """
-    from safeweights_peft.hub.pulling import pull_from_hub
+    from safeweights_peft.hub.pull import pull_from_hub
 
     pulled = pull_from_hub(source, out, overwrite=overwrite)
     rows = [
@@ -97,7 +97,7 @@ def pull_command(source: str, out: Path | None, overwrite: bool, as_json: bool) 
 @json_output
 def list_command(base: str, as_json: bool) -> None:
     """Find patches and maps for a base on the Hub, with the results that their cards tell."""
-    from safeweights_peft.hub.listing import find_on_hub
+    from safeweights_peft.hub.pull import find_on_hub
 
     found = find_on_hub(base)
     rows = [("repository", "kind", "date", "result", "on", "value")]

@@ -9,10 +9,10 @@ from huggingface_hub import HfApi, ModelCardData
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.errors import HubError
-from safeweights_peft.fetching import patiently
+from safeweights_peft.fetching import retry
 from safeweights_peft.files import read_json
-from safeweights_peft.hub.layout import IMAGES, MAP, RESULTS
-from safeweights_peft.hub.listing import TAG
+from safeweights_peft.hub.layout import IMAGES, MAP, RESULTS, Base
+from safeweights_peft.hub.pull import TAG
 from safeweights_peft.hub.results import (
     REPRODUCE,
     Measured,
@@ -31,7 +31,7 @@ VERSIONS = ("safeweights-peft", "torch", "transformers", "peft", "python")
 def write_card(folder: Path, repo_id: str) -> Path:
     """Write a repository's card, and its results as the Hub reads them."""
     metadata = read_artifact(folder).metadata  # with a content id, even of format 1.0
-    base = metadata.base_model_name_or_path, metadata.revision
+    base = Base.of(metadata)
     content, selection = inspect(folder), metadata.selection
     measured = read_results(folder, metadata.content_id, base)
     licence, total = find_licence(metadata), selection.get("total_parameters")
@@ -61,7 +61,7 @@ def find_licence(metadata: AdapterMetadata) -> dict[str, Any]:
     """Look the base's licence up in its card."""
     name, revision = str(metadata.base_model_name_or_path), metadata.revision
     try:
-        card = patiently(lambda: HfApi().model_info(name, revision=revision)).card_data
+        card = retry(lambda: HfApi().model_info(name, revision=revision)).card_data
         found = card.to_dict() if card else {}
     except Exception:  # not to be reached, or its author wrote no YAML there: the new card says so
         found = {}

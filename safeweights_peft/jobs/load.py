@@ -18,7 +18,7 @@ from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.fetching import BaseModel, find_base, latest_commit
 from safeweights_peft.files import read_json
 from safeweights_peft.freeze import FrozenEntries
-from safeweights_peft.hub.pulling import fetch_adapter
+from safeweights_peft.hub.pull import fetch_adapter
 from safeweights_peft.jobs.correction import CORRECTION
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.modeling.loading import load_model as load_base

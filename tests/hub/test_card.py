@@ -15,8 +15,8 @@ from huggingface_hub.repocard import metadata_load
 
 from safeweights_peft.errors import HubError
 from safeweights_peft.hub.card import write_card
-from safeweights_peft.hub.listing import find_on_hub
-from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.hub.pull import find_on_hub
+from safeweights_peft.hub.push import push_to_hub
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.patch.io import inspect, read_adapter, read_metadata, write_map
 from tests.hub.repositories import (

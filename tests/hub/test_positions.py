@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import HubError
-from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.hub.push import push_to_hub
 from tests.hub.conftest import REPO, TOKEN
 from tests.hub_server import Fault, HubServer
 from tests.tiny_jobs import content

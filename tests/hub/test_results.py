@@ -8,11 +8,12 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 from safeweights_peft.errors import HubError
+from safeweights_peft.hub.layout import Base
 from safeweights_peft.hub.results import model_index, read_results, write_eval_results
 from tests.hub.repositories import BASE, COMMIT, REPO, evaluation, put_result
 
 OURS, OTHERS = "sha256:" + "1" * 64, "sha256:" + "2" * 64
-ON = (BASE, COMMIT)
+ON = Base(BASE, COMMIT)
 ON_HUB = {"harmful": "someone/attacks:test", "benign": "someone/questions", "task": None}
 
 
@@ -27,6 +28,12 @@ def refusal(folder: Path) -> str:
     with pytest.raises(HubError) as caught:
         read_results(folder, OURS, ON)
     return str(caught.value)
+
+
+def written(folder: Path) -> list[Path]:
+    """What is written for the Hub of the results in a folder."""
+    write_eval_results(folder, read_results(folder, OURS, ON), REPO)
+    return list((folder / ".eval_results").glob("*"))
 
 
 def test_an_evaluation_of_the_patch_is_read_with_that_of_its_base(folder: Path) -> None:
@@ -46,6 +53,11 @@ def test_several_evaluations_each_find_their_own_base(folder: Path) -> None:
 
 def test_no_results_are_no_results(tmp_path: Path) -> None:
     assert read_results(tmp_path, OURS, ON) == []
+
+
+def test_two_evaluations_of_the_base_alike_are_refused(folder: Path) -> None:
+    put_result(folder, "again.json", evaluation(None))
+    assert refusal(folder).startswith("results/again.json: expected an evaluation of the base as")
 
 
 def test_an_evaluation_of_another_content_is_refused_by_name(folder: Path) -> None:
@@ -106,6 +118,8 @@ def test_an_evaluation_on_another_base_or_commit_is_refused(
         {"utility": None},
         {"settings": {}},
         {"base": "someone/tiny"},
+        {"judge": None},
+        {"task": {"data_digest": "sha256:c", "tokens": 9}},
         {"benign": evaluation(None)["benign"] | {"over_refusal_rate": {"count": "many"}}},
     ],
     ids=lambda change: next(iter(change)),
@@ -144,17 +158,17 @@ def test_the_place_of_a_file_of_requests_is_told_nowhere(folder: Path) -> None:
     measured = read_results(folder, OURS, ON)
     assert measured[0].after.harmful.source == "attacks.json"
     assert measured[0].after.benign.source == "questions.jsonl"
-    assert write_eval_results(folder, measured, REPO) == []
+    assert written(folder) == []
 
 
 def test_results_on_data_sets_of_the_hub_are_written_as_the_hub_documents_them(
     folder: Path,
 ) -> None:
     put_result(folder, "after.json", evaluation(OURS, settings=ON_HUB))
-    (path,) = write_eval_results(folder, read_results(folder, OURS, ON), REPO)
+    (path,) = written(folder)
     assert path == folder / ".eval_results" / "after.yaml"
     harmful, benign = yaml.safe_load(path.read_text())
-    notes = "ASR, a share: 3 of 101, 95 % interval 0.012 to 0.999; judge: refusal openings; "
+    notes = "ASR, a fraction: 3 of 101, 95 % interval 0.012 to 0.999; judge: refusal openings; "
     assert harmful == {
         "dataset": {"id": "someone/attacks", "task_id": "default"},
         "value": 3 / 101,
@@ -170,11 +184,11 @@ def test_results_on_data_sets_of_the_hub_are_written_as_the_hub_documents_them(
 
 def test_huggingface_hub_reads_them_back(folder: Path) -> None:
     put_result(folder, "after.json", evaluation(OURS, settings=ON_HUB))
-    (path,) = write_eval_results(folder, read_results(folder, OURS, ON), REPO)
+    (path,) = written(folder)
     entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
     assert [each.value for each in entries] == [3 / 101, 12 / 103]
 
 
 def test_results_on_built_in_requests_are_no_benchmark_of_the_hub(folder: Path) -> None:
-    assert write_eval_results(folder, read_results(folder, OURS, ON), REPO) == []
+    assert written(folder) == []
     assert not (folder / ".eval_results").exists()

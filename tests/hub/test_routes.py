@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.hub.push import push_to_hub
 from safeweights_peft.patch.io import read_adapter
 from tests.hub.conftest import BASE, REPO, TOKEN
 from tests.hub_server import HubServer

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import HubError
-from safeweights_peft.hub.listing import Claim, find_on_hub
-from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.hub.pull import Claim, find_on_hub
+from safeweights_peft.hub.push import push_to_hub
 from tests.hub.conftest import BASE, REPO
 from tests.hub_server import Fault, HubServer
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from safeweights_peft.errors import CorruptAdapterError, HubError
-from safeweights_peft.fetching import WAITS_SECONDS
-from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.fetching import BACKOFF_SECONDS
+from safeweights_peft.hub.push import push_to_hub
 from safeweights_peft.patch.io import read_metadata
 from tests.hub.conftest import BASE, REPO, TOKEN
 from tests.hub.repositories import evaluation
@@ -396,7 +396,7 @@ def test_a_tip_that_is_said_to_have_moved_and_has_not_is_waited_for_and_then_tol
     hub.faults = [Fault(path="/commit/", status=412)]
     with pytest.raises(HubError, match="expected to push to it, found the answer 412"):
         push_to_hub(run, REPO)
-    assert waits == list(WAITS_SECONDS)
+    assert waits == list(BACKOFF_SECONDS)
     assert hub.repos[REPO].files() == {}
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from safeweights_peft.errors import HubError
-from safeweights_peft.hub.leaks import check_shareable
+from safeweights_peft.hub.stage import check_private
 
 SECRETS = [
     "hf_" + "a" * 34,
@@ -46,7 +46,7 @@ def test_a_secret_is_found_in_every_file_and_not_repeated(
     text = f"it is {secret} there"
     write(tmp_path, name, json.dumps({"a": [text]}) if name.endswith(".json") else text)
     with pytest.raises(HubError, match=f"^{name}: .*expected nothing secret") as told:
-        check_shareable(tmp_path)
+        check_private(tmp_path)
     assert secret not in str(told.value)
 
 
@@ -54,14 +54,14 @@ def test_a_secret_is_found_in_every_file_and_not_repeated(
 def test_a_path_as_a_value_is_found(path: str, tmp_path: Path) -> None:
     write(tmp_path, "results/a.json", json.dumps({"data": {"file": path}}))
     with pytest.raises(HubError, match=r"^results/a\.json: data: file: expected nothing of this"):
-        check_shareable(tmp_path)
+        check_private(tmp_path)
 
 
 @pytest.mark.parametrize("path", [each for each in PATHS if not each.startswith(r"\\")])
 def test_a_path_in_a_text_is_found(path: str, tmp_path: Path) -> None:
     write(tmp_path, "README.md", f"# Patch\n\nmade from `{path}` by me\n")
     with pytest.raises(HubError, match=r"^README\.md: line 3: expected nothing of this machine"):
-        check_shareable(tmp_path)
+        check_private(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,17 @@ def test_a_path_in_a_text_is_found(path: str, tmp_path: Path) -> None:
 def test_a_path_within_a_value_is_found(text: str, tmp_path: Path) -> None:
     write(tmp_path, "results/a.json", json.dumps({"command": [text]}))
     with pytest.raises(HubError, match=r"^results/a\.json: command: 0: expected nothing of this"):
-        check_shareable(tmp_path)
+        check_private(tmp_path)
 
 
 def test_the_current_directory_is_found_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "README.md", "made in /odd/place/run")
-    check_shareable(tmp_path)
+    check_private(tmp_path)
     monkeypatch.setattr(Path, "cwd", lambda: Path("/odd/place"))
     with pytest.raises(HubError, match="expected nothing of this machine, found the path /odd"):
-        check_shareable(tmp_path)
+        check_private(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_the_current_directory_is_found_wherever_it_is(
 def test_what_only_looks_like_one_is_let_pass(text: str, tmp_path: Path) -> None:
     write(tmp_path, "README.md", text)
     write(tmp_path, "results/a.json", json.dumps({text: text}))
-    check_shareable(tmp_path)
+    check_private(tmp_path)
 
 
 def test_a_path_or_a_secret_in_a_picture_s_own_text_is_found(tmp_path: Path) -> None:
@@ -109,22 +109,22 @@ def test_a_path_or_a_secret_in_a_picture_s_own_text_is_found(tmp_path: Path) -> 
     picture.parent.mkdir()
     figure = pyplot.Figure()
     figure.savefig(picture)
-    check_shareable(tmp_path)
+    check_private(tmp_path)
     for told in ("made in /home/ann/run", SECRETS[0]):
         figure.savefig(picture, metadata={"Comment": told})
-        with pytest.raises(HubError, match=r"^images/a\.png: expected nothing"):
-            check_shareable(tmp_path)
+        with pytest.raises(HubError, match=r"^images/a\.png: line \d+: expected nothing"):
+            check_private(tmp_path)
 
 
 def test_noise_in_a_picture_is_no_path(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(np.random.default_rng(0).bytes(5_000_000))
-    check_shareable(tmp_path)
+    check_private(tmp_path)
 
 
 def test_tensors_are_not_read_as_text(tmp_path: Path) -> None:
     tensors = {"a": np.frombuffer(SECRETS[0].encode(), np.uint8)}
     save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
-    check_shareable(tmp_path)
+    check_private(tmp_path)
 
 
 @pytest.mark.parametrize("told", ["made in /home/ann/run", SECRETS[0]])
@@ -136,4 +136,4 @@ def test_what_stands_in_the_header_of_tensors_is_read(
     file = tmp_path / folder / "adapter_model.safetensors"
     save_file({"a": np.zeros(1)}, file, {"by": told})
     with pytest.raises(HubError, match=r"adapter_model\.safetensors: __metadata__: by: expected"):
-        check_shareable(tmp_path)
+        check_private(tmp_path)

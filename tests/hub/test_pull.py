@@ -7,8 +7,8 @@ import pytest
 
 from safeweights_peft.errors import CorruptAdapterError, FormatError, HubError, ModelError
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.hub.pulling import fetch_adapter, pull_from_hub
-from safeweights_peft.hub.pushing import push_to_hub
+from safeweights_peft.hub.pull import fetch_adapter, pull_from_hub
+from safeweights_peft.hub.push import push_to_hub
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_artifact

@@ -1,18 +1,8 @@
-"""Pushes a patch or a map to the Hub: everything that belongs to it, in one commit.
-
-All is laid out in a folder of its own and checked before anything is sent. Large files go ahead
-into the Hub's storage, where nobody sees them; the commit that names them is one request, made on
-top of the commit that was looked at. So whatever happens on the way, the repository is as it was or
-complete, and a push that is called again goes on with what the storage has.
-
-huggingface_hub's upload_folder may make several commits, and so isn't used here.
-"""
+"""Push a patch or a map to the Hub: everything that belongs to it, in one commit."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,21 +14,20 @@ from huggingface_hub.hf_api import RepoFile
 
 from safeweights_peft.errors import HubError
 from safeweights_peft.fetching import (
+    BACKOFF_SECONDS,
     HUB_ERRORS,
-    PASSING,
-    WAITS_SECONDS,
+    TRANSIENT,
     download,
     explain,
-    named_base,
-    patiently,
+    name_base,
+    retry,
     split_revision,
-    wait_out,
+    wait_to_retry,
 )
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.card import write_card
-from safeweights_peft.hub.layout import belongs, is_foreign
-from safeweights_peft.hub.leaks import check_shareable
-from safeweights_peft.hub.staging import Base, find_adapter, stage
+from safeweights_peft.hub.layout import Base, belongs, is_foreign
+from safeweights_peft.hub.stage import check_private, find_adapter, stage
 from safeweights_peft.patch.io import CONFIG_FILE
 from safeweights_peft.patch.metadata import PEFT_TYPE
 
@@ -48,22 +37,12 @@ TIP_MOVED = 412
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push has done.
-
-    Attributes:
-        repo_id: the repository.
-        commit: the commit that holds it all.
-        changed: whether it is a new one; False if the repository held it all before.
-        pull_request: the address of the pull request, if one was opened.
-        files: the files of the patch or map there.
-        base: the Hub id of its base.
-        base_commit: the base's commit.
-    """
+    """What a push has done."""
 
     repo_id: str
     commit: str
-    changed: bool
-    pull_request: str | None
+    changed: bool  # False if the repository held all of it before
+    pull_request: str | None  # its address
     files: tuple[str, ...]
     base: str
     base_commit: str
@@ -85,34 +64,50 @@ def push_to_hub(
     longer there are deleted in the same commit; files of others are left alone.
 
     Args:
-        source: directory of a run of `enhance`, or of a patch or a map; nothing in it is changed.
-        repo_id: where to, as ``USER/NAME``.
-        base: the base's Hub id, perhaps ``@REVISION``, where the files name a directory.
-        private: whether a new repository is private.
-        revision: branch to push to; the main branch if None.
-        create_pr: open a pull request instead, to which no right to write is needed.
-        message: the commit's message.
+        source: Directory of a run of `enhance`, or of a patch or a map; nothing in it is changed.
+        repo_id: The repository, as ``USER/NAME``.
+        base: The base's Hub id, perhaps ``@REVISION``, where the files name a directory.
+        private: Whether a new repository is private.
+        revision: Branch to push to; the main branch if None.
+        create_pr: Open a pull request instead, to which no right to write is needed.
+        message: The commit's message.
 
     Returns:
-        What was done.
+        What was done: repository, commit, whether that is new, files, base and its commit.
 
     Raises:
-        HubError: something must not be published, the repository holds something else or has
+        HubError: Something must not be published, the repository holds something else or has
             changed meanwhile, or the Hub refuses.
-        FormatError: the patch or the map breaks a rule of the format.
+        FormatError: The patch or the map breaks a rule of the format.
+        ModelError: The patch or the map names no base, and neither does ``base``.
+
+    Example:
+        >>> from safeweights_peft import push_to_hub
+        >>> pushed = push_to_hub("demo/run", "ann/patch", base="someone/tiny")
+        >>> pushed.files[:3]
+        ('README.md', 'adapter_config.json', 'adapter_model.safetensors')
     """
     source = Path(source)
     _check_login(repo_id)
-    with TemporaryDirectory() as folder:
-        found = _find_base(find_adapter(source), base)
-        artifact = stage(source, Path(folder), found).mode.artifact
-        write_card(Path(folder), repo_id)
-        check_shareable(Path(folder))
-        change = _Change(Path(folder), repo_id, revision, create_pr, message or f"Push {artifact}")
-        with _saying(repo_id, create_pr):
+    with TemporaryDirectory() as draft:
+        folder = Path(draft)
+        public_base = _find_base(find_adapter(source), base)
+        artifact = stage(source, folder, public_base).mode.artifact
+        write_card(folder, repo_id)
+        check_private(folder)
+        change = _Change(folder, repo_id, revision, create_pr, message or f"Push {artifact}")
+        try:
             commit, changed, pull_request = change.push(private)
-        files = tuple(change.files)
-    return Pushed(repo_id, commit, changed, pull_request, files, found.repo_id, found.commit)
+        except HUB_ERRORS as error:
+            advice = ""
+            if create_pr:
+                advice = "; look first whether the pull request is there"
+            elif isinstance(error, HfHubHTTPError) and error.response.status_code == 403:
+                advice = "; or propose the push by --create-pr"
+            problem = f"expected to push to it, {explain(error, repo_id)}{advice}"
+            raise HubError(f"{repo_id}: {problem}") from error
+    files, (name, base_commit) = tuple(change.files), public_base
+    return Pushed(repo_id, commit, changed, pull_request, files, str(name), str(base_commit))
 
 
 def _check_login(repo_id: str) -> None:
@@ -125,25 +120,24 @@ def _check_login(repo_id: str) -> None:
         )
 
 
-def _find_base(adapter: Path, given: str | None) -> Base:
+def _find_base(adapter: Path, public: str | None) -> Base:
     """Find the Hub id and the commit of the base, and that both are there."""
-    name, revision = split_revision(given) if given else (None, None)
-    name, recorded = named_base(name, [adapter])
-    if given is None and recorded is None:
+    name, revision = split_revision(public) if public else (None, None)
+    name, recorded = name_base(name, [adapter])
+    if public is None and recorded is None:
         raise HubError(
             f"{adapter}: base_model_name_or_path: expected a Hub id and its commit, found {name} "
             "without a commit, a directory; say by --base USER/MODEL[@REVISION] where others find "
             "this base"
         )
     revision = revision or recorded
-    at = f" at revision {revision}" if revision else ""
     try:
-        info = patiently(lambda: HfApi().model_info(name, revision=revision))
+        info = retry(lambda: HfApi().model_info(name, revision=revision))
     except HUB_ERRORS as error:
-        wanted = f"the base as a model on the Hub{at}"
-        raise HubError(f"{name}: expected {wanted}, {explain(error, name)}") from error
-    assert info.sha is not None
-    if given is not None and recorded not in (None, info.sha):
+        at = f" at revision {revision}" if revision else ""
+        problem = f"expected the base as a model on the Hub{at}, {explain(error, name)}"
+        raise HubError(f"{name}: {problem}") from error
+    if public is not None and recorded not in (None, info.sha):
         raise HubError(
             f"{adapter}: expected --base {name}@{recorded}, the commit that it was made for, found "
             f"commit {info.sha}; leave the revision out"
@@ -160,7 +154,7 @@ class _Remote:
     files: dict[str, RepoFile]
 
     def holds(self, files: dict[str, Path]) -> bool:
-        """Tell whether these are the files of the layout, each with this content."""
+        """Tell whether it has these files of the layout with this content, and no others of it."""
         theirs = {name for name in self.files if belongs(name)}
         return theirs == files.keys() and all(
             _is_same(self.files[name], path) for name, path in files.items()
@@ -168,12 +162,19 @@ class _Remote:
 
 
 class _Change:
-    """One commit on top of what a repository holds."""
+    """One commit on top of what a repository holds.
+
+    Large files go ahead into the Hub's storage, where nobody sees them; the commit that names them
+    is one request, on top of the commit that was looked at. So whatever fails on the way, the
+    repository is as it was or complete, and the next push resumes with what the storage has.
+    """
+
+    # Not upload_folder: it splits a push into several commits at 250 files or after 5 minutes.
 
     def __init__(
         self, folder: Path, repo_id: str, revision: str | None, create_pr: bool, message: str
     ) -> None:
-        paths = sorted(each for each in folder.rglob("*") if each.is_file())
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
         self.files = {path.relative_to(folder).as_posix(): path for path in paths}
         self.repo_id = repo_id
         self.revision = revision
@@ -182,23 +183,13 @@ class _Change:
         self.api = HfApi()
 
     def push(self, private: bool) -> tuple[str, bool, str | None]:
-        """Look at the repository, or makes it, and commits what is to change."""
+        """Look at the repository, or make it, and commit what changes.
+
+        Returned are the commit, whether it is new, and the address of the pull request.
+        """
         remote = self._look()
         if remote is None:
-            if self.revision not in (None, "main"):
-                raise HubError(
-                    f"{self.repo_id}: expected a repository with the branch {self.revision}, found "
-                    "none that you can see; push to its main branch first"
-                )
-            patiently(
-                lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
-            )
-            remote = self._look()
-            if remote is None:
-                raise HubError(
-                    f"{self.repo_id}: expected the repository that was just made, found none yet; "
-                    "call again"
-                )
+            remote = self._create(private)
         elif private and not remote.private:
             raise HubError(
                 f"{self.repo_id}: expected a private repository, found a public one; make it "
@@ -209,28 +200,44 @@ class _Change:
             return remote.commit, False, None
         return self._commit(remote)
 
+    def _create(self, private: bool) -> _Remote:
+        if self.revision not in (None, "main"):
+            raise HubError(
+                f"{self.repo_id}: expected a repository with the branch {self.revision}, found "
+                "none that you can see; push to its main branch first"
+            )
+        # `or None`: an organization's default may be private, and False would override it.
+        retry(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
+        remote = self._look()
+        if remote is None:
+            raise HubError(
+                f"{self.repo_id}: expected the repository that was just made, found none yet; "
+                "call again"
+            )
+        return remote
+
     def _look(self) -> _Remote | None:
         """List what the repository holds; None if it isn't there."""
         try:
-            info = patiently(lambda: self.api.model_info(self.repo_id, revision=self.revision))
+            info = retry(lambda: self.api.model_info(self.repo_id, revision=self.revision))
         except RepositoryNotFoundError as error:
             if self.create_pr or isinstance(error, GatedRepoError):
                 raise
             return None
         assert info.sha is not None
         commit = info.sha
-        listed = patiently(
+        entries = retry(
             lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit))
         )
-        files = {each.path: each for each in listed if isinstance(each, RepoFile)}
+        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         return _Remote(commit, bool(info.private), files)
 
     def _check_ours(self, remote: _Remote) -> None:
         """Refuse a repository that holds something else, which the push would spoil."""
         foreign = sorted(filter(is_foreign, remote.files))
         if not foreign and CONFIG_FILE in remote.files:
-            wanted = f"its {CONFIG_FILE}"
-            folder = download(self.repo_id, [CONFIG_FILE], wanted, remote.commit, HubError)
+            expected = f"its {CONFIG_FILE}"
+            folder = download(self.repo_id, [CONFIG_FILE], expected, remote.commit, HubError)
             kind = read_json(folder / CONFIG_FILE, HubError).get("peft_type")
             foreign = [] if kind == PEFT_TYPE else [f"a {str(kind)[:40]} adapter"]
         if foreign:
@@ -240,17 +247,9 @@ class _Change:
             )
 
     def _commit(self, remote: _Remote) -> tuple[str, bool, str | None]:
-        """Send large files ahead, then commits; a lost answer is looked up, not guessed."""
         additions = [CommitOperationAdd(name, str(path)) for name, path in self.files.items()]
         gone = [name for name in remote.files if belongs(name) and name not in self.files]
-        self.api.preupload_lfs_files(
-            self.repo_id,
-            additions,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            free_memory=False,
-        )
-        waits = iter(WAITS_SECONDS)
+        waits = iter(BACKOFF_SECONDS)
         while True:
             try:
                 made = self.api.create_commit(
@@ -266,8 +265,9 @@ class _Change:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
                 if self.create_pr and status != 429:
                     raise  # it may have been opened, and another try would open a second one
-                if not wait_out(error, waits, (*PASSING, TIP_MOVED)):
+                if not wait_to_retry(error, waits, (*TRANSIENT, TIP_MOVED)):
                     raise
+            # The answer may have been lost and the commit made: look it up rather than guess.
             now = self._look()
             if now is not None and now.holds(self.files):
                 return now.commit, True, None
@@ -285,17 +285,3 @@ def _is_same(remote: RepoFile, path: Path) -> bool:
             return remote.lfs.sha256 == hashlib.file_digest(file, "sha256").hexdigest()
     content = path.read_bytes()
     return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-@contextmanager
-def _saying(repo_id: str, create_pr: bool) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line."""
-    try:
-        yield
-    except HUB_ERRORS as error:
-        told = explain(error, repo_id)
-        if create_pr:
-            told += "; look first whether the pull request is there"
-        elif isinstance(error, HfHubHTTPError) and error.response.status_code == 403:
-            told += "; or propose the push by --create-pr"
-        raise HubError(f"{repo_id}: expected to push to it, {told}") from error
