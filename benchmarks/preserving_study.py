@@ -141,7 +141,7 @@ def run_row(arguments: argparse.Namespace, row: str) -> None:
         )
         source = arguments.out / "task.json" if data == "harmless" else mixed_data(arguments)
         compute = ComputeSettings(dtype=arguments.dtype)
-        preserve_model(arguments.base, map_dir, str(source), folder, settings, compute)
+        preserve_model(Job(arguments.base, compute), map_dir, str(source), folder, settings)
     found: dict[str, Any] = {"row": row}
     if method == PreserveMethod.FULL:
         found |= measure(arguments, str(folder), None)

@@ -219,6 +219,7 @@ def preserve_command(
     interrupted training goes on from its last checkpoint when called again.
     """
     from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.jobs.preserve import preserve_model
 
     settings, compute = preserve_settings(options), compute_settings(options)
@@ -226,9 +227,8 @@ def preserve_command(
         needs = estimate(base, preserve=settings, data=data, compute=compute)
         return show_estimate(needs, as_json)
     with show_progress() as progress:
-        record = preserve_model(
-            base, map_dir, data, out, settings, compute, progress, overwrite=overwrite
-        )
+        job = Job(base, compute, progress)
+        record = preserve_model(job, map_dir, data, out, settings, overwrite=overwrite)
     show_preserved(record, out, as_json)
 
 
@@ -275,14 +275,14 @@ def protect_command(
 
     For what was trained without `preserve`. With --task, the loss on it is measured too.
     """
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.jobs.protect import protect_lora, protect_tuned
 
     settings, compute = evaluate_settings(options) if measure else None, compute_settings(options)
     with show_progress() as progress:
         if tuned and base and not lora and not merged:
-            record = protect_tuned(
-                tuned, base, map_dir, out, settings, compute, progress, overwrite=overwrite
-            )
+            job = Job(base, compute, progress)
+            record = protect_tuned(job, tuned, map_dir, out, settings, overwrite=overwrite)
         elif lora and not tuned:
             record = protect_lora(
                 lora,

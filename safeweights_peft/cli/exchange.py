@@ -40,19 +40,13 @@ def diff_command(
     are kept, and then it says what is lost. An entry that no float32 value leads to exactly is
     refused; with --density it gets the nearest, and counts as lost.
     """
-    from dataclasses import asdict
-
     from safeweights_peft.jobs.diff import diff
+    from safeweights_peft.jobs.job import Job
 
     with show_progress() as progress:
-        report = diff(
-            *(base, tuned, out),
-            density=density,
-            map_dir=map_dir,
-            progress=progress,
-            overwrite=overwrite,
-        )
-    show(asdict(report), rows_of(asdict(report)), as_json)
+        job = Job(base, progress=progress)
+        report = diff(job, tuned, out, density=density, map_dir=map_dir, overwrite=overwrite)
+    show(report, rows_of(report), as_json)
 
 
 @click.command("convert")

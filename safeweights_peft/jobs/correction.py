@@ -1,8 +1,4 @@
-"""A LoRA that leaves safety weights alone, on disk: the adapter, and a correction beside it.
-
-The correction is a safety patch like any other: added to the base, it takes out at the frozen
-entries what the LoRA adds there. So base, correction and LoRA together are what was trained.
-"""
+"""A LoRA that leaves safety weights alone, on disk: the adapter, and a correction beside it."""
 
 from __future__ import annotations
 
@@ -13,10 +9,9 @@ from pathlib import Path
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
 from safeweights_peft.errors import ModelError
-from safeweights_peft.fetching import BaseModel
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import Adapter, Artifact
@@ -29,32 +24,28 @@ CORRECTION = "correction"
 
 
 def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
-    """Compute what takes a LoRA's part at frozen entries out again."""
+    """Compute what cancels a LoRA's part at an artifact's entries."""
     values = compute_correction(model, artifact)
     if not values:
         raise ModelError(
             f"model: expected a LoRA on tensors of the {artifact.metadata.mode.artifact}, found "
             "one that changes none of them; it needs no protection"
         )
-    return {name: to_numpy(each) for name, each in values.items()}
+    return {name: to_numpy(tensor) for name, tensor in values.items()}
 
 
 def write_corrected(
-    folder: Path,
-    model: PeftModel,
-    base: BaseModel,
-    artifact: Artifact,
-    values: Mapping[str, Array],
+    folder: Path, model: PeftModel, job: Job, artifact: Artifact, values: Mapping[str, Array]
 ) -> None:
     """Write a LoRA, its correction and a card into a folder."""
-    correction = build_correction(CheckpointReader(base.path), artifact, values)
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = base.name, base.revision
+    config.base_model_name_or_path, config.revision = job.base.name, job.base.revision
     model.save_pretrained(str(folder))
-    write_adapter(folder / CORRECTION, correction)
+    # A safety patch like any other: base, correction and LoRA add up to what was trained.
+    write_adapter(folder / CORRECTION, _build_correction(job, artifact, values))
     card = render_card(
         "lora",
-        *(base.name, base.revision),
+        *(job.base.name, job.base.revision),
         entries=sum(indices.size for indices in artifact.indices.values()),
         tensors=len(artifact.indices),
         artifact=artifact.metadata.mode.artifact,
@@ -62,17 +53,14 @@ def write_corrected(
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def build_correction(
-    reader: CheckpointReader, artifact: Artifact, values: Mapping[str, Array]
-) -> Adapter:
-    """Make a safety patch of values at an artifact's entries."""
+def _build_correction(job: Job, artifact: Artifact, values: Mapping[str, Array]) -> Adapter:
     records, deltas = {}, {}
-    for name, each in values.items():
+    for name, change in values.items():
         record, indices = artifact.metadata.tensors[name], artifact.indices[name]
-        entries = gather_entries(reader, name, record, indices)
-        corrected = digest(add_rounded(entries, each, 1.0))
-        records[name] = replace(record, base_digest=digest(entries), merged_digest=corrected)
-        deltas[name] = SparseDelta(record.shape, indices, each)
+        entries = gather_entries(job.reader, name, record, indices)
+        merged = digest(add_rounded(entries, change, 1.0))
+        records[name] = replace(record, base_digest=digest(entries), merged_digest=merged)
+        deltas[name] = SparseDelta(record.shape, indices, change)
     metadata = replace(
         artifact.metadata,
         mode=Mode.SET,

@@ -10,6 +10,7 @@ import pytest
 from safeweights_peft.errors import FormatError
 from safeweights_peft.jobs.diff import diff
 from safeweights_peft.jobs.export import export_supertuning
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.convert import convert
 from safeweights_peft.merging.in_place import merge_in_place
 from safeweights_peft.merging.merge import merge, plan
@@ -34,7 +35,7 @@ MAKERS: dict[str, Make] = {
     "export": lambda base, adapter, out: export_supertuning(adapter, out, str(base)),
     "report": lambda base, adapter, out: report_map(adapter, out, str(base)),
     "compare": lambda base, adapter, out: compare([adapter, adapter]),
-    "diff": lambda base, adapter, out: diff(str(base), str(base), out, map_dir=adapter),
+    "diff": lambda base, adapter, out: diff(Job(base), str(base), out, map_dir=adapter),
 }
 TAKE_MAPS = ("protect", "convert", "report", "compare", "diff")
 ONLY_MAPS = ("diff",)

@@ -96,7 +96,7 @@ def test_what_was_trained_by_lora_loads_in_parts_and_leaves_the_maps_weights_alo
     base: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    preserve_model(str(base), map_dir, requests.lessons, out, by_lora(requests))
+    preserve_model(Job(base), map_dir, requests.lessons, out, by_lora(requests))
     check_parts(base, out, map_dir)
     assert verify(out / "correction", base).ok
 
@@ -155,14 +155,13 @@ def test_the_record_says_what_the_lora_did_before_and_does_now(
 def test_an_interrupted_training_by_lora_gives_the_same_when_called_again(
     base: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    job = str(base), map_dir, requests.lessons
-    preserve_model(*job, tmp_path / "straight", by_lora(requests))
+    told = map_dir, requests.lessons
+    preserve_model(Job(base), *told, tmp_path / "straight", by_lora(requests))
+    job = Job(base, progress=Recorder("Fine-tuning", 5))
     with pytest.raises(Interrupted):
-        preserve_model(
-            *job, tmp_path / "broken", by_lora(requests), progress=Recorder("Fine-tuning", 5)
-        )
+        preserve_model(job, *told, tmp_path / "broken", by_lora(requests))
     assert not (tmp_path / "broken").exists()
-    preserve_model(*job, tmp_path / "broken", by_lora(requests))
+    preserve_model(Job(base), *told, tmp_path / "broken", by_lora(requests))
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
     assert {path.name for path in tmp_path.iterdir()} == {"straight", "broken"}
 
@@ -194,7 +193,7 @@ def test_a_map_of_another_base_is_refused(
         ("nothing", "expected a LoRA's directory or Hub id"),
         ("no weights", "expected adapter_model.safetensors, found none"),
         ("another model", "one that PEFT can't load"),
-        ("no base", "expected the name of its base in its config, found none; give --base"),
+        ("no base", "base_model_name_or_path: expected the name of its base, found none"),
     ],
 )
 def test_what_is_no_lora_for_the_base_is_refused_by_name(

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import BaseMismatchError, MergeError
 from safeweights_peft.jobs.diff import diff
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import Verdict, verify
 from safeweights_peft.patch.io import read_adapter, write_adapter, write_map
@@ -75,27 +76,27 @@ def changes(base: Path, tuned: Path) -> dict[str, Array]:
 @pytest.mark.parametrize("share", [0.01, 1])
 def test_a_merged_diff_is_the_tuned_checkpoint(base: Path, share: float, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(share))
-    report = diff(str(base), str(tuned), tmp_path / "patch")
+    report = diff(Job(base), str(tuned), tmp_path / "patch")
     merge(base, tmp_path / "patch", tmp_path / "merged")
     assert_same_checkpoint(tmp_path / "merged", tuned)
-    assert report.changed_entries == report.entries > 0
-    assert (report.lost_entries, report.lost_share) == (0, 0)
+    assert report["changed_entries"] == report["entries"] > 0
+    assert (report["lost_entries"], report["lost_share"]) == (0, 0)
 
 
 @pytest.mark.parametrize("base", ["tiny_tied_llama", "tiny_mixtral"], indirect=True)
 def test_peft_makes_the_tuned_model_of_the_base_with_it(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.1))
-    diff(str(base), str(tuned), tmp_path / "patch")
+    diff(Job(base), str(tuned), tmp_path / "patch")
     found = PeftModel.from_pretrained(load_base(base), tmp_path / "patch").merge_and_unload()
     assert same_weights(found, load_base(tuned))
 
 
 def test_only_what_changed_is_in_it(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {3: 1, 5: -1}))
-    report = diff(str(base), str(tuned), tmp_path / "patch")
+    report = diff(Job(base), str(tuned), tmp_path / "patch")
     adapter = read_adapter(tmp_path / "patch")
     assert {name: each.tolist() for name, each in adapter.indices.items()} == {UP: [3, 5]}
-    assert (report.parameters, report.entries, report.changed_entries) == (1, 2, 2)
+    assert (report["parameters"], report["entries"], report["changed_entries"]) == (1, 2, 2)
     assert adapter.metadata.base_model_name_or_path == str(base)
     assert adapter.metadata.selection["tuned"] == str(tuned)
 
@@ -103,7 +104,7 @@ def test_only_what_changed_is_in_it(base: Path, tmp_path: Path) -> None:
 def test_a_zero_that_changed_its_sign_is_a_change(base: Path, tmp_path: Path) -> None:
     before = copy_checkpoint(base, tmp_path / "before", put(UP, {0: 0.0, 1: -0.0}))
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {0: -0.0, 1: 0.0}))
-    assert diff(str(before), str(tuned), tmp_path / "patch").entries == 2
+    assert diff(Job(before), str(tuned), tmp_path / "patch")["entries"] == 2
     merge(before, tmp_path / "patch", tmp_path / "merged")
     assert_same_checkpoint(tmp_path / "merged", tuned)
 
@@ -116,19 +117,19 @@ def test_both_copies_of_a_tied_head_may_be_on_disk(tiny_tied_llama: Path, tmp_pa
 
     base = copy_checkpoint(tiny_tied_llama, tmp_path / "base", add_head)
     tuned = copy_checkpoint(base, tmp_path / "tuned", both(put(embeddings, {7: 2}), add_head))
-    diff(str(base), str(tuned), tmp_path / "patch")
+    diff(Job(base), str(tuned), tmp_path / "patch")
     merge(base, tmp_path / "patch", tmp_path / "merged")
     assert_same_checkpoint(tmp_path / "merged", tuned)
     untied = copy_checkpoint(base, tmp_path / "untied", put(embeddings, {7: 2}))
     with pytest.raises(MergeError, match=rf"^{embeddings}: expected lm_head.weight in .* a copy"):
-        diff(str(base), str(untied), tmp_path / "other")
+        diff(Job(base), str(untied), tmp_path / "other")
 
 
 def test_a_density_keeps_the_largest_changes_and_tells_what_is_lost(
     base: Path, tmp_path: Path
 ) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.5))
-    report = diff(str(base), str(tuned), tmp_path / "patch", density=0.01)
+    report = diff(Job(base), str(tuned), tmp_path / "patch", density=0.01)
     moved = changes(base, tuned)
     sizes = [(-abs(size), key, at) for key in moved for at, size in enumerate(moved[key].flat)]
     most = sorted(sizes)[: round(0.01 * len(sizes))]
@@ -136,15 +137,15 @@ def test_a_density_keeps_the_largest_changes_and_tells_what_is_lost(
     adapter = read_adapter(tmp_path / "patch")
     assert sorted(kept) == [(k, i) for k, each in sorted(adapter.indices.items()) for i in each]
     lost = sorted(sizes)[len(kept) :]
-    assert report.lost_entries == sum(size < 0 for size, *_ in lost)
-    assert report.changed_entries == report.lost_entries + len(kept)
+    assert report["lost_entries"] == sum(size < 0 for size, *_ in lost)
+    assert report["changed_entries"] == report["lost_entries"] + len(kept)
     square = sum(size**2 for size, *_ in sizes)
-    assert report.lost_share == pytest.approx(sum(size**2 for size, *_ in lost) / square)
+    assert report["lost_share"] == pytest.approx(sum(size**2 for size, *_ in lost) / square)
 
 
 def test_what_is_kept_gets_the_tuned_bits(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.5))
-    diff(str(base), str(tuned), tmp_path / "patch", density=0.1)
+    diff(Job(base), str(tuned), tmp_path / "patch", density=0.1)
     assert verify(tmp_path / "patch", base).ok
     assert verify(tmp_path / "patch", None, tuned).verdict is Verdict.UNKNOWN  # but not failed
 
@@ -152,8 +153,8 @@ def test_what_is_kept_gets_the_tuned_bits(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_bf16"], indirect=True)
 def test_a_density_of_one_keeps_all_and_loses_nothing(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.1))
-    report = diff(str(base), str(tuned), tmp_path / "patch", density=1)
-    assert (report.lost_entries, report.lost_share) == (0, 0)
+    report = diff(Job(base), str(tuned), tmp_path / "patch", density=1)
+    assert (report["lost_entries"], report["lost_share"]) == (0, 0)
     merge(base, tmp_path / "patch", tmp_path / "merged")
     assert_same_checkpoint(tmp_path / "merged", tuned)
 
@@ -165,7 +166,7 @@ def test_an_entry_that_no_value_leads_to_is_refused_by_name_and_nothing_is_writt
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {4: 1e-30, 9: 2}))
     (tmp_path / "out").mkdir()
     with pytest.raises(MergeError, match=rf"^{UP}: .* found 1 others, the first at index 4 from 1"):
-        diff(str(before), str(tuned), tmp_path / "out" / "patch")
+        diff(Job(before), str(tuned), tmp_path / "out" / "patch")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -174,9 +175,9 @@ def test_with_a_density_such_an_entry_gets_the_nearest_value_and_counts_as_lost(
 ) -> None:
     before = copy_checkpoint(base, tmp_path / "before", put(UP, {4: 1, 9: 1}))
     tuned = copy_checkpoint(before, tmp_path / "tuned", put(UP, {4: 1e-30, 9: 2}))
-    report = diff(str(before), str(tuned), tmp_path / "patch", density=1)
-    assert (report.entries, report.lost_entries) == (2, 1)
-    assert 0 < report.lost_share < 1e-50
+    report = diff(Job(before), str(tuned), tmp_path / "patch", density=1)
+    assert (report["entries"], report["lost_entries"]) == (2, 1)
+    assert 0 < report["lost_share"] < 1e-50
     merge(before, tmp_path / "patch", tmp_path / "merged")
     assert load_checkpoint(tmp_path / "merged")[UP].reshape(-1)[[4, 9]].tolist() == [0, 2]
 
@@ -191,18 +192,18 @@ def map_of(base: Path, root: Path) -> tuple[Path, Array]:
 def test_a_map_restricts_it(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.5))
     safety_map, chosen = map_of(base, tmp_path)
-    report = diff(str(base), str(tuned), tmp_path / "patch", map_dir=safety_map)
+    report = diff(Job(base), str(tuned), tmp_path / "patch", map_dir=safety_map)
     moved = np.flatnonzero(changes(base, tuned)[UP])
     adapter = read_adapter(tmp_path / "patch")
     assert adapter.indices.keys() == {UP}
     assert adapter.indices[UP].tolist() == sorted(set(chosen.tolist()) & set(moved.tolist()))
-    assert report.lost_entries == report.changed_entries - report.entries
+    assert report["lost_entries"] == report["changed_entries"] - report["entries"]
 
 
 def test_a_density_chooses_among_the_maps_entries(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", both(move(1), put(DOWN, {0: 99})))
     safety_map, chosen = map_of(base, tmp_path)
-    diff(str(base), str(tuned), tmp_path / "patch", density=0.0005, map_dir=safety_map)
+    diff(Job(base), str(tuned), tmp_path / "patch", density=0.0005, map_dir=safety_map)
     sizes = np.abs(changes(base, tuned)[UP].reshape(-1)[chosen])
     total = sum(each.size for each in load_checkpoint(base).values())
     best = np.argsort(-sizes, kind="stable")[: round(0.0005 * total)]
@@ -213,7 +214,7 @@ def test_a_map_of_another_base_is_refused(base: Path, tiny_llama: Path, tmp_path
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.5))
     safety_map, _ = map_of(tiny_llama, tmp_path)
     with pytest.raises(BaseMismatchError, match=rf"^{UP}: expected"):
-        diff(str(base), str(tuned), tmp_path / "patch", map_dir=safety_map)
+        diff(Job(base), str(tuned), tmp_path / "patch", map_dir=safety_map)
 
 
 def widen(tensors: Tensors) -> None:
@@ -243,21 +244,21 @@ def test_what_is_no_tuned_copy_of_the_base_is_refused(
 ) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", edit)
     with pytest.raises(MergeError, match=message):
-        diff(str(base), str(tuned), tmp_path / "patch", density=density)
+        diff(Job(base), str(tuned), tmp_path / "patch", density=density)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned"]
 
 
 def test_a_nan_that_both_models_have_is_no_change(base: Path, tmp_path: Path) -> None:
     before = copy_checkpoint(base, tmp_path / "before", put(UP, {2: np.nan}))
     tuned = copy_checkpoint(before, tmp_path / "tuned", put(UP, {3: 1}))
-    assert diff(str(before), str(tuned), tmp_path / "patch").entries == 1
+    assert diff(Job(before), str(tuned), tmp_path / "patch")["entries"] == 1
 
 
 def test_a_tensor_that_is_no_parameter_may_not_change(base: Path, tmp_path: Path) -> None:
     before = copy_checkpoint(base, tmp_path / "before", lambda t: t.update(steps=np.arange(3)))
     tuned = copy_checkpoint(base, tmp_path / "tuned", lambda t: t.update(steps=np.arange(3) * 2))
     with pytest.raises(MergeError, match=r"^steps: expected a parameter where the checkpoints"):
-        diff(str(before), str(tuned), tmp_path / "patch")
+        diff(Job(before), str(tuned), tmp_path / "patch")
 
 
 def test_a_patch_that_is_not_what_was_asked_for_is_never_published(
@@ -265,7 +266,7 @@ def test_a_patch_that_is_not_what_was_asked_for_is_never_published(
 ) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {3: 1}))
     other = copy_checkpoint(base, tmp_path / "other", put(UP, {3: 2}))
-    diff(str(base), str(other), tmp_path / "wrong")
+    diff(Job(base), str(other), tmp_path / "wrong")
     wrong = read_adapter(tmp_path / "wrong")
     monkeypatch.setattr(
         "safeweights_peft.jobs.diff.write_adapter",
@@ -274,7 +275,7 @@ def test_a_patch_that_is_not_what_was_asked_for_is_never_published(
     with pytest.raises(
         MergeError, match="expected 0 entries that the written patch misses, found 1"
     ):
-        diff(str(base), str(tuned), tmp_path / "patch")
+        diff(Job(base), str(tuned), tmp_path / "patch")
     assert not (tmp_path / "patch").exists()
 
 
@@ -283,28 +284,28 @@ def test_an_existing_result_is_replaced_only_when_asked(base: Path, tmp_path: Pa
     (tmp_path / "patch").mkdir()
     (tmp_path / "patch" / "old").write_text("old")
     with pytest.raises(MergeError, match="set overwrite to replace it"):
-        diff(str(base), str(tuned), tmp_path / "patch")
-    diff(str(base), str(tuned), tmp_path / "patch", overwrite=True)
+        diff(Job(base), str(tuned), tmp_path / "patch")
+    diff(Job(base), str(tuned), tmp_path / "patch", overwrite=True)
     assert not (tmp_path / "patch" / "old").exists()
 
 
 def test_the_inputs_are_never_replaced(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {3: 1}))
     with pytest.raises(MergeError, match="expected a directory apart from the tuned model"):
-        diff(str(base), str(tuned), tuned, overwrite=True)
+        diff(Job(base), str(tuned), tuned, overwrite=True)
 
 
 def test_progress_tells_of_each_parameter_that_changed(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", both(put(UP, {3: 1}), put(DOWN, {3: 1})))
     told = Recorder()
-    diff(str(base), str(tuned), tmp_path / "patch", density=1, progress=told)
+    diff(Job(base, progress=told), str(tuned), tmp_path / "patch", density=1)
     assert told.tasks == [["Ranking changes", 2, 2], ["Writing down changes", 2, 2]]
 
 
 def test_two_runs_write_the_same_bytes(base: Path, tmp_path: Path) -> None:
     tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.1))
     for name in ("one", "two"):
-        diff(str(base), str(tuned), tmp_path / name, density=0.05)
+        diff(Job(base), str(tuned), tmp_path / name, density=0.05)
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
         for name in ("one", "two")

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from safeweights_peft.errors import (
     FormatError,
     ModelError,
 )
+from safeweights_peft.jobs.job import Job, Progress
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
@@ -28,7 +30,7 @@ from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_artifact, read_map
-from safeweights_peft.settings import ComputeSettings
+from safeweights_peft.settings import ComputeSettings, PreserveSettings
 from safeweights_peft.training.finetune import fine_tune
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
@@ -42,6 +44,21 @@ def map_dir(tiny_llama: Path, requests: Requests, tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("maps") / "map"
     score(str(tiny_llama), out, requests.score())
     return out
+
+
+def call(
+    base: str,
+    map_dir: Path,
+    data: str,
+    out: Path,
+    settings: PreserveSettings | None = None,
+    compute: ComputeSettings | None = None,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Runs one job."""
+    job = Job(base, compute, progress)
+    return preserve_model(job, map_dir, data, out, settings, overwrite=overwrite)
 
 
 def frozen_bytes(path: Path, map_dir: Path) -> dict[str, bytes]:
@@ -67,7 +84,7 @@ def test_the_saved_models_frozen_entries_are_the_bases_bit_for_bit(
     path: Path = request.getfixturevalue(base)
     score(str(path), tmp_path / "map", requests.score())
     job = str(path), tmp_path / "map", requests.lessons, tmp_path / "model", requests.preserve()
-    preserve_model(*job)
+    call(*job)
     assert frozen_bytes(tmp_path / "model", tmp_path / "map") == frozen_bytes(path, job[1])
     before, after = (
         load_file(folder / "model.safetensors") for folder in (path, tmp_path / "model")
@@ -83,7 +100,7 @@ def test_the_saved_model_is_the_trained_one_in_the_dtype_of_its_base(
     score(str(path), tmp_path / "map", requests.score())
     settings = requests.preserve()
     job = str(path), tmp_path / "map", requests.lessons, tmp_path / "model", settings
-    losses = preserve_model(*job)["losses"]
+    losses = call(*job)["losses"]
     twin = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
     examples = [
@@ -107,7 +124,7 @@ def test_tensors_of_other_dtypes_keep_their_own(
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     score(str(base), tmp_path / "map", requests.score())
     job = str(base), tmp_path / "map", requests.lessons, tmp_path / "model", requests.preserve()
-    preserve_model(*job)
+    call(*job)
     assert layout(tmp_path / "model")["model.norm.weight"][0] == "float32"
     assert layout(tmp_path / "model") == layout(base)
 
@@ -116,7 +133,7 @@ def test_shards_stay_the_bases(requests: Requests, tmp_path: Path) -> None:
     base = save_tiny_tokenizer(save_tiny_llama(tmp_path / "base", max_shard_size="40KB"))
     score(str(base), tmp_path / "map", requests.score())
     job = str(base), tmp_path / "map", requests.lessons, tmp_path / "model", requests.preserve()
-    preserve_model(*job)
+    call(*job)
     assert len({shard for _, _, shard in layout(base).values()}) > 1
     assert layout(tmp_path / "model") == layout(base)
     assert verify(tmp_path / "map", tmp_path / "model").ok
@@ -129,9 +146,7 @@ def test_what_set_has_made_safe_and_merged_is_what_stays(
     score(str(base), tmp_path / "map", requests.score())
     train(str(base), tmp_path / "map", patch, requests.train())
     merge(base, patch, merged)
-    record = preserve_model(
-        str(merged), patch, requests.lessons, tmp_path / "model", requests.preserve()
-    )
+    record = call(str(merged), patch, requests.lessons, tmp_path / "model", requests.preserve())
     assert frozen_bytes(tmp_path / "model", patch) == frozen_bytes(merged, patch)
     assert frozen_bytes(tmp_path / "model", patch) != frozen_bytes(base, patch)
     assert record["artifact"] == "safety patch"
@@ -143,7 +158,7 @@ def test_a_patch_that_is_not_merged_is_refused_and_nothing_is_left(
     train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     job = str(tiny_llama), tmp_path / "patch", requests.lessons, tmp_path / "model"
     with pytest.raises(BaseMismatchError, match="merge the patch first"):
-        preserve_model(*job, requests.preserve())
+        call(*job, requests.preserve())
     assert [path.name for path in tmp_path.iterdir()] == ["patch"]
 
 
@@ -154,7 +169,7 @@ def test_what_loading_needs_comes_along_from_the_base(
     (base / "LICENSE").write_text("Do as you like")
     (base / "README.md").write_text("The base's own card")
     job = str(base), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
-    preserve_model(*job)
+    call(*job)
     before, after = content(base), content(tmp_path / "model")
     assert after.keys() == before.keys() | {"preserving.json"}
     changed = {name for name in before if after[name] != before[name]}
@@ -165,7 +180,7 @@ def test_the_card_says_what_was_frozen_and_how_to_check_it(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
-    record = preserve_model(*job)
+    record = call(*job)
     card = (tmp_path / "model" / "README.md").read_text()
     assert f"# {tiny_llama.name}, fine-tuned" in card
     assert f"{record['frozen_entries']:,} weights in" in card
@@ -177,7 +192,7 @@ def test_the_record_beside_the_model_is_what_was_returned(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
-    record = preserve_model(*job)
+    record = call(*job)
     stored = json.loads((tmp_path / "model" / "preserving.json").read_text())
     assert stored == json.loads(json.dumps(record))
     assert len(stored["losses"]) == 7
@@ -190,7 +205,7 @@ def test_products_may_be_computed_in_bfloat16(
 ) -> None:
     compute = ComputeSettings(device="cpu", dtype="bfloat16")
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
-    preserve_model(*job, compute)
+    call(*job, compute)
     assert frozen_bytes(tmp_path / "model", map_dir) == frozen_bytes(tiny_llama, map_dir)
     assert layout(tmp_path / "model") == layout(tiny_llama)
 
@@ -200,20 +215,18 @@ def test_float16_on_a_cpu_is_refused(
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
     with pytest.raises(ModelError, match="choose float32 or bfloat16"):
-        preserve_model(*job, ComputeSettings(device="cpu", dtype="float16"))
+        call(*job, ComputeSettings(device="cpu", dtype="float16"))
 
 
 def test_an_interrupted_job_gives_the_same_model_when_called_again(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons
-    preserve_model(*job, tmp_path / "straight", requests.preserve())
+    call(*job, tmp_path / "straight", requests.preserve())
     with pytest.raises(Interrupted):
-        preserve_model(
-            *job, tmp_path / "broken", requests.preserve(), progress=Recorder("Fine-tuning", 5)
-        )
+        call(*job, tmp_path / "broken", requests.preserve(), progress=Recorder("Fine-tuning", 5))
     assert not (tmp_path / "broken").exists()
-    preserve_model(*job, tmp_path / "broken", requests.preserve())
+    call(*job, tmp_path / "broken", requests.preserve())
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
     assert {path.name for path in tmp_path.iterdir()} == {"straight", "broken"}
 
@@ -223,7 +236,7 @@ def test_an_interrupted_job_goes_on_from_its_checkpoint(
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
     with pytest.raises(Interrupted):
-        preserve_model(*job, progress=Recorder("Fine-tuning", 5))
+        call(*job, progress=Recorder("Fine-tuning", 5))
     told: list[int] = []
 
     class Steps:
@@ -231,7 +244,7 @@ def test_an_interrupted_job_goes_on_from_its_checkpoint(
         def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
             yield told.append
 
-    preserve_model(*job, progress=Steps())
+    call(*job, progress=Steps())
     assert told == [5, 1, 1]
 
 
@@ -240,7 +253,7 @@ def test_progress_reaches_its_total(
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
     recorder = Recorder()
-    preserve_model(*job, progress=recorder)
+    call(*job, progress=recorder)
     assert recorder.tasks == [["Fine-tuning", 7, 7]]
 
 
@@ -251,15 +264,15 @@ def test_a_changed_setting_or_base_starts_afresh(
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     job = str(base), map_dir, requests.lessons, tmp_path / "model"
     with pytest.raises(Interrupted):
-        preserve_model(*job, requests.preserve(), progress=Recorder("Fine-tuning", 5))
+        call(*job, requests.preserve(), progress=Recorder("Fine-tuning", 5))
     settings = requests.preserve(seed=1) if change == "setting" else requests.preserve()
     if change == "weights":
         tensors = load_file(base / "model.safetensors")
         tensors["model.norm.weight"] *= 2  # no map selects from it
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    preserve_model(*job, settings)
+    call(*job, settings)
     straight = str(base), map_dir, requests.lessons, tmp_path / "straight"
-    preserve_model(*straight, settings)
+    call(*straight, settings)
     assert content(tmp_path / "model") == content(tmp_path / "straight")
 
 
@@ -269,7 +282,7 @@ def test_a_map_of_another_base_is_refused_and_nothing_is_left(
     other = save_tiny_tokenizer(save_tiny_llama(tmp_path / "other", seed=1))
     job = str(other), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
     with pytest.raises(BaseMismatchError, match="that the safety map was made for"):
-        preserve_model(*job)
+        call(*job)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -278,7 +291,7 @@ def test_rows_without_answers_are_refused(
 ) -> None:
     job = str(tiny_llama), map_dir, requests.benign, tmp_path / "model", requests.preserve()
     with pytest.raises(DataError, match="expected a non-empty text in 'output'"):
-        preserve_model(*job)
+        call(*job)
 
 
 def test_an_existing_result_is_refused_before_anything_else(
@@ -286,16 +299,16 @@ def test_an_existing_result_is_refused_before_anything_else(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"set overwrite to replace it$"):
-        preserve_model("no base is looked for", Path("nor a map"), "nor data", tmp_path)
+        call("no base is looked for", Path("nor a map"), "nor data", tmp_path)
 
 
 def test_an_existing_result_is_replaced_when_asked(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model"
-    preserve_model(*job, requests.preserve(seed=0))
+    call(*job, requests.preserve(seed=0))
     before = content(tmp_path)
-    preserve_model(*job, requests.preserve(seed=1), overwrite=True)
+    call(*job, requests.preserve(seed=1), overwrite=True)
     assert content(tmp_path).keys() == before.keys()
     assert content(tmp_path) != before
 
@@ -310,11 +323,11 @@ def test_a_result_in_place_of_an_input_is_refused(
     }
     job = str(inputs["base"]), inputs["map"], requests.lessons, inputs[shared], requests.preserve()
     with pytest.raises(CheckpointError, match=f"a directory apart from the {shared}"):
-        preserve_model(*job, overwrite=True)
+        call(*job, overwrite=True)
 
 
 def test_a_model_in_place_of_a_map_is_refused(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError, match="expected a directory with adapter_config"):
-        preserve_model(str(tiny_llama), tiny_llama, requests.lessons, tmp_path / "model")
+        call(str(tiny_llama), tiny_llama, requests.lessons, tmp_path / "model")

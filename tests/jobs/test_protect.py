@@ -25,7 +25,7 @@ def tuned(run: Run, requests: Requests, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("tuned")
     score(str(run.base), folder / "map", requests.score(density=0.01, method=Method.BOTTOM))
     out = folder / "model"
-    preserve_model(str(run.base), folder / "map", requests.lessons, out, requests.preserve())
+    preserve_model(Job(run.base), folder / "map", requests.lessons, out, requests.preserve())
     return out
 
 
@@ -36,7 +36,7 @@ def settings(requests: Requests) -> EvaluateSettings:
 
 def test_the_maps_weights_are_the_bases_again(run: Run, tuned: Path, tmp_path: Path) -> None:
     assert not verify(run.out / "map", tuned).ok
-    protect_tuned(tuned, str(run.base), run.out / "map", tmp_path / "out")
+    protect_tuned(Job(run.base), tuned, run.out / "map", tmp_path / "out")
     assert verify(run.out / "map", tmp_path / "out").ok
 
 
@@ -44,7 +44,7 @@ def test_the_record_holds_what_both_models_were_measured_at(
     run: Run, tuned: Path, settings: EvaluateSettings, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    record = protect_tuned(tuned, str(run.base), run.out / "map", out, settings)
+    record = protect_tuned(Job(run.base), tuned, run.out / "map", out, settings)
     for stage, model in (("before", tuned), ("after", out)):
         alone = evaluate(Job(model), None, settings)
         assert record[stage]["attack_success_rate"] == alone["harmful"]["attack_success_rate"]
@@ -56,7 +56,7 @@ def test_the_record_holds_what_both_models_were_measured_at(
 def test_nothing_is_measured_unless_asked(run: Run, tuned: Path, tmp_path: Path) -> None:
     progress = Recorder()
     out = tmp_path / "out"
-    record = protect_tuned(tuned, str(run.base), run.out / "map", out, progress=progress)
+    record = protect_tuned(Job(run.base, progress=progress), tuned, run.out / "map", out)
     assert [entry[0] for entry in progress.tasks] == ["Copying the tuned model"]
     assert "before" not in record
 
@@ -66,20 +66,15 @@ def test_missing_requests_are_noticed_before_anything_is_written(
 ) -> None:
     settings = requests.evaluate(task=str(tmp_path / "missing.json"))
     with pytest.raises(DataError, match=r"missing\.json"):
-        protect_tuned(tuned, str(run.base), run.out / "map", tmp_path / "out", settings)
+        protect_tuned(Job(run.base), tuned, run.out / "map", tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_revision_of_a_base_on_the_hub_is_asked_of_the_base_alone(
-    run: Run,
-    tuned: Path,
-    settings: EvaluateSettings,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, tuned: Path, settings: EvaluateSettings, tmp_path: Path
 ) -> None:
     base = BaseModel("someone/base", run.base, "0123abc")
-    monkeypatch.setattr("safeweights_peft.jobs.protect.resolve_base", lambda *_: base)
-    job = tuned, base.name, run.out / "map", tmp_path / "out", settings
-    record = protect_tuned(*job, ComputeSettings(revision="main"))
+    job = Job(base, ComputeSettings(revision="main"))
+    record = protect_tuned(job, tuned, run.out / "map", tmp_path / "out", settings)
     assert record["base"]["revision"] == "0123abc"
     assert record["before"]["task_loss"] != record["after"]["task_loss"]

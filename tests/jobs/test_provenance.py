@@ -51,11 +51,11 @@ def test_what_was_preserved_and_protected_names_the_map(
 ) -> None:
     safety_map, settings = run.out / "map", requests.preserve(steps=2)
     tuned, lora = tmp_path / "tuned", tmp_path / "lora"
-    job = str(run.base), safety_map, requests.lessons
+    job = Job(run.base), safety_map, requests.lessons
     records = [
         preserve_model(*job, tuned, settings),
         preserve_model(*job, lora, requests.preserve(steps=2, method=PreserveMethod.LORA)),
-        protect_tuned(tuned, str(run.base), safety_map, tmp_path / "protected"),
+        protect_tuned(Job(run.base), tuned, safety_map, tmp_path / "protected"),
         protect_lora(str(lora), safety_map, tmp_path / "corrected", str(run.base)),
     ]
     for record in records:
@@ -65,7 +65,7 @@ def test_what_was_preserved_and_protected_names_the_map(
 
 def test_a_lora_has_no_content_id(run: Run, requests: Requests, tmp_path: Path) -> None:
     settings = requests.preserve(steps=2, method=PreserveMethod.LORA)
-    job = str(run.base), run.out / "map", requests.lessons, tmp_path / "lora", settings
+    job = Job(run.base), run.out / "map", requests.lessons, tmp_path / "lora", settings
     preserve_model(*job)
     result = evaluate(Job(run.base), tmp_path / "lora", requests.evaluate(limit=1))
     assert result["content_id"] is None
