@@ -1,6 +1,6 @@
 """Merges a patch into its base on disk, and undoes the same merge in memory; bit by bit.
 
-    safeweights enhance demo/base --out demo/small --steps 2 --examples 8 --limit 2
+    safeweights enhance demo/base --out demo/small --steps 2 --limit 2
     python examples/merge.py demo/base demo/small/patch demo/merged
 
 The first command makes a patch to try with; one that `make demo` left in demo/run/patch does too.

@@ -31,6 +31,7 @@ class Setting(NamedTuple):
     above: float | None = None  # outside the range; `least` and `most` are inside
     most: float | None = None
     choices: tuple[str, ...] = ()
+    unset: str = ""  # what None means
     # `settings_of` reads these from the field.
     name: str = ""
     kind: type[Any] = str  # bool, int, float, str or a StrEnum
@@ -75,7 +76,7 @@ def setting(default: Any, help: str, **option: Any) -> Any:
 
 
 def _requests(default: str | None, help: str, flag: str = "") -> Any:
-    sources = "builtin:NAME, a .json or .jsonl file, or the id of a dataset on the Hub"
+    sources = "builtin:NAME, a .json or .jsonl file, or a datasets id"
     return setting(default, f"{help}: {sources}.", flag=flag, group="Data")
 
 
@@ -111,7 +112,7 @@ def settings_of(job: type[Settings]) -> tuple[Setting, ...]:
             flag=option.flag or f"--{item.name.replace('_', '-')}",
             group=option.group or job.heading,
             kind=kind,
-            choices=tuple(kind) if issubclass(kind, StrEnum) else option.choices,
+            choices=tuple(map(str, kind)) if issubclass(kind, StrEnum) else option.choices,
             is_optional=NoneType in others,
             default=item.default,
         )
@@ -147,7 +148,7 @@ class ComputeSettings(Settings):
 
     heading = "Compute"
 
-    device: str | None = setting(None, "torch device.  [default: an accelerator if there is one]")
+    device: str | None = setting(None, "torch device.", unset="an accelerator if there is one")
     dtype: str = setting(
         "auto",
         "Dtype to compute in; auto is float32 on a CPU, else the checkpoint's own.",
@@ -180,7 +181,7 @@ class ScoreSettings(Settings):
     refusal_tokens: int = setting(32, "Score the first N tokens of refusals.", least=1)
     batch_size: int = setting(8, "Requests per forward pass.", least=1)
     layers_per_pass: int | None = setting(
-        None, "Score N layers at a time: less memory, more time.  [default: all]", least=1
+        None, "Score N layers at a time: less memory, more time.", least=1, unset="all"
     )
     seed: int = _seed()
     guard: str | None = _judge(
@@ -245,7 +246,7 @@ class PreserveSettings(Settings):
     rank: int = setting(16, "Rank of the LoRA.", least=1)
     steps: int = setting(1000, "Optimizer steps.", least=1)
     learning_rate: float | None = setting(
-        None, "Peak learning rate of AdamW.  [default: 2e-5; 2e-4 for lora]", above=0, flag="--lr"
+        None, "Peak learning rate of AdamW.", above=0, flag="--lr", unset="2e-5; 2e-4 for lora"
     )
     warmup: float = setting(0.05, "Fraction of the steps for linear warm-up.", least=0, most=1)
     weight_decay: float = setting(0.1, "Weight decay of AdamW; frozen weights get none.", least=0)
@@ -268,7 +269,7 @@ class EvaluateSettings(Settings):
         "builtin:benign_eval", "Benign requests to measure over-refusal on", flag="--eval-benign"
     )
     limit: int | None = setting(
-        None, "Use at most N requests of each kind.  [default: all]", group="Data", least=1
+        None, "Use at most N requests of each kind.", group="Data", least=1, unset="all"
     )
     task: str | None = _requests(None, "Requests with answers to measure the loss on")
     max_new_tokens: int = setting(32, "Cut answers after N tokens.", least=1)

@@ -58,21 +58,28 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
 
 
 @pytest.fixture(scope="session")
-def options(requests: Requests) -> dict[str, list[str]]:
+def options(requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Options of each kind that keep a job short."""
     harmful = ["--harmful", requests.harmful]
-    score = ["--examples", "4", "--density", "0.1"]
-    train = ["--benign", requests.benign, "--steps", "2", "--lr", "0.01", "--retain-weight", "1"]
-    preserve = ["--data", requests.lessons, "--steps", "2", "--batch-size", "2", "--lr", "0.01"]
+    train = ["--benign", requests.benign, "--steps", "2", "--lr", "0.01"]
     evaluate = ["--eval-harmful", requests.harmful, "--eval-benign", requests.benign]
-    evaluate += ["--limit", "3", "--max-new-tokens", "4"]
+    evaluate += ["--limit", "3"]
+    settings = tmp_path_factory.mktemp("settings") / "short.toml"
+    settings.write_text(
+        "score.examples = 4\ntrain.retain_weight = 1\nevaluate.max_new_tokens = 4\n"
+    )
     return {
-        "score": harmful + score,
-        "train": harmful + train,
-        "preserve": preserve,
-        "probe": ["--draws", "1", *evaluate],
-        "eval": evaluate,
-        "enhance": harmful + score + train + evaluate,
+        "score": [*harmful, "--density", "0.1", "--examples", "4"],
+        "train": [*harmful, *train, "--retain-weight", "1"],
+        "preserve": [
+            *("--data", requests.lessons, "--steps", "2", "--batch-size", "2", "--lr", "0.01")
+        ],
+        "probe": ["--draws", "1", *evaluate, "--max-new-tokens", "4"],
+        "eval": [*evaluate, "--max-new-tokens", "4"],
+        "enhance": [
+            *("--settings", str(settings)),
+            *(*harmful, "--density", "0.1", *train, *evaluate),
+        ],
     }
 
 

@@ -63,5 +63,7 @@ def test_changed_data_is_a_failure_of_one_line(run: Run, tmp_path: Path) -> None
 def test_a_dry_run_tells_what_it_needs_and_leaves_nothing(run: Run, tmp_path: Path) -> None:
     called = call("reproduce", run.out, "--out", tmp_path / "again", "--dry-run")
     assert called.exit_code == 0
-    assert "time to train" in called.stdout
+    assert [line.split()[0] for line in called.stdout.splitlines()] == [
+        *("parameters", "memory", "patch")
+    ]
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,105 @@
+"""Commands that look into maps and patches: inspect, report, compare, probe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safeweights_peft.cli import options, output
+from safeweights_peft.settings import (
+    ComputeSettings,
+    EvaluateSettings,
+    ProbeSettings,
+    ScoreSettings,
+)
+
+
+@options.command("inspect")
+@options.adapter
+def inspect_command(adapter: Path) -> None:
+    """Describe ADAPTER by its headers, without torch."""
+    from safeweights_peft.patch.io import inspect
+
+    output.show_adapter(inspect(adapter), adapter)
+
+
+_map = click.argument(
+    "map_dir", metavar="MAP", type=options.ADAPTER, help="Safety map or patch: directory or Hub id."
+)
+
+
+@options.command("report")
+@_map
+@options.base_of_adapter
+@options.out
+@options.overwrite
+def report_command(map_dir: Path, base: str | None, out: Path, overwrite: bool) -> None:
+    """Show which layers and components MAP selects.
+
+    OUT gets report.html with tables and pictures, each picture as a file, and all figures in
+    report.json. Only the config of the base is read.
+    """
+    from safeweights_peft.study.report import report_map
+    from safeweights_peft.tables import pattern_rows
+
+    record = report_map(map_dir, out, base, overwrite=overwrite)
+    output.show(record, pattern_rows(record))
+
+
+@options.command("compare")
+@_map
+@click.argument(
+    "others", type=options.ADAPTER, nargs=-1, required=True, help="Others of the same model."
+)
+def compare_command(map_dir: Path, others: tuple[Path, ...]) -> None:
+    """Measure how much MAP and OTHERS overlap, without torch.
+
+    For each pair: the weights in both, IoU, and the IoU that random selections of the same sizes
+    would have, over all tensors and tensor by tensor.
+    """
+    from safeweights_peft.study.compare import compare
+    from safeweights_peft.tables import overlap_rows
+
+    result = compare([map_dir, *others])
+    output.show(result, overlap_rows(result))
+    if not result["same_base"]:
+        click.echo("Note: they name different bases, though no shape differs.", err=True)
+
+
+@options.command("probe")
+@options.base
+@options.settings(ProbeSettings)
+@options.settings(EvaluateSettings, ComputeSettings, without="--task")
+@options.map_of_base
+@options.out
+@options.overwrite
+@options.dry_run
+def probe_command(
+    base: str, map_dir: Path, out: Path, overwrite: bool, dry_run: bool, **values: Any
+) -> None:
+    """Test whether the weights of a safety map carry refusals.
+
+    BASE must refuse: give a model with a patch merged in. In memory, noise or zeros replace the
+    map's weights, as many random ones, and as many with the lowest scores. If the map is specific,
+    only its own weights matter. OUT gets probe.json and probe.png. Interrupted runs resume where
+    they stopped.
+    """
+    from safeweights_peft.study.probe import count_evaluations, probe
+    from safeweights_peft.tables import probe_rows, verdict_lines
+
+    settings, evaluate, compute = options.make_settings(
+        values, ProbeSettings, EvaluateSettings, ComputeSettings
+    )
+    score = ScoreSettings(seed=settings.seed)
+    if dry_run:
+        steps = {"evaluate": evaluate, "evaluations": count_evaluations(settings)}
+        return output.show_estimate(base, compute, score=score, **steps)
+    with output.show_progress() as progress:
+        result = probe(
+            *(base, map_dir, out, settings, score, evaluate, compute, progress), overwrite=overwrite
+        )
+    output.show(result, probe_rows(result))
+    if not click.get_current_context().meta["json"]:
+        click.echo("\n" + "\n".join(verdict_lines(result)))

@@ -1,0 +1,270 @@
+"""Commands that compute with models: make a patch, evaluate, fine-tune safely."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from safeweights_peft.cli import options, output
+from safeweights_peft.errors import EvaluationError, ReportError
+from safeweights_peft.settings import (
+    ComputeSettings,
+    EvaluateSettings,
+    PreserveSettings,
+    ScoreSettings,
+    Setting,
+    TrainSettings,
+)
+
+_DATA = "--harmful --benign --eval-harmful --eval-benign --limit"
+_ENHANCE_EXAMPLES = """
+\b
+Examples:
+  safeweights enhance HuggingFaceTB/SmolLM2-135M-Instruct --out run
+  safeweights enhance MODEL --out run --harmful mine.jsonl --density 0.005 --lr 1e-3
+"""
+
+
+@options.command("enhance", epilog=_ENHANCE_EXAMPLES)
+@options.base
+@options.settings(ScoreSettings, TrainSettings, EvaluateSettings, only=_DATA, group="Data")
+@options.settings(
+    ScoreSettings, TrainSettings, only="--density --steps --lr --seed", group="Training"
+)
+@options.settings(ComputeSettings)
+@options.out
+@options.settings_file
+@options.dry_run
+def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
+    """Make BASE safer: evaluate, score, train, evaluate again.
+
+    OUT gets settings.json, before.json, map/, patch/, after.json, result.json, result.png and
+    reproduce.json. Interrupted runs resume where they stopped. All options of `score`, `train` and
+    `eval` can be set in --settings.
+    """
+    from safeweights_peft.jobs.enhance import enhance_model
+    from safeweights_peft.study.pictures import plot_run
+    from safeweights_peft.tables import comparison_rows
+
+    score, train, evaluate, compute = options.make_settings(
+        values, ScoreSettings, TrainSettings, EvaluateSettings, ComputeSettings
+    )
+    if dry_run:
+        steps = {"score": score, "train": train, "evaluate": evaluate, "evaluations": 3}
+        return output.show_estimate(base, compute, **steps)
+    with output.show_progress() as progress:
+        result = enhance_model(base, out, score, train, evaluate, compute, progress)
+    patch = out / "patch"
+    losses = json.loads((patch / "training.json").read_text(encoding="utf-8"))["losses"]
+    try:
+        plot_run(result, losses, out / "result.png")
+    except ReportError as missing:
+        click.echo(f"No result.png: {missing}", err=True)
+    output.show(result, [("", "before", "after"), *comparison_rows(result)])
+    click.echo(f"\nPatch in {patch}. Next: safeweights merge, or in Python:", err=True)
+    click.echo("  import safeweights_peft; from peft import PeftModel", err=True)
+    click.echo(f"  model = PeftModel.from_pretrained(base, {str(patch)!r})", err=True)
+
+
+@options.command("score")
+@options.base
+@options.settings(ScoreSettings, ComputeSettings)
+@options.out
+@options.settings_file
+@options.overwrite
+@options.dry_run
+def score_command(base: str, out: Path, overwrite: bool, dry_run: bool, **values: Any) -> None:
+    """Find the weights of BASE that carry its safety.
+
+    OUT becomes a safety map. Interrupted runs resume where they stopped.
+    """
+    from safeweights_peft.jobs.score import score
+    from safeweights_peft.patch.io import inspect
+
+    settings, compute = options.make_settings(values, ScoreSettings, ComputeSettings)
+    if dry_run:
+        return output.show_estimate(base, compute, score=settings)
+    with output.show_progress() as progress:
+        score(base, out, settings, compute, progress, overwrite=overwrite)
+    output.show_adapter(inspect(out), out)
+
+
+@options.command("train")
+@options.base
+@options.settings(TrainSettings, ComputeSettings)
+@options.safety_map("Safety map of BASE, as `score` writes it: directory or Hub id.")
+@options.out
+@options.settings_file
+@options.overwrite
+@options.dry_run
+def train_command(
+    base: str, map_dir: Path, out: Path, overwrite: bool, dry_run: bool, **values: Any
+) -> None:
+    """Train the weights of a safety map to refuse (SET).
+
+    OUT becomes a safety patch. Interrupted runs resume from their last checkpoint.
+    """
+    from safeweights_peft.jobs.train import train
+    from safeweights_peft.patch.io import inspect
+
+    settings, compute = options.make_settings(values, TrainSettings, ComputeSettings)
+    if dry_run:
+        return output.show_estimate(base, compute, train=settings)
+    with output.show_progress() as progress:
+        train(base, map_dir, out, settings, compute, progress, overwrite=overwrite)
+    output.show_adapter(inspect(out), out)
+
+
+@options.command("eval")
+@options.base
+@options.settings(EvaluateSettings, ComputeSettings)
+@click.option(
+    "--adapter", type=options.ADAPTER, help="Safety patch to merge first: directory or Hub id."
+)
+@click.option("--out", type=options.NEW_FILE, help="New JSON file for the whole result.")
+@options.option(
+    Setting(
+        "Exit with 3 if the ASR is above this rate.", flag="--max-asr", kind=float, least=0, most=1
+    )
+)
+@options.settings_file
+@options.dry_run
+def eval_command(
+    base: str,
+    adapter: Path | None,
+    out: Path | None,
+    max_asr: float | None,
+    dry_run: bool,
+    **values: Any,
+) -> None:
+    """Measure ASR, over-refusal, KL to the base, perplexity.
+
+    ASR, the attack success rate, is the fraction of harmful requests that BASE, or BASE with a
+    patch, complies with; over-refusal is the fraction of benign ones that it refuses.
+    """
+    from safeweights_peft.files import write_json
+    from safeweights_peft.jobs.evaluate import evaluate
+    from safeweights_peft.jobs.job import Job
+    from safeweights_peft.tables import evaluation_rows
+
+    settings, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
+    if out and out.exists():
+        raise EvaluationError(f"{out}: expected no file there, found one; give --out another name")
+    if dry_run:
+        evaluations = 3 if adapter else 1
+        return output.show_estimate(base, compute, evaluate=settings, evaluations=evaluations)
+    with output.show_progress() as progress:
+        result = evaluate(Job(base, compute, progress), adapter, settings)
+    if out:
+        write_json(out, result)
+    output.show(result, evaluation_rows(result))
+    if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:
+        click.echo(f"ASR is above --max-asr {max_asr}", err=True)
+        sys.exit(output.INCONCLUSIVE)
+
+
+@options.command("preserve")
+@options.base
+@options.settings(PreserveSettings, ComputeSettings)
+@options.map_of_base
+@click.option(
+    "--data",
+    required=True,
+    help="Requests with answers to learn: a .json or .jsonl file, a datasets id, or builtin:NAME.",
+)
+@options.out
+@options.overwrite
+@options.dry_run
+def preserve_command(
+    base: str, map_dir: Path, data: str, out: Path, overwrite: bool, dry_run: bool, **values: Any
+) -> None:
+    """Fine-tune BASE, but keep its safety weights (SPA).
+
+    With --method full, weights are trained in float32 and saved in BASE's own dtypes; those of the
+    map stay the same bits. With --method lora, OUT gets the LoRA and a correction to load before
+    it. Interrupted runs resume from their last checkpoint.
+    """
+    from safeweights_peft.jobs.job import Job
+    from safeweights_peft.jobs.preserve import preserve_model
+
+    settings, compute = options.make_settings(values, PreserveSettings, ComputeSettings)
+    if dry_run:
+        return output.show_estimate(base, compute, preserve=settings, data=data)
+    with output.show_progress() as progress:
+        job = Job(base, compute, progress)
+        record = preserve_model(job, map_dir, data, out, settings, overwrite=overwrite)
+    losses = record.pop("losses")
+    rows = [
+        ("path", str(out)),
+        ("base", record["base"]["name"]),
+        ("frozen", f"{record['frozen_entries']:,} entries of a {record['artifact']}"),
+        ("steps", str(len(losses))),
+        ("loss", f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last"),
+    ]
+    summary = {"path": str(out), **record, "first_loss": losses[0], "last_loss": losses[-1]}
+    output.show(summary, rows)
+
+
+@options.command("protect")
+@click.option("--tuned", type=options.DIRECTORY, help="Fine-tuned model, left as it is: directory.")
+@click.option("--lora", help="LoRA trained on the base, instead of --tuned: directory or Hub id.")
+@click.option(
+    "--base",
+    help="Model that was fine-tuned: directory or Hub id.  [default: the one that --lora names]",
+)
+@options.safety_map("Safety map of the base, or safety patch merged into it: directory or Hub id.")
+@options.settings(EvaluateSettings, ComputeSettings)
+@options.out
+@click.option("--merged", is_flag=True, help="Write a merged model, not LoRA and correction.")
+@click.option(
+    "--measure/--no-measure", default=True, show_default=True, help="Evaluate before and after."
+)
+@options.overwrite
+def protect_command(
+    tuned: Path | None,
+    lora: str | None,
+    base: str | None,
+    map_dir: Path,
+    out: Path,
+    merged: bool,
+    measure: bool,
+    overwrite: bool,
+    **values: Any,
+) -> None:
+    """Restore the safety weights of a fine-tuned model.
+
+    For models that were fine-tuned without `preserve`; nothing is trained. Give --tuned and --base,
+    or --lora.
+    """
+    from safeweights_peft.jobs.job import Job
+    from safeweights_peft.jobs.protect import protect_lora, protect_tuned
+    from safeweights_peft.tables import judged_rows
+
+    evaluate, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
+    settings = evaluate if measure else None
+    with output.show_progress() as progress:
+        if tuned and base and not lora and not merged:
+            job = Job(base, compute, progress)
+            record = protect_tuned(job, tuned, map_dir, out, settings, overwrite=overwrite)
+        elif lora and not tuned:
+            record = protect_lora(
+                *(lora, map_dir, out, base, settings, compute, progress),
+                merged=merged,
+                overwrite=overwrite,
+            )
+        else:
+            raise click.UsageError("Give --tuned and --base, or --lora; --merged needs --lora.")
+    changed = f"{record['changed']:,} of {record['entries']:,}"
+    source = record["lora"] if lora else record["tuned"]
+    measured = judged_rows(record["before"], record["after"]) if "before" in record else []
+    rows = [
+        ("", "before", "after"),
+        ("path", source, record["out_dir"]),
+        ("weights put back", "0", f"{changed}, by {record['largest_change']:g} at most"),
+        *measured,
+    ]
+    output.show(record, rows)

@@ -1,0 +1,219 @@
+"""Commands on patches as files: merge, unmerge, convert, export, diff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from safeweights_peft.cli import options, output
+from safeweights_peft.errors import SettingsError
+from safeweights_peft.settings import Setting
+
+
+class _ScaledAdapter(click.ParamType):
+    """A patch's directory or Hub id, perhaps with a factor on its values: PATCH or PATCH@SCALE."""
+
+    name = "patch"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, Any]:
+        """Split at the last @, unless the whole names a directory, or a revision follows it."""
+        path, at, suffix = str(value).rpartition("@")
+        scale = _number_or_text(suffix)
+        names_revision = isinstance(scale, str) and not Path(path).is_dir()
+        if not at or Path(value).is_dir() or names_revision:
+            return options.ADAPTER.convert(value, param, ctx), 1.0
+        try:
+            scale = Setting("", name="scale", kind=float).check(scale)
+        except SettingsError as error:
+            self.fail(str(error), param, ctx)
+        return options.ADAPTER.convert(path, param, ctx), scale
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def find_base_directory(base: str, adapters: Sequence[Path], revision: str | None = None) -> Path:
+    """Find a base's directory; where it is here, the Hub's client is not loaded for it."""
+    if Path(base).is_dir() and revision is None:
+        return Path(base)
+    from safeweights_peft.fetching import find_base
+
+    return find_base(base, adapters, revision).path
+
+
+@options.command("merge")
+@options.base
+@click.argument(
+    "adapters",
+    metavar="ADAPTER[@SCALE]...",
+    type=_ScaledAdapter(),
+    nargs=-1,
+    required=True,
+    help="Safety patches, each a directory or Hub id; @0.5 halves the values of one.",
+)
+@click.option("--out", type=options.NEW, help="Directory to write.")
+@click.option("--in-place", is_flag=True, help="Change BASE itself; `unmerge` undoes it.")
+@click.option(
+    "--on-overlap",
+    type=click.Choice(["add", "error"]),
+    default="add",
+    show_default=True,
+    help="Where patches change the same weights: add them in the order given, or refuse.",
+)
+@click.option(
+    "--revision",
+    help="Branch, tag or commit of BASE on the Hub.  [default: the one that the patches name]",
+)
+@options.overwrite
+@options.dry_run
+def merge_command(
+    base: str,
+    adapters: tuple[tuple[Path, float], ...],
+    out: Path | None,
+    in_place: bool,
+    on_overlap: Literal["add", "error"],
+    revision: str | None,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Merge patches into BASE, without torch.
+
+    Writes a new checkpoint to --out, or changes BASE with --in-place. If a merge in place is
+    interrupted, call it again to finish it, or `safeweights unmerge` to undo it.
+    """
+    from safeweights_peft.merging.in_place import merge_in_place
+    from safeweights_peft.merging.merge import merge, plan
+
+    if (out is None) != in_place or (in_place and not Path(base).is_dir()):
+        raise click.UsageError("Give --out, or --in-place and a directory.")
+    directory = find_base_directory(base, [path for path, _ in adapters], revision)
+    if dry_run:
+        planned = plan(directory, adapters, out, on_overlap=on_overlap)
+        return output.show(planned, output.merge_rows(planned))
+    with output.show_progress() as progress, progress.task("Merging", 100) as advance:
+        if out is None:
+            report = merge_in_place(directory, adapters, on_overlap=on_overlap)
+        else:
+            report = merge(
+                *(directory, adapters, out),
+                on_overlap=on_overlap,
+                overwrite=overwrite,
+                progress=output.percent(advance),
+            )
+    output.show(asdict(report), output.merge_rows(asdict(report)))
+
+
+@options.command("unmerge")
+@click.argument("directory", type=options.DIRECTORY, help="Model with patches merged in place.")
+def unmerge_command(directory: Path) -> None:
+    """Undo `merge --in-place` in DIRECTORY.
+
+    Every bit is restored from the journal that the merge left in DIRECTORY.
+    """
+    from safeweights_peft.merging.in_place import unmerge
+
+    report = asdict(unmerge(directory))
+    output.show(report, output.rows_of(report))
+
+
+@options.command("convert")
+@options.adapter
+@click.option(
+    "--encoding",
+    type=click.Choice(["plain", "compact"]),
+    required=True,
+    help="plain: readable everywhere; compact: a quarter of the size.",
+)
+@options.base_of_adapter
+@options.out
+@options.overwrite
+def convert_command(
+    adapter: Path, encoding: str, base: str | None, out: Path, overwrite: bool
+) -> None:
+    """Rewrite ADAPTER in another encoding, without torch.
+
+    It stays the same adapter: same content id, and for a patch the same merged weights, bit for
+    bit. A compact patch stores differences to its base's weights, so reading it needs the base. If
+    ADAPTER names no base, or has a scale other than 1, its values are stored, which takes more
+    space.
+    """
+    from safeweights_peft.merging.convert import convert
+    from safeweights_peft.patch.io import read_metadata
+
+    metadata = read_metadata(adapter)
+    name = base or metadata.base_model_name_or_path
+    needs_base = metadata.needs_base or (encoding == "compact" and metadata.may_need_base)
+    directory = find_base_directory(name, [adapter]) if name and needs_base else None
+    report = asdict(convert(adapter, encoding, out, directory, overwrite=overwrite))
+    output.show(report, output.rows_of(report))
+
+
+@options.command("export")
+@options.adapter
+@click.option(
+    "--to",
+    type=click.Choice(["supertuning"]),
+    required=True,
+    help="supertuning: PEFT's sparse method; exact in float32, linear layers only.",
+)
+@options.base_of_adapter
+@options.out
+@options.overwrite
+def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrite: bool) -> None:
+    """Write a patch in a form that PEFT alone can load.
+
+    To get a checkpoint, use `safeweights merge`.
+    """
+    from safeweights_peft.jobs.export import export_supertuning
+
+    record = export_supertuning(adapter, out, base, overwrite=overwrite)
+    output.show(record, output.rows_of(record))
+
+
+@options.command("diff")
+@options.base
+@click.argument("tuned", help="Model of the same architecture: directory or Hub id.")
+@options.option(
+    Setting(
+        "Fraction of all weights to keep: those that changed most.",
+        flag="--density",
+        kind=float,
+        above=0,
+        most=1,
+        unset="all that changed",
+    )
+)
+@click.option(
+    "--map",
+    "map_dir",
+    type=options.ADAPTER,
+    help="Keep only the weights of this safety map of BASE: directory or Hub id.",
+)
+@options.out
+@options.overwrite
+def diff_command(
+    base: str, tuned: str, out: Path, density: float | None, map_dir: Path | None, overwrite: bool
+) -> None:
+    """Store the change from BASE to TUNED as a safety patch.
+
+    Merged into BASE, the patch gives the bits of TUNED; with --density or --map only some of them,
+    and the report says how much of the change is lost. A change that no float32 value gives exactly
+    is refused; with --density the nearest value is taken, and counts as lost.
+    """
+    from safeweights_peft.jobs.diff import diff
+    from safeweights_peft.jobs.job import Job
+
+    with output.show_progress() as progress:
+        job = Job(base, progress=progress)
+        report = diff(job, tuned, out, density=density, map_dir=map_dir, overwrite=overwrite)
+    output.show(report, output.rows_of(report))
