@@ -26,19 +26,19 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import WEIGHT_DTYPES, Array, add_rounded, bits_differ, digest
 from safeweights_peft.merging.convert import convert
 from safeweights_peft.merging.gather import gather_entries
-from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.artifacts import decode_entries, encode_entries
 from safeweights_peft.patch.codec import (
     decode_gaps,
     decode_steps,
+    decompress,
     encode_steps,
     take_steps,
     value_of,
 )
-from safeweights_peft.patch.frames import decompress
 from safeweights_peft.patch.io import file_bytes, read_artifact, read_metadata
 from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import Encoding, Mode, TensorRecord, indices_key
-from safeweights_peft.patch.stored import content_key, decode_entries, encode_entries
+from safeweights_peft.patch.placement import Block
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord, indices_key, values_key
 
 SIDE = 4096
 NAME = "model.up.weight"
@@ -72,7 +72,7 @@ class Stored:
         record, first, second = encode_entries(Mode.SET, record, indices, values, base)
         self.record, self.indices, self.values, self.base = record, indices, values, base
         self.metadata = AdapterMetadata(mode=Mode.SET, tensors={NAME: record})
-        self.tensors = {indices_key(NAME): first, content_key(self.metadata, NAME): second}
+        self.tensors = {indices_key(NAME): first, values_key(NAME): second}
 
     @property
     def bytes_per_weight(self) -> float:
@@ -82,9 +82,8 @@ class Stored:
     def bound(self) -> float:
         """Order-0 entropy of gaps and steps, in bytes per entry."""
         gaps = np.diff(self.indices.astype(np.int64), prepend=-1)
-        coded = encode_steps(self.base, self.values)
-        assert coded is not None
-        lengths = coded.stream.planes(self.record.count, self.base.itemsize)
+        coded = min(encode_steps(self.base, self.values), key=lambda coded: coded.stored.nbytes)
+        lengths = coded.stream.frames(self.record.count, self.base.itemsize)
         planes = decompress(NAME, coded.stored, coded.stream.sizes, lengths)
         return entropy(gaps) + entropy(decode_steps(NAME, coded.stream, planes, self.base.itemsize))
 
@@ -93,9 +92,9 @@ class Stored:
         count, numel = self.record.count, self.record.numel
         first, second = self.tensors.values()
         gaps, steps = self.record.stream("indices"), self.record.stream("values")
-        planes = decompress(NAME, first, gaps.sizes, gaps.planes(count))
+        planes = decompress(NAME, first, gaps.sizes, gaps.frames(count))
         indices = decode_gaps(NAME, planes, count, numel)
-        planes = decompress(NAME, second, steps.sizes, steps.planes(count, self.base.itemsize))
+        planes = decompress(NAME, second, steps.sizes, steps.frames(count, self.base.itemsize))
         found = decode_steps(NAME, steps, planes, self.base.itemsize)
         return indices, value_of(self.base, take_steps(self.base, found))
 

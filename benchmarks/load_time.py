@@ -31,8 +31,8 @@ from transformers.utils import logging
 from safeweights_peft import Adapter, SparseDelta, convert, write_adapter
 from safeweights_peft.delta import add_rounded, digest, index_dtype
 from safeweights_peft.modeling.tensors import to_numpy
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 
 DENSITY = 0.01

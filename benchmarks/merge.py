@@ -36,8 +36,8 @@ from merge_kills import kill_at_random
 from safeweights_peft import Adapter, SparseDelta, write_adapter
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES, add_rounded, digest, index_dtype
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 
 DENSITY = 0.01

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from safeweights_peft import SafetyMap, preserve, read_map
 from safeweights_peft.delta import digest, index_dtype
 from safeweights_peft.modeling.tensors import to_numpy
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 
 RANK = 8

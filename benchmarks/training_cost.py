@@ -27,8 +27,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from safeweights_peft import create_adapter
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 
 RANK = 3

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 
 from safeweights_peft.delta import SparseDelta, digest
 from safeweights_peft.patch.artifacts import Adapter
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.io import write_adapter
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 
 ROOT = Path(__file__).parents[1]

@@ -25,8 +25,8 @@ from safeweights_peft.delta import (
 )
 from safeweights_peft.files import STORED_DTYPES
 from safeweights_peft.patch.artifacts import Adapter, SafetyMap
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 
 Tensors = dict[str, np.ndarray]

@@ -22,13 +22,11 @@ from safeweights_peft.delta import WEIGHT_DTYPES, SparseDelta, add_rounded, chec
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import parse_json
 from safeweights_peft.patch.artifacts import Adapter, SafetyMap, in_encoding
-from safeweights_peft.patch.blocks import Block
-from safeweights_peft.patch.codec import decode_gaps, decode_steps
-from safeweights_peft.patch.frames import compress, decompress, split
+from safeweights_peft.patch.codec import compress, decode_gaps, decode_steps, decompress, split
 from safeweights_peft.patch.io import read_artifact, write_adapter, write_map
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block, Coding, Stream
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
-from safeweights_peft.patch.streams import Coding, Stream
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHAPES = {"model.up.weight": (40, 30), "model.norm.weight": (30,)}
@@ -140,7 +138,7 @@ def streams(data: bytes) -> None:
     count, escapes = choices.below(2**12), choices.below(2**8)
     numel, itemsize = 1 + choices.below(2**16), choices.pick([1, 2, 4])
     stream = Stream(coding, min(escapes, count))
-    lengths = stream.planes(count, itemsize)
+    lengths = stream.frames(count, itemsize)
     if not count or coding.width > itemsize or not all(lengths):
         return
     if choices.below(4):  # else the rest is frames already

@@ -20,7 +20,7 @@ from safeweights_peft.errors import MergeError
 from safeweights_peft.merging.gather import find_copies, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.patch.artifacts import Adapter
-from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import TensorRecord
 
 

@@ -21,7 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import BaseMismatchError, ModelError
-from safeweights_peft.patch.blocks import Block
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import TensorRecord
 
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})

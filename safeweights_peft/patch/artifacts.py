@@ -1,14 +1,40 @@
-"""Safety patches and safety maps in memory.
+"""Safety patches and safety maps in memory, and their entries as they are stored, checked."""
 
-Here live what reading gives and writing takes. Files do not: see ``io``.
-"""
-
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from safeweights_peft.delta import Array, SparseDelta
+import numpy as np
+
+from safeweights_peft.delta import (
+    Array,
+    Hash,
+    SparseDelta,
+    check_finite,
+    check_indices,
+    index_dtype,
+)
+from safeweights_peft.errors import CorruptAdapterError, FormatError
+from safeweights_peft.patch.codec import (
+    decode,
+    encode_content,
+    encode_indices,
+    encode_plain,
+    take_steps,
+    value_of,
+)
 from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import Encoding
-from safeweights_peft.patch.stored import BaseEntries, StoredEntries
+from safeweights_peft.patch.placement import Coding, check_coverage
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord, check_state, tensor_key
+
+Layout = tuple[Any, tuple[int, ...]]
+"""A dtype (a foreign name if numpy has none) and a shape."""
+
+BaseEntries = Callable[[str, TensorRecord, Array], Array]
+"""Gives the base's entries of a parameter, by name, record and flat indices, in its dtype."""
+
+# What a parameter's stored bytes may hold: zeros alone would be 30,000 entries a byte.
+_MAX_ENTRIES_PER_BYTE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +44,12 @@ class Adapter:
     Attributes:
         metadata: Its description, of mode "set".
         deltas: The change of each parameter, by its name in memory.
+
+    Example:
+        >>> from safeweights_peft import read_adapter
+        >>> patch = read_adapter("demo/run/patch")
+        >>> patch.metadata.scale, sum(delta.count for delta in patch.deltas.values())
+        (1.0, ...)
     """
 
     metadata: AdapterMetadata
@@ -29,7 +61,7 @@ class Adapter:
         return {name: delta.indices for name, delta in self.deltas.items()}
 
     def values(self, name: str, base: Array) -> Array:
-        """Give the values of a parameter.
+        """Return the values of a parameter; ``(count,)``.
 
         Args:
             name: The parameter.
@@ -42,38 +74,6 @@ class Adapter:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPatch:
-    """A safety patch whose values are steps from the entries of a base that is not read yet.
-
-    Attributes:
-        metadata: Its description, of mode "set".
-        entries: What is stored of each parameter, by its name in memory.
-    """
-
-    metadata: AdapterMetadata
-    entries: dict[str, StoredEntries]
-
-    @property
-    def indices(self) -> dict[str, Array]:
-        """The flat indices of each parameter's entries, as a safety map has them; ``(count,)``."""
-        return {name: each.indices for name, each in self.entries.items()}
-
-    def values(self, name: str, base: Array) -> Array:
-        """Give the values of a parameter."""
-        return self.entries[name].values_at(base)
-
-    def decode(self, base: BaseEntries | None = None) -> Adapter:
-        """Give the patch with its values."""
-        deltas = {}
-        for name, each in self.entries.items():
-            wanted = base is not None and each.record.needs_base
-            own = base(name, each.record, each.indices) if base is not None and wanted else None
-            values = each.values(own)
-            deltas[name] = SparseDelta._of_checked(each.record.shape, each.indices, values)
-        return Adapter(self.metadata, deltas)
-
-
-@dataclass(frozen=True, eq=False)
 class SafetyMap:
     """A safety map.
 
@@ -81,11 +81,70 @@ class SafetyMap:
         metadata: Its description, of mode "spa".
         indices: The flat indices of each parameter's entries, by its name in memory; ``(count,)``.
         scores: The float32 score of each of these entries; ``(count,)``.
+
+    Example:
+        >>> from safeweights_peft import read_map
+        >>> safety_map = read_map("demo/run/map")
+        >>> name, scores = max(safety_map.scores.items(), key=lambda item: item[1].max())
+        >>> f"{name}: {safety_map.indices[name][scores.argmax()]}"  # the entry of highest score
+        'model.layers...weight: ...'
     """
 
     metadata: AdapterMetadata
     indices: dict[str, Array]
     scores: dict[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredEntries:
+    """What is stored of one parameter, decoded and checked as far as that needs no base."""
+
+    name: str  # as messages call it: with the file's name
+    record: TensorRecord  # with the content digest
+    indices: Array  # flat; (count,)
+    content: Array  # values or scores, or the steps from the base's entries to the merged ones
+
+    def values_at(self, base: Array) -> Array:
+        """Return the values, from entries of the base that were checked."""
+        if not self.record.needs_base:
+            return self.content
+        values = value_of(base, take_steps(base, self.content))
+        check_finite(f"{self.name}: values", values)
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPatch:
+    """A safety patch whose values are steps from the entries of a base that is not read yet."""
+
+    metadata: AdapterMetadata
+    entries: dict[str, StoredEntries]
+
+    @property
+    def indices(self) -> dict[str, Array]:
+        """The flat indices of each parameter's entries, as a safety map has them; ``(count,)``."""
+        return {name: stored.indices for name, stored in self.entries.items()}
+
+    def values(self, name: str, base: Array) -> Array:
+        """Return the values of a parameter, from entries of the base that were checked."""
+        return self.entries[name].values_at(base)
+
+    def decode(self, base: BaseEntries | None = None) -> Adapter:
+        """Return the patch with its values; check the base where they are steps from it."""
+        deltas = {}
+        for name, stored in self.entries.items():
+            record, values = stored.record, stored.content
+            if record.needs_base:
+                if base is None:
+                    raise FormatError(
+                        f"{stored.name}: expected the base that its values are steps from, found "
+                        "none; give the base, or use `safeweights convert --encoding plain`"
+                    )
+                entries = base(name, record, stored.indices)
+                check_state(stored.name, entries, record)
+                values = stored.values_at(entries)
+            deltas[name] = SparseDelta._of_checked(record.shape, stored.indices, values)
+        return Adapter(self.metadata, deltas)
 
 
 AnyPatch = Adapter | EncodedPatch
@@ -102,3 +161,124 @@ def in_encoding(metadata: AdapterMetadata, encoding: Encoding) -> AdapterMetadat
         for name, record in metadata.tensors.items()
     }
     return replace(metadata, tensors=tensors)
+
+
+def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
+    """List what is stored of a parameter, indices first, from the config alone."""
+    record = metadata.tensors[name]
+    layouts: dict[str, Layout] = {}
+    for kind in ("indices", metadata.mode.content):
+        stream, layout = record.stream(kind), (metadata.plain_dtype(record, kind), (record.count,))
+        if stream.coding is not Coding.PLAIN:
+            layout = np.dtype(np.uint8), (stream.size_bytes,)
+        layouts[tensor_key(name, kind)] = layout
+    return layouts
+
+
+def check_layout(metadata: AdapterMetadata, header: Mapping[str, Layout], source: str) -> None:
+    """Check names, dtypes and shapes, which a header alone tells."""
+    expected: dict[str, Layout] = {}
+    for name, record in metadata.tensors.items():
+        layouts = stored_arrays(metadata, name)
+        expected |= layouts
+        size_bytes = sum(dtype.itemsize * size for dtype, (size,) in layouts.values())
+        if record.count > _MAX_ENTRIES_PER_BYTE * size_bytes:
+            raise CorruptAdapterError(
+                f"{source}: {name}: expected at most {_MAX_ENTRIES_PER_BYTE} entries for each of "
+                f"{size_bytes} bytes, found {record.count}; do not use this adapter"
+            )
+    for key in header:
+        if key not in expected:
+            raise CorruptAdapterError(
+                f"{source}: {key[:200]!r}: expected only tensors that adapter_config.json names, "
+                "found this one; do not use this adapter"
+            )
+    for key, (dtype, shape) in expected.items():
+        if header.get(key) != (dtype, shape):
+            found = f"{header[key][0]} {list(header[key][1])}" if key in header else "nothing"
+            raise CorruptAdapterError(
+                f"{source}: {key}: expected {dtype} {list(shape)}, found {found}; "
+                "do not use this adapter"
+            )
+
+
+def check_tensors(
+    metadata: AdapterMetadata, tensors: Mapping[str, Array], source: str
+) -> dict[str, StoredEntries]:
+    """Check all tensors of an adapter: names, dtypes, sizes, order, bounds, values, digests."""
+    header = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+    check_layout(metadata, header, source)
+    return {name: decode_entries(metadata, name, tensors, source) for name in metadata.tensors}
+
+
+def decode_entries(
+    metadata: AdapterMetadata,
+    name: str,
+    tensors: Mapping[str, Array],
+    source: str,
+    mapped: bool = False,
+) -> StoredEntries:
+    """Decode one parameter's entries, and check them: order, bounds, finite values, digests."""
+    record, kind = metadata.tensors[name], metadata.mode.content
+    keys = tensor_key(name, "indices"), tensor_key(name, kind)
+    where = [f"{source}: {key}" for key in keys]
+    first, second = (tensors[key] for key in keys)
+    indices = decode(where[0], record, "indices", metadata.plain_dtype(record, "indices"), first)
+    if indices is first:  # what is decoded from gaps ascends, and was checked against its bounds
+        first = indices = check_indices(where[0], first, record.shape, copy=mapped)
+    check_coverage(f"{source}: {name}", record.blocks, indices)
+    content = decode(where[1], record, kind, metadata.plain_dtype(record, kind), second)
+    if content is second and mapped:  # what is coded stays on the disk
+        second = content = np.array(content)
+    if not record.needs_base:
+        check_finite(where[1], content)
+    stored_digest, content_digest = _digests(metadata.mode, (first, second), (indices, content))
+    for expected, found in (
+        (record.digest, stored_digest),
+        (record.content_digest, content_digest),
+    ):
+        if expected not in (None, found):
+            raise CorruptAdapterError(
+                f"{source}: {name}: expected digest {expected}, found {found}; "
+                "fetch the adapter again"
+            )
+    record = replace(record, content_digest=content_digest)
+    return StoredEntries(f"{source}: {name}", record, indices, content)
+
+
+def encode_entries(
+    mode: Mode, record: TensorRecord, indices: Array, content: Array, base: Array | None
+) -> tuple[TensorRecord, Array, Array]:
+    """Lay out one parameter's entries in the record's encoding; compact, if that is smaller."""
+    narrow = indices.astype(index_dtype(record.numel), copy=False)
+    first, second = encode_plain(narrow), encode_plain(content)
+    plain = first.stored, second.stored
+    if record.encoding is Encoding.COMPACT:
+        first, second = encode_indices(plain[0], record.numel), encode_content(content, base)
+        size_bytes = first.stored.nbytes + second.stored.nbytes
+        if indices.size > _MAX_ENTRIES_PER_BYTE * size_bytes:
+            second = encode_plain(content)
+    streams = {"indices": first.stream, mode.content: second.stream}
+    if all(stream.coding is Coding.PLAIN for stream in streams.values()):
+        streams = {}
+    stored_digest, content_digest = _digests(mode, (first.stored, second.stored), plain)
+    described = replace(
+        record,
+        count=indices.size,
+        encoding=Encoding.COMPACT if streams else Encoding.PLAIN,
+        streams=streams,
+        digest=stored_digest,
+        content_digest=content_digest,
+    )
+    return described, first.stored, second.stored
+
+
+def _digests(mode: Mode, stored: tuple[Array, Array], plain: tuple[Array, Array]) -> list[str]:
+    """Digest what is stored, then what an adapter is in any encoding; hash no array twice."""
+    first = Hash().then(stored[0])
+    content = first if plain[0] is stored[0] else Hash().then(plain[0])
+    whole = first.then(stored[1])
+    if mode is Mode.SPA:  # what values do is in the merged digest, what scores are nowhere else
+        is_plain = content is first and plain[1] is stored[1]
+        content = whole if is_plain else content.then(plain[1])
+    return [str(whole), str(content)]

@@ -1,45 +1,85 @@
-"""How indices, values and scores are laid out in the file: one pair of pure functions per coding.
+"""Encode and decode indices, values and scores, as "Encodings" in ``docs/format.md`` says.
 
-Here live coding and decoding of one parameter's entries. Checks on what was decoded do not: see
-``entries``. Nothing that a stream says of itself is believed: counts, sums and sizes are checked
-before they are used. The normative text is "Encodings" in ``docs/format.md``.
+Nothing that a stream says of itself is believed: counts, sums and sizes are checked before use.
 """
 
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import zstandard
 
-from safeweights_peft.delta import Array, add_rounded, bits_differ, index_dtype
+from safeweights_peft.delta import WEIGHT_DTYPES, Array, add_rounded, bits_differ, index_dtype
 from safeweights_peft.errors import CorruptAdapterError
-from safeweights_peft.patch.frames import compress, join, split
-from safeweights_peft.patch.streams import GAPS, STEPS, Coding, Stream
+from safeweights_peft.patch.placement import GAPS, STEPS, Coding, Stream
+from safeweights_peft.patch.records import TensorRecord
+
+# A frame's window is memory that the reader needs: zstd recommends that every reader allows 8 MiB.
+_MAX_WINDOW_BYTES = 2**23
+_LEVELS = (1, 9)  # the entropy of noise, and what repeats far apart
 
 
 class Coded(NamedTuple):
-    """A stream, and the array that is stored for it.
-
-    Attributes:
-        stream: What the record says of it.
-        stored: The array.
-    """
+    """A stream as a record describes it, and the array that is stored for it."""
 
     stream: Stream
     stored: Array
 
 
 def encode_indices(indices: Array, numel: int) -> Coded:
-    """Code ascending flat indices in the way that takes the fewest bytes."""
-    plain = indices.astype(index_dtype(numel), copy=False)
-    found = [Coded(Stream(Coding.PLAIN), plain)]
+    """Encode ascending flat indices in the coding that takes the fewest bytes."""
+    plain = encode_plain(indices.astype(index_dtype(numel), copy=False))
+    candidates: list[Coded | None] = [plain]
     if indices.size:
-        gaps = np.diff(plain.astype(np.int64, copy=False), prepend=-1) - 1
-        found += [coded for coding in GAPS if (coded := _encode_gaps(gaps, coding)) is not None]
-    return min(found, key=lambda each: each.stored.nbytes)
+        gaps = np.diff(plain.stored.astype(np.int64, copy=False), prepend=-1) - 1
+        candidates += [_encode_gaps(gaps, coding) for coding in GAPS]
+    return min(filter(None, candidates), key=lambda coded: coded.stored.nbytes)
+
+
+def encode_content(content: Array, base: Array | None = None) -> Coded:
+    """Encode values or scores in the fewest bytes; only from a base's entries as steps."""
+    candidates = [encode_plain(content)]
+    if content.size:
+        candidates.append(_pack(Coding.PLANES, 0, split(content)))
+    if content.size and base is not None:
+        candidates += encode_steps(base, content)
+    return min(candidates, key=lambda coded: coded.stored.nbytes)
+
+
+def encode_steps(base: Array, values: Array) -> list[Coded]:
+    """Encode values, in each width, as steps from the base's entries to the merged ones."""
+    merged = add_rounded(base, values)
+    decoded = value_of(base, merged)
+    if not np.isfinite(decoded).all() or bits_differ(add_rounded(base, decoded), merged).any():
+        return []  # other values have the same result, but no step stands for these
+    steps = _ordinals(merged) - _ordinals(base)
+    return [_encode_steps(steps, coding) for coding in STEPS if coding.width <= base.itemsize]
+
+
+def encode_plain(entries: Array) -> Coded:
+    """Store entries as they are."""
+    return Coded(Stream(Coding.PLAIN), np.ascontiguousarray(entries))
+
+
+def decode(
+    source: str, record: TensorRecord, kind: str, plain: np.dtype[Any], stored: Array
+) -> Array:
+    """Decode a stream into entries of its plain dtype, or into steps; plain ones stay unchecked."""
+    stream = record.stream(kind)
+    if stream.coding is Coding.PLAIN:
+        return stored
+    planes = decompress(source, stored, stream.sizes, record.frames(kind, plain))
+    match stream.coding.family:
+        case "gaps":
+            return decode_gaps(source, planes, record.count, record.numel)
+        case "steps":
+            return decode_steps(source, stream, planes, WEIGHT_DTYPES[record.dtype].itemsize)
+    return join(planes).view(plain)
 
 
 def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) -> Array:
-    """Add up gaps to flat indices."""
+    """Add gaps up to flat indices, which ascend whatever the gaps are."""
     symbols = join(planes)
     ends = symbols != np.iinfo(symbols.dtype).max
     found = int(np.count_nonzero(ends))
@@ -60,32 +100,8 @@ def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) ->
     return indices
 
 
-def encode_floats(values: Array) -> Coded:
-    """Code values or scores as they are, in the way that takes the fewest bytes."""
-    plain = Coded(Stream(Coding.PLAIN), np.ascontiguousarray(values))
-    if not values.size:
-        return plain
-    planes = _pack(Coding.PLANES, 0, split(values))
-    return min(plain, planes, key=lambda each: each.stored.nbytes)
-
-
-def encode_steps(base: Array, values: Array) -> Coded | None:
-    """Code values as steps from the base's entries to the merged ones, if that is possible."""
-    merged = add_rounded(base, values)
-    decoded = value_of(base, merged)
-    if not values.size or not np.isfinite(decoded).all():
-        return None
-    if bits_differ(add_rounded(base, decoded), merged).any():
-        return None
-    steps = _ordinals(merged) - _ordinals(base)
-    codings = [coding for coding in STEPS if coding.width <= base.itemsize]
-    return min(
-        (_encode_steps(steps, coding) for coding in codings), key=lambda each: each.stored.nbytes
-    )
-
-
 def decode_steps(source: str, stream: Stream, planes: Sequence[Array], itemsize: int) -> Array:
-    """Put steps together, which needs no base yet."""
+    """Put steps together, which needs no base yet; they wrap around."""
     width = stream.coding.width
     narrow = join(planes[:width])
     if width == itemsize:
@@ -115,14 +131,12 @@ def take_steps(base: Array, steps: Array) -> Array:
 
 
 def value_of(base: Array, merged: Array) -> Array:
-    """Tell the values that steps stand for: the float32 differences.
-
-    A sum is never -0.0 unless it is rounded from below, so for this result alone the value is the
-    float32 number below the difference.
-    """
+    """Return the values that lead from a base to merged entries: the float32 differences."""
     with np.errstate(over="ignore", invalid="ignore"):
         values: Array = merged.astype(np.float32)
         values -= base.astype(np.float32)
+    # A sum is -0.0 only where it is rounded to zero from below, so there the value is the number
+    # below the difference.
     bits = merged.view(f"u{merged.itemsize}")
     below = bits == bits.dtype.type(1 << (8 * merged.itemsize - 1))
     if below.any():
@@ -137,7 +151,7 @@ def _pack(coding: Coding, escapes: int, planes: list[Array]) -> Coded:
 
 
 def _encode_gaps(gaps: Array, coding: Coding) -> Coded | None:
-    """Code gaps less 1; None if they take more escapes than there are gaps."""
+    """Encode gaps less 1; None if they take more escapes than there are gaps."""
     full = 2 ** (8 * coding.width) - 1
     repeats = gaps // full
     escapes = int(repeats.sum())
@@ -149,7 +163,7 @@ def _encode_gaps(gaps: Array, coding: Coding) -> Coded | None:
 
 
 def _encode_steps(steps: Array, coding: Coding) -> Coded:
-    """Code steps that wrap around; those that the coding is too narrow for follow by themselves."""
+    """Encode steps that wrap around; those too large for the width follow in full."""
     width, itemsize = coding.width, steps.itemsize
     if width == itemsize:
         return _pack(coding, 0, split(steps))
@@ -170,3 +184,83 @@ def _ordinals(entries: Array) -> Array:
     flip |= bits.dtype.type(1 << sign)
     flip ^= bits
     return flip
+
+
+class _Thread(threading.local):
+    """A thread's own decompressor."""
+
+    def __init__(self) -> None:
+        # To make one takes as long as to decompress 10,000 bytes; it is not safe to share.
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_thread = _Thread()
+
+
+def split(array: Array) -> list[Array]:
+    """Split numbers into planes: all lowest bytes, then all second bytes, and so on."""
+    planes = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
+    return [np.ascontiguousarray(planes[:, place]) for place in range(array.itemsize)]
+
+
+def join(planes: Sequence[Array]) -> Array:
+    """Put planes together again; undo :func:`split`."""
+    if len(planes) == 1:
+        return planes[0]
+    joined = np.empty((planes[0].size, len(planes)), np.uint8)
+    for place, plane in enumerate(planes):
+        joined[:, place] = plane
+    return joined.view(f"<u{len(planes)}").reshape(-1)
+
+
+def compress(planes: Sequence[Array]) -> list[bytes]:
+    """Compress each plane by itself, at the level that makes it smallest."""
+    return [min((_compress(plane, level) for level in _LEVELS), key=len) for plane in planes]
+
+
+def decompress(
+    source: str, stored: Array, sizes: Sequence[int], lengths: Sequence[int]
+) -> list[Array]:
+    """Decompress planes, each from one frame."""
+    planes = []
+    start = 0
+    for size, length in zip(sizes, lengths, strict=True):
+        frame = stored[start : start + size]
+        planes.append(_decompress(source, frame, length))
+        start += size
+    return planes
+
+
+def _compress(plane: Array, level: int) -> bytes:
+    compressor = zstandard.ZstdCompressor(
+        level=level, write_checksum=False, write_content_size=True, write_dict_id=False
+    )
+    return compressor.compress(plane.data)
+
+
+def _decompress(source: str, frame: Array, length: int) -> Array:
+    """Decompress one frame of untrusted bytes, after its sizes are checked."""
+    try:
+        header = zstandard.get_frame_parameters(frame.data)
+        if header.content_size != length or header.dict_id:
+            raise CorruptAdapterError(
+                f"{source}: expected a zstd frame of {length} bytes, found one of "
+                f"{header.content_size}; do not use this adapter"
+            )
+        if header.window_size > _MAX_WINDOW_BYTES and header.window_size != length:
+            raise CorruptAdapterError(
+                f"{source}: expected a zstd window of at most {_MAX_WINDOW_BYTES} bytes, found "
+                f"{header.window_size}; do not use this adapter"
+            )
+        content = _thread.decompressor.decompress(frame.data, allow_extra_data=False)
+    except zstandard.ZstdError as reason:
+        raise CorruptAdapterError(
+            f"{source}: expected a whole zstd frame of {length} bytes, found {reason}; "
+            "fetch the adapter again"
+        ) from reason
+    if len(content) != length:
+        raise CorruptAdapterError(
+            f"{source}: expected a zstd frame of {length} bytes, found {len(content)}; "
+            "do not use this adapter"
+        )
+    return np.frombuffer(content, np.uint8)

@@ -1,9 +1,4 @@
-"""Read, write and check adapter directories.
-
-Here live safety patches and safety maps as files. Models and checkpoints do not: nothing here can
-tell whether an adapter fits a base (see ``merge``). Every check stands in ``entries`` and in
-``metadata``, so that a state dict goes through the same ones as a file.
-"""
+"""Read, write and check safety patches and safety maps as directories."""
 
 import json
 import os
@@ -17,18 +12,22 @@ from safetensors.numpy import save_file
 from safeweights_peft.delta import Array, check_indices
 from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
-from safeweights_peft.patch.artifacts import Adapter, AnyPatch, Artifact, EncodedPatch, SafetyMap
-from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
-from safeweights_peft.patch.records import Mode, check_state, indices_key
-from safeweights_peft.patch.stored import (
+from safeweights_peft.patch.artifacts import (
+    Adapter,
+    AnyPatch,
+    Artifact,
     BaseEntries,
+    EncodedPatch,
+    SafetyMap,
     StoredEntries,
     check_layout,
-    content_key,
+    check_tensors,
     decode_entries,
     encode_entries,
     stored_arrays,
 )
+from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.patch.records import Mode, check_state, tensor_key
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -56,6 +55,13 @@ def write_adapter(
 
     Raises:
         FormatError: The patch contradicts its own metadata.
+
+    Example:
+        >>> from safeweights_peft import read_adapter, write_adapter
+        >>> patch = read_adapter("demo/run/patch")
+        >>> written = write_adapter("copy", patch)
+        >>> written.content_id == patch.metadata.content_id
+        True
     """
     path = Path(path)
     values = {name: delta.values for name, delta in adapter.deltas.items()}
@@ -82,6 +88,13 @@ def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False)
 
     Returns:
         The metadata as written; what is not smaller in the compact encoding is plain.
+
+    Example:
+        >>> from safeweights_peft import read_map, write_map
+        >>> safety_map = read_map("demo/run/map")
+        >>> written = write_map("copy", safety_map)
+        >>> written.content_id == safety_map.metadata.content_id
+        True
     """
     path, indices, scores = Path(path), safety_map.indices, safety_map.scores
     _check_names(path, safety_map.metadata, Mode.SPA, indices, scores)
@@ -96,7 +109,13 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
         base: Gives the base's entries; needed only if values are stored as steps from them.
 
     Returns:
-        The patch, held in memory.
+        The patch, in memory.
+
+    Example:
+        >>> from safeweights_peft import read_adapter
+        >>> patch = read_adapter("demo/run/patch")
+        >>> [delta.values.dtype.name for delta in patch.deltas.values()]
+        ['float32', ...]
     """
     return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
 
@@ -113,7 +132,13 @@ def read_map(path: PathLike) -> SafetyMap:
         path: The directory.
 
     Returns:
-        The map, held in memory.
+        The map, in memory.
+
+    Example:
+        >>> from safeweights_peft import read_map
+        >>> safety_map = read_map("demo/run/map")
+        >>> safety_map.indices.keys() == safety_map.scores.keys()
+        True
     """
     return _as_map(*_read(Path(path), Mode.SPA))
 
@@ -134,6 +159,11 @@ def validate(path: PathLike) -> AdapterMetadata:
 
     Returns:
         Its metadata.
+
+    Example:
+        >>> from safeweights_peft import validate
+        >>> validate("demo/run/patch").base_model_name_or_path
+        'demo/base'
     """
     return _read(Path(path), None)[0]
 
@@ -145,7 +175,13 @@ def inspect(path: PathLike) -> dict[str, Any]:
         path: The directory.
 
     Returns:
-        Plain JSON: what the config says, with totals; indices, values and digests are not checked.
+        Plain JSON: what the config says, with totals. Indices, values and digests are not checked.
+
+    Example:
+        >>> from safeweights_peft import inspect
+        >>> facts = inspect("demo/run/patch")
+        >>> facts["mode"], facts["density"] <= 0.1
+        ('set', True)
     """
     folder = Path(path)
     metadata = read_metadata(folder)
@@ -183,7 +219,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
 
 
 def file_bytes(path: PathLike) -> tuple[int, int]:
-    """Tell how large an adapter's files are."""
+    """Return the sizes of an adapter's config and tensors."""
     folder = Path(path)
     return (folder / CONFIG_FILE).stat().st_size, (folder / TENSORS_FILE).stat().st_size
 
@@ -207,39 +243,29 @@ def read_metadata(path: PathLike) -> AdapterMetadata:
     return metadata
 
 
-def check_tensors(
-    metadata: AdapterMetadata, tensors: Mapping[str, Array], source: str
-) -> dict[str, StoredEntries]:
-    """Check all tensors of an adapter: names, dtypes, sizes, order, bounds, values, digests."""
-    found = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    check_layout(metadata, found, source)
-    return {name: decode_entries(metadata, name, tensors, source) for name in metadata.tensors}
-
-
 def _as_patch(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> AnyPatch:
     patch = EncodedPatch(metadata, entries)
     return patch if metadata.needs_base else patch.decode()
 
 
-def _as_map(metadata: AdapterMetadata, entries: Mapping[str, StoredEntries]) -> SafetyMap:
-    indices = {name: each.indices for name, each in entries.items()}
-    return SafetyMap(metadata, indices, {name: each.content for name, each in entries.items()})
+def _as_map(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> SafetyMap:
+    indices = {name: stored.indices for name, stored in entries.items()}
+    return SafetyMap(metadata, indices, {name: stored.content for name, stored in entries.items()})
 
 
 def _check_header(folder: Path, metadata: AdapterMetadata) -> dict[str, StoredTensor]:
     """Check the file's header against the config, before any tensor is read."""
     path = folder / TENSORS_FILE
     header = read_header(path, CorruptAdapterError)
-    found = {
+    layouts = {
         key: (STORED_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
         for key, tensor in header.items()
     }
-    check_layout(metadata, found, str(path))
+    check_layout(metadata, layouts, str(path))
     return header
 
 
 def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
-    """Read one parameter after the other, so that no more than one is held as it is stored."""
     metadata = read_metadata(folder)
     if mode not in (None, metadata.mode):
         other = "read_map" if mode is Mode.SET else "read_adapter"
@@ -247,12 +273,11 @@ def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, S
             f"{folder}: mode: expected {mode}, found {metadata.mode}; use {other} for it"
         )
     path = folder / TENSORS_FILE
-    header = _check_header(folder, metadata)
-    entries = {}
-    for name in metadata.tensors:
+    header, entries = _check_header(folder, metadata), {}
+    for name in metadata.tensors:  # one after another: only one is in memory as it is stored
         stored = {key: header[key].open(path) for key in stored_arrays(metadata, name)}
         entries[name] = decode_entries(metadata, name, stored, str(path), mapped=True)
-    records = {name: each.record for name, each in entries.items()}
+    records = {name: stored.record for name, stored in entries.items()}
     return replace(metadata, tensors=records), entries
 
 
@@ -275,11 +300,13 @@ def _write(
         records[name], stored, content = encode_entries(
             metadata.mode, record, indices[name], contents[name], entries
         )
-        tensors[indices_key(name)] = stored
-        tensors[content_key(metadata, name)] = content
+        tensors |= {
+            tensor_key(name, "indices"): stored,
+            tensor_key(name, metadata.mode.content): content,
+        }
     config = _to_json(path, replace(metadata, tensors=records))
     written = AdapterMetadata.from_config(json.loads(config), str(path))
-    check_tensors(written, tensors, str(path))
+    check_tensors(written, tensors, str(path))  # as a reader will: nothing wrong is published
     with publish(path, overwrite, FormatError) as draft:
         (draft / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})

@@ -1,69 +1,59 @@
-"""What an adapter says about itself, and its JSON form in ``adapter_config.json``.
-
-Here live the description as a whole, its checks, and the content id. What it says of one parameter
-does not (see ``records``), nor reading and writing files (see ``io``). The normative text is
-``docs/format.md``.
-"""
+"""What an adapter says about itself in ``adapter_config.json``, strictly read; its identity."""
 
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, index_dtype
+from safeweights_peft.delta import DTYPES, MAX_NUMEL, WEIGHT_DTYPES, index_dtype
 from safeweights_peft.errors import (
     CorruptAdapterError,
     FormatError,
     SafeWeightsWarning,
     UnsupportedVersionError,
 )
-from safeweights_peft.patch.fields import Fields
-from safeweights_peft.patch.records import (
-    RECORD_FIELDS,
-    Encoding,
-    Mode,
-    TensorRecord,
-    check_name,
-    record_from_json,
-    record_to_json,
-)
-from safeweights_peft.patch.streams import STEPS
+from safeweights_peft.files import MAX_DIMS
+from safeweights_peft.patch.placement import STEPS, STREAMS, Block, Coding, Stream, check_blocks
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
+
+T = TypeVar("T")
+Choice = TypeVar("Choice", bound=StrEnum)
 
 FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 PEFT_TYPE = "SAFEWEIGHTS"
 
+_RECORD_FIELDS = frozenset(
+    "shape dtype count encoding streams digest content_digest base_digest merged_digest blocks "
+    "tied_keys".split()
+)
+_BLOCK_FIELDS = frozenset("key shape offset strides".split())
+_STREAM_FIELDS = frozenset("coding escapes bytes".split())
+_MAX_NAME = 1000
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FRAME_OVERHEAD_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMetadata:
-    """Everything that ``adapter_config.json`` says.
-
-    Attributes:
-        mode: Safety patch or safety map.
-        base_model_name_or_path: Repo id or path of the base.
-        revision: Commit of the base, if it came from the Hub.
-        values_dtype: Storage dtype of the values, a key of ``DTYPES``; "float32" for a safety map.
-        scale: Finite factor on the values, on every route.
-        transformers_version: The version whose parameter names are used.
-        selection: How the entries were chosen; free JSON.
-        tensors: One record per parameter, by its name in memory.
-    """
+    """Everything that ``adapter_config.json`` says."""
 
     mode: Mode
     base_model_name_or_path: str | None = None
-    revision: str | None = None
-    values_dtype: str = "float32"
-    scale: float = 1.0
-    transformers_version: str | None = None
-    selection: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, TensorRecord]
+    revision: str | None = None  # commit of the base, if it came from the Hub
+    values_dtype: str = "float32"  # a key of DTYPES
+    scale: float = 1.0  # factor on the values, on every route
+    transformers_version: str | None = None  # whose parameter names are used
+    selection: dict[str, Any] = field(default_factory=dict)  # how the entries were chosen
+    tensors: dict[str, TensorRecord]  # by the parameter's name in memory
 
     @property
     def content_id(self) -> str | None:
@@ -86,8 +76,13 @@ class AdapterMetadata:
 
     @property
     def may_need_base(self) -> bool:
-        """Whether values may be stored as steps from the base's entries: the sum must be theirs."""
+        """Whether values may be stored as steps from the base's entries."""
+        # Steps lead to the merged entries, and give back the values only if nothing scaled them.
         return self.mode is Mode.SET and self.scale == 1.0
+
+    def plain_dtype(self, record: TensorRecord, kind: str) -> np.dtype[Any]:
+        """Return the dtype of a stream's entries when they are plain."""
+        return index_dtype(record.numel) if kind == "indices" else DTYPES[self.values_dtype]
 
     def to_config(self) -> dict[str, Any]:
         """Make the content of ``adapter_config.json``, with the keys that PEFT asks for."""
@@ -110,13 +105,9 @@ class AdapterMetadata:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> "AdapterMetadata":
-        """Check the content of an ``adapter_config.json``; keys of PEFT's own are ignored.
-
-        A wrong field is a ``CorruptAdapterError``, an unknown version or encoding an
-        ``UnsupportedVersionError``, another method's config a ``FormatError``.
-        """
+        """Check the content of an ``adapter_config.json``; ignore keys of PEFT's own."""
         fields = Fields(config, source)
-        newer = _check_version(fields)
+        is_newer = _check_version(fields)
         mode = Mode(fields.one_of("mode", [mode.value for mode in Mode]))
         metadata = cls(
             mode=mode,
@@ -126,10 +117,215 @@ class AdapterMetadata:
             scale=fields.number("scale"),
             transformers_version=fields.optional("transformers_version", str),
             selection=fields.take("selection", dict),
-            tensors=dict(_records_from_json(fields, newer)),
+            tensors=dict(_records_from_json(fields, is_newer)),
         )
         _check_complete(metadata, fields)
         return metadata
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A JSON object from a stranger, each of whose fields is taken with its type checked."""
+
+    data: Any
+    where: str  # the file and the place in it
+
+    def __post_init__(self) -> None:
+        """Refuse anything but an object."""
+        if not isinstance(self.data, Mapping):
+            raise CorruptAdapterError(
+                f"{self.where}: expected a JSON object, found {type(self.data).__name__}; "
+                "do not use this adapter"
+            )
+
+    def refuse(self, key: str, expected: str, found: object) -> NoReturn:
+        """Say what is wrong with one field."""
+        # What a stranger wrote may be of any length.
+        raise CorruptAdapterError(
+            f"{self.where}: {key}: expected {expected}, found {str(found)[:80]}; "
+            "do not use this adapter"
+        )
+
+    def only(self, allowed: Collection[str]) -> None:
+        """Refuse fields that the format does not know."""
+        for key in self.data:
+            if key not in allowed:
+                self.refuse(repr(key[:80]), f"only {', '.join(sorted(allowed))}", "this field")
+
+    def take(self, key: str, kind: type[T]) -> T:
+        """Take a field of exactly one type; a bool is no integer."""
+        value = self.data.get(key)
+        if type(value) is not kind:
+            found = type(value).__name__ if key in self.data else "nothing"
+            self.refuse(key, kind.__name__, found)
+        return value
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        """Take a field of one type that may be null or missing."""
+        return None if self.data.get(key) is None else self.take(key, kind)
+
+    def integer(self, key: str, least: int) -> int:
+        """Take an integer."""
+        value = self.take(key, int)
+        if value < least:
+            self.refuse(key, f"at least {least}", value)
+        return value
+
+    def integers(self, key: str, least: int) -> tuple[int, ...]:
+        """Take a list of sizes or strides."""
+        values = self.take(key, list)
+        if len(values) > MAX_DIMS or any(type(v) is not int or v < least for v in values):
+            self.refuse(key, f"at most {MAX_DIMS} integers of at least {least}", values)
+        return tuple(values)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """Take a list of non-empty strings."""
+        values = self.take(key, list)
+        if any(type(value) is not str or not value for value in values):
+            self.refuse(key, "non-empty strings", values)
+        return tuple(values)
+
+    def one_of(self, key: str, allowed: Collection[str]) -> str:
+        """Take one of some strings."""
+        name = self.take(key, str)
+        if name not in allowed:
+            self.refuse(key, f"one of {', '.join(allowed)}", repr(name))
+        return name
+
+    def member(self, key: str, choices: type[Choice]) -> Choice:
+        """Take a member of a closed enum, which a newer format version may have widened."""
+        name = self.take(key, str)
+        try:
+            return choices(name)
+        except ValueError:
+            raise UnsupportedVersionError(
+                f"{self.where}: {key}: expected one of {', '.join(choices)}, found {name[:80]!r}; "
+                "install a newer safeweights_peft"
+            ) from None
+
+    def digest(self, key: str) -> str | None:
+        """Take a digest or null."""
+        value = self.optional(key, str)
+        if value is not None and not _DIGEST.fullmatch(value):
+            self.refuse(key, "sha256: and 64 hexadecimal digits", repr(value))
+        return value
+
+    def number(self, key: str) -> float:
+        """Take a number that is finite in float32."""
+        value = self.data.get(key)
+        if type(value) not in (int, float) or not abs(value) <= _FLOAT32_MAX:
+            self.refuse(key, "a number that is finite in float32", repr(value))
+        return float(value)
+
+    def check_name(self, key: str, name: str) -> None:
+        """Check the name of a parameter or a checkpoint key, since messages show it."""
+        if not name.isprintable() or len(name) > _MAX_NAME or not all(name.split(".")):
+            expected = f"printable names of at most {_MAX_NAME} characters"
+            self.refuse(key, f"{expected} and no empty part between dots", repr(name))
+
+
+def record_to_json(record: TensorRecord) -> dict[str, Any]:
+    """Turn a record into plain JSON."""
+    streams = {
+        kind: {
+            "coding": stream.coding.value,
+            "escapes": stream.escapes,
+            "bytes": list(stream.sizes),
+        }
+        for kind, stream in sorted(record.streams.items())
+    }
+    return ({"streams": streams} if streams else {}) | {
+        "shape": list(record.shape),
+        "dtype": record.dtype,
+        "count": record.count,
+        "encoding": record.encoding.value,
+        "digest": record.digest,
+        "content_digest": record.content_digest,
+        "base_digest": record.base_digest,
+        "merged_digest": record.merged_digest,
+        "blocks": [
+            {
+                "key": block.key,
+                "shape": list(block.shape),
+                "offset": block.offset,
+                "strides": list(block.strides),
+            }
+            for block in record.blocks
+        ],
+        "tied_keys": list(record.tied_keys),
+    }
+
+
+def record_from_json(data: Any, where: str) -> TensorRecord:
+    """Check one record; digests may still be null, as in an adapter that is being trained."""
+    fields = Fields(data, where)
+    fields.only(_RECORD_FIELDS)
+    record = TensorRecord(
+        shape=fields.integers("shape", least=1),
+        dtype=fields.one_of("dtype", WEIGHT_DTYPES),
+        count=fields.integer("count", least=0),
+        encoding=fields.member("encoding", Encoding),
+        digest=fields.digest("digest"),
+        content_digest=fields.digest("content_digest"),
+        base_digest=fields.digest("base_digest"),
+        merged_digest=fields.digest("merged_digest"),
+        blocks=tuple(_blocks_from_json(fields)),
+        tied_keys=fields.names("tied_keys"),
+    )
+    for key in record.keys:
+        fields.check_name("key", key)
+    if record.numel > MAX_NUMEL:
+        fields.refuse("shape", "fewer than 2**63 entries", list(record.shape))
+    if record.count > record.numel:
+        fields.refuse("count", f"at most {record.numel}", record.count)
+    if record.tied_keys and len(record.blocks) != 1:
+        fields.refuse("tied_keys", "none beside several blocks", record.tied_keys)
+    check_blocks(where, record.blocks, record.numel)
+    return replace(record, streams=_streams_from_json(fields, record))
+
+
+def _blocks_from_json(fields: Fields) -> Iterator[Block]:
+    for number, data in enumerate(fields.take("blocks", list)):
+        block = Fields(data, f"{fields.where}: blocks[{number}]")
+        block.only(_BLOCK_FIELDS)
+        yield Block(
+            key=block.take("key", str),
+            shape=block.integers("shape", least=1),
+            offset=block.integer("offset", least=0),
+            strides=block.integers("strides", least=1),
+        )
+
+
+def _streams_from_json(fields: Fields, record: TensorRecord) -> dict[str, Stream]:
+    """Take the layout of both streams of a compact record; a plain one says nothing of them."""
+    if record.encoding is Encoding.PLAIN:
+        fields.only(_RECORD_FIELDS - {"streams"})
+        return {}
+    streams = Fields(fields.data.get("streams"), f"{fields.where}: streams")
+    streams.only(STREAMS)
+    return {
+        kind: _stream_from_json(Fields(data, f"{streams.where}: {kind}"), kind, record)
+        for kind, data in streams.data.items()
+    }
+
+
+def _stream_from_json(fields: Fields, kind: str, record: TensorRecord) -> Stream:
+    """Check how a stream is laid out against the other fields of its record."""
+    fields.only(_STREAM_FIELDS)
+    coding = fields.member("coding", Coding)
+    if kind not in coding.kinds:
+        allowed = [coding for coding in Coding if kind in coding.kinds]
+        fields.refuse("coding", f"one of {', '.join(allowed)}", repr(coding.value))
+    stream = Stream(coding, fields.integer("escapes", least=0), fields.integers("bytes", least=1))
+    itemsize = WEIGHT_DTYPES[record.dtype].itemsize
+    if coding in STEPS and coding.width > itemsize:
+        fields.refuse("coding", f"steps of at most {8 * itemsize} bits", repr(coding.value))
+    most = coding.most_escapes(record.count, itemsize)
+    if stream.escapes > most:
+        fields.refuse("escapes", f"at most {most}", stream.escapes)
+    if coding is not Coding.PLAIN and not record.count:
+        fields.refuse("coding", "plain for no entries", coding.value)
+    return stream
 
 
 def _identity(name: str, record: TensorRecord) -> str:
@@ -139,11 +335,11 @@ def _identity(name: str, record: TensorRecord) -> str:
     return f"{name} {shape} {record.dtype} {digests}\n"
 
 
-def _records_from_json(fields: Fields, newer: bool) -> Iterator[tuple[str, TensorRecord]]:
+def _records_from_json(fields: Fields, is_newer: bool) -> Iterator[tuple[str, TensorRecord]]:
     for name, data in fields.take("tensors", dict).items():
-        check_name(fields, "tensors", name)
-        if newer and isinstance(data, dict):
-            data = {key: value for key, value in data.items() if key in RECORD_FIELDS}
+        fields.check_name("tensors", name)
+        if is_newer and isinstance(data, dict):
+            data = {key: value for key, value in data.items() if key in _RECORD_FIELDS}
         yield name, record_from_json(data, f"{fields.where}: {name}")
 
 
@@ -175,46 +371,40 @@ def _check_version(fields: Fields) -> bool:
 def _check_complete(metadata: AdapterMetadata, fields: Fields) -> None:
     """Check what a written adapter must have, beyond each record's own rules."""
     if not metadata.tensors:
-        raise CorruptAdapterError(fields.message("tensors", "at least one parameter", "none"))
-    patch = metadata.mode is Mode.SET
+        fields.refuse("tensors", "at least one parameter", "none")
     for name, record in metadata.tensors.items():
         if "." not in name:
-            raise CorruptAdapterError(fields.message(name, "a parameter of a named module", "none"))
+            fields.refuse(name, "a parameter of a named module", "none")
         if record.digest is None or record.base_digest is None:
-            raise CorruptAdapterError(fields.message(name, "a digest and a base_digest", "null"))
-        if (record.merged_digest is not None) != patch:
-            asked = "a merged_digest" if patch else "no merged_digest"
-            raise CorruptAdapterError(fields.message(name, asked, str(record.merged_digest)))
+            fields.refuse(name, "a digest and a base_digest", "null")
+        if (record.merged_digest is None) == (metadata.mode is Mode.SET):
+            expected = "a merged_digest" if metadata.mode is Mode.SET else "no merged_digest"
+            fields.refuse(name, expected, record.merged_digest)
         if record.encoding is Encoding.COMPACT:
             _check_streams(metadata, record, Fields({}, f"{fields.where}: {name}"))
     keys = Counter(key for record in metadata.tensors.values() for key in record.keys)
     for key, uses in keys.items():
         if uses > 1:
-            raise CorruptAdapterError(
-                fields.message(repr(key), "each checkpoint key once", f"{uses} uses")
-            )
+            fields.refuse(repr(key), "each checkpoint key once", f"{uses} uses")
 
 
 def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fields) -> None:
     """Check what a compact record says of its streams against the adapter as a whole."""
-    content = "values" if metadata.mode is Mode.SET else "scores"
+    content = metadata.mode.content
     if record.streams.keys() != {"indices", content}:
         found = ", ".join(record.streams) or "none"
-        raise CorruptAdapterError(fields.message("streams", f"indices and {content}", found))
+        fields.refuse("streams", f"indices and {content}", found)
     for kind, stream in record.streams.items():
-        plain = index_dtype(record.numel) if kind == "indices" else DTYPES[metadata.values_dtype]
-        coded = WEIGHT_DTYPES[record.dtype] if stream.coding in STEPS else plain
-        frames = len(stream.planes(record.count, coded.itemsize))
+        plain = metadata.plain_dtype(record, kind)
+        frames = len(record.frames(kind, plain))
         if len(stream.sizes) != frames:
-            asked, found = f"bytes of {frames} frames", f"{len(stream.sizes)}"
-            raise CorruptAdapterError(fields.message(f"streams: {kind}", asked, found))
+            fields.refuse(f"streams: {kind}", f"bytes of {frames} frames", len(stream.sizes))
         # Whoever loads by shape makes room for so many bytes before the first of them is seen.
         most = record.count * plain.itemsize + _FRAME_OVERHEAD_BYTES * frames
         if stream.size_bytes > most:
-            asked, found = f"at most {most} bytes", f"{stream.size_bytes}"
-            raise CorruptAdapterError(fields.message(f"streams: {kind}: bytes", asked, found))
-    fits = metadata.may_need_base and metadata.values_dtype == "float32"
-    if record.streams[content].coding in STEPS and not fits:
-        asked = "scale 1 and values_dtype float32 beside steps"
+            fields.refuse(f"streams: {kind}: bytes", f"at most {most} bytes", stream.size_bytes)
+    is_float32 = metadata.values_dtype == "float32"
+    if record.needs_base and not (metadata.may_need_base and is_float32):
+        expected = "scale 1 and values_dtype float32 beside steps"
         found = f"{metadata.scale} and {metadata.values_dtype}"
-        raise CorruptAdapterError(fields.message(f"streams: {content}", asked, found))
+        fields.refuse(f"streams: {content}", expected, found)

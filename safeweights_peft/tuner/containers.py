@@ -14,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from safeweights_peft.modeling.tensors import to_torch
-from safeweights_peft.patch.stored import Layout
+from safeweights_peft.patch.artifacts import Layout
 
 _UNLOADED = {torch.uint8: 255, torch.int32: -1, torch.int64: -1}
 """What fills indices that were never loaded: no index, and no stream either."""

@@ -17,15 +17,14 @@ from transformers import PreTrainedModel
 from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, digest, index_dtype
 from safeweights_peft.errors import BaseMismatchError, ModelError, UnsupportedFeatureError
 from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
-from safeweights_peft.patch.metadata import FORMAT_MINOR, AdapterMetadata
-from safeweights_peft.patch.records import (
-    Encoding,
-    Mode,
-    TensorRecord,
+from safeweights_peft.patch.artifacts import encode_entries
+from safeweights_peft.patch.metadata import (
+    FORMAT_MINOR,
+    AdapterMetadata,
     record_from_json,
     record_to_json,
 )
-from safeweights_peft.patch.stored import encode_entries
+from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.containers import is_coded
 from safeweights_peft.tuner.fit import find_parameter

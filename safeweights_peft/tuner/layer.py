@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from safeweights_peft.errors import MergeError, ModelError
+from safeweights_peft.patch.artifacts import stored_arrays
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Encoding, indices_key, values_key
-from safeweights_peft.patch.stored import stored_arrays
 from safeweights_peft.tuner.containers import Indices, Values, indices_room, values_room
 from safeweights_peft.tuner.loading import Content, decode_loaded, put
 from safeweights_peft.tuner.parameter import ForwardMode, SelectedParameter

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from safeweights_peft.delta import Array, check_finite
 from safeweights_peft.errors import CorruptAdapterError
 from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
+from safeweights_peft.patch.artifacts import check_layout, decode_entries
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import indices_key, values_key
-from safeweights_peft.patch.stored import check_layout, decode_entries
 from safeweights_peft.tuner.containers import CodedValues, is_coded, is_unloaded
 from safeweights_peft.tuner.parameter import SelectedParameter
 

@@ -18,7 +18,7 @@ from safeweights_peft.delta import Array
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.modeling.tensors import check_entries, to_torch
-from safeweights_peft.patch.io import check_tensors
+from safeweights_peft.patch.artifacts import check_tensors
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.fit import find_parameter

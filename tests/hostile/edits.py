@@ -13,7 +13,7 @@ import zstandard
 from safetensors.numpy import load_file, save_file
 
 from safeweights_peft.delta import digest
-from safeweights_peft.patch.records import indices_key, scores_key, values_key
+from safeweights_peft.patch.records import indices_key, tensor_key, values_key
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VICTIM, OTHER = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -35,7 +35,9 @@ def tensors(change: Callable[[Tensors], object], forge: bool = True) -> Edit:
 
     def apply(folder: Path) -> None:
         stored = {key: np.array(value) for key, value in load_file(folder / TENSORS).items()}
-        content_key = values_key(VICTIM) if values_key(VICTIM) in stored else scores_key(VICTIM)
+        content_key = (
+            values_key(VICTIM) if values_key(VICTIM) in stored else tensor_key(VICTIM, "scores")
+        )
         stored[CONTENT] = stored.pop(content_key)
         change(stored)
         if CONTENT in stored:

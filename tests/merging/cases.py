@@ -11,8 +11,8 @@ import pytest
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import digest
 from safeweights_peft.patch.artifacts import Adapter
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.io import write_adapter
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import TensorRecord
 from tests.tiny_files import (
     Tensors,

@@ -25,8 +25,8 @@ from safeweights_peft.patch.io import (
     read_metadata,
     write_map,
 )
+from safeweights_peft.patch.placement import Coding
 from safeweights_peft.patch.records import Encoding, TensorRecord
-from safeweights_peft.patch.streams import Coding
 from safeweights_peft.study.compare import compare
 from tests.merging.cases import LAYOUTS, UP, Case, assert_same_tensors, plain_layout, slow_merge
 from tests.tiny_files import as_map, dense, edit_config, edit_tensors, load_checkpoint

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeweights_peft.errors import CorruptAdapterError
-from safeweights_peft.patch.blocks import Block, check_blocks, check_coverage, row_major_strides
+from safeweights_peft.patch.placement import Block, check_blocks, check_coverage, row_major_strides
 from tests.tiny_files import fused_experts
 
 

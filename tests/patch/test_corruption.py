@@ -19,7 +19,7 @@ from safeweights_peft.patch.io import (
     write_adapter,
     write_map,
 )
-from safeweights_peft.patch.records import indices_key, scores_key, values_key
+from safeweights_peft.patch.records import indices_key, tensor_key, values_key
 from tests.tiny_files import (
     Tensors,
     as_map,
@@ -97,7 +97,11 @@ TENSOR_EDITS = [
     ("no values", lambda tensors: tensors.pop(VALUES), f"{VALUES}: expected .*, found nothing"),
     ("no indices", lambda tensors: tensors.pop(INDICES), f"{INDICES}: expected .*, found nothing"),
     ("extra tensor", add("base_model.model.lm_head.weight"), "expected only tensors that adapter_"),
-    ("scores too", add(scores_key(NAME)), "expected only tensors that adapter_config.json names"),
+    (
+        "scores too",
+        add(tensor_key(NAME, "scores")),
+        "expected only tensors that adapter_config.json names",
+    ),
     ("unknown module", add(values_key("a.b")), "expected only tensors that adapter_config.json"),
 ]
 
@@ -265,6 +269,8 @@ def test_an_absurd_header_costs_no_memory(patch: Path) -> None:
 
 def test_broken_scores_are_refused(tmp_path: Path) -> None:
     write_map(tmp_path / "map", as_map(random_patch(RECORDS, random_checkpoint(RECORDS))))
-    edit_tensors(tmp_path / "map", put_first(scores_key(NAME), np.nan))
-    with pytest.raises(CorruptAdapterError, match=f"{scores_key(NAME)}: expected finite values"):
+    edit_tensors(tmp_path / "map", put_first(tensor_key(NAME, "scores"), np.nan))
+    with pytest.raises(
+        CorruptAdapterError, match=f"{tensor_key(NAME, 'scores')}: expected finite values"
+    ):
         read_map(tmp_path / "map")

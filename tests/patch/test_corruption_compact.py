@@ -12,9 +12,8 @@ import zstandard
 
 from safeweights_peft.delta import SparseDelta, add_rounded, digest
 from safeweights_peft.errors import CorruptAdapterError, FormatError, UnsupportedVersionError
-from safeweights_peft.patch.artifacts import Adapter, in_encoding
+from safeweights_peft.patch.artifacts import Adapter, check_tensors, in_encoding
 from safeweights_peft.patch.io import (
-    check_tensors,
     inspect,
     read_artifact,
     read_map,
@@ -27,7 +26,7 @@ from safeweights_peft.patch.records import (
     Encoding,
     TensorRecord,
     indices_key,
-    scores_key,
+    tensor_key,
     values_key,
 )
 from tests.tiny_files import (
@@ -157,7 +156,7 @@ def test_an_unknown_coding_asks_for_a_newer_package(patch: Path) -> None:
 
 def replace_frames(path: Path, kind: str, frames: list[bytes], escapes: int) -> None:
     """Put other frames into a file, with a config and digests that go with them."""
-    key = {"indices": INDICES, "values": VALUES, "scores": scores_key(NAME)}[kind]
+    key = {"indices": INDICES, "values": VALUES, "scores": tensor_key(NAME, "scores")}[kind]
     tensors: Tensors = {}
 
     def edit(stored: Tensors) -> None:
@@ -307,7 +306,9 @@ def test_planes_of_what_is_no_number_are_refused(tmp_path: Path, value: float) -
     planes = scores.view(np.uint8).reshape(-1, 4)
     frames = [frame(np.ascontiguousarray(planes[:, each]).tobytes()) for each in range(4)]
     replace_frames(tmp_path / "map", "scores", frames, 0)
-    with pytest.raises(CorruptAdapterError, match=f"{scores_key(NAME)}: expected finite values"):
+    with pytest.raises(
+        CorruptAdapterError, match=f"{tensor_key(NAME, 'scores')}: expected finite values"
+    ):
         read_map(tmp_path / "map")
 
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from safeweights_peft.delta import WEIGHT_DTYPES, add_rounded, digest
-from safeweights_peft.patch.codec import decode_gaps, decode_steps, take_steps, value_of
-from safeweights_peft.patch.frames import decompress
+from safeweights_peft.patch.codec import decode_gaps, decode_steps, decompress, take_steps, value_of
 from safeweights_peft.patch.io import inspect, read_adapter, read_map, write_adapter, write_map
+from safeweights_peft.patch.metadata import Fields
+from safeweights_peft.patch.metadata import _stream_from_json as stream_from_json
+from safeweights_peft.patch.placement import STREAMS, Coding
 from safeweights_peft.patch.records import TensorRecord
-from safeweights_peft.patch.streams import CODINGS, Coding, stream_from_json
 from tests.tiny_files import dense, fused_experts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format_v1_compact"
@@ -114,22 +115,23 @@ def hex_lines(after: str) -> list[bytes]:
 
 
 def test_the_example_in_the_specification_decodes_to_what_it_says() -> None:
+    record = dense("page", (1000,), "bfloat16", count=4)
     symbols, frame = hex_lines("As bytes, and as a frame that")
     said = re.search(r'"indices": (\{.*?\})', PAGE.read_text().split("#### Example", 1)[1])
     assert said is not None
     assert said[1] == '{"coding": "gaps8", "escapes": 2, "bytes": [15]}'
     description = {"coding": "gaps8", "escapes": 2, "bytes": [15]}
-    stream = stream_from_json(description, "page", "indices", 4, "bfloat16")
+    stream = stream_from_json(Fields(description, "page"), "indices", record)
     stored = np.frombuffer(frame, np.uint8)
-    planes = decompress("page", stored, stream.sizes, stream.planes(4))
+    planes = decompress("page", stored, stream.sizes, stream.frames(4))
     assert planes[0].tobytes() == symbols
     assert decode_gaps("page", planes, 4, 1000).tolist() == [3, 4, 260, 770]
 
     *contents, first, second, third = hex_lines("one plane of four bytes, then two of one byte")
     description = {"coding": "steps8", "escapes": 1, "bytes": [13, 10, 10]}
-    stream = stream_from_json(description, "page", "values", 4, "bfloat16")
+    stream = stream_from_json(Fields(description, "page"), "values", record)
     stored = np.frombuffer(first + second + third, np.uint8)
-    planes = decompress("page", stored, stream.sizes, stream.planes(4, 2))
+    planes = decompress("page", stored, stream.sizes, stream.frames(4, 2))
     assert [plane.tobytes() for plane in planes] == contents
     base = np.array([1, -1, 0.5, 0], np.float32).astype(WEIGHT_DTYPES["bfloat16"])
     merged = take_steps(base, decode_steps("page", stream, planes, 2))
@@ -141,7 +143,7 @@ def test_the_example_in_the_specification_decodes_to_what_it_says() -> None:
 
 def test_the_specification_names_every_coding() -> None:
     page = PAGE.read_text()
-    names = [*Coding, *CODINGS, "streams", "coding", "escapes", "bytes", "format_minor"]
+    names = [*Coding, *STREAMS, "streams", "coding", "escapes", "bytes", "format_minor"]
     for name in [*names, "content_digest"]:
         assert f"`{name}`" in page, name
 

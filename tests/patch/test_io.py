@@ -15,9 +15,8 @@ from safetensors import safe_open
 
 from safeweights_peft.delta import DTYPES, SparseDelta, digest
 from safeweights_peft.errors import CorruptAdapterError, FormatError
-from safeweights_peft.patch.artifacts import Adapter, SafetyMap, in_encoding
+from safeweights_peft.patch.artifacts import Adapter, SafetyMap, check_tensors, in_encoding
 from safeweights_peft.patch.io import (
-    check_tensors,
     inspect,
     read_adapter,
     read_map,

@@ -18,18 +18,9 @@ from safeweights_peft.errors import (
     SafeWeightsWarning,
     UnsupportedVersionError,
 )
-from safeweights_peft.patch.blocks import Block
-from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import (
-    Mode,
-    TensorRecord,
-    indices_key,
-    parse_key,
-    record_from_json,
-    record_to_json,
-    scores_key,
-    values_key,
-)
+from safeweights_peft.patch.metadata import AdapterMetadata, record_from_json, record_to_json
+from safeweights_peft.patch.placement import Block
+from safeweights_peft.patch.records import Mode, TensorRecord, tensor_key
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 DIGEST = "sha256:" + "0a" * 32
@@ -271,36 +262,16 @@ def test_a_record_in_training_needs_no_digests() -> None:
     assert replace(record, tied_keys=("t",)).keys == ("w", "t")
 
 
-@pytest.mark.parametrize("kind", [indices_key, values_key, scores_key])
-@pytest.mark.parametrize("parameter", [NAME, "a.b", "m.safeweights_values__weight.weight"])
-def test_tensor_names_can_be_undone(kind: Callable[[str], str], parameter: str) -> None:
-    expected = kind.__name__.removesuffix("_key")
-    assert parse_key(kind(parameter)) == (parameter, expected)
-
-
 def test_tensor_names_are_those_of_the_format() -> None:
-    assert indices_key("lm_head.weight") == "base_model.model.lm_head.safeweights_indices__weight"
+    for kind in ("indices", "values", "scores"):
+        expected = f"base_model.model.lm_head.safeweights_{kind}__weight"
+        assert tensor_key("lm_head.weight", kind) == expected
 
 
 @pytest.mark.parametrize("parameter", ["weight", ".weight", "module.", ""])
 def test_a_parameter_without_a_module_is_refused(parameter: str) -> None:
     with pytest.raises(CorruptAdapterError, match="expected a parameter of a named module"):
-        indices_key(parameter)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "lm_head.weight",
-        "base_model.model.lm_head.lora_A.weight",
-        "base_model.model.safeweights_indices__weight",
-        "base_model.model.m.safeweights_mask__weight",
-        "base_model.model.m.safeweights_indices__a.b",
-    ],
-)
-def test_other_tensor_names_are_refused(key: str) -> None:
-    with pytest.raises(CorruptAdapterError, match="expected a name like"):
-        parse_key(key)
+        tensor_key(parameter, "indices")
 
 
 def sound_compact() -> dict[str, Any]:

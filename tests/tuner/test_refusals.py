@@ -13,8 +13,8 @@ from safeweights_peft import (
     SafeWeightsConfig,
     UnsupportedFeatureError,
 )
-from safeweights_peft.patch.blocks import Block
 from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 from safeweights_peft.tuner.fit import check_fit, find_parameter
 from safeweights_peft.tuner.model import SafeWeightsModel, set_forward_mode

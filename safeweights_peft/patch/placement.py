@@ -1,0 +1,220 @@
+"""Where a parameter's entries lie: in blocks of a checkpoint, in streams of an adapter."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from safeweights_peft.delta import Array
+from safeweights_peft.errors import CorruptAdapterError
+
+# Blocks that may interleave around an entry, on average: every one of them is searched for it, so
+# that a small file with many wide blocks would keep a reader busy for hours.
+_MAX_INTERLEAVED = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One checkpoint tensor that holds entries of a parameter, as strided steps of its flat index.
+
+    The tensor's entry at multi-index ``(i0, i1, ...)`` is the parameter's entry with flat index
+    ``offset + strides[0] * i0 + strides[1] * i1 + ...``; see "Blocks" in ``docs/format.md``.
+    """
+
+    key: str
+    shape: tuple[int, ...]  # in the checkpoint
+    offset: int
+    strides: tuple[int, ...]
+
+    @classmethod
+    def dense(cls, key: str, shape: Sequence[int]) -> "Block":
+        """Describe a parameter that is one checkpoint tensor of the same shape."""
+        return cls(key=key, shape=tuple(shape), offset=0, strides=row_major_strides(shape))
+
+    def locate(self, indices: Array) -> tuple[Array | slice, Array]:
+        """Find which of ascending indices this tensor holds, and at which flat index of its own."""
+        first, stop = self._reach(indices)
+        if self._is_dense():
+            part = slice(first, stop)
+            offset = indices.dtype.type(self.offset)
+            return part, indices[part] - offset if offset else indices[part]
+        rest = indices[first:stop].astype(np.int64) - self.offset
+        inside = np.ones(rest.shape, bool)
+        local = np.zeros(rest.shape, np.int64)
+        steps = row_major_strides(self.shape)
+        for dim in reversed(self._wide_dims()):
+            coordinate, rest = np.divmod(rest, self.strides[dim])
+            inside &= coordinate < self.shape[dim]
+            local += coordinate * steps[dim]
+        inside &= rest == 0
+        return first + np.flatnonzero(inside), local[inside]
+
+    def spread(self, local: Array) -> Array:
+        """Find where entries of this tensor are in the parameter; undo :meth:`locate`."""
+        rest = local.astype(np.int64, copy=False)
+        if self._is_dense():
+            return rest + self.offset
+        flat = np.full(rest.shape, self.offset, np.int64)
+        for step, stride in zip(row_major_strides(self.shape), self.strides, strict=True):
+            coordinate, rest = np.divmod(rest, step)
+            flat += coordinate * stride
+        return flat
+
+    @property
+    def last(self) -> int:
+        """Flat index, in the parameter, of the tensor's last entry."""
+        return self.offset + sum(
+            stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)
+        )
+
+    def is_injective(self) -> bool:
+        """Check that each stride steps over everything that the smaller strides can reach."""
+        reach = 0
+        for dim in self._wide_dims():
+            if self.strides[dim] <= reach:
+                return False
+            reach += self.strides[dim] * (self.shape[dim] - 1)
+        return True
+
+    def count_searched(self, indices: Array) -> int:
+        """Count the indices that :meth:`locate` looks at one by one."""
+        first, stop = self._reach(indices)
+        return 0 if self._is_dense() else stop - first
+
+    def _is_dense(self) -> bool:
+        return self.strides == row_major_strides(self.shape)
+
+    def _reach(self, indices: Array) -> tuple[int, int]:
+        """Find the stretch of ascending indices between the first entry and the last."""
+        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
+        first, last = np.array([self.offset, self.last], indices.dtype)
+        return int(np.searchsorted(indices, first)), int(np.searchsorted(indices, last, "right"))
+
+    def _wide_dims(self) -> list[int]:
+        """List the dimensions of more than one entry, by ascending stride."""
+        wide = [dim for dim, size in enumerate(self.shape) if size > 1]
+        return sorted(wide, key=lambda dim: self.strides[dim])
+
+
+def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the steps in the flat row-major index, one per dimension."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def check_blocks(name: str, blocks: Sequence[Block], numel: int) -> None:
+    """Check that each block lies inside its parameter and holds no entry twice."""
+    for block in blocks:
+        if len(block.shape) != len(block.strides):
+            found = f"{len(block.strides)} strides for {len(block.shape)} sizes"
+            problem = "one stride per size", found
+        elif block.last >= numel:
+            problem = f"entries below {numel}", f"one at {block.last}"
+        elif not block.is_injective():
+            problem = "strides that reach each entry once", "others"
+        else:
+            continue
+        expected, found = problem
+        raise CorruptAdapterError(
+            f"{name}: block {block.key[:80]!r}: expected {expected}, found {found}; "
+            "do not use this adapter"
+        )
+    size = sum(math.prod(block.shape) for block in blocks)
+    if size > numel:
+        raise CorruptAdapterError(
+            f"{name}: blocks: expected at most {numel} entries together, found {size}; "
+            "do not use this adapter"
+        )
+
+
+def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
+    """Check that each selected entry of a parameter lies in exactly one block."""
+    searched = sum(block.count_searched(indices) for block in blocks)
+    if searched > _MAX_INTERLEAVED * indices.size:
+        raise CorruptAdapterError(
+            f"{name}: blocks: expected an entry to be in the reach of {_MAX_INTERLEAVED} at most, "
+            f"found {searched / indices.size:.0f} on average; do not use this adapter"
+        )
+    covered = np.zeros(indices.shape, bool)
+    for block in blocks:
+        positions, _ = block.locate(indices)
+        if covered[positions].any():
+            raise CorruptAdapterError(
+                f"{name}: expected each entry in one block, found {block.key!r} overlapping "
+                "another; do not use this adapter"
+            )
+        covered[positions] = True
+    if not covered.all():
+        raise CorruptAdapterError(
+            f"{name}: expected blocks that hold every selected entry, found none for index "
+            f"{indices[np.argmin(covered)]}; do not use this adapter"
+        )
+
+
+class Coding(StrEnum):
+    """How a stream is laid out; closed: a reader refuses any other name."""
+
+    # A new coding is a member here, with what a reader must know before it decompresses a byte
+    # (`kinds`, `most_escapes`, and `Stream.frames`), and a pair of functions in `codec`.
+
+    PLAIN = "plain"
+    GAPS8 = "gaps8"
+    GAPS16 = "gaps16"
+    GAPS32 = "gaps32"
+    STEPS8 = "steps8"
+    STEPS16 = "steps16"
+    STEPS32 = "steps32"
+    PLANES = "planes"
+
+    @property
+    def family(self) -> str:
+        """The name without its width."""
+        return self.value.rstrip("0123456789")
+
+    @property
+    def width(self) -> int:
+        """Bytes of a gap or a step; 0 where the coding has neither."""
+        return int(self.value.removeprefix(self.family) or 0) // 8
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The streams that may be laid out so."""
+        families = {"gaps": ("indices",), "steps": ("values",), "planes": ("values", "scores")}
+        return families.get(self.family, STREAMS)
+
+    def most_escapes(self, count: int, itemsize: int) -> int:
+        """Return how many entries may be too large for the width."""
+        is_narrow = self.family == "gaps" or 0 < self.width < itemsize
+        return count if is_narrow else 0
+
+
+STREAMS = ("indices", "values", "scores")
+GAPS = tuple(coding for coding in Coding if coding.family == "gaps")
+STEPS = tuple(coding for coding in Coding if coding.family == "steps")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a record says about one of its streams."""
+
+    coding: Coding = Coding.PLAIN
+    escapes: int = 0
+    sizes: tuple[int, ...] = ()  # bytes of each zstd frame, in the order of the file
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all frames."""
+        return sum(self.sizes)
+
+    def frames(self, count: int, itemsize: int = 0) -> tuple[int, ...]:
+        """List the decompressed bytes of each frame, for entries of so many bytes."""
+        width = self.coding.width
+        match self.coding.family:
+            case "gaps":
+                return (count + self.escapes,) * width
+            case "steps":
+                return (count,) * width + (self.escapes,) * (itemsize if self.escapes else 0)
+            case "planes":
+                return (count,) * itemsize
+        return ()
