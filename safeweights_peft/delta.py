@@ -174,6 +174,13 @@ class SparseDelta:
         shape: Shape of the tensor.
         indices: Flat row-major indices of the changed entries, ascending and unique; ``(count,)``.
         values: What to add at these entries, of a dtype in ``DTYPES``, finite; ``(count,)``.
+
+    Example:
+        >>> import numpy as np
+        >>> from safeweights_peft import SparseDelta
+        >>> delta = SparseDelta((2, 3), np.array([1, 5]), np.array([0.5, -1.0], np.float32))
+        >>> delta.apply(np.zeros((2, 3), np.float32)).tolist()
+        [[0.0, 0.5, 0.0], [0.0, 0.0, -1.0]]
     """
 
     shape: tuple[int, ...]

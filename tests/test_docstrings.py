@@ -37,21 +37,12 @@ NAMES = [
     if not is_exception(getattr(safeweights_peft, name))
 ]
 TO_DO = {
-    "Adapter",
     "SafeWeightsConfig",
-    "SafetyMap",
     "SafetyPreservingCallback",
-    "SparseDelta",
     "create_adapter",
-    "inspect",
     "load_model",
     "preserve",
-    "read_adapter",
-    "read_map",
     "round_values",
-    "validate",
-    "write_adapter",
-    "write_map",
 }
 """Names that have no example yet."""
 

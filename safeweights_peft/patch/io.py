@@ -114,8 +114,9 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
     Example:
         >>> from safeweights_peft import read_adapter
         >>> patch = read_adapter("demo/run/patch")
-        >>> [delta.values.dtype.name for delta in patch.deltas.values()]
-        ['float32', ...]
+        >>> delta = patch.deltas["model.layers.0.mlp.up_proj.weight"]
+        >>> delta.shape, delta.indices.shape == delta.values.shape
+        ((48, 32), True)
     """
     return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
 
@@ -180,7 +181,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
     Example:
         >>> from safeweights_peft import inspect
         >>> facts = inspect("demo/run/patch")
-        >>> facts["mode"], facts["density"] <= 0.1
+        >>> facts["mode"], facts["density"] == facts["entries"] / facts["numel"]
         ('set', True)
     """
     folder = Path(path)
