@@ -26,7 +26,7 @@ from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
-from safeweights_peft.patch.records import record_from_json, record_to_json
+from safeweights_peft.patch.metadata import record_from_json, record_to_json
 from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
 
 MODELS = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]

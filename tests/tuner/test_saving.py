@@ -23,8 +23,8 @@ from safeweights_peft import (
 from safeweights_peft.delta import add_rounded, digest
 from safeweights_peft.modeling.layout import describe
 from safeweights_peft.modeling.tensors import to_numpy
-from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import Mode, record_from_json
+from safeweights_peft.patch.metadata import AdapterMetadata, record_from_json
+from safeweights_peft.patch.records import Mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,
