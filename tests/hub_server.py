@@ -27,7 +27,9 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import yaml
 
 LARGE = ("*.safetensors", "*.bin", "*.png", "*.pt", "*.pkl", "*.gguf")
-ATTRIBUTES = "".join(f"{each} filter=lfs diff=lfs merge=lfs -text\n" for each in LARGE).encode()
+ATTRIBUTES = "".join(
+    f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE
+).encode()
 PAGE = 2  # models per page of a listing, so that a client has to turn pages
 
 
@@ -94,7 +96,7 @@ class Repo:
         self.add("main", {".gitattributes": (ATTRIBUTES, False)}, "initial commit")
 
     def add(self, ref: str, tree: dict[str, tuple[bytes, bool]], message: str) -> Commit:
-        """Puts a commit on a branch or another ref."""
+        """Put a commit on a branch or another ref."""
         parent = self.refs.get(ref)
         text = f"{self.name} {len(self.commits)} {parent} {message} {sorted(tree)}"
         commit = Commit(hashlib.sha1(text.encode()).hexdigest(), parent, message, dict(tree))
@@ -103,39 +105,39 @@ class Repo:
         return commit
 
     def put(self, files: dict[str, bytes]) -> Commit:
-        """Commits files to the main branch, past the protocol."""
+        """Commit files to the main branch, past the protocol."""
         tree = self.at("main").tree | {
             path: (content, is_large(path, content)) for path, content in files.items()
         }
         return self.add("main", tree, "put")
 
     def at(self, revision: str) -> Commit:
-        """Finds a commit by branch, tag, ref or hash."""
+        """Find a commit by branch, tag, ref or hash."""
         oid = self.refs.get(revision, revision)
         if oid not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[oid]
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
-        """Reads all files of a commit, but those that the Hub makes itself."""
+        """Read all files of a commit, but those that the Hub makes itself."""
         tree = self.at(revision).tree
         return {path: raw for path, (raw, _) in tree.items() if path != ".gitattributes"}
 
 
 def is_large(path: str, sample: bytes) -> bool:
-    """Tells whether a file belongs into the storage: by its name, or because it is binary."""
+    """Tell whether a file belongs into the storage: by its name, or because it is binary."""
     return any(fnmatch(path, pattern) for pattern in LARGE) or b"\0" in sample[:512]
 
 
 def oid_of(content: bytes, large: bool) -> str:
-    """Names a content as the Hub does: sha256 of a large file, git's hash of another."""
+    """Name a content as the Hub does: sha256 of a large file, git's hash of another."""
     if large:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def pointer_oid(content: bytes) -> str:
-    """Names the pointer that stands for a large file in git."""
+    """Name the pointer that stands for a large file in git."""
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid_of(content, True)}\n"
     return oid_of(f"{text}size {len(content)}\n".encode(), False)
 
@@ -162,18 +164,18 @@ class HubServer:
         self.url, self.storage = (f"http://127.0.0.1:{s.server_address[1]}" for s in self._servers)
 
     def close(self) -> None:
-        """Stops answering."""
+        """Stop answering."""
         for server in self._servers:
             server.shutdown()
             server.server_close()
 
     def add_user(self, name: str, token: str, may_write: bool = True) -> str:
-        """Lets a token in."""
+        """Let a token in."""
         self.users[token] = (name, may_write)
         return token
 
     def add_repo(self, name: str, files: dict[str, bytes] | None = None, **how: bool) -> Repo:
-        """Makes a repository with files on its main branch, past the protocol."""
+        """Make a repository with files on its main branch, past the protocol."""
         repo = self.repos[name] = Repo(name, how.get("private", False))
         repo.gated = how.get("gated", False)
         if files:
@@ -181,19 +183,19 @@ class HubServer:
         return repo
 
     def reset_count(self) -> None:
-        """Numbers the next request 1, and sets no fault."""
+        """Number the next request 1, and set no fault."""
         self.log.clear()
         self.faults.clear()
 
     def arrive(self, method: str, path: str) -> Fault | None:
-        """Numbers a request, and tells what is to go wrong with it."""
+        """Number a request, and tell what is to go wrong with it."""
         with self._lock:
             self.log.append(f"{method} {path}")
             number = len(self.log)
-        befalling = (
-            each for each in self.faults if each.first <= number <= each.last and each.path in path
-        )
-        return next(befalling, None)
+        for fault in self.faults:
+            if fault.first <= number <= fault.last and fault.path in path:
+                return fault
+        return None
 
     def _serve(self) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
@@ -203,19 +205,19 @@ class HubServer:
 
     # --- who may do what --------------------------------------------------------------------
 
-    def user(self, asked: _Asked) -> tuple[str, bool] | None:
-        """Tells who asks; None if nobody says so."""
-        given = asked.headers.get("authorization")
-        if given is None:
+    def user(self, request: _Request) -> tuple[str, bool] | None:
+        """Tell who asks; None if nobody says so."""
+        authorization = request.headers.get("authorization")
+        if authorization is None:
             return None
-        user = self.users.get(given.removeprefix("Bearer "))
+        user = self.users.get(authorization.removeprefix("Bearer "))
         if user is None:
             raise Refusal(401, "Invalid credentials in Authorization header")
         return user
 
-    def readable(self, asked: _Asked, name: str, files: bool = False) -> Repo:
-        """Finds a repository that the asker may see, and whose files, if that is asked."""
-        user, repo = self.user(asked), self.repos.get(name)
+    def readable(self, request: _Request, name: str, files: bool = False) -> Repo:
+        """Find a repository that the asker may see, and whose files, if that is asked."""
+        user, repo = self.user(request), self.repos.get(name)
         hidden = repo is None or (repo.private and (user is None or not owns(user, name)))
         if repo is None or hidden:
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
@@ -224,78 +226,78 @@ class HubServer:
             raise Refusal(401 if user is None else 403, message, "GatedRepo")
         return repo
 
-    def writable(self, asked: _Asked, name: str) -> Repo:
-        """Finds a repository that the asker may write to; by a pull request anybody may."""
-        user, repo = self.user(asked), self.readable(asked, name)
+    def writable(self, request: _Request, name: str) -> Repo:
+        """Find a repository that the asker may write to; by a pull request anybody may."""
+        user, repo = self.user(request), self.readable(request, name)
         if user is None:
             raise Refusal(401, "Invalid username or password.")
-        if not asked.query.get("create_pr") and not (owns(user, name) and user[1]):
+        if not request.query.get("create_pr") and not (owns(user, name) and user[1]):
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
         return repo
 
     # --- the Hub's answers ------------------------------------------------------------------
 
-    def whoami(self, asked: _Asked) -> Answer:
-        user = self.user(asked)
+    def whoami(self, request: _Request) -> Answer:
+        user = self.user(request)
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         role = "write" if user[1] else "read"
         auth = {"accessToken": {"role": role}}
         return Answer(body={"type": "user", "name": user[0], "orgs": [], "auth": auth})
 
-    def create_repo(self, asked: _Asked) -> Answer:
-        user, wanted = self.user(asked), asked.json()
+    def create_repo(self, request: _Request) -> Answer:
+        user, new = self.user(request), request.json()
         if user is None:
             raise Refusal(401, "Invalid username or password.")
-        name = f"{wanted.get('organization') or user[0]}/{wanted['name']}"
+        name = f"{new.get('organization') or user[0]}/{new['name']}"
         if not (owns(user, name) and user[1]):
             raise Refusal(403, "You don't have the rights to create a model under this namespace")
         if name in self.repos:
             raise Refusal(409, "You already created this model repo", url=f"{self.url}/{name}")
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        private = new.get("visibility") == "private" or bool(new.get("private"))
         self.repos[name] = Repo(name, private)
         return Answer(body={"url": f"{self.url}/{name}", "name": name, "id": name})
 
-    def validate_yaml(self, asked: _Asked) -> Answer:
+    def validate_yaml(self, request: _Request) -> Answer:
         try:
-            card_data(asked.json()["content"].encode())
+            card_data(request.json()["content"].encode())
         except yaml.YAMLError as error:
             body = {"errors": [{"message": str(error)}], "warnings": []}
             return Answer(400, body)
         return Answer(body={"errors": [], "warnings": []})
 
-    def list_models(self, asked: _Asked) -> Answer:
-        wanted, start = asked.query.get("filter", []), int(asked.query.get("cursor", ["0"])[0])
-        seen = []
+    def list_models(self, request: _Request) -> Answer:
+        tags, start = request.query.get("filter", []), int(request.query.get("cursor", ["0"])[0])
+        visible = []
         for name, repo in sorted(self.repos.items()):
-            user = self.user(asked)
+            user = self.user(request)
             if repo.private and (user is None or not owns(user, name)):
                 continue
             info = self.describe(repo, repo.at("main"))
-            if set(wanted) <= set(info["tags"]):
-                seen.append(info)
+            if set(tags) <= set(info["tags"]):
+                visible.append(info)
         headers = {}
-        if start + PAGE < len(seen):
+        if start + PAGE < len(visible):
             query = "&".join(
                 f"{key}={quote(value)}"
-                for key, values in asked.query.items()
+                for key, values in request.query.items()
                 for value in values
                 if key != "cursor"
             )
             following = f"{self.url}/api/models?{query}&cursor={start + PAGE}"
             headers["Link"] = f'<{following}>; rel="next"'
-        return Answer(body=seen[start : start + PAGE], headers=headers)
+        return Answer(body=visible[start : start + PAGE], headers=headers)
 
-    def model_info(self, asked: _Asked, name: str, revision: str = "main") -> Answer:
-        repo = self.readable(asked, name)
+    def model_info(self, request: _Request, name: str, revision: str = "main") -> Answer:
+        repo = self.readable(request, name)
         return Answer(body=self.describe(repo, repo.at(revision)))
 
     def describe(self, repo: Repo, commit: Commit) -> dict[str, Any]:
-        """Says of a commit what the Hub makes of its files and its card."""
+        """Say of a commit what the Hub makes of its files and its card."""
         card = card_data(commit.tree.get("README.md", (b"", False))[0])
-        given = card.get("base_model") or []
+        bases = card.get("base_model") or []
         tags = [*(card.get("tags") or []), *filter(None, [card.get("library_name")])]
-        for base in [given] if isinstance(given, str) else given:
+        for base in [bases] if isinstance(bases, str) else bases:
             tags += [f"base_model:{base}", f"base_model:{card['base_model_relation']}:{base}"]
         return {
             "_id": hashlib.sha1(repo.name.encode()).hexdigest()[:24],
@@ -318,18 +320,18 @@ class HubServer:
             "siblings": [{"rfilename": path} for path in sorted(commit.tree)],
         }
 
-    def tree(self, asked: _Asked, name: str, revision: str) -> Answer:
-        repo = self.readable(asked, name)
-        entries = [entry(path, *found) for path, found in sorted(repo.at(revision).tree.items())]
+    def tree(self, request: _Request, name: str, revision: str) -> Answer:
+        repo = self.readable(request, name)
+        entries = [entry(path, *file) for path, file in sorted(repo.at(revision).tree.items())]
         return Answer(body=entries)
 
-    def paths_info(self, asked: _Asked, name: str, revision: str) -> Answer:
-        tree = self.readable(asked, name).at(revision).tree
-        asked_for = parse_qs(asked.body.decode()).get("paths", [])
-        return Answer(body=[entry(path, *tree[path]) for path in asked_for if path in tree])
+    def paths_info(self, request: _Request, name: str, revision: str) -> Answer:
+        tree = self.readable(request, name).at(revision).tree
+        paths = parse_qs(request.body.decode()).get("paths", [])
+        return Answer(body=[entry(path, *tree[path]) for path in paths if path in tree])
 
-    def refs(self, asked: _Asked, name: str) -> Answer:
-        repo = self.readable(asked, name)
+    def refs(self, request: _Request, name: str) -> Answer:
+        repo = self.readable(request, name)
         branches = [
             {"name": ref, "ref": f"refs/heads/{ref}", "targetCommit": oid}
             for ref, oid in repo.refs.items()
@@ -337,53 +339,53 @@ class HubServer:
         ]
         return Answer(body={"branches": branches, "tags": [], "converts": []})
 
-    def branch(self, asked: _Asked, name: str, branch: str) -> Answer:
-        repo = self.writable(asked, name)
+    def branch(self, request: _Request, name: str, branch: str) -> Answer:
+        repo = self.writable(request, name)
         if branch in repo.refs:
             raise Refusal(409, "Reference already exists")
-        start = asked.json().get("startingPoint", "main") if asked.body else "main"
+        start = request.json().get("startingPoint", "main") if request.body else "main"
         repo.refs[branch] = repo.at(start).oid
         return Answer(body={})
 
-    def preupload(self, asked: _Asked, name: str, revision: str) -> Answer:
-        tree = self.writable(asked, name).at(revision).tree
+    def preupload(self, request: _Request, name: str, revision: str) -> Answer:
+        tree = self.writable(request, name).at(revision).tree
         files = []
-        for each in asked.json()["files"]:
-            path, large = each["path"], is_large(each["path"], base64.b64decode(each["sample"]))
+        for file in request.json()["files"]:
+            path, large = file["path"], is_large(file["path"], base64.b64decode(file["sample"]))
             there = oid_of(*tree[path]) if path in tree else None
             mode = "lfs" if large else "regular"
             files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": there})
         return Answer(body={"files": files})
 
-    def lfs_batch(self, asked: _Asked, name: str) -> Answer:
-        self.readable(asked, name)
-        if self.user(asked) is None:
+    def lfs_batch(self, request: _Request, name: str) -> Answer:
+        self.readable(request, name)
+        if self.user(request) is None:
             raise Refusal(401, "Invalid username or password.")
         objects = []
-        for each in asked.json()["objects"]:
-            actions = None
-            if each["oid"] not in self.stored:
-                upload = {"href": f"{self.storage}/put/{each['oid']}/{each['size']}", "header": {}}
+        for pointer in request.json()["objects"]:
+            oid, size, actions = pointer["oid"], pointer["size"], None
+            if oid not in self.stored:
+                upload = {"href": f"{self.storage}/put/{oid}/{size}", "header": {}}
                 verify = {"href": f"{self.url}/{name}.git/info/lfs/verify", "header": {}}
                 actions = {"actions": {"upload": upload, "verify": verify}}
-            objects.append({"oid": each["oid"], "size": each["size"]} | (actions or {}))
+            objects.append({"oid": oid, "size": size} | (actions or {}))
         return Answer(body={"transfer": "basic", "objects": objects})
 
-    def lfs_verify(self, asked: _Asked, name: str) -> Answer:
-        self.readable(asked, name)
-        given = asked.json()
-        if len(self.stored.get(given["oid"], b"")) != given["size"]:
+    def lfs_verify(self, request: _Request, name: str) -> Answer:
+        self.readable(request, name)
+        pointer = request.json()
+        if len(self.stored.get(pointer["oid"], b"")) != pointer["size"]:
             raise Refusal(404, "Object not found in storage, or of another size")
         return Answer(body={"message": "verified"})
 
-    def commit(self, asked: _Asked, name: str, revision: str) -> Answer:
+    def commit(self, request: _Request, name: str, revision: str) -> Answer:
         if self.on_commit is not None:
             self.on_commit()
         with self._lock:
-            repo = self.writable(asked, name)
-            header, *operations = map(json.loads, asked.body.splitlines())
+            repo = self.writable(request, name)
+            header, *operations = map(json.loads, request.body.splitlines())
             base, parent = repo.at(revision), header["value"].get("parentCommit")
-            to_branch = not asked.query.get("create_pr")
+            to_branch = not request.query.get("create_pr")
             if to_branch and revision not in repo.refs:
                 raise Refusal(404, f"Invalid ref: {revision}", "RevisionNotFound")
             if to_branch and parent not in (None, base.oid):
@@ -391,8 +393,8 @@ class HubServer:
             if not operations:
                 raise Refusal(400, "Empty commit")
             tree = dict(repo.at(parent or revision).tree)
-            for each in operations:
-                self.apply(tree, each["key"], each["value"])
+            for operation in operations:
+                self.apply(tree, operation["key"], operation["value"])
             if not to_branch:
                 repo.pull_requests += 1
                 ref = f"refs/pr/{repo.pull_requests}"
@@ -405,7 +407,7 @@ class HubServer:
         return Answer(body=body | {"commitUrl": f"{self.url}/{name}/commit/{made.oid}"})
 
     def apply(self, tree: dict[str, tuple[bytes, bool]], key: str, value: dict[str, Any]) -> None:
-        """Does one operation of a commit."""
+        """Do one operation of a commit."""
         path = value["path"]
         if key == "file":
             content = base64.b64decode(value["content"], validate=True)
@@ -422,8 +424,8 @@ class HubServer:
         else:
             raise Refusal(400, f"{path}: cannot do {key}")
 
-    def resolve(self, asked: _Asked, name: str, revision: str, path: str) -> Answer:
-        repo = self.readable(asked, name, files=True)
+    def resolve(self, request: _Request, name: str, revision: str, path: str) -> Answer:
+        repo = self.readable(request, name, files=True)
         commit = repo.at(revision)
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.tree:
@@ -432,7 +434,7 @@ class HubServer:
         content, large = commit.tree[path]
         etag = f'"{oid_of(content, large)}"'
         if not large:
-            return ranged(asked, content, headers | {"ETag": etag})
+            return ranged(request, content, headers | {"ETag": etag})
         self.stored.setdefault(oid_of(content, True), content)
         headers |= {"X-Linked-ETag": etag, "X-Linked-Size": str(len(content))}
         headers["Location"] = f"{self.storage}/get/{oid_of(content, True)}"
@@ -440,39 +442,39 @@ class HubServer:
 
     # --- the storage's answers, to whom no token may come -----------------------------------
 
-    def storage_put(self, asked: _Asked, oid: str, size: str) -> Answer:
-        if len(asked.body) != int(size) or oid_of(asked.body, True) != oid:
+    def storage_put(self, request: _Request, oid: str, size: str) -> Answer:
+        if len(request.body) != int(size) or oid_of(request.body, True) != oid:
             return Answer(400, b"<Error><Code>XAmzContentSHA256Mismatch</Code></Error>")
-        self.stored[oid] = asked.body
+        self.stored[oid] = request.body
         return Answer(body=b"")
 
-    def storage_get(self, asked: _Asked, oid: str) -> Answer:
-        return ranged(asked, self.stored[oid], {"ETag": f'"{oid}"'})
+    def storage_get(self, request: _Request, oid: str) -> Answer:
+        return ranged(request, self.stored[oid], {"ETag": f'"{oid}"'})
 
 
 def owns(user: tuple[str, bool], repo: str) -> bool:
-    """Tells whether a repository is in a user's namespace."""
+    """Tell whether a repository is in a user's namespace."""
     return repo.split("/")[0] == user[0]
 
 
 def entry(path: str, content: bytes, large: bool) -> dict[str, Any]:
-    """Describes a file as a listing of the Hub does."""
-    listed: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+    """Describe a file as a listing of the Hub does."""
+    file: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
     if not large:
-        return listed | {"oid": oid_of(content, False)}
+        return file | {"oid": oid_of(content, False)}
     lfs = {"oid": oid_of(content, True), "size": len(content), "pointerSize": 130}
-    return listed | {"oid": pointer_oid(content), "lfs": lfs}
+    return file | {"oid": pointer_oid(content), "lfs": lfs}
 
 
-def ranged(asked: _Asked, content: bytes, headers: dict[str, str]) -> Answer:
-    """Answers with a content, with a part of it, or with the news that it is unchanged."""
-    if asked.headers.get("if-none-match") == headers["ETag"]:
+def ranged(request: _Request, content: bytes, headers: dict[str, str]) -> Answer:
+    """Answer with a content, with a part of it, or with the news that it is unchanged."""
+    if request.headers.get("if-none-match") == headers["ETag"]:
         return Answer(304, b"", headers)
-    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", asked.headers.get("range", ""))
+    part = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     headers = headers | {"Accept-Ranges": "bytes"}
-    if wanted is None:
+    if part is None:
         return Answer(200, content, headers)
-    first, last = int(wanted[1]), int(wanted[2] or len(content) - 1)
+    first, last = int(part[1]), int(part[2] or len(content) - 1)
     if first >= len(content):
         return Answer(416, b"", headers | {"Content-Range": f"bytes */{len(content)}"})
     headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
@@ -480,9 +482,9 @@ def ranged(asked: _Asked, content: bytes, headers: dict[str, str]) -> Answer:
 
 
 def card_data(readme: bytes) -> dict[str, Any]:
-    """Reads the metadata of a card."""
-    found = re.match(r"---\r?\n(.*?)\r?\n---", readme.decode(), re.DOTALL)
-    return (yaml.safe_load(found[1]) or {}) if found else {}
+    """Read the metadata of a card."""
+    metadata = re.match(r"---\r?\n(.*?)\r?\n---", readme.decode(), re.DOTALL)
+    return (yaml.safe_load(metadata[1]) or {}) if metadata else {}
 
 
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
@@ -507,7 +509,7 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     """A request, read whole."""
 
     headers: dict[str, str]
@@ -515,7 +517,7 @@ class _Asked:
     body: bytes
 
     def json(self) -> Any:
-        """Reads the body."""
+        """Read the body."""
         return json.loads(self.body)
 
 
@@ -527,7 +529,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def answer(self) -> None:
-        """Answers one request, of any method."""
+        """Answer one request, of any method."""
         parts = urlsplit(self.path)
         body = self._read()
         if parts.path == "/api/agent-harnesses":  # asked in the background, once a day
@@ -539,23 +541,23 @@ class _Handler(BaseHTTPRequestHandler):
             error = {"error": f"The server says {fault.status}"}
             return self._send(Answer(fault.status, error, fault.headers))
         headers = {key.lower(): value for key, value in self.headers.items()}
-        asked = _Asked(headers, parse_qs(parts.query), body)
-        answer = self._find(parts.path, asked)
+        request = _Request(headers, parse_qs(parts.query), body)
+        answer = self._find(parts.path, request)
         if fault is not None and fault.cut == "after":
             return self._cut()
         self._send(answer, midway=fault is not None)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
-    def _find(self, path: str, asked: _Asked) -> Answer:
+    def _find(self, path: str, request: _Request) -> Answer:
         method = "GET" if self.command == "HEAD" else self.command
         for known, pattern, answer in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and known == method:
-                if path.startswith(("/put/", "/get/")) and "authorization" in asked.headers:
+                if path.startswith(("/put/", "/get/")) and "authorization" in request.headers:
                     return Answer(400, {"error": "a token was sent to the storage"})
                 try:
-                    return answer(self.hub, asked, *map(unquote, match.groups()))
+                    return answer(self.hub, request, *map(unquote, match.groups()))
                 except Refusal as refusal:
                     return refusal.answer
         return Answer(404, {"error": f"no such route: {self.command} {path}"})
@@ -590,4 +592,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Say nothing."""

@@ -1,4 +1,4 @@
-"""Base models found; waiting and trying again, and the words for what goes wrong at the Hub."""
+"""Finding base models; retrying, and explaining what goes wrong at the Hub."""
 
 import json
 from collections.abc import Callable
@@ -48,13 +48,13 @@ def test_a_cached_hub_model_resolves_to_its_commit(
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = cache_model(tmp_path, tiny_llama, commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = resolve_base("someone/tiny")
-    assert found == BaseModel("someone/tiny", snapshot, commit)
+    base = resolve_base("someone/tiny")
+    assert base == BaseModel("someone/tiny", snapshot, commit)
 
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the config of a LoRA that records this of its base."""
+    """Write the config of a LoRA that records this of its base."""
 
     def write(folder: str = "lora", **recorded: Any) -> Path:
         (tmp_path / folder).mkdir()
@@ -169,9 +169,9 @@ class Failing:
 
 @pytest.fixture
 def waited(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    found: list[float] = []
-    monkeypatch.setattr("safeweights_peft.fetching.time.sleep", found.append)
-    return found
+    waits: list[float] = []
+    monkeypatch.setattr("safeweights_peft.fetching.time.sleep", waits.append)
+    return waits
 
 
 def status_error(status: int, **headers: str) -> Exception:
@@ -203,12 +203,12 @@ def test_a_refusal_is_not_asked_again(status: int, waited: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("0", [0.0]), ("30", [30.0]), ("Fri, 01 Jan 2027", [1.0])]
+    ("seconds", "expected"), [("0", [0.0]), ("30", [30.0]), ("Fri, 01 Jan 2027", [1.0])]
 )
 def test_the_server_s_own_wait_comes_first(
-    asked: str, expected: list[float], waited: list[float]
+    seconds: str, expected: list[float], waited: list[float]
 ) -> None:
-    error = status_error(429, **{"Retry-After": asked})
+    error = status_error(429, **{"Retry-After": seconds})
     assert retry(Failing(error, 1)) == "done"
     assert waited == expected
 

@@ -31,7 +31,7 @@ def server() -> Iterator[HubServer]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Lets nobody wait before another try, and records for how long they wanted to.
+    """Skip the waits before retries, and record how long they would have been.
 
     The back-offs of huggingface_hub and of the package call ``time.sleep`` of their own modules; in
     these modules alone it is another function.
@@ -90,8 +90,8 @@ def run(made: Path, base: str, tmp_path: Path) -> Path:
     out = tmp_path / "run"
     shutil.copytree(made, out)
     named = {"base_model_name_or_path": BASE, "revision": base}
-    for each in ("patch", "map"):
-        edit_config(out / each, lambda config: config.update(named))
+    for folder in ("patch", "map"):
+        edit_config(out / folder, lambda config: config.update(named))
     settings = {"base": BASE, "seed": 0}
     (out / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     (out / "result.png").write_bytes(b"\x89PNG\r\n\x1a\n\0picture")

@@ -86,7 +86,7 @@ def put_result(folder: Path, name: str, result: dict[str, Any]) -> None:
 
 
 def lay_out(adapter: Path, folder: Path) -> Path:
-    """Copies a patch or a map to the root of a repository, as one of a base on the Hub."""
+    """Copy a patch or a map to the root of a repository, as one of a base on the Hub."""
     shutil.copytree(adapter, folder)
     edit_config(folder, lambda config: config.update(NAMED))
     (folder / "README.md").unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def lay_out(adapter: Path, folder: Path) -> Path:
 
 
 def put_results(folder: Path) -> str:
-    """Puts evaluations of the base and of the patch beside it, and the record; its content id."""
+    """Put evaluations of the base and of the patch beside it, and the record; its content id."""
     content_id = read_metadata(folder).content_id
     put_result(folder, "before.json", evaluation(None))
     put_result(folder, "after.json", evaluation(content_id))

@@ -68,13 +68,13 @@ def body_of(folder: Path) -> str:
 
 
 def numbers_in(value: object) -> Iterator[float]:
-    """Finds every number in JSON, those in texts included."""
+    """Find every number in JSON, those in texts included."""
     if isinstance(value, dict):
-        for each in value.values():
-            yield from numbers_in(each)
+        for item in value.values():
+            yield from numbers_in(item)
     elif isinstance(value, list):
-        for each in value:
-            yield from numbers_in(each)
+        for item in value:
+            yield from numbers_in(item)
     elif isinstance(value, int | float):
         yield float(value)
 
@@ -94,9 +94,9 @@ def spellings(folder: Path) -> set[str]:
 
 
 def test_every_number_is_in_the_files_beside_it(folder: Path) -> None:
-    found = {*NUMBER.findall(ModelCard(card_of(folder)).text)} - WORDING
+    written = {*NUMBER.findall(ModelCard(card_of(folder)).text)} - WORDING
     sums = {str(2 + 3), str(101 + 103)}  # the invalid answers to both kinds, all requests
-    assert found - sums - spellings(folder) == set()
+    assert written - sums - spellings(folder) == set()
 
 
 def test_every_number_of_the_metadata_is_in_the_files_beside_it(folder: Path) -> None:
@@ -149,10 +149,10 @@ def test_a_patch_measured_without_its_base_says_so(folder: Path) -> None:
 
 
 def test_a_loss_on_a_task_is_told_too(folder: Path) -> None:
-    content_id, told = read_metadata(folder).content_id, {"data_digest": "sha256:c", "tokens": 9}
+    content_id, counts = read_metadata(folder).content_id, {"data_digest": "sha256:c", "tokens": 9}
     settings = evaluation(None)["settings"] | {"task": "/home/ann/lessons.json"}
     for name, owner, loss in (("before", None, 1.5), ("after", content_id, 1.25)):
-        task = told | {"loss": loss}
+        task = counts | {"loss": loss}
         result = evaluation(owner, task=task, settings=settings)
         put_result(folder, f"{name}.json", result)
     assert "| loss on lessons.json (nats/token) | 1.5000 | **1.2500** |" in card_of(folder)
@@ -240,7 +240,7 @@ def test_the_metadata_survives_huggingface_hubs_own_reading(folder: Path) -> Non
     card = ModelCard.load(write_card(folder, REPO))
     assert card.data.to_dict() == metadata_load(folder / "README.md")
     assert ModelCardData(**card.data.to_dict()).eval_results == card.data.eval_results
-    assert [each.metric_type for each in card.data.eval_results] == [
+    assert [result.metric_type for result in card.data.eval_results] == [
         "attack_success_rate",
         "over_refusal_rate",
         "kl_divergence",
@@ -266,7 +266,7 @@ def test_names_from_files_are_not_markup(source: str, folder: Path) -> None:
 
 @pytest.fixture
 def licensed(hub: HubServer, bare: Path) -> Callable[[str], Path]:
-    """Has the base's card begin with a text, and gives a patch of that commit."""
+    """Let the base's card begin with a text, and give a patch of that commit."""
 
     def with_card(text: str) -> Path:
         hub.add_repo(BASE, {"README.md": text.encode(), "config.json": b"{}"})
@@ -301,7 +301,7 @@ def test_a_licence_that_cannot_be_known_is_left_out_and_that_is_said(
 
 
 def paste(card: str, folder: Path) -> None:
-    """Runs the card's snippet as it is, in a folder."""
+    """Run the card's snippet as it is, in a folder."""
     (snippet,) = SNIPPET.findall(card)
     assert len(snippet.splitlines()) <= 10
     done = subprocess.run(
@@ -363,7 +363,7 @@ def test_a_pushed_run_has_its_card_and_is_found_with_its_results(
     push_to_hub(run, REPO)
     assert b"| **3.0 % [1.2, 99.9]** | 101 |" in hub.repos[REPO].files()["README.md"]
     (shared,) = find_on_hub(BASE)
-    assert ("ASR", 3 / 101) in [(each.metric, each.value) for each in shared.results]
+    assert ("ASR", 3 / 101) in [(claim.metric, claim.value) for claim in shared.results]
 
 
 def test_a_run_measured_on_another_patch_is_not_pushed(run: Path, hub: HubServer) -> None:

@@ -26,11 +26,11 @@ def keys(tmp_path: Path) -> Keys:
 def test_push_tells_the_commit_the_base_and_the_files(hub: HubServer, run: Path, base: str) -> None:
     called = call("push", run, REPO, "--json", "--commit-message", "Mine", "--private")
     assert called.exit_code == 0, called.output
-    told = json.loads(called.stdout)
+    printed = json.loads(called.stdout)
     repo = hub.repos[REPO]
-    assert told["commit"] == repo.refs["main"]
-    assert (told["base"], told["base_commit"]) == (BASE, base)
-    assert told["files"] == sorted(repo.files())
+    assert printed["commit"] == repo.refs["main"]
+    assert (printed["base"], printed["base_commit"]) == (BASE, base)
+    assert printed["files"] == sorted(repo.files())
     assert repo.private
     assert repo.at("main").message == "Mine"
 
@@ -71,8 +71,8 @@ def test_list_shows_what_is_there_for_a_base(pushed: HubServer) -> None:
         ["repository", "kind", "date"],
         [REPO, "safety", "patch"],
     ]
-    told = json.loads(call("list", "--base", BASE, "--json").stdout)
-    assert [each["repo_id"] for each in told["found"]] == [REPO]
+    printed = json.loads(call("list", "--base", BASE, "--json").stdout)
+    assert [shared["repo_id"] for shared in printed["found"]] == [REPO]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_hub_id_stands_for_an_adapter_s_directory(
     arguments: list[str], pushed: HubServer, tiny_llama_bf16: Path, tmp_path: Path
 ) -> None:
     places = {"BASE": str(tiny_llama_bf16), "OUT": str(tmp_path / "out")}
-    called = call(*(places.get(each, each) for each in arguments), "--json")
+    called = call(*(places.get(argument, argument) for argument in arguments), "--json")
     assert called.exit_code == 0, called.output
     if arguments[0] == "merge":
         scale = 0.5 if arguments[2].endswith("0.5") else 1.0
@@ -139,7 +139,7 @@ def test_what_fails_is_one_line_and_exit_code_1(
     arguments: list[str], pushed: HubServer, run: Path
 ) -> None:
     pushed.add_repo("bob/patch")
-    called = call(*(str(run) if each == "RUN" else each for each in arguments))
+    called = call(*(str(run) if argument == "RUN" else argument for argument in arguments))
     assert called.exit_code == 1, called.output
     lines = [line for line in called.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1

@@ -34,19 +34,19 @@ def card(base: str = BASE, tags: str = "[safeweights, safety-patch]", more: str 
 def test_what_was_pushed_is_found_by_its_base(hub: HubServer, run: Path) -> None:
     push_to_hub(run / "patch", REPO)
     push_to_hub(run / "map", "ann/map")
-    found = find_on_hub(BASE)
-    assert [(each.repo_id, each.artifact) for each in found] == [
+    shared = find_on_hub(BASE)
+    assert [(repository.repo_id, repository.artifact) for repository in shared] == [
         ("ann/map", "safety map"),
         ("ann/patch", "safety patch"),
     ]
-    assert found[1].commit == hub.repos[REPO].refs["main"]
+    assert shared[1].commit == hub.repos[REPO].refs["main"]
 
 
 def test_all_pages_are_read(hub: HubServer) -> None:
     names = [f"ann/patch-{number}" for number in range(5)]
     for name in names:
         hub.add_repo(name, {"README.md": card()})
-    assert [each.repo_id for each in find_on_hub(BASE)] == names
+    assert [repository.repo_id for repository in find_on_hub(BASE)] == names
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def test_others_are_not_listed(other: bytes, hub: HubServer) -> None:
 
 def test_results_are_those_of_the_card(hub: HubServer) -> None:
     hub.add_repo(REPO, {"README.md": card(more=INDEX)})
-    (found,) = find_on_hub(BASE)
-    assert found.results == (Claim("ASR", "AdvBench", 0.04), Claim("kl", "AdvBench", 0.026))
+    (shared,) = find_on_hub(BASE)
+    assert shared.results == (Claim("ASR", "AdvBench", 0.04), Claim("kl", "AdvBench", 0.026))
 
 
 @pytest.mark.parametrize("more", ["model-index: 3", "model-index: [{results: [{}]}]"])
 def test_a_malformed_card_is_shown_without_results(more: str, hub: HubServer) -> None:
     hub.add_repo(REPO, {"README.md": card(more=more)})
-    (found,) = find_on_hub(BASE)
-    assert found.results == ()
+    (shared,) = find_on_hub(BASE)
+    assert shared.results == ()
 
 
 def test_a_server_in_trouble_is_told_in_one_line(hub: HubServer) -> None:

@@ -38,7 +38,7 @@ def files_at(hub: HubServer) -> dict[str, bytes]:
 
 
 def names_of(case: str) -> set[str]:
-    """Lists what the repository holds once it is complete."""
+    """List what the repository holds once it is complete."""
     own = {"settings", "new"} if case == "update" else {"settings"}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     beside = {"README.md", "images/result.png", *(f"results/{name}.json" for name in own)}
@@ -63,10 +63,10 @@ def test_a_push_that_fails_from_some_request_on_leaves_no_half_and_is_done_by_th
     local, before = content(run), files_at(hub)
     hub.reset_count()
     hub.faults = [Fault(position, **fault)]
-    with pytest.raises(HubError) as told:
+    with pytest.raises(HubError) as caught:
         push_to_hub(run, REPO)
-    assert "\n" not in str(told.value)
-    assert TOKEN not in str(told.value)
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
     left = files_at(hub)
     assert content(run) == local
     hub.faults.clear()

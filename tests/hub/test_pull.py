@@ -75,7 +75,7 @@ def test_all_that_belongs_is_fetched_and_nothing_else(
         path: raw for path, raw in whole.items() if path not in others
     }
     assert pulled.unsafe == ("training_args.bin",)
-    assert not [each for each in hub.log if each.endswith((".bin", ".py", "LICENSE"))]
+    assert not [line for line in hub.log if line.endswith((".bin", ".py", "LICENSE"))]
 
 
 def test_to_load_one_only_the_adapter_itself_is_fetched(pushed: Path) -> None:
@@ -141,7 +141,7 @@ LORA = json.dumps({"peft_type": "LORA", "r": 8}).encode()
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "message"),
     [
         ({"adapter_config.json": LORA, "adapter_model.safetensors": b"\0"}, "'LORA'"),
         ({"adapter_config.json": LORA, "adapter_model.bin": b"\0"}, "adapter_model.bin, which can"),
@@ -151,13 +151,13 @@ LORA = json.dumps({"peft_type": "LORA", "r": 8}).encode()
     ids=["a LoRA", "a pickled one", "a model", "nothing"],
 )
 def test_a_repository_of_something_else_is_named_with_what_it_holds(
-    files: dict[str, bytes], found: str, hub: HubServer
+    files: dict[str, bytes], message: str, hub: HubServer
 ) -> None:
     hub.add_repo(REPO, files)
-    with pytest.raises((HubError, FormatError), match=f"^{REPO}.*{found}") as told:
+    with pytest.raises((HubError, FormatError), match=f"^{REPO}.*{message}") as caught:
         pull_from_hub(REPO)
-    assert "\n" not in str(told.value)
-    assert not [each for each in hub.log if ".bin" in each]
+    assert "\n" not in str(caught.value)
+    assert not [line for line in hub.log if ".bin" in line]
 
 
 @pytest.mark.parametrize("where", ["", "map/"])
@@ -173,7 +173,7 @@ def test_a_patch_that_was_tampered_with_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
-    ("source", "found"),
+    ("source", "message"),
     [
         ("ann/nothing", "found no such repository that you can see"),
         (f"{REPO}@v9", "at revision v9, found no such revision"),
@@ -183,21 +183,21 @@ def test_a_patch_that_was_tampered_with_is_refused_by_its_name(
     ],
 )
 def test_what_can_not_be_had_is_told_in_one_line(
-    source: str, found: str, pushed: Path, hub: HubServer
+    source: str, message: str, pushed: Path, hub: HubServer
 ) -> None:
     files = hub.repos[REPO].files()
     hub.add_repo("bob/secret", files, private=True)
     hub.add_repo("bob/gated", files, gated=True)
-    with pytest.raises(HubError, match=found) as told:
+    with pytest.raises(HubError, match=message) as caught:
         pull_from_hub(source)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_gated_base_is_told_in_one_line_as_well(hub: HubServer, base: str) -> None:
     hub.repos[BASE].gated = True
-    with pytest.raises(ModelError, match=f"^{BASE}: .*found a gated repository; ask for") as told:
+    with pytest.raises(ModelError, match=f"^{BASE}: .*found a gated repository; ask for") as caught:
         resolve_base(BASE, base)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_a_fault_that_passes_is_waited_out(fault: Fault, pushed: Path, hub: HubS
 
 
 @pytest.mark.parametrize(
-    ("fault", "found"),
+    ("fault", "message"),
     [
         (Fault(status=500), "found an error of the server"),
         (Fault(status=429), "found too many requests"),
@@ -232,12 +232,12 @@ def test_a_fault_that_passes_is_waited_out(fault: Fault, pushed: Path, hub: HubS
     ids=["500", "429", "cut", "cut midway"],
 )
 def test_a_fault_that_stays_is_told_and_leaves_nothing(
-    fault: Fault, found: str, pushed: Path, hub: HubServer, tmp_path: Path
+    fault: Fault, message: str, pushed: Path, hub: HubServer, tmp_path: Path
 ) -> None:
     hub.faults = [fault]
-    with pytest.raises(HubError, match=found) as told:
+    with pytest.raises(HubError, match=message) as caught:
         pull_from_hub(REPO, tmp_path / "out")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     hub.faults.clear()
     pull_from_hub(REPO, tmp_path / "out")

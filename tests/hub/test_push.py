@@ -28,12 +28,12 @@ def refuse(hub: HubServer, run: Path) -> Refuse:
     def refused(source: Path = run, error: type[Exception] = HubError, **options: Any) -> str:
         before = {name: dict(repo.refs) for name, repo in hub.repos.items()}
         hub.reset_count()
-        with pytest.raises(error) as told:
+        with pytest.raises(error) as caught:
             push_to_hub(source, options.pop("repo", REPO), **options)
         assert {name: dict(repo.refs) for name, repo in hub.repos.items()} == before
-        assert not [each for each in hub.log if each.startswith("PUT")]
-        assert "\n" not in str(told.value)
-        return str(told.value)
+        assert not [line for line in hub.log if line.startswith("PUT")]
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
     return refused
 
@@ -50,7 +50,7 @@ def test_a_run_is_pushed_in_one_commit_with_each_file_in_its_place(
 ) -> None:
     pushed = push_to_hub(run, REPO, message="My patch")
     repo = hub.repos[REPO]
-    assert [each.message for each in repo.commits.values()] == ["initial commit", "My patch"]
+    assert [commit.message for commit in repo.commits.values()] == ["initial commit", "My patch"]
     files = repo.files()
     assert tuple(sorted(files)) == pushed.files
     assert set(files) == {
@@ -105,8 +105,8 @@ def test_local_files_stay_as_they_are(hub: HubServer, run: Path) -> None:
 
 
 def test_answers_stay_here(hub: HubServer, run: Path) -> None:
-    asked = [{"request": "Break in", "verdict": "complied", "answer": "Take a crowbar"}]
-    write(run / "own.json", harmful={"requests": asked})
+    requests = [{"request": "Break in", "verdict": "complied", "answer": "Take a crowbar"}]
+    write(run / "own.json", harmful={"requests": requests})
     push_to_hub(run, REPO)
     pushed = json.loads(hub.repos[REPO].files()["results/own.json"])
     assert pushed == {"harmful": {"requests": [{"request": "Break in", "verdict": "complied"}]}}
@@ -147,17 +147,17 @@ def test_a_signature_goes_along(hub: HubServer, run: Path) -> None:
 def local(run: Path) -> Path:
     """The run as it is when its base was a directory."""
     named = {"base_model_name_or_path": "models/mine", "revision": None}
-    for each in ("patch", "map"):
-        edit_config(run / each, lambda config: config.update(named))
+    for kind in ("patch", "map"):
+        edit_config(run / kind, lambda config: config.update(named))
     write(run / "settings.json", base="models/mine", seed=0)
     write(run / "own.json", base={"name": "models/mine", "revision": None}, map="runs/1/map")
     return run
 
 
 def test_of_a_base_in_a_directory_the_hub_id_is_asked_for(local: Path, refuse: Refuse) -> None:
-    told = refuse(local)
-    assert "expected a Hub id and its commit, found models/mine without a commit" in told
-    assert "--base USER/MODEL" in told
+    message = refuse(local)
+    assert "expected a Hub id and its commit, found models/mine without a commit" in message
+    assert "--base USER/MODEL" in message
 
 
 def test_a_base_that_is_named_for_a_directory_takes_its_place_everywhere(
@@ -201,9 +201,9 @@ def test_a_base_at_another_commit_than_the_recorded_one_is_refused(
     hub: HubServer, base: str, refuse: Refuse
 ) -> None:
     other = hub.repos[BASE].put({"README.md": b"more"}).oid
-    told = refuse(base=f"{BASE}@{other}")
-    assert f"expected --base {BASE}@{base}, the commit that it was made for, found" in told
-    assert f"found commit {other}; leave the revision out" in told
+    message = refuse(base=f"{BASE}@{other}")
+    assert f"expected --base {BASE}@{base}, the commit that it was made for, found" in message
+    assert f"found commit {other}; leave the revision out" in message
 
 
 def test_a_signed_patch_is_not_changed_to_name_its_base(local: Path, refuse: Refuse) -> None:
@@ -212,17 +212,16 @@ def test_a_signed_patch_is_not_changed_to_name_its_base(local: Path, refuse: Ref
 
 
 @pytest.mark.parametrize(
-    ("named", "found"),
+    ("source", "problem"),
     [
         ("nobody/nothing", "no such repository"),
         (f"{BASE}@v9", "no such revision"),
         ("not an id", "a name that no repository can have"),
     ],
 )
-def test_a_base_that_is_not_there_is_refused(named: str, found: str, refuse: Refuse) -> None:
-    assert f"expected the base as a model on the Hub, found {found}" in refuse(base=named).replace(
-        " at revision v9", ""
-    )
+def test_a_base_that_is_not_there_is_refused(source: str, problem: str, refuse: Refuse) -> None:
+    message = refuse(base=source).replace(" at revision v9", "")
+    assert f"expected the base as a model on the Hub, found {problem}" in message
 
 
 def test_a_gated_base_can_be_named(hub: HubServer, run: Path) -> None:
@@ -234,16 +233,20 @@ def test_a_map_of_another_base_is_not_put_beside_a_patch(
     run: Path, base: str, refuse: Refuse
 ) -> None:
     edit_config(run / "map", lambda config: config.update(base_model_name_or_path="other/base"))
-    told = refuse()
-    assert f"expected a map of the patch's base {BASE} at {base}, found one of other/base" in told
+    message = refuse()
+    assert (
+        f"expected a map of the patch's base {BASE} at {base}, found one of other/base" in message
+    )
 
 
 def test_a_map_of_another_commit_is_not_put_beside_a_patch(
     run: Path, base: str, refuse: Refuse
 ) -> None:
     edit_config(run / "map", lambda config: config.update(revision="0" * 40))
-    told = refuse()
-    assert f"expected a map of the patch's base {BASE} at {base}, found one of {BASE} at 0" in told
+    message = refuse()
+    assert (
+        f"expected a map of the patch's base {BASE} at {base}, found one of {BASE} at 0" in message
+    )
 
 
 def test_an_evaluation_on_another_commit_of_the_base_is_refused_and_not_renamed(
@@ -252,10 +255,10 @@ def test_an_evaluation_on_another_commit_of_the_base_is_refused_and_not_renamed(
     content_id = read_metadata(run / "patch").content_id
     named = {"name": BASE, "revision": "0" * 40}
     write(run / "after.json", **evaluation(content_id, base=named))
-    told = refuse(base=BASE)
-    assert told.startswith("results/after.json: base: expected")
-    assert f"{BASE} at {base}" in told
-    assert f"found {BASE} at {'0' * 40}; evaluate on" in told
+    message = refuse(base=BASE)
+    assert message.startswith("results/after.json: base: expected")
+    assert f"{BASE} at {base}" in message
+    assert f"found {BASE} at {'0' * 40}; evaluate on" in message
 
 
 # --- what must not be published ----------------------------------------------------------------
@@ -264,23 +267,23 @@ def test_an_evaluation_on_another_commit_of_the_base_is_refused_and_not_renamed(
 def test_a_patch_whose_digest_is_wrong_is_refused(run: Path, refuse: Refuse) -> None:
     name = "base_model.model.model.norm.safeweights_values__weight"
     edit_tensors(run / "patch", lambda tensors: tensors.update({name: tensors[name] + 1}))
-    told = refuse(error=CorruptAdapterError)
-    assert told.startswith(str(run / "patch" / "adapter_model.safetensors"))
-    assert "expected digest" in told
+    message = refuse(error=CorruptAdapterError)
+    assert message.startswith(str(run / "patch" / "adapter_model.safetensors"))
+    assert "expected digest" in message
 
 
 def test_a_local_path_in_the_config_is_refused(run: Path, refuse: Refuse) -> None:
     edit_config(run / "patch", lambda config: config["selection"].update(harmful="/data/own.json"))
-    told = refuse()
-    assert told.startswith("adapter_config.json: selection: harmful: expected nothing of this")
-    assert "/data/own.json" in told
+    message = refuse()
+    assert message.startswith("adapter_config.json: selection: harmful: expected nothing of this")
+    assert "/data/own.json" in message
 
 
 def test_a_token_in_a_result_is_refused_and_not_repeated(run: Path, refuse: Refuse) -> None:
     write(run / "own.json", command=["login", "--token", TOKEN])
-    told = refuse()
-    assert "results/own.json: command: 2: expected nothing secret, found a Hugging Face" in told
-    assert TOKEN not in told
+    message = refuse()
+    assert "results/own.json: command: 2: expected nothing secret, found a Hugging Face" in message
+    assert TOKEN not in message
 
 
 @pytest.mark.parametrize("missing", ["run", "patch"])
@@ -293,7 +296,7 @@ def test_a_directory_without_a_patch_is_refused(missing: str, run: Path, refuse:
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "content"),
     [
         ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "a LORA adapter"),
         ({"config.json": b"{}", "model.safetensors": b"\0"}, "config.json"),
@@ -303,11 +306,11 @@ def test_a_directory_without_a_patch_is_refused(missing: str, run: Path, refuse:
     ids=["a LoRA", "a model", "weights", "a pickle"],
 )
 def test_a_repository_of_something_else_is_left_alone(
-    files: dict[str, bytes], found: str, hub: HubServer, refuse: Refuse
+    files: dict[str, bytes], content: str, hub: HubServer, refuse: Refuse
 ) -> None:
     hub.add_repo(REPO, files)
-    told = refuse()
-    assert f"expected an empty repository or one of a safety patch or map, found {found}" in told
+    expected = f"an empty repository or one of a safety patch or map, found {content}"
+    assert f"expected {expected}" in refuse()
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: HubServer, refuse: Refuse) -> None:
@@ -321,8 +324,8 @@ def test_a_branch_that_is_not_there_is_refused(hub: HubServer, refuse: Refuse) -
 
 
 def test_no_repository_is_made_for_a_branch_that_it_would_not_have(refuse: Refuse) -> None:
-    told = refuse(revision="next")
-    assert "expected a repository with the branch next, found none" in told
+    message = refuse(revision="next")
+    assert "expected a repository with the branch next, found none" in message
 
 
 def test_a_new_repository_that_is_not_seen_yet_is_told(hub: HubServer, run: Path) -> None:
@@ -364,9 +367,9 @@ def test_a_token_without_the_right_to_write_is_refused(
     if there:
         hub.add_repo(REPO)
     hub.add_user("ann", TOKEN, may_write=False)
-    told = refuse()
-    assert "found that your token has no right to it" in told
-    assert "--create-pr" in told
+    message = refuse()
+    assert "found that your token has no right to it" in message
+    assert "--create-pr" in message
 
 
 def test_a_token_that_expires_on_the_way_leaves_the_repository_as_it_was(

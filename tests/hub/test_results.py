@@ -47,7 +47,7 @@ def test_several_evaluations_each_find_their_own_base(folder: Path) -> None:
     other = evaluation(None)["harmful"] | {"data_digest": "sha256:" + "c" * 64}
     put_result(folder, "after2.json", evaluation(OURS, harmful=other))
     put_result(folder, "before2.json", evaluation(None, harmful=other))
-    pairs = [(each.after.file, each.before.file) for each in read_results(folder, OURS, ON)]
+    pairs = [(pair.after.file, pair.before.file) for pair in read_results(folder, OURS, ON)]
     assert pairs == [("after.json", "before.json"), ("after2.json", "before2.json")]
 
 
@@ -62,9 +62,11 @@ def test_two_evaluations_of_the_base_alike_are_refused(folder: Path) -> None:
 
 def test_an_evaluation_of_another_content_is_refused_by_name(folder: Path) -> None:
     put_result(folder, "after.json", evaluation(OTHERS))
-    told = refusal(folder)
-    assert told.startswith(f"results/after.json: content_id: expected {OURS}, the adapter's, found")
-    assert OTHERS in told
+    message = refusal(folder)
+    assert message.startswith(
+        f"results/after.json: content_id: expected {OURS}, the adapter's, found"
+    )
+    assert OTHERS in message
 
 
 def test_an_evaluation_that_names_no_content_is_refused(folder: Path) -> None:
@@ -74,9 +76,9 @@ def test_an_evaluation_that_names_no_content_is_refused(folder: Path) -> None:
     assert "the adapter's, found none; evaluate this adapter" in refusal(folder)
 
 
-@pytest.mark.parametrize("told", [{"content_id": OTHERS}, {"content_id": None}, {}])
-def test_the_summary_of_another_run_is_refused(told: dict[str, Any], folder: Path) -> None:
-    put_result(folder, "result.json", {"kind": "enhancement"} | told)
+@pytest.mark.parametrize("changes", [{"content_id": OTHERS}, {"content_id": None}, {}])
+def test_the_summary_of_another_run_is_refused(changes: dict[str, Any], folder: Path) -> None:
+    put_result(folder, "result.json", {"kind": "enhancement"} | changes)
     assert refusal(folder).startswith("results/result.json: content_id: expected")
 
 
@@ -107,8 +109,8 @@ def test_an_evaluation_on_another_base_or_commit_is_refused(
     content_id = OURS if name == "after.json" else None
     named = dict(zip(("name", "revision"), other, strict=True))
     put_result(folder, name, evaluation(content_id, base=named))
-    told = refusal(folder)
-    assert told.startswith(f"results/{name}: base: expected {BASE} at {COMMIT}, the adapter's,")
+    message = refusal(folder)
+    assert message.startswith(f"results/{name}: base: expected {BASE} at {COMMIT}, the adapter's,")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_huggingface_hub_reads_them_back(folder: Path) -> None:
     put_result(folder, "after.json", evaluation(OURS, settings=ON_HUB))
     (path,) = written(folder)
     entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
-    assert [each.value for each in entries] == [3 / 101, 12 / 103]
+    assert [entry.value for entry in entries] == [3 / 101, 12 / 103]
 
 
 def test_results_on_built_in_requests_are_no_benchmark_of_the_hub(folder: Path) -> None:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 BASE, REPO = {BASE!r}, {REPO!r}
 
 def weights(model):
-    return {{name: each.clone() for name, each in model.state_dict().items()}}
+    return {{name: weight.clone() for name, weight in model.state_dict().items()}}
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -72,7 +72,7 @@ def environment(server: HubServer, cache: Path, offline: bool = False) -> dict[s
 
 
 def run_afresh(code: str, variables: dict[str, str], *arguments: object) -> str:
-    """Runs code in a new interpreter, and gives what it prints."""
+    """Run code in a new interpreter, and return what it prints."""
     command = [sys.executable, "-c", PROLOGUE + code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     assert done.returncode == 0, done.stderr
@@ -100,9 +100,9 @@ def test_of_a_base_that_has_moved_on_the_recorded_commit_is_loaded_and_it_is_tol
 ) -> None:
     config = pushed.repos[BASE].files()["config.json"]
     latest = pushed.repos[BASE].put({"model.safetensors": b"\0other", "config.json": config}).oid
-    told = run_afresh(MOVED, environment(pushed, tmp_path / "home"))
-    assert f"{BASE}: expected commit {base}, which the patch was made for" in told
-    assert f"found {latest}" in told
+    printed = run_afresh(MOVED, environment(pushed, tmp_path / "home"))
+    assert f"{BASE}: expected commit {base}, which the patch was made for" in printed
+    assert f"found {latest}" in printed
 
 
 def test_peft_s_own_push_gives_a_repository_that_loads(

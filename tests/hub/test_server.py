@@ -34,8 +34,8 @@ def commit(api: HfApi, files: dict[str, bytes], **options: Any) -> str:
 
 def lines(*operations: tuple[str, dict[str, Any]]) -> bytes:
     header = ("header", {"summary": "by hand", "description": ""})
-    told = [{"key": key, "value": value} for key, value in (header, *operations)]
-    return b"\n".join(json.dumps(each).encode() for each in told)
+    entries = [{"key": key, "value": value} for key, value in (header, *operations)]
+    return b"\n".join(json.dumps(entry).encode() for entry in entries)
 
 
 def post(hub: HubServer, path: str, body: bytes) -> int:
@@ -50,13 +50,15 @@ def test_what_is_committed_is_downloaded_and_listed_with_the_hashes_of_the_hub(
     oid = commit(api, files)
     for path, raw in files.items():
         assert Path(hf_hub_download(REPO, path)).read_bytes() == raw
-    listed = {each.path: each for each in api.list_repo_tree(REPO, recursive=True)}
+    listed = {entry.path: entry for entry in api.list_repo_tree(REPO, recursive=True)}
     empty = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's name of an empty file
     assert listed["in/a/folder.txt"].blob_id == empty
     assert listed["large.bin"].lfs.sha256 == hashlib.sha256(LARGE).hexdigest()
     assert api.model_info(REPO).sha == oid
-    assert {each.path for each in api.get_paths_info(REPO, ["small.txt", "none"])} == {"small.txt"}
-    assert [each.name for each in api.list_repo_refs(REPO).branches] == ["main"]
+    assert {entry.path for entry in api.get_paths_info(REPO, ["small.txt", "none"])} == {
+        "small.txt"
+    }
+    assert [entry.name for entry in api.list_repo_refs(REPO).branches] == ["main"]
 
 
 def test_one_commit_adds_and_deletes(hub: HubServer, api: HfApi) -> None:

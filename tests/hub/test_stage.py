@@ -45,9 +45,9 @@ def test_a_secret_is_found_in_every_file_and_not_repeated(
 ) -> None:
     text = f"it is {secret} there"
     write(tmp_path, name, json.dumps({"a": [text]}) if name.endswith(".json") else text)
-    with pytest.raises(HubError, match=f"^{name}: .*expected nothing secret") as told:
+    with pytest.raises(HubError, match=f"^{name}: .*expected nothing secret") as caught:
         check_private(tmp_path)
-    assert secret not in str(told.value)
+    assert secret not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -57,7 +57,7 @@ def test_a_path_as_a_value_is_found(path: str, tmp_path: Path) -> None:
         check_private(tmp_path)
 
 
-@pytest.mark.parametrize("path", [each for each in PATHS if not each.startswith(r"\\")])
+@pytest.mark.parametrize("path", [path for path in PATHS if not path.startswith(r"\\")])
 def test_a_path_in_a_text_is_found(path: str, tmp_path: Path) -> None:
     write(tmp_path, "README.md", f"# Patch\n\nmade from `{path}` by me\n")
     with pytest.raises(HubError, match=r"^README\.md: line 3: expected nothing of this machine"):
@@ -110,8 +110,8 @@ def test_a_path_or_a_secret_in_a_picture_s_own_text_is_found(tmp_path: Path) -> 
     figure = pyplot.Figure()
     figure.savefig(picture)
     check_private(tmp_path)
-    for told in ("made in /home/ann/run", SECRETS[0]):
-        figure.savefig(picture, metadata={"Comment": told})
+    for text in ("made in /home/ann/run", SECRETS[0]):
+        figure.savefig(picture, metadata={"Comment": text})
         with pytest.raises(HubError, match=r"^images/a\.png: line \d+: expected nothing"):
             check_private(tmp_path)
 
@@ -127,13 +127,13 @@ def test_tensors_are_not_read_as_text(tmp_path: Path) -> None:
     check_private(tmp_path)
 
 
-@pytest.mark.parametrize("told", ["made in /home/ann/run", SECRETS[0]])
+@pytest.mark.parametrize("text", ["made in /home/ann/run", SECRETS[0]])
 @pytest.mark.parametrize("folder", ["", "map"])
 def test_what_stands_in_the_header_of_tensors_is_read(
-    folder: str, told: str, tmp_path: Path
+    folder: str, text: str, tmp_path: Path
 ) -> None:
     (tmp_path / folder).mkdir(exist_ok=True)
     file = tmp_path / folder / "adapter_model.safetensors"
-    save_file({"a": np.zeros(1)}, file, {"by": told})
+    save_file({"a": np.zeros(1)}, file, {"by": text})
     with pytest.raises(HubError, match=r"adapter_model\.safetensors: __metadata__: by: expected"):
         check_private(tmp_path)
