@@ -9,110 +9,84 @@ from typing import Any
 
 from safeweights_peft.data import read_rows
 from safeweights_peft.errors import DataError
-from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job
-from safeweights_peft.jobs.progress import Progress
-from safeweights_peft.jobs.provenance import check_made_with
+from safeweights_peft.jobs.job import Job, Progress, once
+from safeweights_peft.jobs.objectives import check_judges
 from safeweights_peft.jobs.record import record_run
-from safeweights_peft.jobs.resume import once
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
-from safeweights_peft.patch.io import inspect
-from safeweights_peft.settings import (
-    ComputeSettings,
-    EvaluateSettings,
-    RunSettings,
-    ScoreSettings,
-    TrainSettings,
-)
+from safeweights_peft.patch.io import inspect, read_patch
+from safeweights_peft.settings import RunSettings, flatten
 
 
-def enhance_model(
-    base: str,
-    out: Path,
-    score_settings: ScoreSettings | None = None,
-    train_settings: TrainSettings | None = None,
-    evaluate_settings: EvaluateSettings | None = None,
-    compute: ComputeSettings | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Make a model safer and measures what that did.
+def enhance(settings: RunSettings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Make a model safer, and measure what that does.
 
     Each step leaves its result in `out`: ``before.json``, ``map/``, ``patch/``, ``after.json``,
-    ``reproduce.json``, ``result.json``. A step whose result is there is not run again, so an
-    interrupted job goes on where it stopped when it is called again with the same settings.
+    ``reproduce.json``, ``result.json``. A step whose result is there is not run again, so that an
+    interrupted run resumes when it is called again with the same settings.
     """
-    score_settings = score_settings or ScoreSettings()
-    train_settings = train_settings or TrainSettings()
-    evaluate_settings = evaluate_settings or EvaluateSettings()
-    compute = compute or ComputeSettings()
-    told = RunSettings(base, score_settings, train_settings, evaluate_settings, compute)
-    settings = asdict(told)
-    _check_inputs(base, score_settings, train_settings, compute)
-    evaluator = Evaluator(Job(base, compute, progress), evaluate_settings)
-    _claim(out, settings)
-
-    patch = out / "patch"
-    before = once(out / "before.json", lambda: evaluator.evaluate())
-    if not (out / "map").exists():
-        score(base, out / "map", score_settings, compute, progress)
-    if not patch.exists():
-        train(base, out / "map", patch, train_settings, compute, progress)
-    after = once(out / "after.json", lambda: evaluator.evaluate(patch))
-    check_made_with(after, patch, out / "after.json")
-    result = summarise(patch, before, after) | {"settings": settings}
+    job = Job(settings.base, settings.compute, progress)
+    evaluator = Evaluator(job, settings.evaluate)
+    _check_inputs(settings)
+    _claim(out, settings, job)
+    before = once(out / "before.json", evaluator.evaluate)
+    map_dir, patch_dir = out / "map", out / "patch"
+    if not map_dir.exists():
+        score(job, map_dir, settings.score)
+    if not patch_dir.exists():
+        train(job, map_dir, patch_dir, settings.train)
+    patch = read_patch(patch_dir)
+    content_id = patch.metadata.content_id
+    after = once(out / "after.json", lambda: evaluator.evaluate(patch_dir, patch))
+    _check_content(after, content_id, out / "after.json")
+    figures = {"before": pick_figures(before), "after": pick_figures(after)}
     recorded = once(
-        out / REPRODUCE,
-        lambda: asdict(record_run(told, patch, result["before"], result["after"])),
+        out / REPRODUCE, lambda: asdict(record_run(settings, job, patch.metadata, **figures))
     )
-    check_made_with(recorded, patch, out / REPRODUCE)
+    _check_content(recorded, content_id, out / REPRODUCE)
+    content = inspect(patch_dir)
+    result = {
+        "kind": "enhancement",
+        "base": before["base"],
+        "content_id": content_id,
+        "patch": {
+            "path": str(patch_dir),
+            "entries": content["entries"],
+            "share_of_weights": content["entries"] / content["selection"]["total_parameters"],
+            "size_bytes": content["size_bytes"],
+        },
+        **figures,
+        "settings": asdict(settings),
+    }
     write_json(out / "result.json", result)
     return result
 
 
-def summarise(patch: Path, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Set a patch's evaluations side by side."""
-    content = inspect(patch)
-    total = content["selection"]["total_parameters"]
-    return {
-        "kind": "enhancement",
-        "base": before["base"],
-        "content_id": after["content_id"],
-        "patch": {
-            "path": str(patch),
-            "entries": content["entries"],
-            "share_of_weights": content["entries"] / total,
-            "size_bytes": content["size_bytes"],
-        },
-        "before": pick_figures(before),
-        "after": pick_figures(after),
-    }
-
-
-def _check_inputs(
-    base: str,
-    score: ScoreSettings,
-    train: TrainSettings,
-    compute: ComputeSettings,
-) -> None:
-    """Find out now, not hours later, that the base or a source of requests is missing."""
-    resolve_base(base, compute.revision)
-    for source in dict.fromkeys((score.harmful, train.harmful, train.benign)):
+def _check_inputs(settings: RunSettings) -> None:
+    """Find out now, not hours later, that requests are missing or judges don't fit together."""
+    check_judges(settings.score)
+    sources = (
+        settings.score.harmful,
+        settings.score.contrast,
+        settings.train.harmful,
+        settings.train.benign,
+    )
+    for source in dict.fromkeys(filter(None, sources)):
         read_rows(source)
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the run's directory, or finds it made by a run with the same settings."""
+def _claim(out: Path, settings: RunSettings, job: Job) -> None:
+    """Make the run's directory, or check that a run with the same settings made it."""
     path = out / "settings.json"
     if path.exists():
-        found, wanted = _flatten(read_json(path, DataError)), _flatten(settings)
+        recorded, given = flatten(read_json(path, DataError)), flatten(settings)
         changed = [
-            f"{key} ({found.get(key)} there, {wanted.get(key)} here)"
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key)
+            f"{key} ({recorded.get(key)} there, {given.get(key)} here)"
+            for key in sorted(recorded.keys() | given.keys())
+            if recorded.get(key) != given.get(key)
         ]
         if changed:
             raise DataError(
@@ -125,13 +99,14 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             "give another --out"
         )
     else:
-        write_json(path, settings)
+        _ = job.base  # a base that can't be found must not leave a claimed directory
+        write_json(path, asdict(settings))
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested settings by their path, such as ``score.density``."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
+def _check_content(record: Mapping[str, Any], content_id: str | None, source: Path) -> None:
+    """Check that a result on disk was made with the patch as it now is."""
+    if record.get("content_id") != content_id:
+        raise DataError(
+            f"{source}: expected a result for the patch with content id {content_id}, found one "
+            f"for {record.get('content_id')}; delete it, and it is made again"
+        )

@@ -1,18 +1,15 @@
-"""What a scoring job differentiates: built from its settings, its requests and other models."""
+"""What a scoring job differentiates, built from its settings, requests and judges."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from safeweights_peft.data import Example, Row, encode_example
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.evaluation.generate import end_token_ids, generate_answers
+from safeweights_peft.evaluation.generate import end_token_ids
 from safeweights_peft.fetching import BaseModel, resolve_base
-from safeweights_peft.jobs.progress import Progress
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.modeling.loading import load_classifier, load_model, load_tokenizer
 from safeweights_peft.selection.guards import read_profile
 from safeweights_peft.selection.objective import (
@@ -26,54 +23,51 @@ from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, 
 from safeweights_peft.settings import Aggregation, ScoreSettings
 
 
-def safety_objective(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    settings: ScoreSettings,
-    dtype: torch.dtype | str,
-    progress: Progress,
-) -> SafetyObjective:
-    """Build the safety that is differentiated."""
-    check_judges(settings)
+def build_safety(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
+    """Build the safety of the base's answers to harmful requests."""
     if settings.guard is None and settings.classifier is None:
-        examples = [
-            encode_example(tokenizer, row.instruction, row.output or "", settings.refusal_tokens)
-            for row in rows
-        ]
-        return ReferenceObjective(examples, tokenizer.pad_token_id, _term_size(settings))
-    judged = _judge(tokenizer, settings, dtype, model.device)  # refused now, not after the answers
+        return _build_reference(
+            job,
+            [
+                encode_example(
+                    job.tokenizer, row.instruction, row.output or "", settings.refusal_tokens
+                )
+                for row in rows
+            ],
+            settings,
+        )
+    build = _load_judge(job, settings)  # refused now, not after the answers
     requests = [row.instruction for row in rows]
-    examples = _answers(model, tokenizer, requests, settings, "harmful", progress)
-    ends = end_token_ids(model, tokenizer)
-    return judged(
+    answers = job.ask("harmful", requests, settings.answer_tokens, settings.batch_size)
+    ends = end_token_ids(job.model, job.tokenizer)
+    return build(
         [
-            Answered(request, Example(example.prompt_ids, _without_end(example.answer_ids, ends)))
-            for request, example in zip(requests, examples, strict=True)
+            Answered(request, Example(answer.prompt_ids, _without_end(answer.answer_ids, ends)))
+            for request, answer in zip(requests, answers, strict=True)
         ]
     )
 
 
-def utility_objective(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    settings: ScoreSettings,
-    progress: Progress,
-) -> SafetyObjective:
-    """Build what safety is contrasted with: the likelihood of the model's own benign answers."""
+def build_usefulness(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
+    """Build what safety is contrasted with: the likelihood of the base's own benign answers."""
     requests = [row.instruction for row in rows]
-    examples = _answers(model, tokenizer, requests, settings, "benign", progress)
-    return ReferenceObjective(examples, tokenizer.pad_token_id, _term_size(settings))
+    answers = job.ask("benign", requests, settings.answer_tokens, settings.batch_size)
+    return _build_reference(job, answers, settings)
+
+
+def _build_reference(
+    job: Job, examples: Sequence[Example], settings: ScoreSettings
+) -> SafetyObjective:
+    return ReferenceObjective(examples, job.tokenizer.pad_token_id, _term_size(settings))
 
 
 def _term_size(settings: ScoreSettings) -> int:
-    """How many requests make one term, of which the gradient's size may be taken."""
+    """Count the requests of one term: absolute values are taken of each term's gradient."""
     return 1 if settings.aggregation is Aggregation.MEAN_OF_ABS else settings.batch_size
 
 
 def check_judges(settings: ScoreSettings) -> None:
-    """Find settings of judges that don't go together."""
+    """Refuse settings of judges that don't go together."""
     if settings.guard and settings.classifier:
         raise SelectionError("--guard: expected one judge, found --classifier too; choose one")
     for judge, name, detail in (
@@ -83,46 +77,46 @@ def check_judges(settings: ScoreSettings) -> None:
         if bool(judge) != bool(detail):
             given, missing = (name, name.split("-")[0]) if detail else (name.split("-")[0], name)
             raise SelectionError(f"--{given}: expected --{missing} with it, found none; give both")
-    judge_given = bool(settings.guard or settings.classifier)
-    judge = "--guard" if settings.guard else "--classifier"
-    if judge_given and not SCORES[settings.method].needs_gradient:
+    has_judge = bool(settings.guard or settings.classifier)
+    if has_judge and not SCORES[settings.method].needs_gradient:
         methods = " or ".join(method for method, score in SCORES.items() if score.needs_gradient)
         raise SelectionError(
-            f"{judge}: expected --method {methods} with it, found {settings.method}, which asks "
-            "nobody; leave one out"
+            f"--{'guard' if settings.guard else 'classifier'}: expected --method {methods} with "
+            f"it, found {settings.method}, which asks nobody; leave one out"
         )
     for name in ("temperature", "samples"):
-        if not judge_given and getattr(settings, name) != getattr(ScoreSettings, name):
+        if not has_judge and getattr(settings, name) != getattr(ScoreSettings, name):
             raise SelectionError(
                 f"--{name}: expected --guard or --classifier with it, found neither; name the judge"
             )
     if settings.guard:
         read_profile(settings.profile or "")
     if settings.classifier:
-        _meaning(settings.label or "")
+        _parse_label(settings.label or "")
 
 
-def _judge(
-    tokenizer: PreTrainedTokenizerBase,
-    settings: ScoreSettings,
-    dtype: torch.dtype | str,
-    device: torch.device,
+def find_judges(settings: ScoreSettings) -> list[BaseModel]:
+    """Find the models beside the base that a scoring job reads."""
+    return [resolve_base(name) for name in (settings.guard, settings.classifier) if name]
+
+
+def _load_judge(
+    job: Job, settings: ScoreSettings
 ) -> Callable[[Sequence[Answered]], SafetyObjective]:
     """Load the guard or the classifier; what it returns makes an objective of answers."""
-    (found,) = judges_of(settings)
+    (source,) = find_judges(settings)
     load = load_model if settings.guard else load_classifier
-    judge, own = load(found, dtype, device), load_tokenizer(found)
-    scorer: SoftJudge
+    model, tokenizer = load(source, job.dtype, job.device), load_tokenizer(source)
+    judge: SoftJudge
     if settings.guard:
-        profile = read_profile(settings.profile or "")
-        scorer = GuardJudge(judge, own, tokenizer, profile)
+        judge = GuardJudge(model, tokenizer, job.tokenizer, read_profile(settings.profile or ""))
     else:
-        is_safe, label = _meaning(settings.label or "")
-        scorer = ClassifierJudge(judge, own, tokenizer, label, is_safe)
+        is_safe, label = _parse_label(settings.label or "")
+        judge = ClassifierJudge(model, tokenizer, job.tokenizer, label, is_safe)
     return partial(
         JudgedObjective,
-        scorer,
-        pad_token_id=tokenizer.pad_token_id,
+        judge,
+        pad_token_id=job.tokenizer.pad_token_id,
         batch_size=_term_size(settings),
         temperature=settings.temperature,
         samples=settings.samples,
@@ -130,12 +124,7 @@ def _judge(
     )
 
 
-def judges_of(settings: ScoreSettings) -> list[BaseModel]:
-    """Find the models beside the base that a scoring job reads."""
-    return [resolve_base(name) for name in (settings.guard, settings.classifier) if name]
-
-
-def _meaning(label: str) -> tuple[bool, str]:
+def _parse_label(label: str) -> tuple[bool, str]:
     meaning, _, name = label.partition("=")
     if meaning not in {"safe", "unsafe"} or not name:
         raise SelectionError(
@@ -145,25 +134,6 @@ def _meaning(label: str) -> tuple[bool, str]:
     return meaning == "safe", name
 
 
-def _answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[str],
-    settings: ScoreSettings,
-    kind: str,
-    progress: Progress,
-) -> list[Example]:
-    with progress.task(f"Asking {kind} requests", len(requests)) as advance:
-        return generate_answers(
-            model,
-            tokenizer,
-            requests,
-            max_new_tokens=settings.answer_tokens,
-            batch_size=settings.batch_size,
-            on_batch=advance,
-        )
-
-
 def _without_end(answer_ids: tuple[int, ...], ends: frozenset[int]) -> tuple[int, ...]:
-    """Leave out the token that ends the turn, which is no part of what a judge reads."""
+    # The token that ends a turn is no part of what a judge reads.
     return answer_ids[:-1] if answer_ids[-1] in ends else answer_ids

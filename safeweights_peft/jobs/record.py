@@ -1,9 +1,4 @@
-"""What a run leaves for whoever wants to run it again: ``reproduce.json``.
-
-Neither paths nor the name of this machine stand in it: of a directory or a file it has the name
-alone, and what is inside as digests. A record may come from anyone, so each value is checked
-against its type before it is used. Running it again is in ``reproducing``.
-"""
+"""The record of a finished run, ``reproduce.json``, from which anyone can run it again."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,66 +18,46 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.fetching import MODEL_FILES, BaseModel, resolve_base
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.modeling.loading import pick_device, pick_dtype
-from safeweights_peft.patch.io import read_metadata
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.rates import Rate
-from safeweights_peft.settings import ComputeSettings, RunSettings, restore
-
-Kind = TypeVar("Kind")
+from safeweights_peft.settings import RunSettings, restore
 
 RECORD_KIND = "reproduction"
+# The settings that name requests, by job.
 SOURCES = {
     "score": ("harmful", "contrast"),
     "train": ("harmful", "benign"),
     "evaluate": ("harmful", "benign", "task"),
 }
-"""The settings that name requests, by job."""
+# The settings of scoring that name models.
 JUDGES = ("guard", "classifier")
-"""The settings of scoring that name models."""
 PACKAGES = ("safeweights-peft", "torch", "transformers", "peft", "numpy")
+
+# Neither paths nor this machine's name go into a record, which is made to be shared: directories
+# and files are told by their own names and by digests of what is inside.
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file or a data set that a run read.
+    """A file or a data set that a run read."""
 
-    Attributes:
-        name: its name, without its place.
-        digest: of its content.
-    """
-
-    name: str
+    name: str  # without its place
     digest: str
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that a run read.
+    """A model that a run read."""
 
-    Attributes:
-        name: Hub id, or the directory's own name.
-        revision: the Hub commit, or None for a plain directory.
-        files: digest of each file by its name.
-    """
-
-    name: str
-    revision: str | None
-    files: dict[str, str]
+    name: str  # Hub id, or a directory's own name
+    revision: str | None  # the Hub commit, or None for a directory
+    files: dict[str, str]  # digest by file name
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one evaluation found.
-
-    Attributes:
-        attack_success_rate: on harmful requests.
-        over_refusal_rate: on benign ones.
-        invalid: answers that could not be judged.
-        kl: to the base, in nats per token.
-        perplexity: of the base's answers.
-        task_loss: on the task, where one was given.
-    """
+    """The figures of one evaluation."""
 
     attack_success_rate: Rate
     over_refusal_rate: Rate
@@ -94,62 +69,51 @@ class Figures:
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run, completely enough to be run again and compared.
-
-    Attributes:
-        kind: always `RECORD_KIND`.
-        command: what made the run; always ``enhance`` so far.
-        content_id: of the patch.
-        merged_digest: of all entries that it merges to.
-        base: the base model.
-        judges: guard or classifier by the setting's name.
-        data: sources of requests, and a guard's profile that is a file, by the setting's name,
-            such as ``train.harmful``.
-        settings: the run's settings, seeds included, with names in place of paths.
-        environment: what bits can depend on beside these: versions, processor, threads, dtype.
-        before: what was measured of the base.
-        after: what was measured of the patched model.
-    """
+    """A finished run, completely enough to be run again and compared."""
 
     kind: str
     command: str
     content_id: str | None
-    merged_digest: str
+    merged_digest: str  # of all entries that the patch merges to
     base: ModelFiles
-    judges: dict[str, ModelFiles]
-    data: dict[str, Source]
-    settings: RunSettings
-    environment: dict[str, str | int]
+    judges: dict[str, ModelFiles]  # guard or classifier, by the setting's name
+    data: dict[str, Source]  # by the setting's name, such as ``train.harmful``
+    settings: RunSettings  # with names in place of paths
+    environment: dict[str, str | int]  # what else bits can depend on
     before: Figures
     after: Figures
 
 
 def record_run(
-    settings: RunSettings, patch: Path, before: Mapping[str, Any], after: Mapping[str, Any]
+    settings: RunSettings,
+    job: Job,
+    metadata: AdapterMetadata,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
 ) -> Record:
-    """Describe a finished run."""
-    metadata, compute = read_metadata(patch), settings.compute
-    judges = {key: getattr(settings.score, key) for key in JUDGES}
+    """Describe a finished run by its patch's metadata and its figures."""
     return Record(
         kind=RECORD_KIND,
         command="enhance",
         content_id=metadata.content_id,
-        merged_digest=merged_digest(metadata),
-        base=describe_model(resolve_base(settings.base, compute.revision)),
-        judges={key: describe_model(resolve_base(name)) for key, name in judges.items() if name},
+        merged_digest=combine_digests(metadata),
+        base=describe_model(job.base),
+        judges={
+            key: describe_model(resolve_base(name)) for key, name in _judges_of(settings).items()
+        },
         data={
             key: Source(public_name(source), source_digest(source))
             for key, source in sources_of(settings).items()
         },
         settings=without_paths(settings),
-        environment=describe_environment(compute),
+        environment=_describe_environment(job),
         before=restore(Figures, before, "before"),
         after=restore(Figures, after, "after"),
     )
 
 
 def read_record(path: Path) -> Record:
-    """Read a record, whoever wrote it."""
+    """Read and check a record, which may come from a stranger."""
     content = read_json(path, DataError)
     if content.get("kind") != RECORD_KIND:
         raise DataError(
@@ -159,18 +123,18 @@ def read_record(path: Path) -> Record:
     return restore(Record, content, str(path))
 
 
-def merged_digest(metadata: AdapterMetadata) -> str:
-    """Name all entries that a patch merges to, as its content id names what it stores."""
+def combine_digests(metadata: AdapterMetadata) -> str:
+    """Compute one digest of all entries that a patch merges to."""
     records = metadata.tensors
     lines = (f"{name} {records[name].merged_digest}\n" for name in sorted(records))
     return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
 def describe_model(model: BaseModel) -> ModelFiles:
-    """Name a model and its files."""
+    """Name a model and hash its files."""
     paths = {path for pattern in MODEL_FILES for path in model.path.glob(pattern)}
     name = model.name if model.revision else public_name(model.name)
-    return ModelFiles(name, model.revision, {each.name: _hash(each) for each in sorted(paths)})
+    return ModelFiles(name, model.revision, {path.name: _hash(path) for path in sorted(paths)})
 
 
 def _hash(path: Path) -> str:
@@ -179,7 +143,7 @@ def _hash(path: Path) -> str:
 
 
 def sources_of(settings: RunSettings) -> dict[str, str]:
-    """Find every source of requests, and a guard's profile that is a file."""
+    """List the sources of requests, and a guard's profile that is a file, by setting."""
     named = {
         f"{job}.{key}": getattr(getattr(settings, job), key)
         for job, keys in SOURCES.items()
@@ -202,11 +166,14 @@ def with_sources(settings: RunSettings, sources: Mapping[str, str]) -> RunSettin
 
 def without_paths(settings: RunSettings) -> RunSettings:
     """Copy settings with names in place of paths."""
-    named = {key: public_name(source) for key, source in sources_of(settings).items()}
-    settings = replace(with_sources(settings, named), base=public_name(settings.base))
+    judges = {f"score.{key}": name for key, name in _judges_of(settings).items()}
+    names = {key: public_name(path) for key, path in (sources_of(settings) | judges).items()}
+    return replace(with_sources(settings, names), base=public_name(settings.base))
+
+
+def _judges_of(settings: RunSettings) -> dict[str, str]:
     judges = {key: getattr(settings.score, key) for key in JUDGES}
-    public: dict[str, Any] = {key: name and public_name(name) for key, name in judges.items()}
-    return replace(settings, score=replace(settings.score, **public))
+    return {key: name for key, name in judges.items() if name}
 
 
 def public_name(source: str) -> str:
@@ -214,10 +181,8 @@ def public_name(source: str) -> str:
     return Path(os.path.realpath(source)).name if Path(source).exists() else source
 
 
-def describe_environment(compute: ComputeSettings) -> dict[str, str | int]:
-    """Tell what bits can depend on beside settings and data."""
-    device = pick_device(compute.device)
-    cuda = device.type == "cuda"
+def _describe_environment(job: Job) -> dict[str, str | int]:
+    is_cuda = job.device.type == "cuda"
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
@@ -226,6 +191,6 @@ def describe_environment(compute: ComputeSettings) -> dict[str, str | int]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "dtype": str(pick_dtype(compute.dtype, device)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(job.device) if is_cuda else job.device.type,
+        "dtype": str(job.dtype).removeprefix("torch."),
     }
