@@ -159,7 +159,7 @@ def find_map(arguments: argparse.Namespace, frozen: str) -> Path:
         return arguments.map
     folder = arguments.out / f"map-{frozen}"
     if not folder.exists():
-        score(arguments.base, folder, settings)
+        score(Job(arguments.base), folder, settings)
     return folder
 
 

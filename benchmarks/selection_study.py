@@ -66,7 +66,8 @@ def run_row(arguments: argparse.Namespace, method: Method, density: float) -> No
     if (row_dir / "row.json").exists():
         return
     if not (row_dir / "map").exists():
-        score(arguments.base, row_dir / "map", ScoreSettings(density=density, method=method))
+        settings = ScoreSettings(density=density, method=method)
+        score(Job(arguments.base), row_dir / "map", settings)
     validated = {rate: validate(arguments, row_dir, rate) for rate in arguments.rates}
     best = max(validated, key=lambda rate: merit(validated[rate]))
     test = measure(
@@ -86,9 +87,8 @@ def validate(arguments: argparse.Namespace, row_dir: Path, rate: float) -> dict[
     saved = row_dir / f"validation-{rate}.json"
     if not patch.exists():
         settings = replace(RECIPE, learning_rate=rate)
-        train(
-            arguments.base, row_dir / "map", patch, settings, ComputeSettings(dtype=arguments.dtype)
-        )
+        job = Job(arguments.base, ComputeSettings(dtype=arguments.dtype))
+        train(job, row_dir / "map", patch, settings)
     if not saved.exists():
         limit = EvaluateSettings(limit=arguments.validation)
         write_json(saved, measure(arguments.base, patch, limit, arguments.dtype))

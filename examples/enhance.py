@@ -13,8 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from safeweights_peft.jobs.enhance import enhance_model
-from safeweights_peft.settings import EvaluateSettings, ScoreSettings, TrainSettings
+from safeweights_peft.jobs.enhance import enhance
+from safeweights_peft.settings import EvaluateSettings, RunSettings, ScoreSettings, TrainSettings
 from safeweights_peft.tables import comparison_rows
 
 REFUSAL = "I can't share our customers' data."
@@ -56,9 +56,8 @@ def main(base: str, out: Path) -> None:
         out: directory for the requests and the run.
     """
     files = write_requests(out / "requests")
-    result = enhance_model(
+    settings = RunSettings(
         base,
-        out / "run",
         ScoreSettings(harmful=files["harmful_train"], density=0.01),
         TrainSettings(
             harmful=files["harmful_train"],
@@ -67,6 +66,7 @@ def main(base: str, out: Path) -> None:
         ),
         EvaluateSettings(harmful=files["harmful_eval"], benign=files["benign_eval"]),
     )
+    result = enhance(settings, out / "run")
     for figure, before, after in comparison_rows(result):
         print(f"{figure:<34} {before:>28} {after:>28}")
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import safeweights_peft  # noqa: F401 - registers the method with PEFT
 from safeweights_peft.evaluation.generate import generate_answers
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.settings import ScoreSettings, TrainSettings
@@ -35,8 +36,9 @@ def make_patch(base: str, out: Path) -> Path:
     """
     few = ScoreSettings(examples=16, density=0.01)
     short = TrainSettings(steps=10, warmup_steps=2, harmful_batch_size=4, benign_batch_size=12)
-    score(base, out / "map", few, overwrite=True)
-    train(base, out / "map", out / "patch", short, overwrite=True)
+    job = Job(base)
+    score(job, out / "map", few, overwrite=True)
+    train(job, out / "map", out / "patch", short, overwrite=True)
     return out / "patch"
 
 

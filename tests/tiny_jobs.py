@@ -13,6 +13,7 @@ from typing import Any
 from safeweights_peft.settings import (
     EvaluateSettings,
     PreserveSettings,
+    RunSettings,
     ScoreSettings,
     TrainSettings,
 )
@@ -81,6 +82,11 @@ class Requests:
             seed=0,
         )
         return replace(settings, **changes)
+
+    def run(self, base: Path, steps: int = 4, **jobs: Any) -> RunSettings:
+        """Gives the settings of a whole run; `jobs` are those of jobs that differ."""
+        settings = RunSettings(str(base), self.score(), self.train(steps), self.evaluate())
+        return replace(settings, **jobs)
 
     def evaluate(self, **changes: Any) -> EvaluateSettings:
         settings = EvaluateSettings(

@@ -86,7 +86,7 @@ def probe_command(
     only its own weights matter. OUT gets probe.json and probe.png. Interrupted runs resume where
     they stopped.
     """
-    from safeweights_peft.study.probe import count_evaluations, probe
+    from safeweights_peft.study.probe import probe
     from safeweights_peft.tables import probe_rows, verdict_lines
 
     settings, evaluate, compute = options.make_settings(
@@ -94,8 +94,7 @@ def probe_command(
     )
     score = ScoreSettings(seed=settings.seed)
     if dry_run:
-        steps = {"evaluate": evaluate, "evaluations": count_evaluations(settings)}
-        return output.show_estimate(base, compute, score=score, **steps)
+        return output.show_estimate(base, compute, score=score)
     with output.show_progress() as progress:
         result = probe(
             *(base, map_dir, out, settings, score, evaluate, compute, progress), overwrite=overwrite

@@ -15,6 +15,7 @@ from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     PreserveSettings,
+    RunSettings,
     ScoreSettings,
     Setting,
     TrainSettings,
@@ -46,7 +47,7 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
     reproduce.json. Interrupted runs resume where they stopped. All options of `score`, `train` and
     `eval` can be set in --settings.
     """
-    from safeweights_peft.jobs.enhance import enhance_model
+    from safeweights_peft.jobs.enhance import enhance
     from safeweights_peft.study.pictures import plot_run
     from safeweights_peft.tables import comparison_rows
 
@@ -54,10 +55,9 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
         values, ScoreSettings, TrainSettings, EvaluateSettings, ComputeSettings
     )
     if dry_run:
-        steps = {"score": score, "train": train, "evaluate": evaluate, "evaluations": 3}
-        return output.show_estimate(base, compute, **steps)
+        return output.show_estimate(base, compute, score=score, train=train)
     with output.show_progress() as progress:
-        result = enhance_model(base, out, score, train, evaluate, compute, progress)
+        result = enhance(RunSettings(base, score, train, evaluate, compute), out, progress)
     patch = out / "patch"
     losses = json.loads((patch / "training.json").read_text(encoding="utf-8"))["losses"]
     try:
@@ -82,6 +82,7 @@ def score_command(base: str, out: Path, overwrite: bool, dry_run: bool, **values
 
     OUT becomes a safety map. Interrupted runs resume where they stopped.
     """
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.jobs.score import score
     from safeweights_peft.patch.io import inspect
 
@@ -89,7 +90,7 @@ def score_command(base: str, out: Path, overwrite: bool, dry_run: bool, **values
     if dry_run:
         return output.show_estimate(base, compute, score=settings)
     with output.show_progress() as progress:
-        score(base, out, settings, compute, progress, overwrite=overwrite)
+        score(Job(base, compute, progress), out, settings, overwrite=overwrite)
     output.show_adapter(inspect(out), out)
 
 
@@ -108,6 +109,7 @@ def train_command(
 
     OUT becomes a safety patch. Interrupted runs resume from their last checkpoint.
     """
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.jobs.train import train
     from safeweights_peft.patch.io import inspect
 
@@ -115,7 +117,7 @@ def train_command(
     if dry_run:
         return output.show_estimate(base, compute, train=settings)
     with output.show_progress() as progress:
-        train(base, map_dir, out, settings, compute, progress, overwrite=overwrite)
+        train(Job(base, compute, progress), map_dir, out, settings, overwrite=overwrite)
     output.show_adapter(inspect(out), out)
 
 
@@ -155,8 +157,7 @@ def eval_command(
     if out and out.exists():
         raise EvaluationError(f"{out}: expected no file there, found one; give --out another name")
     if dry_run:
-        evaluations = 3 if adapter else 1
-        return output.show_estimate(base, compute, evaluate=settings, evaluations=evaluations)
+        return output.show_estimate(base, compute, adapter=adapter)
     with output.show_progress() as progress:
         result = evaluate(Job(base, compute, progress), adapter, settings)
     if out:
@@ -193,7 +194,7 @@ def preserve_command(
 
     settings, compute = options.make_settings(values, PreserveSettings, ComputeSettings)
     if dry_run:
-        return output.show_estimate(base, compute, preserve=settings, data=data)
+        return output.show_estimate(base, compute, preserve=settings)
     with output.show_progress() as progress:
         job = Job(base, compute, progress)
         record = preserve_model(job, map_dir, data, out, settings, overwrite=overwrite)

@@ -117,9 +117,10 @@ def merge_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:
     """Print what the steps of a job will need."""
     from safeweights_peft.jobs.estimate import estimate
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.tables import size_text
 
-    needs = estimate(base, compute=compute, **steps)
+    needs = estimate(Job(base, compute), **steps)
     rows = [
         ("parameters", f"{needs.parameters:,}"),
         ("memory", f"about {size_text(needs.memory_bytes)}"),

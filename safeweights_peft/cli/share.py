@@ -229,8 +229,8 @@ def reproduce_command(
     recorded = find_recorded(run, base, data)
     settings = recorded.settings
     if dry_run:
-        steps = {"score": settings.score, "train": settings.train, "evaluate": settings.evaluate}
-        return output.show_estimate(settings.base, settings.compute, evaluations=3, **steps)
+        steps = {"score": settings.score, "train": settings.train}
+        return output.show_estimate(settings.base, settings.compute, **steps)
     with output.show_progress() as progress:
         comparison = reproduce(recorded, out, progress)
     output.show(comparison, reproduction_rows(comparison))

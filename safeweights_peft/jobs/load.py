@@ -102,7 +102,12 @@ def load_patched(
         merged.write(model)
     for path in loras:
         model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    return model if dtype == "auto" else model.to(dtype)
+    if loras and isinstance(dtype, torch.dtype):
+        for parameter in model.parameters():
+            # Not model.to(dtype), which would round buffers too, such as rotary frequencies,
+            # that loading leaves in float32.
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 class MergedEntries:

@@ -78,9 +78,7 @@ def score(
     }
     with job.work(out, identity) as work_dir:
         if not kind.needs_gradient:
-            selected = select(
-                score_entries(kind, parameters, {}, settings.seed), count, kind.order
-            )
+            selected = select(score_entries(kind, parameters, {}, settings.seed), count, kind.order)
         else:
             scoring = Scoring(job, settings, work_dir)
             excluded: dict[str, Array] = {}

@@ -24,7 +24,7 @@ from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job
-from safeweights_peft.jobs.objectives import safety_objective
+from safeweights_peft.jobs.objectives import build_safety
 from safeweights_peft.jobs.progress import Joined, Progress, Quiet
 from safeweights_peft.jobs.provenance import made_with
 from safeweights_peft.jobs.resume import clear_work, digests, once, work_dir_beside
@@ -193,11 +193,9 @@ def _find_bottom(
     """Find the lowest-scored entries once, and keeps them as a map."""
     path = work_dir / "bottom"
     if not path.exists():
-        dtype, count = model.dtype, sum(each.size for each in artifact.indices.values())
-        safety = safety_objective(
-            model, asker.job.tokenizer, rows, settings, dtype, asker.job.progress
-        )
-        scoring = Scoring(model, eligible_parameters(model), settings, work_dir, asker.job.progress)
+        count = sum(each.size for each in artifact.indices.values())
+        safety = build_safety(asker.job, rows, settings)
+        scoring = Scoring(asker.job, settings, work_dir)
         selected = scoring.select("safety", safety, count, SCORES[Method.BOTTOM], artifact.indices)
         write_map(path, build_map(model, base, selected, {"method": "bottom"}))
     return read_map(path).indices

@@ -17,8 +17,8 @@ from safeweights_peft.fetching import resolve_base, split_revision
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import RESULTS
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.jobs.enhance import enhance_model
-from safeweights_peft.jobs.progress import Progress
+from safeweights_peft.jobs.enhance import enhance
+from safeweights_peft.jobs.job import Progress
 from safeweights_peft.jobs.record import (
     ModelFiles,
     Record,
@@ -84,8 +84,7 @@ def reproduce(recorded: Recorded, out: Path, progress: Progress | None = None) -
     """Run a recorded run again and compares."""
     if out.resolve() == recorded.folder.resolve():
         raise DataError(f"{out}: expected a directory for a new run, found the recorded run itself")
-    told = recorded.settings
-    enhance_model(told.base, out, told.score, told.train, told.evaluate, told.compute, progress)
+    enhance(recorded.settings, out, progress)
     old, new = recorded.record, read_record(out / REPRODUCE)
     rates = {
         f"{stage}.{key}": _compare_rates(old, new, stage, key) for stage in STAGES for key in RATES

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import AutoModelForCausalLM, GenerationMixin
 
-from safeweights_peft.jobs.enhance import enhance_model
+from safeweights_peft.jobs.enhance import enhance
 from tests.tiny_jobs import Requests
 
 
@@ -33,8 +33,8 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
 def run(tiny_llama_bf16: Path, requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Long enough for the tiny model to learn to refuse."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    settings = requests.score(), requests.train(steps=20), requests.evaluate()
-    return Run(tiny_llama_bf16, out, enhance_model(str(tiny_llama_bf16), out, *settings))
+    settings = requests.run(tiny_llama_bf16, steps=20)
+    return Run(tiny_llama_bf16, out, enhance(settings, out))
 
 
 class Counts:

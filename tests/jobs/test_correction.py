@@ -47,7 +47,7 @@ def base(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def map_dir(base: Path, requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("maps") / "map"
-    score(str(base), out, requests.score())
+    score(Job(base), out, requests.score())
     return out
 
 

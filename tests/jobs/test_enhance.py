@@ -1,7 +1,9 @@
 """The main job: every step leaves its result, and no step is done twice."""
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
-from safeweights_peft.jobs.enhance import enhance_model
+from safeweights_peft.errors import DataError, ModelError, SafeWeightsError, SelectionError
+from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_adapter
-from safeweights_peft.settings import ComputeSettings, Method
-from tests.jobs.conftest import Run
+from safeweights_peft.settings import Method
+from tests.jobs.conftest import Counts, Run
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
 
 FILES = [
@@ -38,8 +40,7 @@ TASKS = [
 
 def again(run: Run, out: Path, requests: Requests, **options: Any) -> dict[str, Any]:
     """Calls the same job with the same settings."""
-    settings = requests.score(), requests.train(steps=20), requests.evaluate()
-    return enhance_model(str(run.base), out, *settings, **options)
+    return enhance(requests.run(run.base, steps=20), out, **options)
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -137,24 +138,19 @@ def test_other_settings_are_refused_by_name(
     change: dict[str, dict[str, Any]], named: str, run: Run, requests: Requests
 ) -> None:
     before = content(run.out)
+    settings = requests.run(run.base, steps=20)
+    for job, changes in change.items():
+        changed = replace(getattr(settings, job), **changes)
+        settings = replace(settings, **{job: changed})
     with pytest.raises(DataError) as caught:
-        enhance_model(
-            str(run.base),
-            run.out,
-            requests.score(**change.get("score", {})),
-            requests.train(**{"steps": 20} | change.get("train", {})),
-            requests.evaluate(**change.get("evaluate", {})),
-            ComputeSettings(**change.get("compute", {})),
-        )
+        enhance(settings, run.out)
     assert f"found one with other {named}; give another" in str(caught.value)
     assert content(run.out) == before
 
 
 def test_another_base_is_refused_by_name(run: Run, requests: Requests, tiny_llama: Path) -> None:
     with pytest.raises(DataError, match=r"other base \("):
-        enhance_model(
-            str(tiny_llama), run.out, requests.score(), requests.train(20), requests.evaluate()
-        )
+        enhance(requests.run(tiny_llama, steps=20), run.out)
 
 
 def test_a_directory_with_other_files_is_refused(
@@ -175,9 +171,8 @@ def test_a_file_in_place_of_the_directory_is_refused(
 
 
 def test_a_missing_base_leaves_nothing(requests: Requests, tmp_path: Path) -> None:
-    settings = requests.score(), requests.train(), requests.evaluate()
     with pytest.raises(ModelError):
-        enhance_model(str(tmp_path / "nowhere"), tmp_path / "run", *settings)
+        enhance(requests.run(tmp_path / "nowhere"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,12 +180,11 @@ def test_a_missing_base_leaves_nothing(requests: Requests, tmp_path: Path) -> No
 def test_a_missing_source_of_requests_is_found_before_the_first_step(
     job: str, tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    jobs = ("score", "train", "evaluate")
-    changes = {name: {"harmful": "nowhere.json"} if name == job else {} for name in jobs}
-    settings = [getattr(requests, name)(**changes[name]) for name in jobs]
+    changed = getattr(requests, job)(harmful="nowhere.json")
+    settings = requests.run(tiny_llama, **{job: changed})
     recorder = Recorder()
     with pytest.raises(DataError, match=r"^nowhere\.json: expected a file"):
-        enhance_model(str(tiny_llama), tmp_path / "run", *settings, progress=recorder)
+        enhance(settings, tmp_path / "run", recorder)
     assert recorder.tasks == []
     assert list(tmp_path.iterdir()) == []
 
@@ -200,8 +194,7 @@ def test_a_mixture_of_experts_is_enhanced_end_to_end(
     kind: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     base, patch = request.getfixturevalue(kind), tmp_path / "run" / "patch"
-    settings = requests.score(), requests.train(), requests.evaluate()
-    result = enhance_model(str(base), tmp_path / "run", *settings)
+    result = enhance(requests.run(base), tmp_path / "run")
     merge(base, patch, tmp_path / "merged")
     assert result["after"]["kl"] > 0
     assert any("experts" in name for name in read_adapter(patch).deltas)
@@ -216,8 +209,8 @@ def test_a_mixture_of_experts_is_enhanced_end_to_end(
 def test_a_control_changes_as_many_weights_as_esi(
     method: Method, run: Run, requests: Requests, tmp_path: Path
 ) -> None:
-    settings = requests.score(method=method), requests.train(), requests.evaluate(limit=1)
-    result = enhance_model(str(run.base), tmp_path / "run", *settings)
+    control, few = requests.score(method=method), requests.evaluate(limit=1)
+    result = enhance(requests.run(run.base, score=control, evaluate=few), tmp_path / "run")
     assert result["patch"]["entries"] == run.result["patch"]["entries"]
 
 
@@ -229,3 +222,34 @@ def test_a_broken_result_of_a_step_is_refused_not_repaired(
     (out / "before.json").write_text("{")
     with pytest.raises(SafeWeightsError, match=r"before\.json"):
         again(run, out, requests)
+
+
+def test_a_run_loads_the_base_twice_and_asks_each_request_once(
+    tiny_llama: Path,
+    requests: Requests,
+    tmp_path: Path,
+    counts: Counts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed: list[str] = []
+    hash_file = hashlib.file_digest
+
+    def count_hash(file: Any, name: str) -> Any:
+        hashed.append(file.name)
+        return hash_file(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", count_hash)
+    enhance(requests.run(tiny_llama), tmp_path / "run")
+    assert counts.loads == 2
+    before = after = 6 + 6
+    assert counts.asked == before + 6 + after  # and the benign requests of training
+    assert len(hashed) == len(set(hashed))
+
+
+def test_a_guard_without_its_profile_is_refused_before_the_first_step(
+    tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    settings = requests.run(tiny_llama, score=requests.score(guard=str(tiny_llama)))
+    with pytest.raises(SelectionError, match="--guard: expected --guard-profile with it"):
+        enhance(settings, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

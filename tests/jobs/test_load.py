@@ -62,13 +62,18 @@ def test_merging_while_loading_gives_the_bits_of_every_other_way(
     assert not same_weights(found, load_base(base))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", ["tiny_llama_bf16", "tiny_mixtral"], indirect=True)
-def test_in_another_dtype_the_weights_are_those_of_the_merged_checkpoint(
-    base: Path, patch: Path, tmp_path: Path
+def test_in_a_dtype_of_choice_the_model_is_the_merged_checkpoint_in_that_dtype(
+    dtype: torch.dtype, base: Path, patch: Path, tmp_path: Path
 ) -> None:
     merge(base, patch, tmp_path / "merged")
-    found = load_model(base, patch, dtype=torch.float32)
-    assert same_weights(found, load_base(tmp_path / "merged", dtype=torch.float32))
+    found, merged = (
+        load_model(base, patch, dtype=dtype),
+        load_base(tmp_path / "merged", dtype=dtype),
+    )
+    assert same_weights(found, merged)
+    assert torch.equal(logits(found), logits(merged))
 
 
 def test_the_base_s_files_stay_as_they_are(base: Path, patch: Path) -> None:
@@ -168,7 +173,7 @@ def test_a_patch_that_names_no_base_asks_for_one(base: Path, patch: Path) -> Non
         load_model(None, patch)
 
 
-@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+@pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16])
 def test_a_correction_is_merged_before_the_lora_that_it_stands_in(
     dtype: str | torch.dtype, base: Path, tmp_path: Path
 ) -> None:
@@ -181,5 +186,7 @@ def test_a_correction_is_merged_before_the_lora_that_it_stands_in(
     write_adapter(lora / "correction", read_adapter(correction))
     by_hand = PeftModel.from_pretrained(load_model(base, correction), lora).merge_and_unload()
     found = load_patched(resolve_base(str(base)), [lora], dtype, torch.device("cpu"))
-    expected = by_hand if dtype == "auto" else by_hand.to(dtype)
+    by_hand.save_pretrained(tmp_path / "by hand")
+    expected = load_base(tmp_path / "by hand", dtype=dtype)
     assert same_weights(found, expected)
+    assert torch.equal(logits(found), logits(expected))

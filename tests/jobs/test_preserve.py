@@ -42,7 +42,7 @@ BASES = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral"]
 def map_dir(tiny_llama: Path, requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A map of the float32 Llama."""
     out = tmp_path_factory.mktemp("maps") / "map"
-    score(str(tiny_llama), out, requests.score())
+    score(Job(tiny_llama), out, requests.score())
     return out
 
 
@@ -82,7 +82,7 @@ def test_the_saved_models_frozen_entries_are_the_bases_bit_for_bit(
     base: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path: Path = request.getfixturevalue(base)
-    score(str(path), tmp_path / "map", requests.score())
+    score(Job(path), tmp_path / "map", requests.score())
     job = str(path), tmp_path / "map", requests.lessons, tmp_path / "model", requests.preserve()
     call(*job)
     assert frozen_bytes(tmp_path / "model", tmp_path / "map") == frozen_bytes(path, job[1])
@@ -97,7 +97,7 @@ def test_the_saved_model_is_the_trained_one_in_the_dtype_of_its_base(
     base: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path: Path = request.getfixturevalue(base)
-    score(str(path), tmp_path / "map", requests.score())
+    score(Job(path), tmp_path / "map", requests.score())
     settings = requests.preserve()
     job = str(path), tmp_path / "map", requests.lessons, tmp_path / "model", settings
     losses = call(*job)["losses"]
@@ -122,7 +122,7 @@ def test_tensors_of_other_dtypes_keep_their_own(
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    score(str(base), tmp_path / "map", requests.score())
+    score(Job(base), tmp_path / "map", requests.score())
     job = str(base), tmp_path / "map", requests.lessons, tmp_path / "model", requests.preserve()
     call(*job)
     assert layout(tmp_path / "model")["model.norm.weight"][0] == "float32"
@@ -131,7 +131,7 @@ def test_tensors_of_other_dtypes_keep_their_own(
 
 def test_shards_stay_the_bases(requests: Requests, tmp_path: Path) -> None:
     base = save_tiny_tokenizer(save_tiny_llama(tmp_path / "base", max_shard_size="40KB"))
-    score(str(base), tmp_path / "map", requests.score())
+    score(Job(base), tmp_path / "map", requests.score())
     job = str(base), tmp_path / "map", requests.lessons, tmp_path / "model", requests.preserve()
     call(*job)
     assert len({shard for _, _, shard in layout(base).values()}) > 1
@@ -143,8 +143,8 @@ def test_what_set_has_made_safe_and_merged_is_what_stays(
     tiny_llama_bf16: Path, requests: Requests, tmp_path: Path
 ) -> None:
     base, patch, merged = tiny_llama_bf16, tmp_path / "patch", tmp_path / "merged"
-    score(str(base), tmp_path / "map", requests.score())
-    train(str(base), tmp_path / "map", patch, requests.train())
+    score(Job(base), tmp_path / "map", requests.score())
+    train(Job(base), tmp_path / "map", patch, requests.train())
     merge(base, patch, merged)
     record = call(str(merged), patch, requests.lessons, tmp_path / "model", requests.preserve())
     assert frozen_bytes(tmp_path / "model", patch) == frozen_bytes(merged, patch)
@@ -155,7 +155,7 @@ def test_what_set_has_made_safe_and_merged_is_what_stays(
 def test_a_patch_that_is_not_merged_is_refused_and_nothing_is_left(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     job = str(tiny_llama), tmp_path / "patch", requests.lessons, tmp_path / "model"
     with pytest.raises(BaseMismatchError, match="merge the patch first"):
         call(*job, requests.preserve())

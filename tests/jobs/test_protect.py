@@ -23,7 +23,7 @@ from tests.tiny_jobs import Recorder, Requests
 def tuned(run: Run, requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base, tuned without regard to most of its map: under one of a few other weights."""
     folder = tmp_path_factory.mktemp("tuned")
-    score(str(run.base), folder / "map", requests.score(density=0.01, method=Method.BOTTOM))
+    score(Job(run.base), folder / "map", requests.score(density=0.01, method=Method.BOTTOM))
     out = folder / "model"
     preserve_model(Job(run.base), folder / "map", requests.lessons, out, requests.preserve())
     return out

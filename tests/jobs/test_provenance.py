@@ -8,7 +8,7 @@ import pytest
 
 from safeweights_peft.errors import DataError
 from safeweights_peft.files import write_json
-from safeweights_peft.jobs.enhance import enhance_model
+from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.jobs.evaluate import evaluate
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
@@ -77,10 +77,10 @@ def test_a_run_never_goes_on_from_an_evaluation_of_another_patch(
 ) -> None:
     after = json.loads((unmeasured / "after.json").read_text())
     write_json(unmeasured / "after.json", after | {"content_id": stale})
-    settings = requests.score(), requests.train(steps=20), requests.evaluate()
+    settings = requests.run(run.base, steps=20)
     with pytest.raises(DataError, match=r"after\.json: expected a result for .*; delete it"):
-        enhance_model(str(run.base), unmeasured, *settings)
+        enhance(settings, unmeasured)
     assert not (unmeasured / "result.json").exists()
     (unmeasured / "after.json").unlink()
-    found = enhance_model(str(run.base), unmeasured, *settings)
+    found = enhance(settings, unmeasured)
     assert found["content_id"] == run.result["content_id"]

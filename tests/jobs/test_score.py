@@ -16,6 +16,7 @@ from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs import score as scoring
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
@@ -58,7 +59,7 @@ def plain_scores(base: Path) -> dict[str, np.ndarray]:
 def test_the_map_holds_the_entries_that_the_plain_formula_puts_first(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    safety_map = score(str(tiny_llama), tmp_path / "map", requests.score(density=0.05))
+    safety_map = score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.05))
     plain = plain_scores(tiny_llama)
     lowest = min(scores.min() for scores in safety_map.scores.values())
     for name, scores in plain.items():
@@ -73,7 +74,7 @@ def test_every_method_selects_the_same_number_of_entries(
     method: Method, tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     settings = requests.score(method=method, density=0.03)
-    safety_map = score(str(tiny_llama), tmp_path / "map", settings)
+    safety_map = score(Job(tiny_llama), tmp_path / "map", settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert count(safety_map) == round(0.03 * sum(each.numel() for each in model.parameters()))
 
@@ -81,9 +82,9 @@ def test_every_method_selects_the_same_number_of_entries(
 def test_the_bottom_control_scores_below_the_top(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    top = score(str(tiny_llama), tmp_path / "top", requests.score())
+    top = score(Job(tiny_llama), tmp_path / "top", requests.score())
     settings = requests.score(method=Method.BOTTOM)
-    bottom = score(str(tiny_llama), tmp_path / "bottom", settings)
+    bottom = score(Job(tiny_llama), tmp_path / "bottom", settings)
     highest = max(scores.max() for scores in bottom.scores.values())
     assert highest < min(scores.min() for scores in top.scores.values())
 
@@ -92,7 +93,7 @@ def test_the_random_control_is_fixed_by_its_seed(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     drawn = [
-        score(str(tiny_llama), tmp_path / str(i), requests.score(method=Method.RANDOM, seed=seed))
+        score(Job(tiny_llama), tmp_path / str(i), requests.score(method=Method.RANDOM, seed=seed))
         for i, seed in enumerate((1, 1, 2))
     ]
     first, same, other = (
@@ -106,7 +107,7 @@ def test_a_score_is_the_same_a_second_time(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     for name in ("first", "second"):
-        score(str(tiny_llama), tmp_path / name, requests.score())
+        score(Job(tiny_llama), tmp_path / name, requests.score())
     files = [(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -114,7 +115,7 @@ def test_a_score_is_the_same_a_second_time(
 def test_what_is_returned_is_what_is_on_disk(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    returned = score(str(tiny_llama), tmp_path / "map", requests.score())
+    returned = score(Job(tiny_llama), tmp_path / "map", requests.score())
     stored = read_map(tmp_path / "map")
     assert stored.indices.keys() == returned.indices.keys()
     for name, indices in returned.indices.items():
@@ -127,7 +128,7 @@ def test_the_map_fits_its_base_on_disk(
     base: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(base)
-    score(str(path), tmp_path / "map", requests.score(density=0.01))
+    score(Job(path), tmp_path / "map", requests.score(density=0.01))
     assert verify(tmp_path / "map", path).ok
 
 
@@ -135,7 +136,7 @@ def test_the_map_tells_how_it_was_made(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     settings = requests.score(density=0.07, seed=3)
-    metadata = score(str(tiny_llama), tmp_path / "map", settings).metadata
+    metadata = score(Job(tiny_llama), tmp_path / "map", settings).metadata
     assert metadata.base_model_name_or_path == str(tiny_llama)
     told = metadata.selection
     assert (told["method"], told["density"], told["seed"]) == ("esi", 0.07, 3)
@@ -143,7 +144,7 @@ def test_the_map_tells_how_it_was_made(
 
 
 def test_a_map_holds_no_request(tiny_llama: Path, requests: Requests, tmp_path: Path) -> None:
-    score(str(tiny_llama), tmp_path / "map", requests.score())
+    score(Job(tiny_llama), tmp_path / "map", requests.score())
     for name, file in content(tmp_path).items():
         assert not any(text.encode() in file for text in HARMFUL), name
 
@@ -153,24 +154,24 @@ def test_an_existing_result_is_refused_before_anything_else(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FormatError, match=r"set overwrite to replace it$"):
-        score("no base is looked for", tmp_path, requests.score())
+        score(Job("no base is looked for"), tmp_path, requests.score())
 
 
 def test_an_existing_result_is_replaced_when_asked(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    score(str(tiny_llama), tmp_path / "map", requests.score(density=0.01))
-    again = score(str(tiny_llama), tmp_path / "map", requests.score(density=0.02), overwrite=True)
+    score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.01))
+    again = score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.02), overwrite=True)
     assert count(read_map(tmp_path / "map")) == count(again)
 
 
 def test_a_failed_score_leaves_the_old_map(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    score(str(tiny_llama), tmp_path / "map", requests.score())
+    score(Job(tiny_llama), tmp_path / "map", requests.score())
     before = content(tmp_path)
     with pytest.raises(SelectionError):
-        score(str(tiny_llama), tmp_path / "map", requests.score(density=1.0), overwrite=True)
+        score(Job(tiny_llama), tmp_path / "map", requests.score(density=1.0), overwrite=True)
     assert content(tmp_path) == before
 
 
@@ -179,12 +180,12 @@ def test_a_density_that_cannot_be_met_is_refused_with_the_largest_that_can(
     density: float, tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     with pytest.raises(SelectionError, match=r"^density: expected 1 to \d+ .*at most 0\.\d+"):
-        score(str(tiny_llama), tmp_path / "map", requests.score(density=density))
+        score(Job(tiny_llama), tmp_path / "map", requests.score(density=density))
 
 
 def test_progress_reaches_its_total(tiny_llama: Path, requests: Requests, tmp_path: Path) -> None:
     recorder = Recorder()
-    score(str(tiny_llama), tmp_path / "map", requests.score(), progress=recorder)
+    score(Job(tiny_llama, progress=recorder), tmp_path / "map", requests.score())
     ((description, total, done),) = recorder.tasks
     assert description == "Scoring safety"
     assert done == total > 0
@@ -203,9 +204,9 @@ def same(left: SafetyMap, right: SafetyMap) -> bool:
 def test_passes_over_few_layers_give_the_same_map_bit_for_bit(
     tiny_llama: Path, requests: Requests, tmp_path: Path, layers: int, method: Method
 ) -> None:
-    whole = score(str(tiny_llama), tmp_path / "whole", requests.score(method=method))
+    whole = score(Job(tiny_llama), tmp_path / "whole", requests.score(method=method))
     settings = requests.score(method=method, layers_per_pass=layers)
-    assert same(score(str(tiny_llama), tmp_path / "parts", settings), whole)
+    assert same(score(Job(tiny_llama), tmp_path / "parts", settings), whole)
 
 
 @pytest.mark.parametrize("at", [2, 4, 5])
@@ -218,11 +219,11 @@ def test_an_interrupted_scoring_goes_on_to_the_same_map(
 ) -> None:
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2, layers_per_pass=1)
-    straight = score(str(tiny_llama), tmp_path / "straight", settings)
+    straight = score(Job(tiny_llama), tmp_path / "straight", settings)
     broken = Recorder("Scoring safety", after=at)
     with pytest.raises(Interrupted):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
-    assert same(score(str(tiny_llama), tmp_path / "map", settings), straight)
+        score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
+    assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
     assert sorted(path.name for path in tmp_path.iterdir() if "map" in path.name) == ["map"]
 
 
@@ -243,11 +244,11 @@ def test_an_interrupted_contrast_under_a_guard_goes_on_to_the_same_map(
         batch_size=2,
         contrast=requests.benign,
     )
-    straight = score(str(tiny_llama), tmp_path / "straight", settings)
+    straight = score(Job(tiny_llama), tmp_path / "straight", settings)
     broken = Recorder(task, after=2)
     with pytest.raises(Interrupted):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
-    resumed = score(str(tiny_llama), tmp_path / "map", settings)
+        score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
+    resumed = score(Job(tiny_llama), tmp_path / "map", settings)
     assert same(resumed, straight)
     known = resumed.metadata.selection["mean_safety"], straight.metadata.selection["mean_safety"]
     assert known[0] in {None, known[1]}
@@ -264,10 +265,10 @@ def test_a_judge_that_was_changed_meanwhile_judges_from_the_beginning(
     profile = tmp_path / "profile.json"
     settings = requests.score(guard=str(guard), profile=str(profile), answer_tokens=9, batch_size=2)
     with pytest.raises(Interrupted):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=Recorder("Scoring safety", 2))
+        score(Job(tiny_llama, progress=Recorder("Scoring safety", 2)), tmp_path / "map", settings)
     profile.write_text(json.dumps({"safe": ["x"], "unsafe": ["y"]}))
-    straight = score(str(tiny_llama), tmp_path / "straight", settings)
-    assert same(score(str(tiny_llama), tmp_path / "map", settings), straight)
+    straight = score(Job(tiny_llama), tmp_path / "straight", settings)
+    assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
     assert not list(tmp_path.glob(".map.*"))
 
 
@@ -278,11 +279,11 @@ def test_work_that_cannot_be_read_is_done_again(
     settings = requests.score(batch_size=2)
     broken = Recorder("Scoring safety", after=3)
     with pytest.raises(Interrupted):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
+        score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
     (kept,) = tmp_path.glob(".map.*/*")
     kept.write_bytes(kept.read_bytes()[:100])
-    straight = score(str(tiny_llama), tmp_path / "straight", settings)
-    assert same(score(str(tiny_llama), tmp_path / "map", settings), straight)
+    straight = score(Job(tiny_llama), tmp_path / "straight", settings)
+    assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
 
 
 def test_a_score_that_depends_on_no_weight_is_refused(
@@ -293,7 +294,7 @@ def test_a_score_that_depends_on_no_weight_is_refused(
 
     monkeypatch.setattr(ReferenceObjective, "terms", constant)
     with pytest.raises(SelectionError, match="expected weights on which it depends, found none"):
-        score(str(tiny_llama), tmp_path / "map", requests.score())
+        score(Job(tiny_llama), tmp_path / "map", requests.score())
 
 
 @pytest.mark.parametrize("what", ["base", "guard"])
@@ -304,7 +305,7 @@ def test_a_model_that_is_read_is_never_replaced(
     settings = requests.score(guard=str(guard), profile=str(tmp_path / "profile.json"))
     before = content(out)
     with pytest.raises(FormatError):
-        score(str(tiny_llama), out, settings, overwrite=True)
+        score(Job(tiny_llama), out, settings, overwrite=True)
     assert content(out) == before
 
 
@@ -315,7 +316,7 @@ def test_what_an_interrupted_scoring_has_done_is_not_done_again(
     settings = requests.score(batch_size=2)
     broken = Recorder("Scoring safety", after=3)
     with pytest.raises(Interrupted):
-        score(str(tiny_llama), tmp_path / "map", settings, progress=broken)
+        score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
     starts = []
     terms = ReferenceObjective.terms
 
@@ -324,16 +325,16 @@ def test_what_an_interrupted_scoring_has_done_is_not_done_again(
         return terms(self, model, start)
 
     monkeypatch.setattr(ReferenceObjective, "terms", watched)
-    score(str(tiny_llama), tmp_path / "map", settings)
+    score(Job(tiny_llama), tmp_path / "map", settings)
     assert starts == [2]
 
 
 def test_entries_that_matter_for_benign_answers_are_left_out(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    plain = score(str(tiny_llama), tmp_path / "plain", requests.score(density=0.478))
+    plain = score(Job(tiny_llama), tmp_path / "plain", requests.score(density=0.478))
     settings = requests.score(density=0.2, contrast=requests.benign, contrast_density=0.1)
-    contrasted = score(str(tiny_llama), tmp_path / "contrasted", settings)
+    contrasted = score(Job(tiny_llama), tmp_path / "contrasted", settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     spared = useful_entries(model, tiny_llama, round(0.1 * total_parameters(model)))
     expected = dense(plain, model)
@@ -377,11 +378,11 @@ def test_a_guard_judges_the_models_own_answers(
 ) -> None:
     profile = str(tmp_path / "profile.json")
     settings = requests.score(guard=str(guard), profile=profile, answer_tokens=9)
-    found = score(str(tiny_llama), tmp_path / "map", settings)
+    found = score(Job(tiny_llama), tmp_path / "map", settings)
     assert found.metadata.selection["objective"] == "guard"
     assert 0 < found.metadata.selection["mean_safety"] < 1
-    assert count(found) == count(score(str(tiny_llama), tmp_path / "plain", requests.score()))
-    assert same(score(str(tiny_llama), tmp_path / "again", settings), found)
+    assert count(found) == count(score(Job(tiny_llama), tmp_path / "plain", requests.score()))
+    assert same(score(Job(tiny_llama), tmp_path / "again", settings), found)
 
 
 def test_a_classifier_judges_the_models_own_answers(
@@ -389,7 +390,7 @@ def test_a_classifier_judges_the_models_own_answers(
 ) -> None:
     classifier = save_tiny_classifier(save_byte_level_tokenizer(tmp_path / "cls"), ["ok", "bad"])
     settings = requests.score(classifier=str(classifier), label="unsafe=bad", answer_tokens=9)
-    found = score(str(tiny_llama), tmp_path / "map", settings)
+    found = score(Job(tiny_llama), tmp_path / "map", settings)
     assert found.metadata.selection["objective"] == "classifier"
 
 
@@ -415,5 +416,5 @@ def test_settings_that_do_not_go_together_are_refused(
     tiny_llama: Path, requests: Requests, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SelectionError, match=message):
-        score(str(tiny_llama), tmp_path / "map", requests.score(**changes))
+        score(Job(tiny_llama), tmp_path / "map", requests.score(**changes))
     assert not list(tmp_path.glob("*map*"))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safeweights_peft.errors import BaseMismatchError, FormatError
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.merging.verify import verify
@@ -24,14 +25,14 @@ from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
 def map_dir(tiny_llama: Path, requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A map of the float32 Llama."""
     out = tmp_path_factory.mktemp("maps") / "map"
-    score(str(tiny_llama), out, requests.score())
+    score(Job(tiny_llama), out, requests.score())
     return out
 
 
 def test_the_patch_changes_the_entries_of_the_map_and_no_others(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     deltas, indices = read_adapter(tmp_path / "patch").deltas, read_map(map_dir).indices
     assert deltas.keys() == indices.keys()
     assert all(np.array_equal(deltas[name].indices, indices[name]) for name in indices)
@@ -42,8 +43,8 @@ def test_the_patch_fits_its_base_on_disk(
     base: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(base)
-    score(str(path), tmp_path / "map", requests.score())
-    train(str(path), tmp_path / "map", tmp_path / "patch", requests.train())
+    score(Job(path), tmp_path / "map", requests.score())
+    train(Job(path), tmp_path / "map", tmp_path / "patch", requests.train())
     assert verify(tmp_path / "patch", path).ok
 
 
@@ -55,8 +56,8 @@ def test_values_are_stored_as_finely_as_the_base_is(
     base: torch.dtype, stored: str, requests: Requests, tmp_path: Path
 ) -> None:
     path = save_tiny_tokenizer(save_tiny_llama(tmp_path / "base", dtype=base))
-    score(str(path), tmp_path / "map", requests.score(density=0.01))
-    train(str(path), tmp_path / "map", tmp_path / "patch", requests.train(steps=1))
+    score(Job(path), tmp_path / "map", requests.score(density=0.01))
+    train(Job(path), tmp_path / "map", tmp_path / "patch", requests.train(steps=1))
     adapter = read_adapter(tmp_path / "patch")
     assert adapter.metadata.values_dtype == stored
     assert {delta.values.dtype.name for delta in adapter.deltas.values()} == {stored}
@@ -65,7 +66,7 @@ def test_values_are_stored_as_finely_as_the_base_is(
 def test_peft_loads_the_patch_with_the_values_on_disk(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model = PeftModel.from_pretrained(base, tmp_path / "patch")
     deltas = read_adapter(tmp_path / "patch").deltas
@@ -78,7 +79,7 @@ def test_peft_loads_the_patch_with_the_values_on_disk(
 def test_the_record_beside_the_patch_is_what_was_returned(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    record = train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train(steps=3))
+    record = train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train(steps=3))
     stored = json.loads((tmp_path / "patch" / "training.json").read_text())
     assert stored == json.loads(json.dumps(record))
     assert [loss["step"] for loss in stored["losses"]] == [1, 2, 3]
@@ -87,7 +88,7 @@ def test_the_record_beside_the_patch_is_what_was_returned(
 def test_a_patch_says_how_its_entries_were_chosen(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     told = read_adapter(tmp_path / "patch").metadata.selection
     assert told == read_map(map_dir).metadata.selection
 
@@ -95,7 +96,7 @@ def test_a_patch_says_how_its_entries_were_chosen(
 def test_a_patch_holds_no_request(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     for name, file in content(tmp_path / "patch").items():
         assert not any(text.encode() in file for text in HARMFUL), name
 
@@ -103,27 +104,31 @@ def test_a_patch_holds_no_request(
 def test_nothing_but_the_patch_is_left(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train())
     assert [path.name for path in tmp_path.iterdir()] == ["patch"]
+
+
+def broken(base: Path) -> Job:
+    """A job that ends in the middle of the training."""
+    return Job(base, progress=Recorder("Training", 4))
 
 
 def test_an_interrupted_training_gives_the_same_patch_when_called_again(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    job = str(tiny_llama), map_dir
-    train(*job, tmp_path / "straight", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "straight", requests.train())
     with pytest.raises(Interrupted):
-        train(*job, tmp_path / "broken", requests.train(), progress=Recorder("Training", 4))
-    train(*job, tmp_path / "broken", requests.train())
+        train(broken(tiny_llama), map_dir, tmp_path / "broken", requests.train())
+    train(Job(tiny_llama), map_dir, tmp_path / "broken", requests.train())
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    job = str(tiny_llama), map_dir, tmp_path / "patch", requests.train()
+    rest = map_dir, tmp_path / "patch", requests.train()
     with pytest.raises(Interrupted):
-        train(*job, progress=Recorder("Training", 4))
+        train(broken(tiny_llama), *rest)
     (work_dir,) = tmp_path.iterdir()
     (checkpoint,) = work_dir.iterdir()
     written = checkpoint.stat().st_mtime_ns
@@ -134,17 +139,16 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
                 assert checkpoint.stat().st_mtime_ns == written
             return super().task(description, total)
 
-    train(*job, progress=Watch())
+    train(Job(tiny_llama, progress=Watch()), *rest)
 
 
 def test_a_changed_setting_starts_afresh(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    job = str(tiny_llama), map_dir
-    train(*job, tmp_path / "straight", requests.train(seed=1))
+    train(Job(tiny_llama), map_dir, tmp_path / "straight", requests.train(seed=1))
     with pytest.raises(Interrupted):
-        train(*job, tmp_path / "broken", requests.train(seed=0), progress=Recorder("Training", 4))
-    train(*job, tmp_path / "broken", requests.train(seed=1))
+        train(broken(tiny_llama), map_dir, tmp_path / "broken", requests.train(seed=0))
+    train(Job(tiny_llama), map_dir, tmp_path / "broken", requests.train(seed=1))
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
 
 
@@ -154,7 +158,7 @@ def test_a_map_of_another_base_is_refused_before_the_base_is_asked_anything(
     other = save_tiny_tokenizer(save_tiny_llama(tmp_path / "other", seed=1))
     recorder = Recorder()
     with pytest.raises(BaseMismatchError, match="expected in model"):
-        train(str(other), map_dir, tmp_path / "patch", requests.train(), progress=recorder)
+        train(Job(other, progress=recorder), map_dir, tmp_path / "patch", requests.train())
     assert recorder.tasks == []
     assert not (tmp_path / "patch").exists()
 
@@ -162,9 +166,9 @@ def test_a_map_of_another_base_is_refused_before_the_base_is_asked_anything(
 def test_a_patch_in_place_of_a_map_is_refused(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train(steps=1))
+    train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train(steps=1))
     with pytest.raises(FormatError, match="expected spa, found set"):
-        train(str(tiny_llama), tmp_path / "patch", tmp_path / "again", requests.train())
+        train(Job(tiny_llama), tmp_path / "patch", tmp_path / "again", requests.train())
 
 
 def test_an_existing_result_is_refused_before_anything_else(
@@ -172,13 +176,13 @@ def test_an_existing_result_is_refused_before_anything_else(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FormatError, match=r"set overwrite to replace it$"):
-        train("no base is looked for", Path("nor a map"), tmp_path, requests.train())
+        train(Job("no base is looked for"), Path("nor a map"), tmp_path, requests.train())
 
 
 def test_an_existing_result_is_replaced_when_asked(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    job = str(tiny_llama), map_dir, tmp_path / "patch"
+    job = Job(tiny_llama), map_dir, tmp_path / "patch"
     train(*job, requests.train(seed=0))
     before = content(tmp_path)
     train(*job, requests.train(seed=1), overwrite=True)
@@ -190,5 +194,5 @@ def test_progress_reaches_its_totals(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     recorder = Recorder()
-    train(str(tiny_llama), map_dir, tmp_path / "patch", requests.train(steps=3), progress=recorder)
+    train(Job(tiny_llama, progress=recorder), map_dir, tmp_path / "patch", requests.train(steps=3))
     assert recorder.tasks == [["Asking the base benign requests", 6, 6], ["Training", 3, 3]]

@@ -303,7 +303,7 @@ def test_a_map_of_any_model_is_probed(
     base: str, requests: Requests, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path: Path = request.getfixturevalue(base)
-    score(str(path), tmp_path / "map", requests.score(density=0.05))
+    score(Job(path), tmp_path / "map", requests.score(density=0.05))
     before = content(path)
     settings, asked = replace(SETTINGS, draws=1), requests.evaluate(limit=1)
     job = path, tmp_path / "map", tmp_path / "probe", requests
@@ -347,7 +347,7 @@ def test_a_map_of_another_base_is_refused(run: Run, requests: Requests, tmp_path
 def test_a_base_computed_in_another_dtype_is_still_the_maps(
     dtype: str, tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    score(str(tiny_llama), tmp_path / "map", requests.score(density=0.01))
+    score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.01))
     job = tiny_llama, tmp_path / "map", tmp_path / "probe", requests
     options = {"settings": replace(SETTINGS, draws=1), "evaluate": requests.evaluate(limit=1)}
     assert call(*job, compute=ComputeSettings(dtype=dtype), **options)["rows"]
@@ -356,7 +356,7 @@ def test_a_base_computed_in_another_dtype_is_still_the_maps(
 def test_a_map_whose_parameters_the_model_lacks_is_refused(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    safety_map = score(str(tiny_llama), tmp_path / "map", requests.score(density=0.01))
+    safety_map = score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.01))
     tensors = safety_map.metadata.tensors
     renamed = {name + ".old": each for name, each in tensors.items()}
     indices = {name + ".old": each for name, each in safety_map.indices.items()}
@@ -371,7 +371,7 @@ def test_a_map_that_reads_a_parameter_from_another_tensor_is_refused(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
     up, gate = (f"model.layers.0.mlp.{each}_proj.weight" for each in ("up", "gate"))
-    safety_map = score(str(tiny_llama), tmp_path / "map", requests.score(density=0.05))
+    safety_map = score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.05))
     tensors = safety_map.metadata.tensors
     moved = replace(safety_map.metadata, tensors={up: tensors[gate]})
     parts = {up: safety_map.indices[gate]}, {up: safety_map.scores[gate]}
@@ -384,7 +384,7 @@ def test_a_map_that_reads_a_parameter_from_another_tensor_is_refused(
 def test_a_map_that_leaves_too_little_to_compare_with_is_refused(
     tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    score(str(tiny_llama), tmp_path / "map", requests.score(density=0.3))
+    score(Job(tiny_llama), tmp_path / "map", requests.score(density=0.3))
     message = "^map: expected at most as many entries as it leaves"
     job = tiny_llama, tmp_path / "map", requests
     refused(SelectionError, message, tmp_path / "probe", *job)
