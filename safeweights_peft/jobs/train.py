@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.data import Example, data_digest, encode_example, read_rows, with_refusals
+from safeweights_peft.data import data_digest, encode_example, read_rows, with_refusals
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.job import Job
@@ -18,7 +17,7 @@ from safeweights_peft.merging.gather import find_state
 from safeweights_peft.patch.io import read_map
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.settings import TrainSettings
-from safeweights_peft.training.refuse import StepLoss, train_to_refuse
+from safeweights_peft.training.refuse import train_to_refuse
 from safeweights_peft.tuner.content import create_adapter, round_values
 
 LOSSES_FILE = "training.json"
@@ -59,30 +58,13 @@ def train(
     )
     model = create_adapter(job.take_model(), metadata, safety_map.indices)
     with job.work(out, record) as work_dir:
-        losses = _run(job, model, harmful, benign, settings, work_dir)
+        with job.steps("Training", settings.steps) as reach:
+            losses = train_to_refuse(
+                model, job.tokenizer, harmful, benign, settings, work_dir, reach
+            )
         record["losses"] = [asdict(loss) for loss in losses]
         _save(model, metadata, out, record, overwrite)
     return record
-
-
-def _run(
-    job: Job,
-    model: PeftModel,
-    harmful: Sequence[Example],
-    benign: Sequence[Example],
-    settings: TrainSettings,
-    work_dir: Path,
-) -> list[StepLoss]:
-    with job.steps("Training", settings.steps) as reach:
-        return train_to_refuse(
-            model,
-            job.tokenizer,
-            harmful,
-            benign,
-            settings,
-            work_dir,
-            reach,
-        )
 
 
 def _save(
