@@ -1,6 +1,5 @@
 """An adapter's entries in a checkpoint: where they are, what they hold, whose they are."""
 
-import os
 from dataclasses import replace
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
@@ -9,21 +8,19 @@ from safeweights_peft.errors import BaseMismatchError
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import State, TensorRecord, entries_by_block, state_of
 
-PathLike = str | os.PathLike[str]
-
 
 def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
     """Return whose entries a whole checkpoint holds, tied copies included; refuse a mixture."""
-    metadata, state = artifact.metadata, State.EITHER
+    metadata, indices, state = artifact.metadata, artifact.indices, State.EITHER
     for name, record in metadata.tensors.items():
         for copy in find_copies(reader, record):
-            entries = gather_entries(reader, name, copy, artifact.indices[name])
+            entries = gather_entries(reader, name, copy, indices[name])
             found = state_of(entries, record)
             if not state & found:
                 # What other parameters have ruled out is no longer expected of this one: a half
                 # merged base is neither a base nor a merged model.
                 digests = {State.BASE: record.base_digest, State.MERGED: record.merged_digest}
-                expected = [str(digests[each]) for each in state if digests[each]]
+                expected = [str(digests[left]) for left in state if digests[left]]
                 revision = f" at revision {metadata.revision}" if metadata.revision else ""
                 raise BaseMismatchError(
                     f"{name}: expected in {copy.keys[0]} of {reader.directory} the values with "

@@ -20,7 +20,6 @@ from safeweights_peft.checkpoint.writer import (
 from safeweights_peft.delta import DTYPES, Array, index_dtype
 from safeweights_peft.errors import CheckpointError, MergeError
 from safeweights_peft.files import check_apart, check_target, read_json, sync
-from safeweights_peft.merging.gather import PathLike
 from safeweights_peft.merging.sums import (
     Adapters,
     MergedPatch,
@@ -32,6 +31,7 @@ from safeweights_peft.merging.sums import (
     read_patches,
 )
 from safeweights_peft.merging.undo import check_own_files, find_journal, journal_bytes
+from safeweights_peft.patch.io import PathLike
 
 
 @dataclass(frozen=True)
