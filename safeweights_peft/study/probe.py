@@ -24,11 +24,10 @@ from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job
-from safeweights_peft.jobs.objectives import build_safety
 from safeweights_peft.jobs.progress import Joined, Progress, Quiet
 from safeweights_peft.jobs.provenance import made_with
 from safeweights_peft.jobs.resume import clear_work, digests, once, work_dir_beside
-from safeweights_peft.jobs.score import Scoring, sample_rows
+from safeweights_peft.jobs.score import Scoring, build_safety, sample_rows
 from safeweights_peft.merging.gather import find_copies, gather_entries
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.modeling.loading import load_model, pick_device, pick_dtype
