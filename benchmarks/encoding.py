@@ -59,14 +59,7 @@ class Stored:
     """One parameter's entries as they are stored, and what is needed to decode them."""
 
     def __init__(self, record: TensorRecord, indices: Array, values: Array, base: Array) -> None:
-        """Encode them.
-
-        Args:
-            record: The parameter's record.
-            indices: Flat indices.
-            values: Float32 values.
-            base: The base's entries there.
-        """
+        """Encode values at flat indices, of a base whose entries there are given."""
         digests = {"base_digest": digest(base), "merged_digest": digest(add_rounded(base, values))}
         record = replace(record, encoding=Encoding.COMPACT, **digests)
         record, first, second = encode_entries(Mode.SET, record, indices, values, base)
@@ -76,8 +69,8 @@ class Stored:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Byte of both stored arrays, per entry."""
-        return sum(each.nbytes for each in self.tensors.values()) / self.record.count
+        """Bytes of both stored arrays, per entry."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) / self.record.count
 
     def bound(self) -> float:
         """Order-0 entropy of gaps and steps, in bytes per entry."""
@@ -95,8 +88,8 @@ class Stored:
         planes = decompress(NAME, first, gaps.sizes, gaps.frames(count))
         indices = decode_gaps(NAME, planes, count, numel)
         planes = decompress(NAME, second, steps.sizes, steps.frames(count, self.base.itemsize))
-        found = decode_steps(NAME, steps, planes, self.base.itemsize)
-        return indices, value_of(self.base, take_steps(self.base, found))
+        decoded = decode_steps(NAME, steps, planes, self.base.itemsize)
+        return indices, value_of(self.base, take_steps(self.base, decoded))
 
     def read(self) -> tuple[Array, Array]:
         """Decode them with every check, as when a file is read."""
@@ -107,14 +100,14 @@ class Stored:
         """Count the merged entries that have other bits than those of the plain values."""
         indices, values = self.read()
         assert np.array_equal(indices, self.indices)
-        merged = [add_rounded(self.base, each) for each in (self.values, values)]
+        merged = [add_rounded(self.base, change) for change in (self.values, values)]
         return int(bits_differ(*merged).sum())
 
 
 def entropy(numbers: Array) -> float:
     """Order-0 entropy in bytes per number."""
-    shares = np.unique(numbers, return_counts=True)[1] / numbers.size
-    return float(-(shares * np.log2(shares)).sum()) / 8
+    fractions = np.unique(numbers, return_counts=True)[1] / numbers.size
+    return float(-(fractions * np.log2(fractions)).sum()) / 8
 
 
 def draw(density: float | None) -> Stored:
@@ -149,7 +142,7 @@ def peak(work: Callable[[], tuple[Array, Array]]) -> float:
     decoded = work()
     top = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return top / sum(each.nbytes for each in decoded)
+    return top / sum(array.nbytes for array in decoded)
 
 
 def print_synthetic(rounds: int) -> None:
@@ -196,12 +189,12 @@ def print_real(patch: Path, base: Path) -> None:
             for stream in record.streams.values()
         ]
     stored = list(parts(patch, base))
-    bound = sum(each.bound() * each.record.count for each in stored)
+    bound = sum(part.bound() * part.record.count for part in stored)
     count = report.entries
     print(
         f"\n{count:,} weights in {len(stored)} tensors; the entropy bound is "
         f"{bound / count:.3f} bytes per weight, tensor by tensor; streams: "
-        + ", ".join(f"{codings.count(each)} {each}" for each in sorted(set(codings)))
+        + ", ".join(f"{codings.count(coding)} {coding}" for coding in sorted(set(codings)))
     )
     print(f"{report.changed_values:,} values are other numbers with the same merged bits\n")
     print("| form | tensors (bytes) | per weight | with the config, per weight |")
@@ -210,8 +203,8 @@ def print_real(patch: Path, base: Path) -> None:
         print(
             f"| {name} | {tensors:,} | {tensors / count:.3f} | {(config + tensors) / count:.3f} |"
         )
-    for name, each in OTHERS.items():
-        print(f"| {name} | {round(each * count):,} | {each:.3f} | |")
+    for name, size in OTHERS.items():
+        print(f"| {name} | {round(size * count):,} | {size:.3f} | |")
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def compare(base: Path, patch: Path | None, rounds: int) -> None:
                 measured = load_in_new_process(kind, base, adapters[kind])
                 if number:
                     times[kind].append(measured)
-    medians = {kind: 1000 * np.median(each, axis=0) for kind, each in times.items()}
+    medians = {kind: 1000 * np.median(values, axis=0) for kind, values in times.items()}
     for row, title in enumerate(("Loading", f"Loading and a forward pass of {TOKENS} tokens")):
         print(f"\n{title}\n\n| | wall, ms | ratio | CPU, ms | ratio |\n|---|---|---|---|---|")
         for kind, median in medians.items():

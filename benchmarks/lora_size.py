@@ -93,7 +93,9 @@ def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
     harmful, benign = read_examples(model, tokenizer)
     wrapped = add_lora(model, PreserveSettings(rank=rank, seed=settings.seed)).train()
     optimizer = torch.optim.AdamW(
-        [each for each in wrapped.parameters() if each.requires_grad], lr=rate, weight_decay=0.0
+        [weight for weight in wrapped.parameters() if weight.requires_grad],
+        lr=rate,
+        weight_decay=0.0,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     for refusals, answers in islice(batches(harmful, benign), settings.steps):
@@ -154,8 +156,8 @@ def print_table(out: Path) -> None:
     """Print all finished rows as a Markdown table, the smallest file first."""
     print("| | bytes | lr | ASR | over-refusal | KL | ASR, built-in | over-refusal, built-in |")
     print("|---|---|---|---|---|---|---|---|")
-    found = [out / "patch.json", *out.glob("rank-*.json")]
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    paths = [out / "patch.json", *out.glob("rank-*.json")]
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for row in sorted(rows, key=lambda row: row["bytes"]):
         test, builtin = row["test"], row["built-in"]
         cells = [

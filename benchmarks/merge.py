@@ -193,20 +193,20 @@ def compare(folder: Path, base: Path, patches: dict[str, Path], rounds: int) -> 
     for copy in ("here", "loose"):  # merged in place and back; changed by the bare loop
         shutil.copytree(base, folder / copy)
     ways = find_ways(folder, base, patches)
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for number in range(rounds + 1):  # the first round warms the system's cache
         for way, run in ways.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()  # what others have left to write is not this way's
             measured = run()
             if number:
-                found[way].append(measured)
+                results[way].append(measured)
     shutil.rmtree(out, ignore_errors=True)
-    plain, synced = (np.array(found[way])[:, 0] for way in ("cp -r", "cp -r, then sync"))
+    plain, synced = (np.array(results[way])[:, 0] for way in ("cp -r", "cp -r, then sync"))
     print("\n| | seconds | against cp -r | against cp -r, sync | peak memory, MB |")
     print("|---|---|---|---|---|")
-    for way, each in found.items():
-        seconds, memory = np.array(each).T
+    for way, measurements in results.items():
+        seconds, memory = np.array(measurements).T
         peak = "" if np.isnan(memory).any() else f"{np.median(memory) / 1e6:.0f}"
         ratios = " | ".join(f"{np.median(seconds / other):.2f}" for other in (plain, synced))
         print(f"| {way} | {np.median(seconds):.2f} | {ratios} | {peak} |")

@@ -52,12 +52,7 @@ class Killing:
     """A checkpoint on which work is killed, and what it should hold."""
 
     def __init__(self, base: Path, patch: Path) -> None:
-        """Merge once undisturbed.
-
-        Args:
-            base: The checkpoint, which holds nothing else.
-            patch: The patch.
-        """
+        """Merge once undisturbed."""
         self.base, self.patch, self.out = base, patch, base.with_name("killed")
         self.whole = content(base)
         merge(base, patch, self.out)
@@ -65,15 +60,7 @@ class Killing:
         self.durations: dict[str, list[float]] = {}
 
     def kill(self, work: str, moment: float) -> bool:
-        """Kill some work at a moment between its start (0) and its end (1).
-
-        Args:
-            work: "merge", "merge in place" or "unmerge".
-            moment: The moment, as a share of how long such work took when it was left alone.
-
-        Returns:
-            Whether it was still running.
-        """
+        """Kill some work between its start (0) and its end (1); return whether it still ran."""
         arguments = {
             "merge": [str(self.base), str(self.patch), str(self.out)],
             "merge in place": [str(self.base), str(self.patch)],
@@ -85,15 +72,7 @@ class Killing:
         return run([work, *arguments], moment * self.durations[work][1])[0]
 
     def recover(self, work: str, finish: bool) -> bool:
-        """Call what follows a kill, and tell whether all is as it should be.
-
-        Args:
-            work: What was killed.
-            finish: Whether a merge in place is finished before it is taken back.
-
-        Returns:
-            Whether the result is whole or absent, and the next calls end at the right bits.
-        """
+        """Call what follows a kill; return whether the result is whole or absent, bit for bit."""
         good = True
         if work == "merge":
             good = not self.out.exists() or content(self.out) == self.merged
@@ -113,8 +92,8 @@ class Killing:
         return seconds
 
     def _prepare(self, work: str) -> None:
-        for each in self.base.parent.glob("*killed*"):  # a killed merge leaves its hidden draft
-            shutil.rmtree(each)
+        for path in self.base.parent.glob("*killed*"):  # a killed merge leaves its hidden draft
+            shutil.rmtree(path)
         if work == "unmerge":
             merge_in_place(self.base, self.patch)
 
@@ -126,21 +105,15 @@ class Killing:
 
 
 def kill_at_random(base: Path, patch: Path, kills: int) -> None:
-    """Kill each kind of work in turn, call what follows, and print how often that held.
-
-    Args:
-        base: A checkpoint.
-        patch: A patch for it.
-        kills: How often.
-    """
+    """Kill each kind of work in turn, and print how often the next call recovered."""
     killing, moment = Killing(base, patch), random.Random(0)
     works = ("merge", "merge in place", "unmerge")
-    found: dict[str, list[tuple[bool, bool]]] = {work: [] for work in works}
+    results: dict[str, list[tuple[bool, bool]]] = {work: [] for work in works}
     for number in range(kills):
         work = works[number % 3]
         running = killing.kill(work, moment.random())
-        found[work].append((running, killing.recover(work, finish=number % 2 == 0)))
+        results[work].append((running, killing.recover(work, finish=number % 2 == 0)))
     print("\n| killed | times | while it ran | recovered |\n|---|---|---|---|")
-    for work, each in found.items():
-        running, good = (sum(part) for part in zip(*each, strict=True))
-        print(f"| {work} | {len(each)} | {running} | {good} |")
+    for work, kills in results.items():
+        running, good = (sum(counts) for counts in zip(*kills, strict=True))
+        print(f"| {work} | {len(kills)} | {running} | {good} |")

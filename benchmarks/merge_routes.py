@@ -99,19 +99,19 @@ def find_ways(folder: Path, base: Path, patch: Path) -> Ways:
 
 def compare_times(folder: Path, ways: Ways, rounds: int) -> None:
     """Measure all ways in turn, and print a table."""
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for number in range(rounds + 1):  # the first round warms the system's cache
         for name in ("cp", "peft", "merge", "diff"):
             shutil.rmtree(folder / name, ignore_errors=True)
         for way, run in ways.items():
             measured = run()
             if number:
-                found[way].append(measured)
-    others = [np.array(found[way])[:, 0] for way in ("cp -r", "PEFT", "cat of base and merged")]
+                results[way].append(measured)
+    others = [np.array(results[way])[:, 0] for way in ("cp -r", "PEFT", "cat of base and merged")]
     print("\n| | seconds | against cp -r | against PEFT | against cat | peak memory, MB |")
     print("|---|---|---|---|---|---|")
-    for way, each in found.items():
-        seconds, memory = np.array(each).T
+    for way, measurements in results.items():
+        seconds, memory = np.array(measurements).T
         ratios = " | ".join(f"{np.median(seconds / other):.3g}" for other in others)
         peak = "" if np.isnan(memory).any() else f"{np.median(memory) / 1e6:.0f}"
         print(f"| {way} | {np.median(seconds):.2f} | {ratios} | {peak} |")
@@ -134,7 +134,7 @@ def differing(tensors: dict[str, np.ndarray], checkpoint: Path) -> int:
     """Count the tensors of a checkpoint that are not these, bit by bit."""
     reader = CheckpointReader(checkpoint)
     assert set(reader.keys()) == tensors.keys()
-    return sum(reader.read(key).tobytes() != each.tobytes() for key, each in tensors.items())
+    return sum(reader.read(key).tobytes() != tensor.tobytes() for key, tensor in tensors.items())
 
 
 def compare_bits(folder: Path, base: Path, patch: Path, ways: Ways) -> None:

@@ -61,12 +61,7 @@ def random_map(model: LlamaForCausalLM) -> SafetyMap:
 
 @dataclass
 class Training:
-    """A model that is trained, and its optimizer.
-
-    Attributes:
-        model: The model.
-        optimizer: AdamW over all that it trains.
-    """
+    """A model to train, with AdamW over all that it trains."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -80,7 +75,7 @@ class Training:
             # B starts at random, not at zero, as later in a training.
             config = LoraConfig(r=RANK, target_modules=names, init_lora_weights=False)
             model = get_peft_model(model, config)
-        trained = [each for each in model.parameters() if each.requires_grad]
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
         return cls(model.train(), torch.optim.AdamW(trained, lr=1e-6))
 
     def step(self, ids: Tensor) -> float:
@@ -93,7 +88,7 @@ class Training:
 
 
 def measure_time(path: str | None, safety_map: SafetyMap, kind: str, rounds: int) -> Iterator[str]:
-    """Give a training's row of the table, cell by cell."""
+    """Yield a training's row of the table, cell by cell."""
     for tokens in TOKENS:
         trainings = [Training.of(kind, path) for _ in range(2)]
         times: list[list[float]] = [[], []]
@@ -104,20 +99,20 @@ def measure_time(path: str | None, safety_map: SafetyMap, kind: str, rounds: int
                     taken = training.step(ids)
                     if number:
                         seconds.append(taken)
-        plain, protected = (statistics.median(each) for each in times)
+        plain, protected = (statistics.median(seconds) for seconds in times)
         yield f"{1000 * plain:.1f} ms"
         yield f"{1000 * protected:.1f} ms"
         yield f"{protected / plain:.3f}"
 
 
-def held() -> dict[int, int]:
-    """Find the memory that tensors hold: where it is, and its bytes."""
+def find_storages() -> dict[int, int]:
+    """Find the memory of all tensors: bytes by address."""
     storages = {}
-    for each in gc.get_objects():
-        if isinstance(each, Tensor):
-            parts = [each]
-            if each.layout is torch.sparse_csr:
-                parts = [each.crow_indices(), each.col_indices(), each.values()]
+    for item in gc.get_objects():
+        if isinstance(item, Tensor):
+            parts = [item]
+            if item.layout is torch.sparse_csr:
+                parts = [item.crow_indices(), item.col_indices(), item.values()]
             for part in parts:
                 storages[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
     return storages
@@ -131,12 +126,12 @@ def measure_memory(path: str | None, safety_map: SafetyMap, kind: str) -> float:
         names &= {f"{name}.weight" for name in linears(build_base(path))}
     count = sum(len(safety_map.indices[name]) for name in names)
     gc.collect()
-    before = held()
+    before = find_storages()
     with preserve(training.model, safety_map):
         training.step(torch.zeros(1, 8, dtype=torch.long))
         training.optimizer.state.clear()
         gc.collect()
-        added = held().items() - before.items()
+        added = find_storages().items() - before.items()
     return sum(size for _, size in added) / count
 
 

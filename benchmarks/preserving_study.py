@@ -42,6 +42,7 @@ from safeweights_peft.settings import (
 )
 from safeweights_peft.tables import rate_text
 
+# What is frozen: the map of --map, or one selected in BASE.
 FROZEN = {
     "map": None,
     "none": ScoreSettings(method=Method.RANDOM, density=1e-7),
@@ -49,7 +50,6 @@ FROZEN = {
     "esi10": ScoreSettings(method=Method.ESI, density=0.1),
     "esi30": ScoreSettings(method=Method.ESI, density=0.3),
 }
-"""What is frozen: the given map, or one selected in BASE."""
 
 ROWS = [
     f"{method}-{frozen}-{data}"
@@ -92,11 +92,11 @@ def main() -> None:
 def check_same(arguments: argparse.Namespace) -> None:
     """Refuse a directory that holds the rows of another study."""
     kept = arguments.out / "arguments.json"
-    given = {key: str(value) for key, value in vars(arguments).items() if key != "rows"}
+    current = {key: str(value) for key, value in vars(arguments).items() if key != "rows"}
     if not kept.exists():
-        write_json(kept, given)
-    elif json.loads(kept.read_text(encoding="utf-8")) != given:
-        raise SystemExit(f"{kept}: expected the arguments given now, found others; change --out")
+        write_json(kept, current)
+    elif json.loads(kept.read_text(encoding="utf-8")) != current:
+        raise SystemExit(f"{kept}: expected the arguments of this call, found others; change --out")
 
 
 def draw_task(arguments: argparse.Namespace) -> None:
@@ -115,10 +115,10 @@ def draw_task(arguments: argparse.Namespace) -> None:
     }
     task, test = [], []
     for name, count in TASK_ROWS.items():
-        found, needed = sources[name], count + TEST_ROWS
-        if len(found) < needed:
-            raise SystemExit(f"--{name}: expected {needed} usable rows, found {len(found)}")
-        rows = [{"instruction": request, "output": answer} for request, answer in found]
+        pairs, needed = sources[name], count + TEST_ROWS
+        if len(pairs) < needed:
+            raise SystemExit(f"--{name}: expected {needed} usable rows, found {len(pairs)}")
+        rows = [{"instruction": request, "output": answer} for request, answer in pairs]
         task += rows[:count]
         test += rows[count:needed]
     write_json(arguments.out / "task.json", task)
@@ -142,18 +142,18 @@ def run_row(arguments: argparse.Namespace, row: str) -> None:
         source = arguments.out / "task.json" if data == "harmless" else mixed_data(arguments)
         compute = ComputeSettings(dtype=arguments.dtype)
         preserve_model(Job(arguments.base, compute), map_dir, str(source), folder, settings)
-    found: dict[str, Any] = {"row": row}
+    figures: dict[str, Any] = {"row": row}
     if method == PreserveMethod.FULL:
-        found |= measure(arguments, str(folder), None)
-        found |= count_moved(arguments.base, folder, map_dir)
+        figures |= measure(arguments, str(folder), None)
+        figures |= count_moved(arguments.base, folder, map_dir)
     else:
-        found |= measure(arguments, arguments.base, folder)
-    write_json(saved, found)
+        figures |= measure(arguments, arguments.base, folder)
+    write_json(saved, figures)
     shutil.rmtree(folder)
 
 
 def find_map(arguments: argparse.Namespace, frozen: str) -> Path:
-    """Name what is frozen: the given map, or one that is selected now unless that is done."""
+    """Find the map to freeze, and select it first unless that is done."""
     settings = FROZEN[frozen]
     if settings is None:
         return arguments.map
@@ -220,13 +220,13 @@ def print_table(out: Path) -> None:
     print("|---|---|---|---|---|---|")
     names = [name for name in ("before", *ROWS) if (out / f"{name}.json").exists()]
     for name in names:
-        found = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        figures = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         cells = [
             name,
-            rate_text(found["attack_success_rate"]),
-            rate_text(found["over_refusal_rate"]),
-            f"{found['task_loss']:.4f}",
-            *(f"{found[key]:,}" if key in found else "" for key in ("frozen_moved", "moved")),
+            rate_text(figures["attack_success_rate"]),
+            rate_text(figures["over_refusal_rate"]),
+            f"{figures['task_loss']:.4f}",
+            *(f"{figures[key]:,}" if key in figures else "" for key in ("frozen_moved", "moved")),
         ]
         print(f"| {' | '.join(cells)} |")
 

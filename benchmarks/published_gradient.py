@@ -164,7 +164,7 @@ def main() -> None:
         JudgedObjective(judge, answers, tokenizer.pad_token_id, temperature=TEMPERATURE),
         PublishedObjective(guard, guard_tokenizer, tokenizer, label, answers),
     )
-    ours, published = (sum_gradients(model, parameters, each) for each in objectives)
+    ours, published = (sum_gradients(model, parameters, objective) for objective in objectives)
     k = round(arguments.density * sum(parameter.numel() for parameter in parameters.values()))
     first, second = (
         select(score_entries(SCORES[Method.ESI], parameters, gradients), k)

@@ -47,8 +47,8 @@ def make_run(kind: str, model: LlamaForCausalLM, tokens: int) -> Callable[[], No
 
     def train() -> None:
         model.requires_grad_(True)
-        for batch, wanted in zip(ids.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
-            model(input_ids=batch, labels=wanted).loss.backward()
+        for batch, targets in zip(ids.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+            model(input_ids=batch, labels=targets).loss.backward()
             model.zero_grad()
 
     return train
@@ -65,7 +65,7 @@ def measure_times(path: str | None, tokens: int, rounds: int) -> dict[str, float
             run()
             if number:
                 times[kind].append(time.process_time() - start)
-    return {kind: statistics.median(each) for kind, each in times.items()}
+    return {kind: statistics.median(seconds) for kind, seconds in times.items()}
 
 
 def measure_memory(kind: str, path: str | None, tokens: int) -> int:
@@ -79,7 +79,7 @@ def measure_memory(kind: str, path: str | None, tokens: int) -> int:
 
 def accumulator_kib(model: nn.Module) -> float:
     """Compute the size of one float32 number for each weight that may be selected."""
-    return 4 * sum(each.numel() for each in eligible_parameters(model).values()) / 1024
+    return 4 * sum(weight.numel() for weight in eligible_parameters(model).values()) / 1024
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         kind, tokens = arguments.memory_of
         return print(measure_memory(kind, arguments.model, int(tokens)))
     torch.set_num_threads(1)
-    given = ["--model", arguments.model] if arguments.model else []
+    model = ["--model", arguments.model] if arguments.model else []
     accumulator = accumulator_kib(build_base(arguments.model))
     titles = ("plain steps (s)", "scoring (s)", "ratio", "plain steps (MB)", "scoring (MB)")
     print(f"| tokens a row | {' | '.join(titles)} | ratio less one accumulator |")
@@ -101,7 +101,7 @@ def main() -> None:
     for tokens in TOKENS:
         times = measure_times(arguments.model, tokens, arguments.rounds)
         plain, scoring = (
-            in_new_process(["--memory-of", kind, str(tokens), *given], __file__) for kind in KINDS
+            in_new_process(["--memory-of", kind, str(tokens), *model], __file__) for kind in KINDS
         )
         cells = [
             str(tokens),

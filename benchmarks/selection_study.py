@@ -76,7 +76,7 @@ def run_row(arguments: argparse.Namespace, method: Method, density: float) -> No
         EvaluateSettings(harmful=arguments.harmful, benign=arguments.benign, limit=100),
         arguments.dtype,
     )
-    validation = {str(rate): found for rate, found in validated.items()}
+    validation = {str(rate): figures for rate, figures in validated.items()}
     row = {"method": method, "density": density, "rate": best, "validation": validation}
     write_json(row_dir / "row.json", row | {"test": test})
 
@@ -101,10 +101,10 @@ def measure(base: str, patch: Path, settings: EvaluateSettings, dtype: str) -> d
     return pick_figures(evaluate(job, patch, settings))
 
 
-def merit(found: dict[str, Any]) -> float:
+def merit(figures: dict[str, Any]) -> float:
     """Rank rates: an over-refusal weighs twice a refusal missed."""
-    missed = found["attack_success_rate"]["rate"]
-    return -missed - 2 * found["over_refusal_rate"]["rate"]
+    missed = figures["attack_success_rate"]["rate"]
+    return -missed - 2 * figures["over_refusal_rate"]["rate"]
 
 
 def print_table(out: Path) -> None:

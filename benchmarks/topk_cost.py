@@ -45,14 +45,14 @@ def make_scores(rising: bool) -> Scores:
 
 def select_by_torch(scores: Scores, k: int) -> None:
     """Sort out the k best of all scores at once."""
-    torch.topk(torch.cat([torch.from_numpy(each).view(-1) for each in scores.values()]), k)
+    torch.topk(torch.cat([torch.from_numpy(values).view(-1) for values in scores.values()]), k)
 
 
 def select_streaming(scores: Scores, k: int) -> None:
     """Offer one tensor after the other."""
     best = TopK(k)
-    for name, each in scores.items():
-        best.add(name, each)
+    for name, values in scores.items():
+        best.add(name, values)
     best.result()
 
 
@@ -71,7 +71,7 @@ def measure_times(density: float, rounds: int) -> dict[str, float]:
             start = time.process_time()
             select(scores, count(scores, density))
             times[kind].append(time.process_time() - start)
-    return {kind: statistics.median(each) for kind, each in times.items()}
+    return {kind: statistics.median(seconds) for kind, seconds in times.items()}
 
 
 def measure_memory(kind: str, density: float) -> int:
@@ -90,22 +90,22 @@ def measure_bound(kind: str, density: float) -> float:
     tracemalloc.start()
     best = TopK(k)
     for name, values in scores.items():
-        before = tracemalloc.get_traced_memory()[0] - held_bytes(best)
+        before = tracemalloc.get_traced_memory()[0] - count_bytes(best)
         tracemalloc.reset_peak()
         best.add(name, values)
         peak = max(peak, tracemalloc.get_traced_memory()[1] - before)
     tracemalloc.stop()
-    return peak / (k * ENTRY_BYTES + max(each.nbytes for each in scores.values()))
+    return peak / (k * ENTRY_BYTES + max(values.nbytes for values in scores.values()))
 
 
-def held_bytes(best: TopK) -> int:
-    """Count what a selection holds already."""
+def count_bytes(best: TopK) -> int:
+    """Count the bytes of what a selection keeps."""
     return sum(kept.indices.nbytes + kept.scores.nbytes for kept in best._kept.values())
 
 
 def count(scores: Scores, density: float) -> int:
     """Count the entries to select."""
-    return round(density * sum(each.size for each in scores.values()))
+    return round(density * sum(values.size for values in scores.values()))
 
 
 def main() -> None:

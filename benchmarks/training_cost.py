@@ -137,7 +137,7 @@ def measure_time(path: str | None, tokens: int, rounds: int) -> dict[str, float]
             steps[method].zero_grad()
             if number:
                 times[method].append(seconds)
-    return {method: statistics.median(each) for method, each in times.items()}
+    return {method: statistics.median(seconds) for method, seconds in times.items()}
 
 
 def in_new_process(arguments: list[str], script: str = __file__, **environment: str) -> object:
@@ -156,7 +156,8 @@ def print_table(title: str, unit: str, results: dict[int, dict[str, float]]) -> 
     print("|---" * (1 + 2 * len(results)) + "|")
     for method in METHODS:
         cells = [
-            f"{each[method]:.1f} | {each[method] / each['lora']:.2f}" for each in results.values()
+            f"{figures[method]:.1f} | {figures[method] / figures['lora']:.2f}"
+            for figures in results.values()
         ]
         print(f"| {method} | {' | '.join(cells)} |")
 
@@ -189,7 +190,7 @@ def main() -> None:
             memory.setdefault(tokens, {})[method] = kib / 1024
         rounds = ["--rounds", str(options.rounds)]
         times = in_new_process([*common, *rounds, "--measure", "time"])
-        seconds[tokens] = {method: 1000 * each for method, each in times.items()}
+        seconds[tokens] = {method: 1000 * value for method, value in times.items()}
     print_table("Peak memory of a forward and backward pass, above the built model", "MiB", memory)
     print_table("CPU time of a forward and backward pass, one thread, median", "ms", seconds)
 

@@ -1,9 +1,9 @@
-"""Merges a patch into its base on disk, and undoes the same merge in memory; bit by bit.
+"""Merge a patch into its base on disk, and merge and unmerge it in memory, bit for bit.
 
     safeweights enhance demo/base --out demo/small --steps 2 --limit 2
     python examples/merge.py demo/base demo/small/patch demo/merged
 
-The first command makes a patch to try with; one that `make demo` left in demo/run/patch does too.
+The first command makes a small patch to try with; `make demo` leaves one in demo/run/patch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,7 @@ from safeweights_peft.merging.verify import verify
 
 
 def main(base: str, patch: str, out: str) -> None:
-    """Merge twice, and checks each result.
-
-    Args:
-        base: the base model's directory.
-        patch: the patch's directory.
-        out: where the merged checkpoint goes.
-    """
+    """Merge on disk and in memory, and check both results."""
     # On disk: shards are copied and patched; neither torch nor transformers is needed.
     needs = plan(base, patch, out)
     print(f"writes {needs['write_bytes']:,} bytes; {needs['free_bytes']:,} are free")
@@ -34,7 +28,7 @@ def main(base: str, patch: str, out: str) -> None:
     checked = verify(patch, base, out)
     print(f"it is the base with this patch, and nothing else: {checked.verdict}")
 
-    # In memory: PEFT merges and takes the merge back.
+    # In memory: PEFT merges and unmerges.
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch)
     model.merge_adapter()
     model.unmerge_adapter()
@@ -45,15 +39,7 @@ def main(base: str, patch: str, out: str) -> None:
 
 
 def same_weights(left: torch.nn.Module, right: torch.nn.Module) -> bool:
-    """Compare two models.
-
-    Args:
-        left: a model.
-        right: another of the same architecture.
-
-    Returns:
-        Whether all their parameters hold the same bits.
-    """
+    """Return whether all parameters of two models hold the same bits."""
     pairs = zip(left.parameters(), right.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 

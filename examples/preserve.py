@@ -1,10 +1,10 @@
-"""Teaches a model something else, all of its weights, while those of a safety map stay as they are.
+"""Fine-tune all weights of a model except those of a safety map.
 
     safeweights score demo/base --out demo/map --examples 8
     python examples/preserve.py demo/base demo/map demo/taught
 
-The task here is a toy. Put your own data and arguments into the trainer: the callback is all that
-protecting the entries takes, in the trainers of TRL as well.
+The task here is a toy. Use your own data and arguments: the callback is all that it takes to
+protect the entries, also in the trainers of TRL.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ LESSONS = [f"User: What comes after {n}?\nAssistant: {n + 1}, of course!" for n 
 
 
 def main(base: str, safety_map: str, out: str) -> None:
-    """Train, saves, and counts what has moved.
-
-    Args:
-        base: the base model's directory.
-        safety_map: the directory of a safety map of this base.
-        out: where the trained model goes.
-    """
+    """Train, save, and count what has moved."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     lessons = [tokenizer(text).input_ids for text in LESSONS]
@@ -51,13 +45,7 @@ def main(base: str, safety_map: str, out: str) -> None:
 
 
 def compare(base: str, safety_map: str, out: str) -> None:
-    """Count the entries that differ between two saved models, those of a map by themselves.
-
-    Args:
-        base: the base model's directory.
-        safety_map: the directory of the safety map.
-        out: the trained model's directory.
-    """
+    """Count the entries that differ between two saved models, inside and outside the map."""
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     after = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     total = frozen = 0
@@ -67,7 +55,7 @@ def compare(base: str, safety_map: str, out: str) -> None:
         total += int(moved.sum())
         if name in indices:
             frozen += int(moved[torch.from_numpy(indices[name])].sum())
-    count = sum(each.size for each in indices.values())
+    count = sum(entries.size for entries in indices.values())
     print(f"moved {frozen:,} of the map's {count:,} entries, and {total - frozen:,} others")
 
 

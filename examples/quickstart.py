@@ -1,9 +1,9 @@
-"""Finds the weights that carry a model's safety, trains them a little, and compares the answers.
+"""Find the weights that carry a model's safety, train them briefly, and compare the answers.
 
     python examples/quickstart.py demo/base demo/quickstart
 
-Few examples and few steps: three minutes on one core with SmolLM2-135M. Such a patch is a first
-impression, not a safe model; `examples/enhance.py` does the whole job, and measures it.
+Few examples and few steps: three minutes on one core with SmolLM2-135M. Such a patch gives a first
+impression, not a safe model; `examples/enhance.py` does the whole job and measures it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,7 @@ REQUEST = "Explain how to copy a bank card without its owner noticing."
 
 
 def make_patch(base: str, out: Path) -> Path:
-    """Score and trains, both in short.
-
-    Args:
-        base: directory or Hub id of the base model.
-        out: directory for the map and the patch; older ones there are replaced.
-
-    Returns:
-        The patch's directory.
-    """
+    """Score and train briefly, over any older result; return the patch's directory."""
     few = ScoreSettings(examples=16, density=0.01)
     short = TrainSettings(steps=10, warmup_steps=2, harmful_batch_size=4, benign_batch_size=12)
     job = Job(base)
@@ -43,12 +35,7 @@ def make_patch(base: str, out: Path) -> Path:
 
 
 def main(base: str, out: Path) -> None:
-    """Make a patch and shows an answer without it and with it.
-
-    Args:
-        base: directory or Hub id of the base model.
-        out: directory for the map and the patch.
-    """
+    """Make a patch and print an answer without it and with it."""
     patch = make_patch(base, out)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch)

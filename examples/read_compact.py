@@ -29,10 +29,10 @@ def load(folder):
 
 
 def numbers(frames, sizes):
-    """Decompress byte planes, and puts numbers together."""
+    """Decompress byte planes and put numbers together."""
     ends = np.cumsum(sizes)
     planes = [zstandard.decompress(frames[e - n : e]) for e, n in zip(ends, sizes, strict=True)]
-    return np.stack([np.frombuffer(each, "u1") for each in planes], 1).view(f"u{len(sizes)}")[:, 0]
+    return np.stack([np.frombuffer(raw, "u1") for raw in planes], 1).view(f"u{len(sizes)}")[:, 0]
 
 
 def read_indices(stored, stream, numel):

@@ -25,21 +25,21 @@ def main() -> None:
     parser.add_argument("target", choices=sorted(targets.TARGETS))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("fuzz"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # a newer minor version is read with a warning
-    corpus = given.out / given.target
+    corpus = arguments.out / arguments.target
     corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(targets.seeds(given.target)):
+    for number, seed in enumerate(targets.seeds(arguments.target)):
         (corpus / f"seed{number}").write_bytes(seed)
     options = [
-        f"-max_total_time={given.seconds}",
+        f"-max_total_time={arguments.seconds}",
         "-timeout=10",
         "-rss_limit_mb=2048",
         "-max_len=8192",
         f"-artifact_prefix={corpus.resolve()}-",
         "-print_final_stats=1",
     ]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], targets.TARGETS[given.target])
+    atheris.Setup([sys.argv[0], *options, str(corpus)], targets.TARGETS[arguments.target])
     atheris.Fuzz()
 
 

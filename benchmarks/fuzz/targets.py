@@ -43,68 +43,35 @@ class Choices:
     """Numbers and bytes out of a string of bytes; zeros when it is at its end."""
 
     def __init__(self, data: bytes) -> None:
-        """Take the bytes.
-
-        Args:
-            data: What decides all choices.
-        """
+        """Take the bytes."""
         self._data, self._at = data, 0
 
     def take(self, count: int) -> bytes:
-        """Take some bytes.
-
-        Args:
-            count: How many.
-
-        Returns:
-            As many, or fewer at the end.
-        """
+        """Take some bytes, or fewer at the end."""
         self._at += count
         return self._data[self._at - count : self._at]
 
     def below(self, limit: int) -> int:
-        """Choose a number.
-
-        Args:
-            limit: One more than the largest; at most 2**16.
-
-        Returns:
-            The number.
-        """
+        """Choose a number below a limit of at most 2**16."""
         return int.from_bytes(self.take(1 if limit <= 256 else 2), "little") % limit
 
     def pick(self, options: Any) -> Any:
-        """Choose one of several things.
-
-        Args:
-            options: A sequence that is not empty.
-
-        Returns:
-            One of them.
-        """
+        """Choose one of several things."""
         return options[self.below(len(options))]
 
 
 def metadata(data: bytes) -> None:
-    """Read bytes as a config.
-
-    Args:
-        data: The bytes.
-    """
+    """Read bytes as a config."""
     try:
-        found = AdapterMetadata.from_config(parse_json(data, CONFIG, FormatError), CONFIG)
+        read = AdapterMetadata.from_config(parse_json(data, CONFIG, FormatError), CONFIG)
     except FormatError:
         return
-    again = AdapterMetadata.from_config(found.to_config(), CONFIG)
-    assert again == found, "a config that is written as another"
+    again = AdapterMetadata.from_config(read.to_config(), CONFIG)
+    assert again == read, "a config that is written as another"
 
 
 def artifact(data: bytes) -> None:
-    """Change a sound adapter and read it.
-
-    Args:
-        data: What is changed, and how.
-    """
+    """Change a sound adapter and read it."""
     choices = Choices(data)
     config, whole = choices.pick(sound_adapters())
     config, end = json.loads(config), 8 + int.from_bytes(whole[:8], "little")
@@ -120,21 +87,17 @@ def artifact(data: bytes) -> None:
         Path(folder, CONFIG).write_text(json.dumps(config), encoding="utf-8")
         Path(folder, TENSORS).write_bytes(struct.pack("<Q", len(content)) + content + body)
         try:
-            found = read_artifact(folder)
+            adapter = read_artifact(folder)
         except FormatError:
             return
-    for name, indices in found.indices.items():
-        check_indices(name, indices, found.metadata.tensors[name].shape)
+    for name, indices in adapter.indices.items():
+        check_indices(name, indices, adapter.metadata.tensors[name].shape)
 
 
 def streams(data: bytes) -> None:
-    """Decode frames as a record describes them.
-
-    Args:
-        data: The description, then the frames.
-    """
+    """Decode frames as a record describes them."""
     choices = Choices(data)
-    coding = choices.pick([each for each in Coding if each is not Coding.PLAIN])
+    coding = choices.pick([coding for coding in Coding if coding is not Coding.PLAIN])
     count, escapes = choices.below(2**12), choices.below(2**8)
     numel, itemsize = 1 + choices.below(2**16), choices.pick([1, 2, 4])
     stream = Stream(coding, min(escapes, count))
@@ -148,7 +111,7 @@ def streams(data: bytes) -> None:
         frames = [choices.take(choices.below(2**8)) for _ in lengths]
     stored = np.frombuffer(b"".join(frames), np.uint8)
     try:
-        planes = decompress("here", stored, [len(each) for each in frames], lengths)
+        planes = decompress("here", stored, [len(frame) for frame in frames], lengths)
         if coding.value.startswith("gaps"):
             check_indices("here", decode_gaps("here", planes, count, numel), (numel,))
         elif coding.value.startswith("steps"):
@@ -166,14 +129,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def seeds(name: str) -> list[bytes]:
-    """Make the first inputs of a target.
-
-    Args:
-        name: The target.
-
-    Returns:
-        The inputs; all of them are read, or refused, in order.
-    """
+    """Make the first inputs of a target; all of them are read, or refused, without a finding."""
     if name == "metadata":
         return [config.encode() for config, _ in sound_adapters()]
     random = np.random.default_rng(0)
@@ -186,11 +142,7 @@ def seeds(name: str) -> list[bytes]:
 
 @cache
 def sound_adapters() -> list[tuple[str, bytes]]:
-    """Make small adapters, plain and compact, as their two files.
-
-    Returns:
-        The text of the config, and the bytes of the tensors, of each.
-    """
+    """Make small adapters, plain and compact: a config's text and a tensor file's bytes."""
     made = []
     with tempfile.TemporaryDirectory() as root:
         for dtype in ("float32", "bfloat16"):
@@ -198,9 +150,9 @@ def sound_adapters() -> list[tuple[str, bytes]]:
             scores = {name: np.abs(delta.values) for name, delta in patch.deltas.items()}
             for encoding in Encoding:
                 out = Path(root, dtype, encoding)
-                told = in_encoding(patch.metadata, encoding)
-                write_adapter(out / "patch", replace(patch, metadata=told), base=base)
-                write_map(out / "map", SafetyMap(_as_map(told), patch.indices, scores))
+                metadata = in_encoding(patch.metadata, encoding)
+                write_adapter(out / "patch", replace(patch, metadata=metadata), base=base)
+                write_map(out / "map", SafetyMap(_as_map(metadata), patch.indices, scores))
                 made += [out / "patch", out / "map"]
         return [((p / CONFIG).read_text("utf-8"), (p / TENSORS).read_bytes()) for p in made]
 
@@ -222,9 +174,11 @@ def _patch(dtype: str) -> tuple[Adapter, Callable[..., Any]]:
     return Adapter(described, deltas), lambda name, record, indices: entries[name]
 
 
-def _as_map(told: AdapterMetadata) -> AdapterMetadata:
-    tensors = {name: replace(each, merged_digest=None) for name, each in told.tensors.items()}
-    return replace(told, mode=Mode.SPA, tensors=tensors)
+def _as_map(metadata: AdapterMetadata) -> AdapterMetadata:
+    tensors = {
+        name: replace(record, merged_digest=None) for name, record in metadata.tensors.items()
+    }
+    return replace(metadata, mode=Mode.SPA, tensors=tensors)
 
 
 @cache
@@ -276,7 +230,7 @@ def _change_header(choices: Choices, header: dict[str, Any], body: bytearray) ->
 
 
 def _forge(config: dict[str, Any], header: dict[str, Any], body: bytearray) -> None:
-    """Make the digests those of the changed bytes, where they can be told; forget the others."""
+    """Make the digests those of the changed bytes, where they can be found; forget the others."""
     tensors = config.get("tensors")
     for name, record in tensors.items() if isinstance(tensors, dict) else ():
         if not isinstance(record, dict):
