@@ -37,9 +37,12 @@ NAMES = [
     if not is_exception(getattr(safeweights_peft, name))
 ]
 TO_DO = {
+    "SafeWeightsConfig",
     "SafetyPreservingCallback",
+    "create_adapter",
     "load_model",
     "preserve",
+    "round_values",
 }
 """Names that have no example yet."""
 

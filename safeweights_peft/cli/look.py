@@ -86,6 +86,7 @@ def probe_command(
     only its own weights matter. OUT gets probe.json and probe.png. Interrupted runs resume where
     they stopped.
     """
+    from safeweights_peft.jobs.job import Job
     from safeweights_peft.study.probe import probe
     from safeweights_peft.tables import probe_rows, verdict_lines
 
@@ -96,9 +97,8 @@ def probe_command(
     if dry_run:
         return output.show_estimate(base, compute, score=score)
     with output.show_progress() as progress:
-        result = probe(
-            *(base, map_dir, out, settings, score, evaluate, compute, progress), overwrite=overwrite
-        )
+        job = Job(base, compute, progress)
+        result = probe(job, map_dir, out, settings, score, evaluate, overwrite=overwrite)
     output.show(result, probe_rows(result))
     if not click.get_current_context().meta["json"]:
         click.echo("\n" + "\n".join(verdict_lines(result)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -26,8 +25,16 @@ _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unk
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="Branch to push to.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--commit-message", "message", help="First line of the commit message.")
-def push_command(directory: Path, repo: str, **values: Any) -> None:
+@click.option("--commit-message", help="First line of the commit message.")
+def push_command(
+    directory: Path,
+    repo: str,
+    base: str | None,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str | None,
+) -> None:
     """Push a patch or map to the Hub, with its results.
 
     Card, results, map and pictures go in one commit. Files that hold a local path or a token, and
@@ -35,7 +42,15 @@ def push_command(directory: Path, repo: str, **values: Any) -> None:
     """
     from safeweights_peft.hub.push import push_to_hub
 
-    pushed = push_to_hub(directory, repo, **values)
+    pushed = push_to_hub(
+        directory,
+        repo,
+        base=base,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=commit_message,
+    )
     commit = pushed.commit if pushed.changed else f"{pushed.commit}, as it was"
     request = pushed.pull_request
     rows = [
@@ -125,7 +140,7 @@ def verify_command(
         raise click.UsageError("--revision belongs to --base.")
     try:
         folder = options.ADAPTER.convert(adapter, None, None)
-    except SafeWeightsError as error:  # what can't be fetched is unreadable, not a failed check
+    except SafeWeightsError as error:  # one that can't be had is unreadable, and no failed check
         click.echo(f"Error: {error}", err=True)
         sys.exit(_EXIT_CODES["unreadable"])
     directory, why_none = None, "no base was given"
@@ -134,8 +149,8 @@ def verify_command(
     except SafeWeightsError as error:  # it can't be had; or ADAPTER is broken, as verify will say
         why_none = str(error)
     if merged and directory:
-        with output.show_progress() as bars:
-            report = verify(folder, directory, merged, progress=bars.percent("Comparing"))
+        with output.show_progress() as progress, progress.task("Comparing", 100) as advance:
+            report = verify(folder, directory, merged, progress=output.percent(advance))
     else:
         report = verify(folder, directory, merged, why_no_base=why_none)
     checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail} for c in report.checks]
@@ -164,7 +179,7 @@ def sign_command(adapter: Path, key: Path, out: Path | None, overwrite: bool) ->
     from safeweights_peft.signing import sign
 
     record = sign(adapter, key, out, overwrite=overwrite)
-    output.show(record)
+    output.show(record, output.rows_of(record))
 
 
 @options.command("verify-signature")
@@ -181,7 +196,7 @@ def verify_signature_command(adapter: Path, key: Path, signature: Path | None) -
     from safeweights_peft.signing import verify_signature
 
     record = verify_signature(adapter, key, signature)
-    output.show(record)
+    output.show(record, output.rows_of(record))
 
 
 @options.command("reproduce")

@@ -22,8 +22,7 @@ class _ScaledAdapter(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Path, Any]:
-        """Split off the scale."""
-        # What follows the last @ is no scale if a directory is called so, nor if it is a revision.
+        """Split at the last @, unless the whole names a directory, or a revision follows it."""
         path, at, suffix = str(value).rpartition("@")
         scale = _number_or_text(suffix)
         names_revision = isinstance(scale, str) and not Path(path).is_dir()
@@ -44,8 +43,7 @@ def _number_or_text(text: str) -> float | str:
 
 
 def find_base_directory(base: str, adapters: Sequence[Path], revision: str | None = None) -> Path:
-    """Find a base's directory, or fetch it from the Hub at the commit that the adapters name."""
-    # Also the answer of find_base, but without the Hub's client, whose import takes longer.
+    """Find a base's directory; where it is here, the Hub's client is not loaded for it."""
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.fetching import find_base
@@ -99,20 +97,20 @@ def merge_command(
     if (out is None) != in_place or (in_place and not Path(base).is_dir()):
         raise click.UsageError("Give --out, or --in-place and a directory.")
     directory = find_base_directory(base, [path for path, _ in adapters], revision)
-    with output.show_progress() as bars:
-        if dry_run:
-            report = plan(directory, adapters, out, on_overlap=on_overlap)
-        elif out is None:
-            report = asdict(merge_in_place(directory, adapters, on_overlap=on_overlap))
+    if dry_run:
+        planned = plan(directory, adapters, out, on_overlap=on_overlap)
+        return output.show(planned, output.merge_rows(planned))
+    with output.show_progress() as progress, progress.task("Merging", 100) as advance:
+        if out is None:
+            report = merge_in_place(directory, adapters, on_overlap=on_overlap)
         else:
-            done = merge(
+            report = merge(
                 *(directory, adapters, out),
                 on_overlap=on_overlap,
                 overwrite=overwrite,
-                progress=bars.percent("Merging"),
+                progress=output.percent(advance),
             )
-            report = asdict(done)
-    output.show(report, output.merge_rows(report))
+    output.show(asdict(report), output.merge_rows(asdict(report)))
 
 
 @options.command("unmerge")
@@ -125,7 +123,7 @@ def unmerge_command(directory: Path) -> None:
     from safeweights_peft.merging.in_place import unmerge
 
     report = asdict(unmerge(directory))
-    output.show(report)
+    output.show(report, output.rows_of(report))
 
 
 @options.command("convert")
@@ -157,7 +155,7 @@ def convert_command(
     needs_base = metadata.needs_base or (encoding == "compact" and metadata.may_need_base)
     directory = find_base_directory(name, [adapter]) if name and needs_base else None
     report = asdict(convert(adapter, encoding, out, directory, overwrite=overwrite))
-    output.show(report)
+    output.show(report, output.rows_of(report))
 
 
 @options.command("export")
@@ -179,7 +177,7 @@ def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrit
     from safeweights_peft.jobs.export import export_supertuning
 
     record = export_supertuning(adapter, out, base, overwrite=overwrite)
-    output.show(record)
+    output.show(record, output.rows_of(record))
 
 
 @options.command("diff")
@@ -203,7 +201,9 @@ def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrit
 )
 @options.out
 @options.overwrite
-def diff_command(base: str, tuned: str, out: Path, **values: Any) -> None:
+def diff_command(
+    base: str, tuned: str, out: Path, density: float | None, map_dir: Path | None, overwrite: bool
+) -> None:
     """Store the change from BASE to TUNED as a safety patch.
 
     Merged into BASE, the patch gives the bits of TUNED; with --density or --map only some of them,
@@ -214,4 +214,6 @@ def diff_command(base: str, tuned: str, out: Path, **values: Any) -> None:
     from safeweights_peft.jobs.job import Job
 
     with output.show_progress() as progress:
-        output.show(diff(Job(base, progress=progress), tuned, out, **values))
+        job = Job(base, progress=progress)
+        report = diff(job, tuned, out, density=density, map_dir=map_dir, overwrite=overwrite)
+    output.show(report, output.rows_of(report))

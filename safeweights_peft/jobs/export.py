@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,14 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.delta import DTYPES, Array, SparseDelta, add_rounded, bits_differ
+from safeweights_peft.delta import DTYPES, Array, add_rounded, bits_differ
 from safeweights_peft.errors import MergeError, UnsupportedFeatureError
 from safeweights_peft.fetching import BaseModel, find_base
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
-from safeweights_peft.merging.gather import gather_entries
-from safeweights_peft.merging.sums import merged_entries
+from safeweights_peft.merging.sums import add_up, gather_base, read_patches
 from safeweights_peft.modeling.loading import build_empty
-from safeweights_peft.patch.artifacts import Adapter
-from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, read_adapter
+from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE
+from safeweights_peft.patch.records import TensorRecord
 
 
 def export_supertuning(
@@ -30,37 +28,42 @@ def export_supertuning(
 ) -> dict[str, Any]:
     """Write a safety patch as an adapter of PEFT's own sparse method; see ``docs/export.md``."""
     check_target(out, overwrite, MergeError)
-    found = find_base(base, [adapter_dir])
-    reader = CheckpointReader(found.path)
-    adapter = read_adapter(adapter_dir, partial(gather_entries, reader))
-    check_apart(out, {"the base": found.path, "the patch": adapter_dir}, MergeError)
-    deltas = _linear_deltas(adapter, found)
-    merged = merged_entries(reader, [adapter])
-    # The method stores equally many entries of each matrix per size, so most matrices are padded.
-    sparsity = find_sparsity([(delta.count, delta.numel) for delta in deltas.values()])
+    base_model, patches = find_base(base, [adapter_dir]), read_patches(adapter_dir)
+    check_apart(out, {"the base": base_model.path, "the patch": adapter_dir}, MergeError)
+    (patch,) = patches.patches
+    records = patch.adapter.metadata.tensors
+    _check_linear(base_model, records)
+    counts = {name: indices.size for name, indices in patches.indices.items() if indices.size}
+    if not counts:
+        raise MergeError("adapter: expected a patch that changes entries, found none; give another")
+    # The method stores one fraction of every matrix, so all but the densest one are padded.
+    numels = {name: records[name].numel for name in counts}
+    sparsity = find_sparsity([(counts[name], numels[name]) for name in counts])
     tensors: dict[str, Array] = {}
     differing = 0
-    for name, delta in deltas.items():
-        stored = int(delta.numel * (1 - sparsity))  # as PEFT counts
+    scale = np.float32(patch.summary.scale)
+    for entries, merged in add_up(gather_base(CheckpointReader(base_model.path), patches)):
+        if (name := entries.name) not in counts:
+            continue
+        change = scale * patch.adapter.values(name, entries.base).astype(np.float32)
+        stored = int(numels[name] * (1 - sparsity))  # as PEFT counts
         # The padding adds -0.0 to entry 0: the only number that changes nothing, not even -0.0.
         indices, values = np.zeros(stored, np.int32), np.full(stored, -0.0, np.float32)
-        indices[: delta.count], values[: delta.count] = delta.indices, delta.values
+        indices[: counts[name]], values[: counts[name]] = entries.indices, change
         tensors[f"base_model.model.{_module(name)}.supertuning_indices"] = indices
         tensors[f"base_model.model.{_module(name)}.supertuning_values"] = values
         # PEFT rounds values to the model's dtype before it adds them: in float32 the merged bits
         # are those of the patch, in narrower dtypes some differ.
-        record = adapter.metadata.tensors[name]
         with np.errstate(over="ignore"):
-            rounded = delta.values.astype(DTYPES[record.dtype])
-        entries = gather_entries(reader, name, record, delta.indices)
-        differing += int(bits_differ(add_rounded(entries, rounded), merged[name][1]).sum())
+            rounded = change.astype(DTYPES[records[name].dtype])
+        differing += int(bits_differ(add_rounded(entries.base, rounded), merged).sum())
     config = SupertuningConfig(
         sparsity=sparsity,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        base_model_name_or_path=found.name,
-        revision=found.revision,
-        target_modules=[_module(name) for name in deltas],
+        base_model_name_or_path=base_model.name,
+        revision=base_model.revision,
+        target_modules=[_module(name) for name in counts],
     )
     with publish(out, overwrite, MergeError) as draft:
         config.save_pretrained(str(draft))
@@ -71,8 +74,8 @@ def export_supertuning(
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
     return {
         "out_dir": str(out),
-        "parameters": len(deltas),
-        "entries": sum(delta.count for delta in deltas.values()),
+        "parameters": len(counts),
+        "entries": sum(counts.values()),
         "stored_entries": sum(tensor.size for tensor in tensors.values()) // 2,
         "differing_entries": differing,
         "size_bytes": (out / TENSORS_FILE).stat().st_size,
@@ -87,23 +90,17 @@ def find_sparsity(needs: Sequence[tuple[int, int]]) -> float:
     return sparsity
 
 
-def _linear_deltas(adapter: Adapter, base: BaseModel) -> dict[str, SparseDelta]:
-    """Scale a patch's values, and refuse one that changes more than linear layers."""
-    modules, deltas = dict(build_empty(base).named_modules()), {}
-    for name, delta in adapter.deltas.items():
+def _check_linear(base: BaseModel, records: Mapping[str, TensorRecord]) -> None:
+    """Refuse a patch of anything but linear layers: Super-Tuning in PEFT changes nothing else."""
+    modules = dict(build_empty(base).named_modules())
+    for name, record in records.items():
         module, own = modules.get(_module(name)), name.rpartition(".")[2]
-        if not isinstance(module, nn.Linear) or own != "weight" or delta.numel >= 2**31:
+        if not isinstance(module, nn.Linear) or own != "weight" or record.numel >= 2**31:
             raise UnsupportedFeatureError(
                 f"{name}: expected the weight of an nn.Linear of fewer than 2**31 entries, found "
                 f"{own} of a {type(module).__name__}; Super-Tuning changes nothing else: merge "
                 "the patch"
             )
-        if delta.count:
-            change = np.float32(adapter.metadata.scale) * delta.values.astype(np.float32)
-            deltas[name] = SparseDelta(delta.shape, delta.indices, change)
-    if not deltas:
-        raise MergeError("adapter: expected a patch that changes entries, found none; give another")
-    return deltas
 
 
 def _module(name: str) -> str:

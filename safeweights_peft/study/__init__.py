@@ -1,1 +1,1 @@
-"""Saved results -> tables, pictures and pages. Reads plain JSON; computes nothing."""
+"""Research on maps and runs: probe, report, compare and reproduce, with their pictures."""

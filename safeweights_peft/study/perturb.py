@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from safeweights_peft.delta import Array
+from safeweights_peft.evaluation.utility import Patched
 from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.modeling.tensors import add_rounded, to_torch
 from safeweights_peft.selection.scores import compute_sigma
@@ -19,16 +21,25 @@ Change = Callable[[str, nn.Parameter, Tensor], Tensor]
 """Takes a parameter's name, the parameter, and some of its entries; returns their replacement."""
 
 
-@contextmanager
-def perturbed(model: nn.Module, indices: Mapping[str, Array], change: Change) -> Iterator[None]:
-    """Change entries while the context lasts, then restore them bit for bit."""
-    with ExitStack() as restoring:
-        for name, positions in indices.items():
-            parameter = model.get_parameter(name)
-            entries = FrozenEntries(name, parameter, to_torch(positions))
-            restoring.callback(entries.restore)  # before the change: it may fail halfway
-            entries.write(change(name, parameter, entries.originals))
-        yield
+def perturb(model: PreTrainedModel, indices: Mapping[str, Array], change: Change) -> Patched:
+    """Compute replacements of entries, to be in the model while a context lasts."""
+    replaced = []
+    for name, positions in indices.items():
+        parameter = model.get_parameter(name)
+        entries = FrozenEntries(name, parameter, to_torch(positions))
+        replaced.append((entries, change(name, parameter, entries.originals)))
+
+    @contextmanager
+    def switch_on() -> Iterator[PreTrainedModel]:
+        try:
+            for entries, values in replaced:
+                entries.write(values)
+            yield model
+        finally:
+            for entries, _ in replaced:
+                entries.restore()
+
+    return switch_on
 
 
 def noise(factor: float, *seed: int) -> Change:

@@ -1,8 +1,4 @@
-"""A recorded run, run again and compared: is the patch the same, and do the rates agree?
-
-What is recorded is in ``recording``. Base and data are found and checked by their digests before
-anything is computed.
-"""
+"""Run a recorded run again, and compare: is the patch the same, and do the rates agree?"""
 
 from __future__ import annotations
 
@@ -38,50 +34,33 @@ RATES = ("attack_success_rate", "over_refusal_rate")
 
 @dataclass(frozen=True)
 class Recorded:
-    """A recorded run whose base and data are here, the same by their digests.
+    """A recorded run whose base and data are here, the same by their digests."""
 
-    Attributes:
-        folder: the record's directory.
-        patch: the recorded patch, if it is beside the record.
-        record: what was recorded.
-        settings: the recorded settings, with the places of base and data on this machine.
-    """
-
-    folder: Path
-    patch: Path | None
+    folder: Path  # the record's
+    patch: Path | None  # the recorded one, if it is beside the record
     record: Record
-    settings: RunSettings
+    settings: RunSettings  # the recorded ones, with the places of base and data on this machine
 
 
 def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()) -> Recorded:
-    """Read a run's record, and finds the same base and the same data."""
-    file = _find_record(path)
-    record = read_record(file)
-    patch = _find_patch(file.parent, record)
-    settings = _with_data(_settings_here(file.parent, record), record, data)
-    name, revision = settings.base, record.base.revision
-    if base is None and revision is None and patch and not Path(name).is_dir():
-        metadata = read_metadata(patch)
-        name, revision = metadata.base_model_name_or_path or name, metadata.revision
-    if base is not None:
-        given, asked = (base, None) if Path(base).is_dir() else split_revision(base)
-        name, revision = given, asked or (revision if given == name else None)
-    if Path(name).is_dir():
-        revision = None
-    elif base is None and revision is None:
-        raise ModelError(
-            f"base: expected the directory {record.base.name!r} or a Hub id and its commit, found "
-            "neither; give it by --base"
-        )
+    """Read a run's record, and find the same base and the same data."""
+    if path.is_dir():  # of a run, or of a shared patch, which has the record among its results
+        shared = path / RESULTS / REPRODUCE
+        path = shared if shared.is_file() else path / REPRODUCE
+    record = read_record(path)
+    patch = _find_patch(path.parent, record)
+    settings = _find_data(_localize(path.parent, record), record, data)
+    name, revision = _find_base(base, settings.base, record, patch)
+    # All is checked by digests now, not after hours of training on something else.
     _check_model("base", name, revision, record.base)
-    for key, recorded in record.judges.items():
-        _check_model(f"score.{key}", getattr(settings.score, key), None, recorded)
+    for key, judge in record.judges.items():
+        _check_model(f"score.{key}", getattr(settings.score, key), None, judge)
     compute = replace(settings.compute, revision=revision)
-    return Recorded(file.parent, patch, record, replace(settings, base=name, compute=compute))
+    return Recorded(path.parent, patch, record, replace(settings, base=name, compute=compute))
 
 
 def reproduce(recorded: Recorded, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recorded run again and compares."""
+    """Run a recorded run again, and compare the two."""
     if out.resolve() == recorded.folder.resolve():
         raise DataError(f"{out}: expected a directory for a new run, found the recorded run itself")
     enhance(recorded.settings, out, progress)
@@ -90,30 +69,21 @@ def reproduce(recorded: Recorded, out: Path, progress: Progress | None = None) -
         f"{stage}.{key}": _compare_rates(old, new, stage, key) for stage in STAGES for key in RATES
     }
     digests = {
-        key: {"recorded": getattr(old, key), "found": getattr(new, key)}
-        for key in ("content_id", "merged_digest")
+        key: _pair(getattr(old, key), getattr(new, key)) for key in ("content_id", "merged_digest")
+    }
+    environment = {
+        key: _pair(old.environment.get(key), new.environment.get(key))
+        for key in sorted(old.environment.keys() | new.environment.keys())
     }
     return {
         "kind": "comparison",
-        "same": all(each["recorded"] == each["found"] for each in digests.values())
-        and all(each["within"] for each in rates.values()),
+        "same": all(map(_agrees, digests.values()))
+        and all(rate["within"] for rate in rates.values()),
         **digests,
         "entries": _compare_entries(recorded.patch, out / "patch") if recorded.patch else None,
         "rates": rates,
-        "environment": {
-            key: {"recorded": old.environment.get(key), "found": new.environment.get(key)}
-            for key in sorted(old.environment.keys() | new.environment.keys())
-            if old.environment.get(key) != new.environment.get(key)
-        },
+        "environment": {key: pair for key, pair in environment.items() if not _agrees(pair)},
     }
-
-
-def _find_record(path: Path) -> Path:
-    """Find the record of a run, or of a shared patch, which has it among its results."""
-    if not path.is_dir():
-        return path
-    shared = path / RESULTS / REPRODUCE
-    return shared if shared.is_file() else path / REPRODUCE
 
 
 def _find_patch(folder: Path, record: Record) -> Path | None:
@@ -127,7 +97,7 @@ def _find_patch(folder: Path, record: Record) -> Path | None:
     return None
 
 
-def _settings_here(folder: Path, record: Record) -> RunSettings:
+def _localize(folder: Path, record: Record) -> RunSettings:
     """Take the paths from the run's own ``settings.json`` while they lead to the same names."""
     path = folder / "settings.json"
     if path.is_file():
@@ -137,53 +107,82 @@ def _settings_here(folder: Path, record: Record) -> RunSettings:
     return record.settings
 
 
-def _with_data(settings: RunSettings, record: Record, data: Sequence[Path]) -> RunSettings:
-    """Put given files in the place of recorded ones, and checks every source by its digest."""
-    given = {source_digest(str(path)): str(path) for path in data}
-    found = sources_of(settings)
-    if found.keys() != record.data.keys():
+def _find_data(settings: RunSettings, record: Record, data: Sequence[Path]) -> RunSettings:
+    """Replace recorded files by given ones of the same content, and check every source."""
+    paths = {source_digest(str(path)): str(path) for path in data}
+    sources = sources_of(settings)
+    if sources.keys() != record.data.keys():
         raise DataError(
-            f"data: expected digests of {', '.join(found)}, found {', '.join(record.data)}; "
+            f"data: expected digests of {', '.join(sources)}, found {', '.join(record.data)}; "
             "ask for a whole record"
         )
     for key, recorded in record.data.items():
-        found[key] = given.get(recorded.digest, found[key])
-        _check_source(key, found[key], recorded.digest)
-    return with_sources(settings, found)
+        sources[key] = paths.get(recorded.digest, sources[key])
+        _check_source(key, sources[key], recorded.digest)
+    return with_sources(settings, sources)
 
 
 def _check_source(key: str, source: str, digest: str) -> None:
     is_file = Path(source).suffix in FILE_SUFFIXES
-    there = "nothing" if is_file and not Path(source).is_file() else source_digest(source)
-    if there != digest:
+    found = "nothing" if is_file and not Path(source).is_file() else source_digest(source)
+    if found != digest:
         hint = "give the recorded file by --data" if is_file else "install the recorded version"
-        raise DataError(f"{key}: {source}: expected {digest}, found {there}; {hint}")
+        raise DataError(f"{key}: {source}: expected {digest}, found {found}; {hint}")
+
+
+def _find_base(
+    base: str | None, name: str, record: Record, patch: Path | None
+) -> tuple[str, str | None]:
+    """Find a base's name and commit: the given one, the recorded one, or the patch's."""
+    revision = record.base.revision
+    if base is not None:
+        if Path(base).is_dir():
+            return base, None
+        hub_id, commit = split_revision(base)
+        return hub_id, commit or (revision if hub_id == name else None)
+    if Path(name).is_dir():
+        return name, None
+    if revision is None and patch:
+        # A record knows a directory by its last name only; the patch knows its path.
+        metadata = read_metadata(patch)
+        name, revision = metadata.base_model_name_or_path or name, metadata.revision
+        if Path(name).is_dir():
+            return name, None
+    if revision is None:
+        raise ModelError(
+            f"base: expected the directory {record.base.name!r} or a Hub id and its commit, found "
+            "neither; give it by --base"
+        )
+    return name, revision
 
 
 def _check_model(key: str, name: str, revision: str | None, recorded: ModelFiles) -> None:
     files = describe_model(resolve_base(name, revision)).files
-    every = recorded.files.keys() | (files.keys() if Path(name).is_dir() else set())
-    other = [file for file in sorted(every) if files.get(file) != recorded.files.get(file)]
-    if other or not every:
+    names = recorded.files.keys() | (files.keys() if Path(name).is_dir() else set())
+    differing = [file for file in sorted(names) if files.get(file) != recorded.files.get(file)]
+    if differing or not names:
         raise BaseMismatchError(
             f"{key}: {name}: expected the files of the recorded run, found another or no "
-            f"{', '.join(other) or 'record of any'}; give the model that was used"
+            f"{', '.join(differing) or 'record of any'}; give the model that was used"
         )
 
 
 def _compare_entries(old: Path, new: Path) -> dict[str, Any]:
-    found = compare([old, new])
-    sizes = [each["entries"] for each in found["maps"]]
-    (pair,) = found["pairs"]
-    return {
-        "recorded": sizes[0],
-        "found": sizes[1],
-        "shared": pair["shared"],
-        "iou": pair["iou"],
-    }
+    overlap = compare([old, new])
+    sizes = [described["entries"] for described in overlap["maps"]]
+    (pair,) = overlap["pairs"]
+    return {**_pair(*sizes), "shared": pair["shared"], "iou": pair["iou"]}
 
 
 def _compare_rates(old: Record, new: Record, stage: str, key: str) -> dict[str, Any]:
-    was, found = (getattr(getattr(each, stage), key) for each in (old, new))
-    within = was.low <= found.rate <= was.high
-    return {"recorded": asdict(was), "found": asdict(found), "within": within}
+    recorded, found = (getattr(getattr(record, stage), key) for record in (old, new))
+    within = recorded.low <= found.rate <= recorded.high
+    return {**_pair(asdict(recorded), asdict(found)), "within": within}
+
+
+def _pair(recorded: Any, found: Any) -> dict[str, Any]:
+    return {"recorded": recorded, "found": found}
+
+
+def _agrees(pair: dict[str, Any]) -> bool:
+    return bool(pair["recorded"] == pair["found"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from safeweights_peft.study.perturb import noise, perturbed, zeros
+from safeweights_peft.study.perturb import noise, perturb, zeros
 from tests.tuner.patches import load_base, logits, random_content, same_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,7 +56,7 @@ def test_noise_is_that_of_a_dense_mask_rounded_once(model: nn.Module) -> None:
         drawn[mask] = torch.from_numpy(generator.standard_normal(int(mask.sum()), np.float32))
         moved = before.float() + 0.38 * before.float().std() * drawn
         expected[name] = torch.where(mask, moved.to(before.dtype), before)
-    with perturbed(model, indices, noise(0.38, 7, 2)):
+    with perturb(model, indices, noise(0.38, 7, 2))():
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, expected[name]), name
 
@@ -64,7 +64,7 @@ def test_noise_is_that_of_a_dense_mask_rounded_once(model: nn.Module) -> None:
 def test_zeros_are_those_of_a_dense_mask(model: nn.Module) -> None:
     indices = indices_of(model)
     expected = {name: before * ~mask for name, before, mask in masked(model, indices)}
-    with perturbed(model, indices, zeros):
+    with perturb(model, indices, zeros)():
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, expected[name]), name
 
@@ -74,19 +74,28 @@ def test_entries_are_restored_bit_for_bit(model: nn.Module, change) -> None:
     parameter = model.get_parameter("model.norm.weight")
     parameter.data[:3] = torch.tensor([-0.0, torch.inf, 1e-7])
     before = bits(model)
-    with perturbed(model, indices_of(model), change):
+    with perturb(model, indices_of(model), change)():
         assert not same(bits(model), before)
     assert same(bits(model), before)
 
 
 def test_entries_are_restored_after_an_exception(model: nn.Module) -> None:
     before = bits(model)
-    with pytest.raises(KeyboardInterrupt), perturbed(model, indices_of(model), zeros):
+    with pytest.raises(KeyboardInterrupt), perturb(model, indices_of(model), zeros)():
         raise KeyboardInterrupt
     assert same(bits(model), before)
 
 
-def test_entries_are_restored_where_a_later_change_fails(tiny_llama: Path) -> None:
+def test_what_is_switched_on_again_is_the_same_perturbation(model: nn.Module) -> None:
+    switch_on, before = perturb(model, indices_of(model), noise(0.38, 0)), bits(model)
+    with switch_on():
+        first = bits(model)
+    assert same(bits(model), before)
+    with switch_on():
+        assert same(bits(model), first)
+
+
+def test_entries_are_as_they_were_where_a_change_fails(tiny_llama: Path) -> None:
     model = load_base(tiny_llama)
     before = bits(model)
 
@@ -95,8 +104,8 @@ def test_entries_are_restored_where_a_later_change_fails(tiny_llama: Path) -> No
             raise MemoryError
         return zeros(name, parameter, entries)
 
-    with pytest.raises(MemoryError), perturbed(model, indices_of(model), fail_at_the_norm):
-        pass
+    with pytest.raises(MemoryError):
+        perturb(model, indices_of(model), fail_at_the_norm)
     assert same(bits(model), before)
 
 
@@ -104,7 +113,7 @@ def test_tied_weights_change_together_and_are_restored(tiny_tied_llama: Path) ->
     model = load_base(tiny_tied_llama)
     before, head = bits(model), model.get_output_embeddings().weight
     assert head is model.get_parameter(EMBEDDING)
-    with perturbed(model, {EMBEDDING: np.arange(100)}, zeros):
+    with perturb(model, {EMBEDDING: np.arange(100)}, zeros)():
         assert not head.flatten()[:100].any()
     assert same(bits(model), before)
 
@@ -112,7 +121,7 @@ def test_tied_weights_change_together_and_are_restored(tiny_tied_llama: Path) ->
 def test_a_restored_model_says_what_it_said(tiny_llama: Path) -> None:
     model = load_base(tiny_llama)
     before = logits(model)
-    with perturbed(model, indices_of(model), noise(0.38, 0)):
+    with perturb(model, indices_of(model), noise(0.38, 0))():
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
 
@@ -121,7 +130,7 @@ def test_a_restored_model_says_what_it_said(tiny_llama: Path) -> None:
 def test_noise_has_the_asked_size_in_sigmas_of_the_tensor(tiny_llama: Path, factor: float) -> None:
     model = load_base(tiny_llama)
     before = model.get_parameter(EMBEDDING).detach().clone()
-    with perturbed(model, {EMBEDDING: np.arange(before.numel())}, noise(factor, 0)):
+    with perturb(model, {EMBEDDING: np.arange(before.numel())}, noise(factor, 0))():
         added = model.get_parameter(EMBEDDING).detach() - before
     assert added.std() == pytest.approx(factor * before.std().item(), rel=0.05)
     assert added.mean() == pytest.approx(0, abs=0.05 * factor * before.std().item())
@@ -132,7 +141,7 @@ def test_noise_is_fixed_by_its_seeds(tiny_llama: Path) -> None:
     seeds = [(3, 1), (3, 1), (3, 2), (4, 1)]
     indices = indices_of(models[0])
     contexts = [
-        perturbed(each, indices, noise(0.38, *seed))
+        perturb(each, indices, noise(0.38, *seed))()
         for each, seed in zip(models, seeds, strict=True)
     ]
     for context in contexts:
