@@ -132,7 +132,9 @@ def test_probing_under_a_patch_that_is_not_merged_is_a_failure_of_one_line(
     called = call("probe", run.base, *inputs, *options["probe"])
     assert called.exit_code == 1
     assert called.stdout == ""
-    assert error_lines(called.stderr)[-1].endswith("give the checkpoint that `safeweights merge` wrote")
+    assert error_lines(called.stderr)[-1].endswith(
+        "give the checkpoint that `safeweights merge` wrote"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
