@@ -109,7 +109,7 @@ def convert(
 def _write_map(draft: Path, safety_map: SafetyMap, encoding: Encoding) -> AdapterMetadata:
     write_map(draft, replace(safety_map, metadata=in_encoding(safety_map.metadata, encoding)))
     written = read_map(draft)
-    _count_changed(written, safety_map.scores, written.scores, 0)
+    _count_changed(written, safety_map.scores, written.scores, exact=True)
     return written.metadata
 
 
@@ -129,7 +129,7 @@ def _write_patch(
         {name: delta.values for name, delta in adapter.deltas.items()}
         for adapter in (before, written)
     )
-    return written.metadata, _count_changed(written, first, second, None if stepped else 0)
+    return written.metadata, _count_changed(written, first, second, exact=not stepped)
 
 
 def _widen(adapter: Adapter) -> Adapter:
@@ -142,12 +142,12 @@ def _widen(adapter: Adapter) -> Adapter:
 
 
 def _count_changed(
-    written: Artifact, before: Mapping[str, Array], after: Mapping[str, Array], allowed: int | None
+    written: Artifact, before: Mapping[str, Array], after: Mapping[str, Array], *, exact: bool
 ) -> int:
     changed = 0
     for name, values in before.items():
         differ = int(bits_differ(values.astype(np.float32), after[name].astype(np.float32)).sum())
-        if allowed is not None and differ > allowed:
+        if differ and exact:
             raise FormatError(
                 f"{name}: expected the same numbers in the {written.metadata.mode.artifact} as "
                 f"before, found {differ} others; this is a defect, keep the old one"

@@ -17,7 +17,7 @@ from safeweights_peft.delta import (
     index_dtype,
 )
 from safeweights_peft.errors import MergeError
-from safeweights_peft.merging.gather import find_copies, gather_entries
+from safeweights_peft.merging.gather import describe_tensor, find_copies, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.patch.artifacts import Adapter
 from safeweights_peft.patch.placement import Block
@@ -71,6 +71,7 @@ def find_change(
     _check_tied(tuned, record, name)
     pieces = [_changed_in(base, tuned, block) for block in record.blocks]
     indices, before, after = (np.concatenate(part) for part in zip(*pieces, strict=True))
+    # Each block's entries ascend, but blocks of fused experts interleave.
     if (indices[1:] < indices[:-1]).any():
         order = np.argsort(indices)
         indices, before, after = indices[order], before[order], after[order]
@@ -85,6 +86,7 @@ def keep(record: TensorRecord, change: Change, kept: Array) -> Kept:
     base, values = change.base[kept], change.values[kept]
     after = change.base.copy()
     after[kept] = merged = add_rounded(base, values)
+    # In float64, as squares of bfloat16's largest numbers are too large for float32.
     remains = change.tuned.astype(np.float64) - after.astype(np.float64)
     moved = change.tuned.astype(np.float64) - change.base.astype(np.float64)
     return Kept(
@@ -125,7 +127,7 @@ def check_patch(
 
 
 def _check_comparable(base: CheckpointReader, tuned: CheckpointReader) -> None:
-    """Refuse checkpoints that don't hold the same tensors in the same shapes and dtypes."""
+    """Refuse checkpoints that don't hold the same tensors in the same dtypes and shapes."""
     for reader, other in ((base, tuned), (tuned, base)):
         for key in other.keys():
             if key not in reader:
@@ -134,12 +136,11 @@ def _check_comparable(base: CheckpointReader, tuned: CheckpointReader) -> None:
                     "such tensor; give two checkpoints of one architecture"
                 )
     for key in base.keys():
-        before, after = base.info(key), tuned.info(key)
-        if (before.shape, before.dtype) != (after.shape, after.dtype):
+        before, after = describe_tensor(base, key), describe_tensor(tuned, key)
+        if before != after:
             raise MergeError(
-                f"{key}: expected {before.dtype} {list(before.shape)} in {tuned.directory} as in "
-                f"the base, found {after.dtype} {list(after.shape)}; give a model that was tuned "
-                "from this base, unresized, and saved in its dtype"
+                f"{key}: expected {before} in {tuned.directory} as in the base, found {after}; "
+                "give a model that was tuned from this base, unresized, and saved in its dtype"
             )
 
 
@@ -164,13 +165,13 @@ def _changed_in(
     base: CheckpointReader, tuned: CheckpointReader, block: Block
 ) -> tuple[Array, Array, Array]:
     dtype, start = WEIGHT_DTYPES[base.info(block.key).dtype], 0
-    found = []
+    pieces = []
     for windows in zip(base.read_windows(block.key), tuned.read_windows(block.key), strict=True):
         before, after = (window.view(dtype) for window in windows)
         local = np.flatnonzero(bits_differ(before, after))
-        found.append((block.spread(local + start), before[local], after[local]))
+        pieces.append((block.spread(local + start), before[local], after[local]))
         start += before.size
-    indices, was, now = (np.concatenate(part) for part in zip(*found, strict=True))
+    indices, was, now = (np.concatenate(part) for part in zip(*pieces, strict=True))
     return indices, was, now
 
 

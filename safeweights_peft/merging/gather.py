@@ -15,8 +15,8 @@ def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
     for name, record in metadata.tensors.items():
         for copy in find_copies(reader, record):
             entries = gather_entries(reader, name, copy, indices[name])
-            found = state_of(entries, record)
-            if not state & found:
+            own = state_of(entries, record)
+            if not state & own:
                 # What other parameters have ruled out is no longer expected of this one: a half
                 # merged base is neither a base nor a merged model.
                 digests = {State.BASE: record.base_digest, State.MERGED: record.merged_digest}
@@ -27,7 +27,7 @@ def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
                     f"digest {' or '.join(expected)}, found {digest(entries)}; use "
                     f"{metadata.base_model_name_or_path or 'the base of the adapter'}{revision}"
                 )
-            state &= found
+            state &= own
     return state
 
 
@@ -46,7 +46,12 @@ def gather_entries(
     """Read a parameter's entries from the checkpoint tensors that hold them; ``(count,)``."""
     placed = _place(reader, record)
     for block in placed.blocks:
-        _check_tensor(reader, name, block.key, block.shape, record.dtype)
+        expected, found = f"{record.dtype} {list(block.shape)}", describe_tensor(reader, block.key)
+        if found != expected:
+            raise BaseMismatchError(
+                f"{name}: expected {block.key} in {reader.directory} as {expected}, found {found}; "
+                "use the base that the adapter was made for"
+            )
     pieces = entries_by_block(placed, indices)
     return reader.gather_pieces(pieces, indices.size, WEIGHT_DTYPES[record.dtype])
 
@@ -61,25 +66,17 @@ def find_copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRe
     return [placed, *(replace(placed, blocks=(replace(own, key=str(key)),)) for key in keys)]
 
 
+def describe_tensor(reader: CheckpointReader, key: str) -> str:
+    """Say a tensor's dtype and shape, to compare and to show; "none" for one that is missing."""
+    if key not in reader:
+        return "none"
+    info = reader.info(key)
+    return f"{info.dtype} {list(info.shape)}"
+
+
 def _place(reader: CheckpointReader, record: TensorRecord) -> TensorRecord:
     # A key that is nowhere stays as it is, for the message of whoever reads it.
     blocks = (
         replace(block, key=reader.find_key(block.key) or block.key) for block in record.blocks
     )
     return replace(record, blocks=tuple(blocks), tied_keys=())
-
-
-def _check_tensor(
-    reader: CheckpointReader, name: str, key: str, shape: tuple[int, ...], dtype: str
-) -> None:
-    if key not in reader:
-        raise BaseMismatchError(
-            f"{name}: expected a tensor {key} in {reader.directory}, found none; "
-            "use the base that the adapter was made for"
-        )
-    info = reader.info(key)
-    if (info.shape, info.dtype) != (shape, dtype):
-        raise BaseMismatchError(
-            f"{name}: expected {key} in {reader.directory} as {dtype} {list(shape)}, found "
-            f"{info.dtype} {list(info.shape)}; use the base that the adapter was made for"
-        )

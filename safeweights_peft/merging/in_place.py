@@ -74,9 +74,10 @@ def merge_in_place(
     if journal is None:
         reader = open_base(base_dir)
         check_own_files(reader)
-        sweep(reader.directory)
+        sweep(reader.directory)  # drafts of a journal whose writing was cut off
         edits = find_edits(gather_base(reader, patches))
         journal = write_journal(reader, patches.summaries, edits)
+    # Also where all entries seem to be there: the last call may have ended before they were synced.
     journal.write(State.MERGED)
     return MergeReport(
         out_dir=str(base_dir),
@@ -120,6 +121,7 @@ def unmerge(directory: PathLike) -> UnmergeReport:
         )
     check_own_files(reader)
     journal.state()  # refuses a checkpoint that was changed since
+    # The journal goes last: as long as it is there, the next call can finish this one.
     journal.write(State.BASE)
     journal.remove()
     sweep(reader.directory)

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safeweights_peft.checkpoint.writer import (
     draft_copy,
     files_to_copy,
 )
-from safeweights_peft.delta import DTYPES, Array, index_dtype
+from safeweights_peft.delta import DTYPES, Array
 from safeweights_peft.errors import CheckpointError, MergeError
 from safeweights_peft.files import check_apart, check_target, read_json, sync
 from safeweights_peft.merging.sums import (
@@ -145,30 +144,21 @@ def plan(
         path = Path(out_dir).absolute()
         place = next(folder for folder in (path, *path.parents) if folder.is_dir())
     free_bytes = shutil.disk_usage(place).free
-    windows = THREADS * min(largest, WINDOW_BYTES)
+    # Reading maps a window of a tensor in each thread.
+    memory_bytes = new_bytes + THREADS * min(largest, WINDOW_BYTES)
+    memory_bytes += sum(own.nbytes for part in patches.parts.values() for _, own in part)
+    for patch in patches.patches:
+        value_bytes = DTYPES[patch.adapter.metadata.values_dtype].itemsize
+        memory_bytes += patch.summary.entries * value_bytes
     return {
         "tensors": tensors,
         "entries": patches.entries,
         "overlap": [asdict(overlap) for overlap in patches.overlap],
         "write_bytes": write_bytes,
-        "memory_bytes": windows + sum(_sizes(patches)) + new_bytes,
+        "memory_bytes": memory_bytes,
         "free_bytes": free_bytes,
         "fits": write_bytes <= free_bytes,
     }
-
-
-def _describe(patches: PatchSet) -> str:
-    """Write the card of a merged checkpoint."""
-    base = patches.patches[0].adapter.metadata
-    return render_card(
-        "merged",
-        *(base.base_model_name_or_path, base.revision),
-        patches=[
-            asdict(patch) | {"name": Path(patch.adapter).resolve().name}
-            for patch in patches.summaries
-        ],
-        shared=sum(overlap.entries for overlap in patches.overlap),
-    )
 
 
 def open_base(base_dir: PathLike) -> CheckpointReader:
@@ -202,10 +192,15 @@ def _check_floats(reader: CheckpointReader) -> None:
             )
 
 
-def _sizes(patches: PatchSet) -> Iterator[int]:
-    """Count the bytes of each parameter's entries in memory, patch by patch."""
-    for patch in patches.patches:
-        metadata = patch.adapter.metadata
-        for record in metadata.tensors.values():
-            value_bytes = DTYPES[metadata.values_dtype].itemsize
-            yield (index_dtype(record.numel).itemsize + value_bytes) * record.count
+def _describe(patches: PatchSet) -> str:
+    """Write the card of a merged checkpoint."""
+    base = patches.patches[0].adapter.metadata
+    return render_card(
+        "merged",
+        *(base.base_model_name_or_path, base.revision),
+        patches=[
+            asdict(patch) | {"name": Path(patch.adapter).resolve().name}
+            for patch in patches.summaries
+        ],
+        shared=sum(overlap.entries for overlap in patches.overlap),
+    )

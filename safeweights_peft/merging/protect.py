@@ -73,6 +73,7 @@ def protect(
     check_apart(Path(out_dir), inputs, MergeError)
     artifact = read_artifact(artifact_dir)
     base, tuned = CheckpointReader(base_dir), CheckpointReader(tuned_dir)
+    # The whole base first, so that nothing is written for another one.
     check_safety(base, artifact)
     copies = {name: _find_tuned(tuned, name, artifact) for name in artifact.indices}
     with draft_copy(tuned, out_dir, overwrite=overwrite, progress=progress) as draft:
@@ -126,6 +127,7 @@ def _put_back(
 ) -> tuple[int, float]:
     """Overwrite one parameter's entries; return how many had moved, and how far at most."""
     indices = artifact.indices[name]
+    # The draft still holds what the tuned model had.
     original = gather_entries(base, name, artifact.metadata.tensors[name], indices)
     before = gather_entries(draft.reader, name, copies[0], indices)
     for record in copies:

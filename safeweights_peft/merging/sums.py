@@ -15,9 +15,9 @@ from safeweights_peft.checkpoint.threads import in_threads
 from safeweights_peft.delta import Array, add_rounded, bits_differ, digest, sum_rounded
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError
 from safeweights_peft.merging.gather import find_copies, find_state, gather_entries
-from safeweights_peft.patch.artifacts import AnyPatch
-from safeweights_peft.patch.io import PathLike, read_metadata, read_patch
-from safeweights_peft.patch.records import Mode, State, TensorRecord, entries_by_block, state_of
+from safeweights_peft.patch.artifacts import AnyPatch, SafetyMap
+from safeweights_peft.patch.io import PathLike, read_artifact
+from safeweights_peft.patch.records import State, TensorRecord, entries_by_block, state_of
 
 OnOverlap = Literal["add", "error"]
 """What to do where patches change the same entries: add them up, or refuse."""
@@ -100,12 +100,21 @@ def read_patches(adapters: Adapters, on_overlap: OnOverlap = "add") -> PatchSet:
     several = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     if not several:
         raise MergeError("adapters: expected at least one patch, found none; give its directory")
-    pairs = [entry if isinstance(entry, tuple) else (entry, 1.0) for entry in several]
-    return combine([_read(*pair) for pair in pairs], on_overlap)
+    patches = []
+    for entry in several:
+        directory, scale = entry if isinstance(entry, tuple) else (entry, 1.0)
+        artifact = read_artifact(directory)
+        if isinstance(artifact, SafetyMap):
+            raise MergeError(
+                f"{directory}: expected a safety patch, found a safety map, which has no values; "
+                "train with it instead"
+            )
+        patches.append(describe_patch(artifact, str(directory), scale))
+    return combine(patches, on_overlap)
 
 
 def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
-    """Say what is merged of a patch that has been read."""
+    """Describe a patch that has been read, and check the factor on its values."""
     factor = adapter.metadata.scale * scale
     if not math.isfinite(factor) or abs(factor) > float(np.finfo(np.float32).max):
         raise MergeError(
@@ -142,7 +151,7 @@ def merged_entries(
     """Compute what patches make of their base's entries: by parameter, indices and new entries."""
     patches = [describe_patch(adapter, f"adapter {n}") for n, adapter in enumerate(adapters, 1)]
     parameters = gather_base(reader, combine(patches))
-    return {entries.name: (entries.indices, merged) for entries, merged in add_up(parameters)}
+    return {own.name: (own.indices, merged) for own, merged in in_threads(_add_up, parameters)}
 
 
 def gather_base(reader: CheckpointReader, patches: PatchSet) -> Iterator[ParameterEntries]:
@@ -152,7 +161,13 @@ def gather_base(reader: CheckpointReader, patches: PatchSet) -> Iterator[Paramet
         indices, part = patches.indices[name], patches.parts[name]
         copies = find_copies(reader, part[0][0].adapter.metadata.tensors[name])
         base, *tied = (gather_entries(reader, name, copy, indices) for copy in copies)
-        terms = [(patch, _positions(own, indices)) for patch, own in part]
+        # A patch that has all entries takes them without a search and a copy.
+        terms = [
+            (patch, ... if own.size == indices.size else np.searchsorted(indices, own))
+            for patch, own in part
+        ]
+        # Copies that differ from each other, and digests that don't match, are told apart only
+        # where something is wrong: a good base is read once.
         if any(bits_differ(base, copy).any() for copy in tied) or not all(
             state_of(base[where], patch.adapter.metadata.tensors[name]) & State.BASE
             for patch, where in terms
@@ -163,15 +178,12 @@ def gather_base(reader: CheckpointReader, patches: PatchSet) -> Iterator[Paramet
     return in_threads(gather, patches.indices)
 
 
-def add_up(parameters: Iterable[ParameterEntries]) -> Iterator[tuple[ParameterEntries, Array]]:
-    """Add patches' values to their base's entries; yields what these become, checked."""
-    return in_threads(lambda entries: (entries, _add_up(entries)), parameters)
-
-
 def find_edits(parameters: Iterable[ParameterEntries]) -> Iterator[Edit]:
     """Compute what merging changes in each tensor on disk, tied copies included."""
+    # Two parameters in one tensor, which only a forged record can have, would each write over what
+    # the other one has made.
     holders: dict[str, str] = {}
-    for entries, merged in add_up(parameters):
+    for entries, merged in in_threads(_add_up, parameters):
         for copy in entries.copies:
             for key, (positions, local) in entries_by_block(copy, entries.indices).items():
                 if holders.setdefault(key, entries.name) != entries.name:
@@ -183,7 +195,8 @@ def find_edits(parameters: Iterable[ParameterEntries]) -> Iterator[Edit]:
                     yield Edit(key, local, entries.base[positions], merged[positions])
 
 
-def _add_up(parameter: ParameterEntries) -> Array:
+def _add_up(parameter: ParameterEntries) -> tuple[ParameterEntries, Array]:
+    """Add the patches' values to a parameter's base entries; return what these become, checked."""
     name, base = parameter.name, parameter.base
     terms = [
         (where, patch.adapter.values(name, base[where]), patch.summary.scale)
@@ -201,12 +214,13 @@ def _add_up(parameter: ParameterEntries) -> Array:
                 f"{name}: expected merged entries with digest {expected}, found {found}; "
                 "the adapter contradicts itself, do not use it"
             )
+    # Which NaN a cast gives differs between processors, so no two routes would agree in its bits.
     if np.isnan(merged).any():
         raise MergeError(
             f"{name}: expected numbers after merging, found NaN; "
             "use a base without NaN, or a smaller scale"
         )
-    return merged
+    return parameter, merged
 
 
 def _refuse_base(reader: CheckpointReader, patches: PatchSet, name: str) -> None:
@@ -222,11 +236,6 @@ def _refuse_base(reader: CheckpointReader, patches: PatchSet, name: str) -> None
         f"{name}: expected {reader.directory} to stay as it is, found it changed meanwhile; "
         "try again when nothing else writes to it"
     )
-
-
-def _positions(own: Array, indices: Array) -> Any:
-    """Find where a patch's indices are among those of all patches."""
-    return ... if own.size == indices.size else np.searchsorted(indices, own)
 
 
 def _unite(left: Array, right: Array) -> Array:
@@ -245,15 +254,6 @@ def _find_overlaps(parts: Mapping[str, Sequence[tuple[Patch, Array]]]) -> Iterat
                 yield Overlap(left.summary.adapter, right.summary.adapter, name, shared)
 
 
-def _read(directory: PathLike, scale: float) -> Patch:
-    if read_metadata(directory).mode is Mode.SPA:
-        raise MergeError(
-            f"{directory}: expected a safety patch, found a safety map, which has no values; "
-            "train with it instead"
-        )
-    return describe_patch(read_patch(directory), str(directory), scale)
-
-
 def _check_pair(left: Patch, right: Patch) -> None:
     """Refuse a patch given twice, and two whose entries cannot be matched."""
     one, other = left.summary, right.summary
@@ -262,6 +262,7 @@ def _check_pair(left: Patch, right: Patch) -> None:
             f"{other.adapter}: expected different patches, found the content of {one.adapter}; "
             "give it once, with the scale that you want"
         )
+    # Fused experts are one parameter in one version of transformers and many in another.
     homes = _homes(left.adapter)
     for key, home in _homes(right.adapter).items():
         if homes.get(key, home) != home:
@@ -272,15 +273,10 @@ def _check_pair(left: Patch, right: Patch) -> None:
             )
 
 
-def _homes(adapter: AnyPatch) -> dict[str, tuple[str, TensorRecord]]:
+def _homes(adapter: AnyPatch) -> dict[str, tuple[Any, ...]]:
     """Find which parameter each checkpoint key belongs to, and how that is laid out."""
-    homes: dict[str, tuple[str, TensorRecord]] = {}
+    homes: dict[str, tuple[Any, ...]] = {}
     for name, record in adapter.metadata.tensors.items():
-        layout = TensorRecord(
-            shape=record.shape,
-            dtype=record.dtype,
-            blocks=record.blocks,
-            tied_keys=record.tied_keys,
-        )
-        homes |= dict.fromkeys(layout.keys, (name, layout))
+        home = name, record.shape, record.dtype, record.blocks, record.tied_keys
+        homes |= dict.fromkeys(record.keys, home)
     return homes

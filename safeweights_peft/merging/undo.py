@@ -78,8 +78,8 @@ class UndoJournal:
             return is_base | (State.OTHER if not_merged.any() else State.MERGED)
 
         state = State.EITHER
-        for found in in_threads(compare, self._tensors):
-            state &= found
+        for tensor_state in in_threads(compare, self._tensors):
+            state &= tensor_state
         return state
 
     def write(self, state: State) -> None:
@@ -130,6 +130,7 @@ class UndoJournal:
             self._refuse(f"{key} as it is in {self.reader.directory}", "it laid out in another way")
         count, start = record.get("count"), record.get("start")
         size = (self._path / ENTRIES_FILE).stat().st_size
+        # To isinstance, true is an int.
         if type(count) is int and type(start) is int and count >= 0 <= start:
             if start + journal_bytes(self.reader, key, count) <= size:
                 return

@@ -13,7 +13,7 @@ import numpy as np
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.writer import Progress, files_that_load
-from safeweights_peft.delta import Array, bits_differ
+from safeweights_peft.delta import bits_differ
 from safeweights_peft.errors import (
     AlreadyMergedError,
     CheckpointError,
@@ -22,7 +22,12 @@ from safeweights_peft.errors import (
     SafeWeightsError,
 )
 from safeweights_peft.files import STORED_DTYPES, read_header, read_json
-from safeweights_peft.merging.gather import check_safety, find_copies, find_state
+from safeweights_peft.merging.gather import (
+    check_safety,
+    describe_tensor,
+    find_copies,
+    find_state,
+)
 from safeweights_peft.merging.sums import Edit, combine, describe_patch, find_edits, gather_base
 from safeweights_peft.patch.artifacts import Artifact, SafetyMap
 from safeweights_peft.patch.io import TENSORS_FILE, PathLike, read_artifact, read_metadata
@@ -63,9 +68,9 @@ class VerifyReport:
     @property
     def verdict(self) -> Verdict:
         """The worst verdict of a check."""
-        found = {check.verdict for check in self.checks}
+        verdicts = {check.verdict for check in self.checks}
         worst_first = Verdict.UNREADABLE, Verdict.FAILED, Verdict.UNKNOWN
-        return next((verdict for verdict in worst_first if verdict in found), Verdict.VERIFIED)
+        return next((verdict for verdict in worst_first if verdict in verdicts), Verdict.VERIFIED)
 
     @property
     def ok(self) -> bool:
@@ -79,9 +84,6 @@ class _Log:
 
     step: str = "config"
     checks: list[Check] = field(default_factory=list)
-
-    def begin(self, step: str) -> None:
-        self.step = step
 
     def end(self, detail: str, verdict: Verdict = Verdict.VERIFIED) -> None:
         self.checks.append(Check(self.step, verdict, detail))
@@ -124,7 +126,7 @@ def verify(
     try:
         artifact = _check_adapter(Path(adapter_dir), log)
         content_id = artifact.metadata.content_id
-        log.begin("base")
+        log.step = "base"
         base = None
         if base_dir is None:
             log.end(f"not checked: {why_no_base}", Verdict.UNKNOWN)
@@ -146,7 +148,7 @@ def _check_adapter(folder: Path, log: _Log) -> Artifact:
     metadata = read_metadata(folder)
     read_header(folder / TENSORS_FILE, CorruptAdapterError)
     log.end(f"{metadata.mode.artifact}, {len(metadata.tensors)} parameters")
-    log.begin("tensors")
+    log.step = "tensors"
     artifact = read_artifact(folder)
     entries = sum(indices.size for indices in artifact.indices.values())
     log.end(f"{entries} entries, as the config says")
@@ -177,7 +179,7 @@ def _check_base(
     _check_commit(base_dir, artifact.metadata.revision, log)
     if isinstance(artifact, SafetyMap):
         return reader, []
-    log.begin("result")
+    log.step = "result"
     edits = list(find_edits(parameters))
     log.end(f"merges into {len(edits)} tensors to the entries that it promises")
     return reader, edits
@@ -189,7 +191,7 @@ def _check_commit(base: Path, recorded: str | None, log: _Log) -> None:
     known = _COMMIT.fullmatch(folder.name) if folder.parent.name == "snapshots" else None
     if known is None or recorded is None or not _COMMIT.fullmatch(recorded):
         return
-    log.begin("commit")
+    log.step = "commit"
     if folder.name == recorded:
         log.end(f"{recorded}, as recorded")
     else:
@@ -201,12 +203,12 @@ def _check_commit(base: Path, recorded: str | None, log: _Log) -> None:
 
 def _check_merged_alone(artifact: Artifact, merged_dir: PathLike, log: _Log) -> None:
     """Compare a merged model with the adapter's digests, for want of the base."""
-    log.begin("layout")
+    log.step = "layout"
     merged = CheckpointReader(merged_dir)
-    log.begin("merged")
+    log.step = "merged"
     check_safety(merged, artifact)
     log.end("holds the entries that merging gives")
-    log.begin("weights")
+    log.step = "weights"
     log.end("other entries were not compared: the base is not known", Verdict.UNKNOWN)
 
 
@@ -219,14 +221,14 @@ def _check_merged(
     progress: Progress | None,
 ) -> None:
     """Compare a merged model, tensor by tensor and file by file, with what it is made of."""
-    log.begin("layout")
+    log.step = "layout"
     merged = CheckpointReader(merged_dir)
     pairs = _match_tensors(base, merged, metadata)
     log.end(f"{len(pairs)} tensors, in the base's dtypes and shapes")
-    log.begin("weights")
+    log.step = "weights"
     _compare_tensors(base, merged, pairs, edits, progress)
     log.end("every entry is the base's, or what the adapter makes of it")
-    log.begin("files")
+    log.step = "files"
     count = _compare_files(base.directory, merged.directory)
     log.end(f"{count} files that loading reads, as in the base")
 
@@ -257,12 +259,11 @@ def _match_tensors(
                 "merge into the base again"
             )
     for source, key in pairs:
-        own, other = base.info(source), merged.info(key)
-        if (own.dtype, own.shape) != (other.dtype, other.shape):
+        own, other = describe_tensor(base, source), describe_tensor(merged, key)
+        if own != other:
             raise MergeError(
-                f"{key}: expected {own.dtype} {list(own.shape)} in {merged.directory} as in the "
-                f"base, found {other.dtype} {list(other.shape)}; merge into the base again, in its "
-                "own dtype"
+                f"{key}: expected {own} in {merged.directory} as in the base, found {other}; merge "
+                "into the base again, in its own dtype"
             )
     return pairs
 
@@ -288,13 +289,16 @@ def _compare_pair(
     base: CheckpointReader, merged: CheckpointReader, source: str, key: str, edit: Edit | None
 ) -> None:
     dtype = _DTYPES.get(base.info(source).dtype, np.dtype(np.uint8))  # else byte by byte
-    indices, entries = _sort_edit(edit, dtype)
+    indices, entries = np.empty(0, np.int64), np.empty(0, dtype)
+    if edit is not None:
+        order = np.argsort(edit.indices)
+        indices, entries = edit.indices[order].astype(np.int64), edit.merged[order]
     first = wrong = 0
     message = ""
     windows = zip(base.read_windows(source), merged.read_windows(key), strict=True)
     for expected, found in ((left.view(dtype), right.view(dtype)) for left, right in windows):
         here = slice(*np.searchsorted(indices, [first, first + expected.size]))
-        expected[indices[here] - first] = entries[here]
+        expected[indices[here] - first] = entries[here]  # of a window that was read for this alone
         differ = np.flatnonzero(bits_differ(expected, found))
         if differ.size and not wrong:
             at = int(differ[0])
@@ -309,26 +313,18 @@ def _compare_pair(
         )
 
 
-def _sort_edit(edit: Edit | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return an edit's indices, ascending, and the merged entries there."""
-    if edit is None:
-        return np.empty(0, np.int64), np.empty(0, dtype)
-    order = np.argsort(edit.indices)
-    return edit.indices[order].astype(np.int64), edit.merged[order]
-
-
 def _compare_files(base: Path, merged: Path) -> int:
     """Compare the files beside the shards that can change what a loaded model does."""
     ours, theirs = (set(files_that_load(folder)) for folder in (base, merged))
-    found = [f"{name} missing" for name in sorted(ours - theirs)]
-    found += [f"{name} added" for name in sorted(theirs - ours)]
+    changes = [f"{name} missing" for name in sorted(ours - theirs)]
+    changes += [f"{name} added" for name in sorted(theirs - ours)]
     for name in sorted(ours & theirs):
         if not filecmp.cmp(base / name, merged / name, shallow=False):
-            found += [f"{name} changed{place}" for place in _changes(base / name, merged / name)]
-    if found:
+            changes += [f"{name} changed{place}" for place in _changes(base / name, merged / name)]
+    if changes:
         raise MergeError(
             f"{merged}: expected the files that loading reads as they are in {base}, found "
-            f"{'; '.join(found)}; take these files from the base"
+            f"{'; '.join(changes)}; take these files from the base"
         )
     return len(ours)
 
