@@ -151,7 +151,7 @@ def merged_entries(
     """Compute what patches make of their base's entries: by parameter, indices and new entries."""
     patches = [describe_patch(adapter, f"adapter {n}") for n, adapter in enumerate(adapters, 1)]
     parameters = gather_base(reader, combine(patches))
-    return {own.name: (own.indices, merged) for own, merged in in_threads(_add_up, parameters)}
+    return {entries.name: (entries.indices, merged) for entries, merged in add_up(parameters)}
 
 
 def gather_base(reader: CheckpointReader, patches: PatchSet) -> Iterator[ParameterEntries]:
@@ -178,12 +178,17 @@ def gather_base(reader: CheckpointReader, patches: PatchSet) -> Iterator[Paramet
     return in_threads(gather, patches.indices)
 
 
+def add_up(parameters: Iterable[ParameterEntries]) -> Iterator[tuple[ParameterEntries, Array]]:
+    """Add patches' values to their base's entries; yield each parameter and what these become."""
+    return in_threads(_add_up, parameters)
+
+
 def find_edits(parameters: Iterable[ParameterEntries]) -> Iterator[Edit]:
     """Compute what merging changes in each tensor on disk, tied copies included."""
     # Two parameters in one tensor, which only a forged record can have, would each write over what
     # the other one has made.
     holders: dict[str, str] = {}
-    for entries, merged in in_threads(_add_up, parameters):
+    for entries, merged in add_up(parameters):
         for copy in entries.copies:
             for key, (positions, local) in entries_by_block(copy, entries.indices).items():
                 if holders.setdefault(key, entries.name) != entries.name:
@@ -196,7 +201,6 @@ def find_edits(parameters: Iterable[ParameterEntries]) -> Iterator[Edit]:
 
 
 def _add_up(parameter: ParameterEntries) -> tuple[ParameterEntries, Array]:
-    """Add the patches' values to a parameter's base entries; return what these become, checked."""
     name, base = parameter.name, parameter.base
     terms = [
         (where, patch.adapter.values(name, base[where]), patch.summary.scale)
