@@ -76,7 +76,7 @@ def setting(default: Any, help: str, **option: Any) -> Any:
 
 
 def _requests(default: str | None, help: str, flag: str = "") -> Any:
-    sources = "builtin:NAME, a .json or .jsonl file, or a datasets id"
+    sources = "builtin:NAME, a .json or .jsonl file, or a dataset on the Hub"
     return setting(default, f"{help}: {sources}.", flag=flag, group="Data")
 
 
@@ -189,7 +189,7 @@ class ScoreSettings(Settings):
     )
     profile: str | None = _judge(
         None,
-        "Prompt and labels of the guard: a built-in profile, or a .json file.",
+        "Prompt and labels of the guard: a built-in profile, such as wildguard, or a .json file.",
         flag="--guard-profile",
     )
     classifier: str | None = _judge(

@@ -51,7 +51,11 @@ def report_command(map_dir: Path, base: str | None, out: Path, overwrite: bool) 
 @options.command("compare")
 @_map
 @click.argument(
-    "others", type=options.ADAPTER, nargs=-1, required=True, help="Others of the same model."
+    "others",
+    type=options.ADAPTER,
+    nargs=-1,
+    required=True,
+    help="Others of the same model, each a directory or Hub id.",
 )
 def compare_command(map_dir: Path, others: tuple[Path, ...]) -> None:
     """Measure how much MAP and OTHERS overlap, without torch.

@@ -124,9 +124,7 @@ def train_command(
 @options.command("eval")
 @options.base
 @options.settings(EvaluateSettings, ComputeSettings)
-@click.option(
-    "--adapter", type=options.ADAPTER, help="Safety patch to merge first: directory or Hub id."
-)
+@click.option("--adapter", type=options.ADAPTER, help="Safety patch to add: directory or Hub id.")
 @click.option("--out", type=options.NEW_FILE, help="New JSON file for the whole result.")
 @options.option(
     Setting(
@@ -175,7 +173,7 @@ def eval_command(
 @click.option(
     "--data",
     required=True,
-    help="Requests with answers to learn: a .json or .jsonl file, a datasets id, or builtin:NAME.",
+    help="Requests with answers to learn: a .json or .jsonl file, or a dataset on the Hub.",
 )
 @options.out
 @options.overwrite
@@ -211,14 +209,13 @@ def preserve_command(
 
 
 @options.command("protect")
+@options.settings(EvaluateSettings, ComputeSettings)
 @click.option("--tuned", type=options.DIRECTORY, help="Fine-tuned model, left as it is: directory.")
 @click.option("--lora", help="LoRA trained on the base, instead of --tuned: directory or Hub id.")
 @click.option(
-    "--base",
-    help="Model that was fine-tuned: directory or Hub id.  [default: the one that --lora names]",
+    "--base", help="Base of --tuned: directory or Hub id.  [default: the one that --lora names]"
 )
 @options.safety_map("Safety map of the base, or safety patch merged into it: directory or Hub id.")
-@options.settings(EvaluateSettings, ComputeSettings)
 @options.out
 @click.option("--merged", is_flag=True, help="Write a merged model, not LoRA and correction.")
 @click.option(

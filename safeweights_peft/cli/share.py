@@ -17,9 +17,7 @@ _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unk
 
 
 @options.command("push")
-@click.argument(
-    "directory", type=options.DIRECTORY, help="Run of `enhance`, or safety patch or map."
-)
+@click.argument("directory", type=options.DIRECTORY, help="Run of `enhance`, patch or map.")
 @click.argument("repo", help="Repository on the Hub, USER/NAME; it is created if missing.")
 @click.option("--base", help="Hub id[@REVISION] of the base, if DIRECTORY names a local one.")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
@@ -116,16 +114,12 @@ def _figure(value: float | str) -> str:
 
 @options.command("verify")
 @click.argument("adapter", help="Safety patch or map: directory or Hub id[@REVISION].")
-@click.option("--base", help="Base model: directory or Hub id; without it the answer is 3.")
+@click.option("--base", help="Base model: directory or Hub id; without it the verdict is unknown.")
 @click.option(
     "--revision",
     help="Branch, tag or commit of --base on the Hub.  [default: the one that ADAPTER names]",
 )
-@click.option(
-    "--merged",
-    type=options.DIRECTORY,
-    help="Model to be the base with ADAPTER and nothing else: directory.",
-)
+@click.option("--merged", type=options.DIRECTORY, help="Model merged of the two: directory.")
 def verify_command(
     adapter: str, base: str | None, revision: str | None, merged: Path | None
 ) -> None:
@@ -164,11 +158,9 @@ def verify_command(
 @options.command("sign")
 @click.argument("adapter", type=options.DIRECTORY, help="Safety patch or map: directory.")
 @click.option(
-    "--key", required=True, type=options.FILE, help="Private elliptic-curve key: PEM file."
+    "--key", required=True, type=options.FILE, help="Elliptic-curve private key: PEM file."
 )
-@click.option(
-    "--out", type=options.NEW_FILE, help="Signature to write.  [default: ADAPTER/model.sig]"
-)
+@click.option("--out", type=options.NEW_FILE, help="Signature file.  [default: ADAPTER/model.sig]")
 @options.overwrite
 def sign_command(adapter: Path, key: Path, out: Path | None, overwrite: bool) -> None:
     """Sign ADAPTER with your private key.
@@ -186,7 +178,7 @@ def sign_command(adapter: Path, key: Path, out: Path | None, overwrite: bool) ->
 @options.adapter
 @click.option("--key", required=True, type=options.FILE, help="Public key of the signer: PEM file.")
 @click.option(
-    "--signature", type=options.FILE, help="File that `sign` wrote.  [default: ADAPTER/model.sig]"
+    "--signature", type=options.FILE, help="Signature file.  [default: ADAPTER/model.sig]"
 )
 def verify_signature_command(adapter: Path, key: Path, signature: Path | None) -> None:
     """Check that ADAPTER is as the owner of --key signed it.
