@@ -1,6 +1,7 @@
 """The probing job: each draw is what a perturbed checkpoint does, and interrupts cost nothing."""
 
 import json
+import sys
 import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from safeweights_peft.errors import (
     DataError,
     EvaluationError,
     ModelError,
+    ReportError,
     SafeWeightsError,
     SelectionError,
 )
@@ -400,6 +402,19 @@ def test_a_map_that_leaves_too_little_to_compare_with_is_refused(
     message = "^map: expected at most as many entries as it leaves"
     job = tiny_llama, tmp_path / "map", requests
     refused(SelectionError, message, tmp_path / "probe", *job)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_a_missing_package_is_named_before_anything_is_asked(
+    package: str,
+    probed: Probed,
+    requests: Requests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    job = probed.base, probed.patch, requests
+    refused(ReportError, rf"^{package}: expected to be installed", tmp_path / "probe", *job)
 
 
 def test_a_missing_source_of_requests_is_refused(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -170,6 +171,15 @@ def test_a_report_that_fails_half_way_leaves_nothing(
 
     monkeypatch.setattr("safeweights_peft.study.report.render_page", fail)
     with pytest.raises(KeyboardInterrupt):
+        report_map(safety_map, tmp_path / "report")
+    assert list(tmp_path.iterdir()) == [safety_map]
+
+
+def test_without_matplotlib_a_report_is_refused_and_nothing_is_written(
+    safety_map: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ReportError, match=r"^matplotlib: expected to be installed"):
         report_map(safety_map, tmp_path / "report")
     assert list(tmp_path.iterdir()) == [safety_map]
 
