@@ -25,7 +25,7 @@ from transformers import get_cosine_schedule_with_warmup
 from safeweights_peft.data import (
     Example,
     collate,
-    encode_example,
+    encode_rows,
     read_rows,
     shuffle_endlessly,
     with_refusals,
@@ -108,10 +108,9 @@ def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
 
 def read_examples(model: Any, tokenizer: Any) -> tuple[list[Example], list[Example]]:
     """Encode harmful requests with refusals, and benign ones with the base's own answers."""
-    refusals = [
-        encode_example(tokenizer, row.instruction, row.output or "", RECIPE.refusal_tokens)
-        for row in with_refusals(read_rows(RECIPE.harmful))
-    ]
+    refusals = encode_rows(
+        tokenizer, with_refusals(read_rows(RECIPE.harmful)), RECIPE.refusal_tokens
+    )
     requests = [row.instruction for row in read_rows(RECIPE.benign)]
     return refusals, generate_answers(
         model, tokenizer, requests, max_new_tokens=RECIPE.answer_tokens

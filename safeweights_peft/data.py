@@ -199,6 +199,16 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_answer_tokens: int
+) -> list[Example]:
+    """Encode requests with their answers."""
+    return [
+        encode_example(tokenizer, row.instruction, row.output or "", max_answer_tokens)
+        for row in rows
+    ]
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, instruction: str, answer: str, max_answer_tokens: int
 ) -> Example:

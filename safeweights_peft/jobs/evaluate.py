@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import Example, Row, data_digest, encode_example, read_rows
+from safeweights_peft.data import Example, Row, data_digest, encode_rows, read_rows
 from safeweights_peft.evaluation.judges import (
     JUDGES,
     Verdict,
@@ -136,10 +136,7 @@ class Evaluator:
 
     def _measure_task(self, model: PreTrainedModel) -> dict[str, Any]:
         tokenizer = self.job.tokenizer
-        examples = [
-            encode_example(tokenizer, row.instruction, row.output or "", TASK_TOKENS)
-            for row in self.task
-        ]
+        examples = encode_rows(tokenizer, self.task, TASK_TOKENS)
         with self.job.progress.task("Reading the task's answers", len(examples)) as advance:
             utility = measure_utility(
                 model, examples, tokenizer.pad_token_id, batch_size=4, on_batch=advance

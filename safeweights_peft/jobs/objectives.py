@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from safeweights_peft.data import Example, Row, encode_example
+from safeweights_peft.data import Example, Row, encode_rows
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.evaluation.generate import end_token_ids
 from safeweights_peft.fetching import BaseModel, resolve_base
@@ -28,12 +28,7 @@ def build_safety(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> Safe
     if settings.guard is None and settings.classifier is None:
         return _build_reference(
             job,
-            [
-                encode_example(
-                    job.tokenizer, row.instruction, row.output or "", settings.refusal_tokens
-                )
-                for row in rows
-            ],
+            encode_rows(job.tokenizer, rows, settings.refusal_tokens),
             settings,
         )
     build = _load_judge(job, settings)  # refused now, not after the answers

@@ -11,7 +11,7 @@ from torch import nn
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
-from safeweights_peft.data import data_digest, encode_example, read_rows
+from safeweights_peft.data import data_digest, encode_rows, read_rows
 from safeweights_peft.errors import CheckpointError, ModelError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
@@ -43,10 +43,7 @@ def preserve_model(
     check_target(out, overwrite, CheckpointError)
     rows, artifact = read_rows(data, needs_output=True), read_artifact(map_dir)
     check_apart(out, {"the base": job.base.path, "the map": map_dir}, CheckpointError)
-    examples = [
-        encode_example(job.tokenizer, row.instruction, row.output or "", settings.max_answer_tokens)
-        for row in rows
-    ]
+    examples = encode_rows(job.tokenizer, rows, settings.max_answer_tokens)
     # Trained in float32, whatever the products are computed in: steps are smaller than what
     # bfloat16 resolves. Written in the dtypes of the base's checkpoint.
     model: nn.Module = load_model(job.base, torch.float32, job.device)

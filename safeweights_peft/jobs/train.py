@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.data import data_digest, encode_example, read_rows, with_refusals
+from safeweights_peft.data import data_digest, encode_rows, read_rows, with_refusals
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.job import Job
@@ -39,10 +39,7 @@ def train(
     safety_map = read_map(map_dir)
     check_apart(out, {"the base": job.base.path, "the map": map_dir}, FormatError)
     find_state(job.reader, safety_map)  # another base is refused before it is loaded
-    harmful = [
-        encode_example(job.tokenizer, row.instruction, row.output or "", settings.refusal_tokens)
-        for row in harmful_rows
-    ]
+    harmful = encode_rows(job.tokenizer, harmful_rows, settings.refusal_tokens)
     requests = [row.instruction for row in benign_rows]
     benign = job.ask("the base benign", requests, settings.answer_tokens)
     record = job.record(
