@@ -1,7 +1,7 @@
-"""Writes docs/cli.md out of the --help of every command, so that the two cannot disagree.
+"""Write docs/cli.md from the --help of every command, so that the two can't disagree.
 
-python docs/generate_cli.py            writes the page
-python docs/generate_cli.py --check    exits with 1 if the page is not what would be written
+python docs/generate_cli.py            write the page
+python docs/generate_cli.py --check    exit with 1 if the page is out of date
 """
 
 from __future__ import annotations
@@ -23,55 +23,30 @@ Written by `make docs` from the commands' own `--help`: change the text there, i
 
 
 def walk(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[str]:
-    """Render a command and everything below it.
-
-    Args:
-        command: the command or group.
-        name: what a user types for it.
-        parent: context of the group that holds it.
-
-    Yields:
-        One section per command, the command itself first.
-    """
+    """Render a section for a command, and one for each below it."""
     # Both widths, so that the page doesn't depend on the terminal that wrote it.
-    context = command.make_context(
-        name,
-        [],
-        parent,
-        resilient_parsing=True,
-        terminal_width=WIDTH,
-        max_content_width=WIDTH,
-    )
+    widths = {"terminal_width": WIDTH, "max_content_width": WIDTH}
+    context = command.make_context(name, [], parent, resilient_parsing=True, **widths)
     heading = "##" if parent is None else "###"
     yield f"{heading} `{context.command_path}`\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for child in command.list_commands(context):
-            below = command.get_command(context, child)
-            if below is not None and not below.hidden:
-                yield from walk(below, child, context)
+            yield from walk(command.commands[child], child, context)
 
 
 def render() -> str:
-    """Render the whole page.
-
-    Returns:
-        Markdown that ends in one newline.
-    """
+    """Render the page as Markdown."""
     from safeweights_peft.cli import main
 
     return "\n".join([HEADER, *walk(main, "safeweights")])
 
 
 def run(check: bool) -> None:
-    """Write the page, or compares it with what would be written.
-
-    Args:
-        check: compare instead of write.
-    """
-    wanted = render()
+    """Write the page, or compare it with what would be written."""
+    page = render()
     if not check:
-        PAGE.write_text(wanted, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
+        PAGE.write_text(page, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
         sys.exit(f"{PAGE}: expected the commands' --help, found other text; run `make docs`")
 
 

@@ -39,7 +39,7 @@ def numbers() -> list[tuple[type[Settings], str]]:
     return [
         (settings, name)
         for settings in KINDS
-        for name, kind in ((each.name, each.kind) for each in settings_of(settings))
+        for name, kind in ((setting.name, setting.kind) for setting in settings_of(settings))
         if kind in (int, float)
     ]
 
@@ -72,6 +72,17 @@ def test_a_refusal_says_what_is_allowed(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         settings(**change)
+
+
+def test_an_enum_may_be_given_by_its_value() -> None:
+    assert ScoreSettings(method="random").method is Method.RANDOM  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [ScoreSettings, TrainSettings, PreserveSettings])
+def test_a_seed_is_one_that_numpy_takes(settings: type[Settings]) -> None:
+    settings(seed=2**32 - 1)
+    with pytest.raises(SettingsError, match=r"seed: expected a number .* at most 4294967295"):
+        settings(seed=2**32)
 
 
 def test_a_whole_number_is_a_float() -> None:

@@ -15,7 +15,7 @@ ENHANCE = [
 
 
 def options_of(command: str) -> list[click.Option]:
-    return [each for each in main.commands[command].params if isinstance(each, click.Option)]
+    return [option for option in main.commands[command].params if isinstance(option, click.Option)]
 
 
 def flags_of(command: str) -> list[str]:
@@ -82,7 +82,8 @@ def test_a_command_has_a_help_page(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_and_option_is_explained(command: str) -> None:
-    assert [each.name for each in main.commands[command].params if not each.help] == []
+    parameters = main.commands[command].params
+    assert [parameter.name for parameter in parameters if not parameter.help] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

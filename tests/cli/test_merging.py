@@ -64,7 +64,7 @@ def test_merge_adds_patches_up_and_tells_what_they_share(
     called = call("merge", run.base, *patches, "--out", tmp_path / "merged", "--json")
     report = json.loads(called.stdout)
     assert [patch["scale"] for patch in report["patches"]] == [1.0, 0.5]
-    assert sum(each["entries"] for each in report["overlap"]) == report["entries"]
+    assert sum(overlap["entries"] for overlap in report["overlap"]) == report["entries"]
     table = call("merge", run.base, *patches, "--out", tmp_path / "again").stdout
     assert f"overlap  {report['entries']:,} entries of {patches[0]} and {second}" in table
     assert f"patch 2  {second} at scale 0.5" in table
@@ -101,26 +101,26 @@ def test_a_dry_run_in_place_writes_nothing(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asking", "commit"), [([], "0123abc"), (["--revision", "v2"], "v2")], ids=["own", "asked"]
+    ("option", "commit"), [([], "0123abc"), (["--revision", "v2"], "v2")], ids=["own", "other"]
 )
 def test_a_base_on_the_hub_is_taken_at_the_commit_that_the_patch_names(
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    asking: list[str],
+    option: list[str],
     commit: str,
 ) -> None:
-    patch, asked = tmp_path / "patch", []
+    patch, requests = tmp_path / "patch", []
     shutil.copytree(run.out / "patch", patch)
     named = {"base_model_name_or_path": "someone/tiny", "revision": "0123abc"}
     edit_config(patch, lambda config: config.update(named))
 
     def snapshot(source: str, *, revision: str | None, **_: object) -> str:
-        asked.append((source, revision))
+        requests.append((source, revision))
         return str(run.base)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    called = call("merge", "someone/tiny", patch, "--out", tmp_path / "merged", *asking)
+    called = call("merge", "someone/tiny", patch, "--out", tmp_path / "merged", *option)
     assert called.exit_code == 0, called.output
-    assert asked == [("someone/tiny", commit)]
+    assert requests == [("someone/tiny", commit)]
     assert "commit 0123abc" in (tmp_path / "merged" / "README.md").read_text()

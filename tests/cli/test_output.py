@@ -129,12 +129,12 @@ def test_preserve_passes_its_options_on(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     job = ["preserve", run.base, "--map", run.out / "map", "--out", tmp_path / "model"]
-    told = ["--weight-decay", "0.5", "--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
-    called = call(*job, *options["preserve"], *told, "--json")
-    wanted = {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "weight_decay": 0.5}
-    wanted |= {"seed": 3, "device": "cpu", "dtype": "bfloat16"}
+    more = ["--weight-decay", "0.5", "--seed", "3", "--device", "cpu", "--dtype", "bfloat16"]
+    called = call(*job, *options["preserve"], *more, "--json")
+    expected = {"steps": 2, "batch_size": 2, "learning_rate": 0.01, "weight_decay": 0.5}
+    expected |= {"seed": 3, "device": "cpu", "dtype": "bfloat16"}
     settings = json.loads(called.stdout)["settings"]
-    assert {name: settings[name] for name in wanted} == wanted
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_protect_prints_its_record_as_json(
@@ -170,8 +170,8 @@ def test_preserve_by_lora_then_protect_merges_it_and_keeps_the_maps_weights(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
     inputs, out = ["--map", run.out / "map"], [tmp_path / "lora", tmp_path / "model"]
-    told = ["--method", "lora", "--rank", "3", "--out", out[0]]
-    called = call("preserve", run.base, *inputs, *options["preserve"], *told, "--json")
+    more = ["--method", "lora", "--rank", "3", "--out", out[0]]
+    called = call("preserve", run.base, *inputs, *options["preserve"], *more, "--json")
     assert called.exit_code == 0, called.output
     assert json.loads(called.stdout)["settings"]["rank"] == 3
     called = call("protect", "--lora", out[0], *inputs, "--merged", "--no-measure", "--out", out[1])
@@ -230,9 +230,9 @@ def test_eval_prints_and_writes_the_same_json(
 
 def test_eval_measures_what_enhance_measured(run: Run, options: dict[str, list[str]]) -> None:
     called = call("eval", run.base, "--adapter", run.out / "patch", *options["eval"], "--json")
-    found, told = json.loads(called.stdout), json.loads((run.out / "after.json").read_text())
+    again, after = json.loads(called.stdout), json.loads((run.out / "after.json").read_text())
     for part in ("harmful", "benign", "utility"):
-        assert found[part] == told[part]
+        assert again[part] == after[part]
 
 
 def test_eval_prints_a_table_without_json(run: Run, options: dict[str, list[str]]) -> None:

@@ -72,10 +72,10 @@ def test_a_model_that_is_none_is_2(which: str, run: Run, tmp_path: Path) -> None
 def test_an_adapter_alone_is_3(run: Run) -> None:
     called = call("verify", run.out / "patch", "--json")
     assert called.exit_code == 3
-    told = json.loads(called.stdout)
-    assert told["verdict"] == "unknown"
-    assert told["content_id"] == read_artifact(run.out / "patch").metadata.content_id
-    assert told["checks"][-1] == {
+    report = json.loads(called.stdout)
+    assert report["verdict"] == "unknown"
+    assert report["content_id"] == read_artifact(run.out / "patch").metadata.content_id
+    assert report["checks"][-1] == {
         "name": "base",
         "verdict": "unknown",
         "detail": "not checked: no base was given",
