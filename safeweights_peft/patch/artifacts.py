@@ -61,15 +61,7 @@ class Adapter:
         return {name: delta.indices for name, delta in self.deltas.items()}
 
     def values(self, name: str, base: Array) -> Array:
-        """Return the values of a parameter; ``(count,)``.
-
-        Args:
-            name: The parameter.
-            base: The base's entries at its indices, checked; ``(count,)``.
-
-        Returns:
-            The values; ``(count,)``.
-        """
+        """Return the values of a parameter, whatever the base; ``(count,)``."""
         return self.deltas[name].values
 
 

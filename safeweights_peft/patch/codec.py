@@ -3,7 +3,6 @@
 Nothing that a stream says of itself is believed: counts, sums and sizes are checked before use.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -186,17 +185,6 @@ def _ordinals(entries: Array) -> Array:
     return flip
 
 
-class _Thread(threading.local):
-    """A thread's own decompressor."""
-
-    def __init__(self) -> None:
-        # To make one takes as long as to decompress 10,000 bytes; it is not safe to share.
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_thread = _Thread()
-
-
 def split(array: Array) -> list[Array]:
     """Split numbers into planes: all lowest bytes, then all second bytes, and so on."""
     planes = np.ascontiguousarray(array).view(np.uint8).reshape(array.size, array.itemsize)
@@ -215,30 +203,34 @@ def join(planes: Sequence[Array]) -> Array:
 
 def compress(planes: Sequence[Array]) -> list[bytes]:
     """Compress each plane by itself, at the level that makes it smallest."""
-    return [min((_compress(plane, level) for level in _LEVELS), key=len) for plane in planes]
+    compressors = [
+        zstandard.ZstdCompressor(
+            level=level, write_checksum=False, write_content_size=True, write_dict_id=False
+        )
+        for level in _LEVELS
+    ]
+    return [
+        min((compressor.compress(plane.data) for compressor in compressors), key=len)
+        for plane in planes
+    ]
 
 
 def decompress(
     source: str, stored: Array, sizes: Sequence[int], lengths: Sequence[int]
 ) -> list[Array]:
     """Decompress planes, each from one frame."""
-    planes = []
-    start = 0
-    for size, length in zip(sizes, lengths, strict=True):
-        frame = stored[start : start + size]
-        planes.append(_decompress(source, frame, length))
-        start += size
-    return planes
+    # A stream's own: one is slow to make beside a small frame, and threads may not share it.
+    decompressor = zstandard.ZstdDecompressor()
+    frames = np.split(stored, np.cumsum(sizes)[:-1])
+    return [
+        _decompress(source, decompressor, frame, length)
+        for frame, length in zip(frames, lengths, strict=True)
+    ]
 
 
-def _compress(plane: Array, level: int) -> bytes:
-    compressor = zstandard.ZstdCompressor(
-        level=level, write_checksum=False, write_content_size=True, write_dict_id=False
-    )
-    return compressor.compress(plane.data)
-
-
-def _decompress(source: str, frame: Array, length: int) -> Array:
+def _decompress(
+    source: str, decompressor: zstandard.ZstdDecompressor, frame: Array, length: int
+) -> Array:
     """Decompress one frame of untrusted bytes, after its sizes are checked."""
     try:
         header = zstandard.get_frame_parameters(frame.data)
@@ -252,7 +244,7 @@ def _decompress(source: str, frame: Array, length: int) -> Array:
                 f"{source}: expected a zstd window of at most {_MAX_WINDOW_BYTES} bytes, found "
                 f"{header.window_size}; do not use this adapter"
             )
-        content = _thread.decompressor.decompress(frame.data, allow_extra_data=False)
+        content = decompressor.decompress(frame.data, allow_extra_data=False)
     except zstandard.ZstdError as reason:
         raise CorruptAdapterError(
             f"{source}: expected a whole zstd frame of {length} bytes, found {reason}; "

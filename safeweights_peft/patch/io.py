@@ -63,8 +63,6 @@ def write_adapter(
         >>> written.content_id == patch.metadata.content_id
         True
     """
-    path = Path(path)
-    values = {name: delta.values for name, delta in adapter.deltas.items()}
     for name, delta in adapter.deltas.items():
         record = adapter.metadata.tensors.get(name)
         if record is not None and record.shape != delta.shape:
@@ -72,8 +70,8 @@ def write_adapter(
                 f"{path}: {name}: expected a delta of the recorded shape {list(record.shape)}, "
                 f"found {list(delta.shape)}; give the parameter's own shape"
             )
-    _check_names(path, adapter.metadata, Mode.SET, adapter.indices, values)
-    return _write(path, adapter.metadata, adapter.indices, values, base, overwrite)
+    values = {name: delta.values for name, delta in adapter.deltas.items()}
+    return _write(path, Mode.SET, adapter.metadata, adapter.indices, values, base, overwrite)
 
 
 def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False) -> AdapterMetadata:
@@ -96,9 +94,8 @@ def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False)
         >>> written.content_id == safety_map.metadata.content_id
         True
     """
-    path, indices, scores = Path(path), safety_map.indices, safety_map.scores
-    _check_names(path, safety_map.metadata, Mode.SPA, indices, scores)
-    return _write(path, safety_map.metadata, indices, scores, None, overwrite)
+    indices, scores = safety_map.indices, safety_map.scores
+    return _write(path, Mode.SPA, safety_map.metadata, indices, scores, None, overwrite)
 
 
 def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
@@ -118,12 +115,12 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
         >>> delta.shape, delta.indices.shape == delta.values.shape
         ((48, 32), True)
     """
-    return EncodedPatch(*_read(Path(path), Mode.SET)).decode(base)
+    return EncodedPatch(*_read(path, Mode.SET)).decode(base)
 
 
 def read_patch(path: PathLike) -> AnyPatch:
     """Read and check a safety patch, where its base is not read yet or not needed."""
-    return _as_patch(*_read(Path(path), Mode.SET))
+    return _as_patch(*_read(path, Mode.SET))
 
 
 def read_map(path: PathLike) -> SafetyMap:
@@ -141,15 +138,14 @@ def read_map(path: PathLike) -> SafetyMap:
         >>> safety_map.indices.keys() == safety_map.scores.keys()
         True
     """
-    return _as_map(*_read(Path(path), Mode.SPA))
+    return _as_map(*_read(path, Mode.SPA))
 
 
 def read_artifact(path: PathLike) -> Artifact:
     """Read and check a safety patch or a safety map, whichever its mode says it is."""
-    metadata, entries = _read(Path(path), None)
-    if metadata.mode is Mode.SPA:
-        return _as_map(metadata, entries)
-    return _as_patch(metadata, entries)
+    metadata, entries = _read(path)
+    as_artifact = _as_map if metadata.mode is Mode.SPA else _as_patch
+    return as_artifact(metadata, entries)
 
 
 def validate(path: PathLike) -> AdapterMetadata:
@@ -166,7 +162,7 @@ def validate(path: PathLike) -> AdapterMetadata:
         >>> validate("demo/run/patch").base_model_name_or_path
         'demo/base'
     """
-    return _read(Path(path), None)[0]
+    return _read(path)[0]
 
 
 def inspect(path: PathLike) -> dict[str, Any]:
@@ -184,9 +180,8 @@ def inspect(path: PathLike) -> dict[str, Any]:
         >>> facts["mode"], facts["density"] == facts["entries"] / facts["numel"]
         ('set', True)
     """
-    folder = Path(path)
-    metadata = read_metadata(folder)
-    _check_header(folder, metadata)
+    metadata = read_metadata(path)
+    _check_header(Path(path) / TENSORS_FILE, metadata)
     records = metadata.tensors
     entries = sum(record.count for record in records.values())
     numel = sum(record.numel for record in records.values())
@@ -204,7 +199,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
         "entries": entries,
         "numel": numel,
         "density": entries / numel,
-        "size_bytes": file_bytes(folder)[1],
+        "size_bytes": file_bytes(path)[1],
         "tensors": {
             name: {
                 "shape": list(record.shape),
@@ -254,44 +249,51 @@ def _as_map(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> Saf
     return SafetyMap(metadata, indices, {name: stored.content for name, stored in entries.items()})
 
 
-def _check_header(folder: Path, metadata: AdapterMetadata) -> dict[str, StoredTensor]:
+def _check_header(file: Path, metadata: AdapterMetadata) -> dict[str, StoredTensor]:
     """Check the file's header against the config, before any tensor is read."""
-    path = folder / TENSORS_FILE
-    header = read_header(path, CorruptAdapterError)
+    header = read_header(file, CorruptAdapterError)
     layouts = {
         key: (STORED_DTYPES.get(tensor.dtype, tensor.dtype), tensor.shape)
         for key, tensor in header.items()
     }
-    check_layout(metadata, layouts, str(path))
+    check_layout(metadata, layouts, str(file))
     return header
 
 
-def _read(folder: Path, mode: Mode | None) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
-    metadata = read_metadata(folder)
+def _read(
+    path: PathLike, mode: Mode | None = None
+) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
+    metadata, file = read_metadata(path), Path(path) / TENSORS_FILE
     if mode not in (None, metadata.mode):
         other = "read_map" if mode is Mode.SET else "read_adapter"
         raise FormatError(
-            f"{folder}: mode: expected {mode}, found {metadata.mode}; use {other} for it"
+            f"{path}: mode: expected {mode}, found {metadata.mode}; use {other} for it"
         )
-    path = folder / TENSORS_FILE
-    header, entries = _check_header(folder, metadata), {}
+    header, entries = _check_header(file, metadata), {}
     for name in metadata.tensors:  # one after another: only one is in memory as it is stored
-        stored = {key: header[key].open(path) for key in stored_arrays(metadata, name)}
-        entries[name] = decode_entries(metadata, name, stored, str(path), mapped=True)
+        stored = {key: header[key].open(file) for key in stored_arrays(metadata, name)}
+        entries[name] = decode_entries(metadata, name, stored, str(file), mapped=True)
     records = {name: stored.record for name, stored in entries.items()}
     return replace(metadata, tensors=records), entries
 
 
 def _write(
-    path: Path,
+    path: PathLike,
+    mode: Mode,
     metadata: AdapterMetadata,
     indices: Mapping[str, Array],
     contents: Mapping[str, Array],
     base: BaseEntries | None,
     overwrite: bool,
 ) -> AdapterMetadata:
-    tensors: dict[str, Array] = {}
-    records = {}
+    if metadata.mode is not mode:
+        raise FormatError(f"{path}: mode: expected {mode}, found {metadata.mode}; set the mode")
+    names, tensors, records = metadata.tensors.keys(), {}, {}
+    for name in sorted((names ^ indices.keys()) | (names ^ contents.keys())):
+        raise FormatError(
+            f"{path}: {name}: expected a record, indices, and values or scores, found not all of "
+            "them; give all or none"
+        )
     for name, record in metadata.tensors.items():
         check_indices(f"{path}: {name}", indices[name], record.shape)
         entries = None
@@ -299,39 +301,20 @@ def _write(
             entries = base(name, record, indices[name])
             check_state(f"{path}: {name}", entries, record)
         records[name], stored, content = encode_entries(
-            metadata.mode, record, indices[name], contents[name], entries
+            mode, record, indices[name], contents[name], entries
         )
-        tensors |= {
-            tensor_key(name, "indices"): stored,
-            tensor_key(name, metadata.mode.content): content,
-        }
+        tensors[tensor_key(name, "indices")] = stored
+        tensors[tensor_key(name, mode.content)] = content
     config = _to_json(path, replace(metadata, tensors=records))
     written = AdapterMetadata.from_config(json.loads(config), str(path))
     check_tensors(written, tensors, str(path))  # as a reader will: nothing wrong is published
-    with publish(path, overwrite, FormatError) as draft:
+    with publish(Path(path), overwrite, FormatError) as draft:
         (draft / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
     return written
 
 
-def _check_names(
-    path: Path,
-    metadata: AdapterMetadata,
-    mode: Mode,
-    indices: Mapping[str, Array],
-    contents: Mapping[str, Array],
-) -> None:
-    if metadata.mode is not mode:
-        raise FormatError(f"{path}: mode: expected {mode}, found {metadata.mode}; set the mode")
-    names = metadata.tensors.keys()
-    for name in sorted((names ^ indices.keys()) | (names ^ contents.keys())):
-        raise FormatError(
-            f"{path}: {name}: expected a record, indices, and values or scores, found not all of "
-            "them; give all or none"
-        )
-
-
-def _to_json(path: Path, metadata: AdapterMetadata) -> str:
+def _to_json(path: PathLike, metadata: AdapterMetadata) -> str:
     try:
         return json.dumps(metadata.to_config(), indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as reason:

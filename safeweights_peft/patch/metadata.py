@@ -226,34 +226,24 @@ class Fields:
 
 def record_to_json(record: TensorRecord) -> dict[str, Any]:
     """Turn a record into plain JSON."""
-    streams = {
-        kind: {
-            "coding": stream.coding.value,
-            "escapes": stream.escapes,
-            "bytes": list(stream.sizes),
-        }
-        for kind, stream in sorted(record.streams.items())
-    }
-    return ({"streams": streams} if streams else {}) | {
+    # Lists, not tuples: what is read back equals what was written.
+    data = vars(record) | {
         "shape": list(record.shape),
-        "dtype": record.dtype,
-        "count": record.count,
         "encoding": record.encoding.value,
-        "digest": record.digest,
-        "content_digest": record.content_digest,
-        "base_digest": record.base_digest,
-        "merged_digest": record.merged_digest,
+        "streams": {
+            kind: {"coding": stream.coding.value, "escapes": stream.escapes}
+            | {"bytes": list(stream.sizes)}
+            for kind, stream in record.streams.items()
+        },
         "blocks": [
-            {
-                "key": block.key,
-                "shape": list(block.shape),
-                "offset": block.offset,
-                "strides": list(block.strides),
-            }
+            vars(block) | {"shape": list(block.shape), "strides": list(block.strides)}
             for block in record.blocks
         ],
         "tied_keys": list(record.tied_keys),
     }
+    if not record.streams:
+        del data["streams"]  # which a plain record must not have
+    return data
 
 
 def record_from_json(data: Any, where: str) -> TensorRecord:
