@@ -61,12 +61,15 @@ class AdapterMetadata:
 
         None where a content digest is missing, as in the header of a file of format 1.0.
         """
-        records = [(name, self.tensors[name]) for name in sorted(self.tensors)]
-        if any(record.content_digest is None for _, record in records):
-            return None
         scale = np.float32(self.scale).tobytes()[::-1].hex()
         lines = [f"safeweights {FORMAT_VERSION} {self.mode} {scale}\n"]
-        lines += [_identity(name, record) for name, record in records]
+        for name, record in sorted(self.tensors.items()):
+            if record.content_digest is None:
+                return None
+            shape = json.dumps(record.shape, separators=(",", ":"))
+            digests = f"{record.content_digest} {record.base_digest} {record.merged_digest or '-'}"
+            # Only the name may hold spaces: it comes first, and all else is of a known form.
+            lines.append(f"{name} {shape} {record.dtype} {digests}\n")
         return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
     @property
@@ -146,6 +149,10 @@ class Fields:
             "do not use this adapter"
         )
 
+    def check(self, key: str, value: T, is_valid: bool, expected: str) -> T:
+        """Return a field's value, if it is valid."""
+        return value if is_valid else self.refuse(key, expected, repr(value))
+
     def only(self, allowed: Collection[str]) -> None:
         """Refuse fields that the format does not know."""
         for key in self.data:
@@ -167,30 +174,25 @@ class Fields:
     def integer(self, key: str, least: int) -> int:
         """Take an integer."""
         value = self.take(key, int)
-        if value < least:
-            self.refuse(key, f"at least {least}", value)
-        return value
+        return self.check(key, value, value >= least, f"at least {least}")
 
     def integers(self, key: str, least: int) -> tuple[int, ...]:
         """Take a list of sizes or strides."""
         values = self.take(key, list)
-        if len(values) > MAX_DIMS or any(type(v) is not int or v < least for v in values):
-            self.refuse(key, f"at most {MAX_DIMS} integers of at least {least}", values)
-        return tuple(values)
+        is_valid = len(values) <= MAX_DIMS and all(type(v) is int and v >= least for v in values)
+        expected = f"at most {MAX_DIMS} integers of at least {least}"
+        return tuple(self.check(key, values, is_valid, expected))
 
     def names(self, key: str) -> tuple[str, ...]:
         """Take a list of non-empty strings."""
         values = self.take(key, list)
-        if any(type(value) is not str or not value for value in values):
-            self.refuse(key, "non-empty strings", values)
-        return tuple(values)
+        is_valid = all(type(value) is str and value for value in values)
+        return tuple(self.check(key, values, is_valid, "non-empty strings"))
 
     def one_of(self, key: str, allowed: Collection[str]) -> str:
         """Take one of some strings."""
         name = self.take(key, str)
-        if name not in allowed:
-            self.refuse(key, f"one of {', '.join(allowed)}", repr(name))
-        return name
+        return self.check(key, name, name in allowed, f"one of {', '.join(allowed)}")
 
     def member(self, key: str, choices: type[Choice]) -> Choice:
         """Take a member of a closed enum, which a newer format version may have widened."""
@@ -206,22 +208,20 @@ class Fields:
     def digest(self, key: str) -> str | None:
         """Take a digest or null."""
         value = self.optional(key, str)
-        if value is not None and not _DIGEST.fullmatch(value):
-            self.refuse(key, "sha256: and 64 hexadecimal digits", repr(value))
-        return value
+        is_valid = value is None or _DIGEST.fullmatch(value) is not None
+        return self.check(key, value, is_valid, "sha256: and 64 hexadecimal digits")
 
     def number(self, key: str) -> float:
         """Take a number that is finite in float32."""
         value = self.data.get(key)
-        if type(value) not in (int, float) or not abs(value) <= _FLOAT32_MAX:
-            self.refuse(key, "a number that is finite in float32", repr(value))
-        return float(value)
+        is_valid = type(value) in (int, float) and abs(value) <= _FLOAT32_MAX
+        return float(self.check(key, value, is_valid, "a number that is finite in float32"))
 
     def check_name(self, key: str, name: str) -> None:
         """Check the name of a parameter or a checkpoint key, since messages show it."""
-        if not name.isprintable() or len(name) > _MAX_NAME or not all(name.split(".")):
-            expected = f"printable names of at most {_MAX_NAME} characters"
-            self.refuse(key, f"{expected} and no empty part between dots", repr(name))
+        is_valid = name.isprintable() and len(name) <= _MAX_NAME and all(name.split("."))
+        expected = f"printable names of at most {_MAX_NAME} characters and no empty part"
+        self.check(key, name, is_valid, f"{expected} between dots")
 
 
 def record_to_json(record: TensorRecord) -> dict[str, Any]:
@@ -316,13 +316,6 @@ def _stream_from_json(fields: Fields, kind: str, record: TensorRecord) -> Stream
     if coding is not Coding.PLAIN and not record.count:
         fields.refuse("coding", "plain for no entries", coding.value)
     return stream
-
-
-def _identity(name: str, record: TensorRecord) -> str:
-    """Write the line of the content id for one parameter; only the name may hold spaces."""
-    shape = json.dumps(record.shape, separators=(",", ":"))
-    digests = f"{record.content_digest} {record.base_digest} {record.merged_digest or '-'}"
-    return f"{name} {shape} {record.dtype} {digests}\n"
 
 
 def _records_from_json(fields: Fields, is_newer: bool) -> Iterator[tuple[str, TensorRecord]]:
