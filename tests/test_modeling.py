@@ -299,7 +299,7 @@ def test_a_missing_key_is_refused_by_name(tmp_path: Path, tiny_llama: Path) -> N
     path = tmp_path / "lacking"
     shutil.copytree(tiny_llama, path)
     change_checkpoint(path, lambda tensors: tensors.pop(UP))
-    with pytest.raises(ModelError, match=f"{UP}: expected {UP} in .*lacking, found no such tensor"):
+    with pytest.raises(ModelError, match=f"{UP}: expected .* in .*lacking, found none"):
         describe(load(tiny_llama), [UP], path)
 
 
@@ -311,7 +311,7 @@ def test_a_missing_experts_matrix_is_refused_by_its_own_key(
     key = "model.layers.0.block_sparse_moe.experts.2.w3.weight"
     change_checkpoint(path, lambda tensors: tensors.pop(key))
     name = "model.layers.0.mlp.experts.gate_up_proj"
-    with pytest.raises(ModelError, match=f"{name}: expected {key} in"):
+    with pytest.raises(ModelError, match=f"^{name}: {key}: expected "):
         describe(load(tiny_mixtral), [name], path)
 
 
@@ -320,7 +320,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path, tiny_llama
     shutil.copytree(tiny_llama, path)
     change_checkpoint(path, lambda tensors: tensors.update({UP: torch.zeros(48, 33)}))
     with pytest.raises(
-        ModelError, match=rf"{UP}: expected {UP} of shape \(48, 32\), found \(48, 33\)"
+        ModelError, match=rf"{UP}: expected \[48, 32\] in .*, found float32 \[48, 33\]"
     ):
         describe(load(tiny_llama), [UP], path)
 

@@ -1,66 +1,56 @@
-"""Read tensors, or some entries of them, from a checkpoint directory.
+"""Read tensors, or some entries of them, from a checkpoint directory, and no other pages."""
 
-Here live lazy reads: a shard's header when its first key is asked for, and of the data only the
-pages that are touched. Adapters do not.
-"""
-
+import copy
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 
-from safeweights_peft.checkpoint.index import CheckpointIndex, open_index
-from safeweights_peft.checkpoint.windows import WINDOW_BYTES, windows
 from safeweights_peft.delta import Array
-from safeweights_peft.errors import CheckpointError
-from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header
+from safeweights_peft.errors import CheckpointError, SafeWeightsError
+from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header, read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WINDOW_BYTES = 2**22
+"""Bytes that are mapped at once: a mapped page counts as memory until it is unmapped."""
+
+_PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where and what a tensor of a checkpoint is.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its dtype by torch's name; one that numpy cannot read keeps safetensors' name.
-        shard: File name of its shard.
-        offset: Position of its first byte in the shard.
-        size_bytes: Its number of bytes.
-    """
+class TensorInfo(NamedTuple):
+    """Where and what a tensor of a checkpoint is."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # torch's name, or safetensors' where numpy cannot read it
     shard: str
-    offset: int
+    offset: int  # of its first byte in the shard
     size_bytes: int
 
 
 class CheckpointReader:
-    """A checkpoint directory, opened for reading.
+    """A checkpoint directory, opened for reading; a shard's header is read when it is needed."""
 
-    Attributes:
-        index: Its shards.
-    """
-
-    index: CheckpointIndex
+    directory: Path
+    weight_map: dict[str, str]  # the shard's file name for each key
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         """Find the shards."""
-        self.index = open_index(Path(directory))
+        self.directory = Path(directory)
+        self.weight_map = _read_weight_map(self.directory)
         self._headers: dict[str, dict[str, StoredTensor]] = {}
         self._stamps: dict[str, tuple[int, int, int]] = {}
 
     def copied_to(self, directory: Path) -> Self:
         """Open a copy that is being made of this checkpoint, before its files are there."""
-        copy = type(self).__new__(type(self))
-        copy.index = replace(self.index, directory=directory)
-        copy._headers = {shard: self._header(shard) for shard in self.index.shards}
-        copy._stamps = {}
-        return copy
+        other = copy.copy(self)
+        other.directory = directory
+        other._headers = {shard: self._header(shard) for shard in self.shards}
+        other._stamps = {}
+        return other
 
     def check_unchanged(self, shard: str) -> None:
         """Check that a shard is the file whose header was read, as it was then."""
@@ -71,27 +61,27 @@ class CheckpointReader:
             )
 
     @property
-    def directory(self) -> Path:
-        """The directory."""
-        return self.index.directory
+    def shards(self) -> list[str]:
+        """The file names of the shards, sorted."""
+        return sorted(set(self.weight_map.values()))
 
     @property
     def size_bytes(self) -> int:
         """Size of all shards."""
-        return sum((self.directory / name).stat().st_size for name in self.index.shards)
+        return sum((self.directory / shard).stat().st_size for shard in self.shards)
 
     def keys(self) -> list[str]:
         """List the tensors."""
-        return sorted(self.index.weight_map)
+        return sorted(self.weight_map)
 
     def unlisted(self) -> list[str]:
         """List tensors that stand in a shard although the index doesn't name them."""
-        headers = (self._header(shard) for shard in self.index.shards)
-        return sorted({key for header in headers for key in header} - self.index.weight_map.keys())
+        headers = (self._header(shard) for shard in self.shards)
+        return sorted({key for header in headers for key in header} - self.weight_map.keys())
 
     def __contains__(self, key: str) -> bool:
         """Tell whether the checkpoint has a key."""
-        return key in self.index.weight_map
+        return key in self.weight_map
 
     def find_key(self, key: str) -> str | None:
         """Find a tensor whose key may have lost its prefix, or got one; refuse one of several."""
@@ -109,7 +99,7 @@ class CheckpointReader:
 
     @cached_property
     def _prefixes(self) -> set[str]:
-        return {prefix for key in self.index.weight_map for prefix in _prefixes(key)}
+        return {prefix for key in self.weight_map for prefix in _prefixes(key)}
 
     def info(self, key: str) -> TensorInfo:
         """Look a tensor up, without reading it."""
@@ -117,13 +107,34 @@ class CheckpointReader:
         dtype = STORED_DTYPES[stored.dtype].name if stored.dtype in STORED_DTYPES else stored.dtype
         return TensorInfo(stored.shape, dtype, shard, stored.offset, stored.size_bytes)
 
+    def check_tensor(
+        self,
+        key: str,
+        shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
+        *,
+        name: str | None = None,
+        error: type[SafeWeightsError] = CheckpointError,
+        hint: str,
+    ) -> TensorInfo:
+        """Return what a tensor is; refuse one that is missing, or has another shape or dtype."""
+        info = self.info(key) if key in self else None
+        if info and shape in (None, info.shape) and dtype in (None, info.dtype):
+            return info
+        expected = ([dtype] if dtype else []) + ([] if shape is None else [str(list(shape))])
+        found = f"{info.dtype} {list(info.shape)}" if info else "none"
+        where = key if name in (None, key) else f"{name}: {key}"
+        raise error(
+            f"{where}: expected {' '.join(expected)} in {self.directory}, found {found}; {hint}"
+        )
+
     def read(self, key: str) -> Array:
         """Read a whole tensor."""
         path, stored = self._readable(key)
         return np.array(stored.open(path)).reshape(stored.shape)
 
     def read_windows(self, key: str) -> Iterator[Array]:
-        """Read a whole tensor as bytes, one window after the other, whatever its dtype."""
+        """Read a whole tensor as bytes, one window after another, whatever its dtype."""
         info = self.info(key)
         path, end = self.directory / info.shard, info.offset + info.size_bytes
         for start in range(info.offset, end, WINDOW_BYTES):
@@ -142,7 +153,7 @@ class CheckpointReader:
     def gather_pieces(
         self, pieces: Mapping[str, tuple[Array | slice, Array]], count: int, dtype: np.dtype[Any]
     ) -> Array:
-        """Read entries that lie in several tensors."""
+        """Read entries that lie in several tensors, by key: their positions and flat indices."""
         entries = np.empty(count, dtype)
         for key, (positions, local) in pieces.items():
             entries[positions] = self.gather(key, local)
@@ -159,7 +170,7 @@ class CheckpointReader:
         return path, stored
 
     def _stored(self, key: str) -> tuple[str, StoredTensor]:
-        shard = self.index.weight_map.get(key)
+        shard = self.weight_map.get(key)
         if shard is None:
             raise CheckpointError(
                 f"{self.directory}: expected a tensor {key}, found none; "
@@ -174,13 +185,13 @@ class CheckpointReader:
         return shard, stored
 
     def _header(self, shard: str) -> dict[str, StoredTensor]:
-        """Read a header once; a tensor that the index places elsewhere too would be ambiguous."""
+        """Read a header once; refuse a tensor that the index places elsewhere too."""
         if shard in self._headers:
             return self._headers[shard]
         stamp = self._stamp(shard)
         header = read_header(self.directory / shard, CheckpointError)
         for key in header:
-            home = self.index.weight_map.get(key, shard)
+            home = self.weight_map.get(key, shard)
             if home != shard:
                 raise CheckpointError(
                     f"{self.directory / shard}: {key}: expected it in {home} alone, as the index "
@@ -192,10 +203,50 @@ class CheckpointReader:
     def _stamp(self, shard: str) -> tuple[int, int, int]:
         """Identify a file as it now is: its inode, size, and time of the last change."""
         try:
-            found = (self.directory / shard).stat()
+            status = (self.directory / shard).stat()
         except OSError:
             return 0, 0, 0  # reading it will tell
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def windows(
+    path: Path,
+    offset: int,
+    dtype: np.dtype[Any],
+    flat_indices: Array,
+    mode: Literal["r", "r+"] = "r",
+) -> Iterator[tuple[Array, Array, Array | slice]]:
+    """Map the parts of a tensor that hold some entries, one after another.
+
+    Each comes with the entries' indices in it, and their positions among ``flat_indices``.
+    """
+    order: Array | slice = slice(None)
+    if (flat_indices[1:] < flat_indices[:-1]).any():
+        order = np.argsort(flat_indices)
+    ordered = flat_indices[order]
+    size = WINDOW_BYTES // dtype.itemsize
+    start = 0
+    while start < ordered.size:
+        first = int(ordered[start]) // size * size
+        # The indices' own dtype: another would have numpy convert all of them first.
+        last = np.array(min(first + size - 1, int(ordered[-1])), ordered.dtype)
+        stop = int(np.searchsorted(ordered, last, side="right"))
+        length = (int(ordered[stop - 1]) - first + 1) * dtype.itemsize
+        raw = np.memmap(os.fspath(path), np.uint8, mode, offset + first * dtype.itemsize, (length,))
+        positions = slice(start, stop) if isinstance(order, slice) else order[start:stop]
+        # As numpy indexes with, so that it need not convert them at each use.
+        local = np.subtract(ordered[start:stop], first, dtype=np.intp)
+        yield raw.view(np.ndarray).view(dtype), local, positions
+        start = stop
+
+
+def check_bounds(key: str, flat_indices: Array, numel: int) -> None:
+    """Check that flat indices point into a tensor."""
+    if flat_indices.size and (flat_indices.min() < 0 or flat_indices.max() >= numel):
+        raise CheckpointError(
+            f"{key}: expected indices from 0 to {numel - 1}, found {flat_indices.min()} to "
+            f"{flat_indices.max()}; use the base that the adapter was made for"
+        )
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -209,10 +260,52 @@ def _prefixes(key: str) -> Iterator[str]:
         yield ".".join(parts[:count]) + "."
 
 
-def check_bounds(key: str, flat_indices: Array, numel: int) -> None:
-    """Check that flat indices point into a tensor."""
-    if flat_indices.size and (flat_indices.min() < 0 or flat_indices.max() >= numel):
+def _read_weight_map(directory: Path) -> dict[str, str]:
+    """Find the shard of each tensor, from the only file or from the index."""
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file() and index.is_file():
         raise CheckpointError(
-            f"{key}: expected indices from 0 to {numel - 1}, found {flat_indices.min()} to "
-            f"{flat_indices.max()}; use the base that the adapter was made for"
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found both; remove the stale one"
+        )
+    if single.is_file():
+        return dict.fromkeys(read_header(single, CheckpointError), SINGLE_FILE)
+    if not index.is_file():
+        found, hint = "neither", "give the directory of a model, not of an adapter"
+        if any(next(directory.glob(pattern), None) for pattern in _PICKLED):
+            found = "only pickled weights, which can run code when they are loaded"
+            hint = "convert them with transformers: save_pretrained writes safetensors"
+        raise CheckpointError(
+            f"{directory}: expected {SINGLE_FILE} or {INDEX_FILE}, found {found}; {hint}"
+        )
+    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: weight_map: expected an object of shard names, found "
+            f"{type(weight_map).__name__}; fetch the index again"
+        )
+    for key, shard in weight_map.items():
+        _check_shard_name(index, key, shard)
+    for shard in sorted(set(weight_map.values())):
+        if not (directory / shard).is_file():
+            raise CheckpointError(
+                f"{directory / shard}: expected a shard that {INDEX_FILE} names, found no file; "
+                "fetch the checkpoint again"
+            )
+    return weight_map
+
+
+def _check_shard_name(index: Path, key: str, shard: object) -> None:
+    """Refuse names that could leave the directory, on this system or on another."""
+    is_plain = (
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and shard.isprintable()
+        and ":" not in shard
+        and PurePosixPath(shard).name == shard
+        and PureWindowsPath(shard).name == shard
+    )
+    if not is_plain:
+        raise CheckpointError(
+            f"{index}: {key[:200]}: expected a file name ending in .safetensors without a path, "
+            f"found {str(shard)[:200]!r}; do not use this checkpoint"
         )

@@ -1,21 +1,16 @@
-"""Copy a checkpoint and change its tensors in place, in some entries or whole.
+"""Copy a checkpoint and change the copy's tensors; the copy appears whole or not at all."""
 
-Here live the choice of the files to copy, and the draft that appears whole or not at all. What to
-change does not: see ``merge``.
-"""
-
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from safeweights_peft.checkpoint.copying import copy_file
-from safeweights_peft.checkpoint.index import INDEX_FILE
-from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo, check_bounds
+from safeweights_peft.checkpoint.reader import INDEX_FILE, CheckpointReader, check_bounds, windows
 from safeweights_peft.checkpoint.threads import in_threads
-from safeweights_peft.checkpoint.windows import windows
 from safeweights_peft.delta import Array, bits_differ
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import publish
@@ -30,26 +25,32 @@ _LEGAL_PREFIXES = ("license", "licence", "notice", "copying", "use_policy")
 _ADAPTER_FILE = "adapter_config.json"
 _NOT_COPIED = {_ADAPTER_FILE, "trainer_state.json"}
 _TEMPLATES = "additional_chat_templates"
+_HINT = "write what has the tensor's own dtype and shape"
+
+# What kernels and file systems answer that cannot copy a range, not that something is wrong.
+_CANNOT_COPY = {
+    errno.EBADF,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.ETXTBSY,
+    errno.EXDEV,
+}
 
 
 class CheckpointDraft:
-    """A checkpoint that is being changed, mostly a copy that is not published yet.
-
-    What is written reaches the disk when the copy is published; else its files are to be synced.
-
-    Attributes:
-        reader: The checkpoint, as it now is.
-    """
+    """A checkpoint that is being changed, mostly a copy that is not published yet."""
 
     reader: CheckpointReader
 
     def __init__(self, reader: CheckpointReader) -> None:
-        """Open it for changes."""
+        """Open it for changes, which reach the disk when it is published or synced."""
         self.reader = reader
 
     def patch(self, key: str, flat_indices: Array, entries: Array) -> None:
         """Overwrite some entries of a tensor on disk, and check that they are there."""
-        info = self._check_dtype(key, entries)
+        info = self.reader.check_tensor(key, dtype=entries.dtype.name, hint=_HINT)
         check_bounds(key, flat_indices, info.size_bytes // entries.dtype.itemsize)
         path = self.reader.directory / info.shard
         parts = windows(path, info.offset, entries.dtype, flat_indices, "r+")
@@ -63,25 +64,11 @@ class CheckpointDraft:
 
     def write(self, key: str, tensor: Array) -> None:
         """Overwrite a tensor on disk whole."""
-        info = self._check_dtype(key, tensor)
-        if tensor.shape != info.shape:
-            raise CheckpointError(
-                f"{key}: expected shape {list(info.shape)}, found {list(tensor.shape)}; "
-                "write a tensor of the checkpoint's own shape"
-            )
+        info = self.reader.check_tensor(key, tensor.shape, tensor.dtype.name, hint=_HINT)
         if tensor.size:
             path = os.fspath(self.reader.directory / info.shard)
             raw = np.memmap(path, np.uint8, "r+", info.offset, (info.size_bytes,))
             raw.view(np.ndarray).view(tensor.dtype)[:] = tensor.reshape(-1)
-
-    def _check_dtype(self, key: str, values: Array) -> TensorInfo:
-        info = self.reader.info(key)
-        if values.dtype.name != info.dtype:
-            raise CheckpointError(
-                f"{key}: expected entries of dtype {info.dtype}, found {values.dtype.name}; "
-                "round them to the checkpoint's dtype first"
-            )
-        return info
 
 
 @contextmanager
@@ -93,11 +80,7 @@ def draft_copy(
     progress: Progress | None = None,
     change: Callable[[CheckpointDraft, str], None] | None = None,
 ) -> Iterator[CheckpointDraft]:
-    """Copy a checkpoint to a temporary sibling directory; publish it when the block ends well.
-
-    Copied are the shards, their index, and what loading needs: configs, tokenizer, chat templates,
-    processor, custom code and licence. Not copied are model cards, adapters, other weight formats.
-    """
+    """Copy a checkpoint to a temporary sibling directory; publish it when the block ends well."""
     with publish(Path(out_dir), overwrite, CheckpointError) as directory:
         draft = CheckpointDraft(reader.copied_to(directory))
         _copy_files(reader, draft, progress, change)
@@ -105,18 +88,15 @@ def draft_copy(
 
 
 def files_to_copy(reader: CheckpointReader) -> dict[str, int]:
-    """List what :func:`draft_copy` copies."""
-    names = reader.index.shards + _side_files(reader.directory)
+    """List the shards, their index, and what loading needs, with sizes; no cards, no adapters."""
+    names = reader.shards + _side_files(reader.directory)
     return {name: (reader.directory / name).stat().st_size for name in names}
 
 
 def files_that_load(directory: Path) -> list[str]:
-    """List the files beside the shards that can change what a checkpoint does once it is loaded.
-
-    That is what :func:`draft_copy` copies but for the index and legal texts; and the config of an
-    adapter, which transformers loads with the model.
-    """
+    """List the files beside the shards that can change what a checkpoint does once it is loaded."""
     names = _side_files(directory)
+    # transformers loads an adapter with the model beside whose weights its config lies.
     names += [_ADAPTER_FILE] if (directory / _ADAPTER_FILE).is_file() else []
     return sorted(name for name in names if name != INDEX_FILE and not _is_legal_text(name))
 
@@ -131,7 +111,7 @@ def _copy_files(
         target = draft.reader.directory / name
         target.parent.mkdir(exist_ok=True)
         copy_file(reader.directory / name, target)
-        if name in reader.index.shards:
+        if name in reader.shards:
             reader.check_unchanged(name)
             if change is not None:
                 change(draft, name)
@@ -164,3 +144,29 @@ def _is_side_file(name: str) -> bool:
         return name == INDEX_FILE
     starts = (*_LEGAL_PREFIXES, "tokenizer.model")
     return Path(lower).suffix in _SIDE_SUFFIXES or lower.startswith(starts)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes: by sharing its blocks, else inside the kernel, else through memory."""
+    if not _copy_in_kernel(source, target):
+        shutil.copyfile(source, target)
+
+
+def _copy_in_kernel(source: Path, target: Path) -> bool:
+    if not hasattr(os, "copy_file_range"):
+        return False
+    # On btrfs, XFS and NFS both files share blocks, each of which is copied when one is changed.
+    # https://man7.org/linux/man-pages/man2/copy_file_range.2.html
+    with source.open("rb") as reader, target.open("wb") as writer:
+        left = os.fstat(reader.fileno()).st_size
+        while left:
+            try:
+                count = os.copy_file_range(reader.fileno(), writer.fileno(), left)
+            except OSError as reason:
+                if reason.errno not in _CANNOT_COPY:
+                    raise
+                return False
+            if not count:
+                return False
+            left -= count
+    return True

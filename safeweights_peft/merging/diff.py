@@ -17,7 +17,7 @@ from safeweights_peft.delta import (
     index_dtype,
 )
 from safeweights_peft.errors import MergeError
-from safeweights_peft.merging.gather import describe_tensor, find_copies, gather_entries
+from safeweights_peft.merging.gather import find_copies, gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.patch.artifacts import Adapter
 from safeweights_peft.patch.placement import Block
@@ -135,13 +135,10 @@ def _check_comparable(base: CheckpointReader, tuned: CheckpointReader) -> None:
                     f"{key}: expected it in {reader.directory} as in {other.directory}, found no "
                     "such tensor; give two checkpoints of one architecture"
                 )
+    hint = "give a model that was tuned from this base, unresized, and saved in its dtype"
     for key in base.keys():
-        before, after = describe_tensor(base, key), describe_tensor(tuned, key)
-        if before != after:
-            raise MergeError(
-                f"{key}: expected {before} in {tuned.directory} as in the base, found {after}; "
-                "give a model that was tuned from this base, unresized, and saved in its dtype"
-            )
+        info = base.info(key)
+        tuned.check_tensor(key, info.shape, info.dtype, error=MergeError, hint=hint)
 
 
 def _check_tied(reader: CheckpointReader, record: TensorRecord, name: str) -> None:

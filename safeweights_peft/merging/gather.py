@@ -46,12 +46,14 @@ def gather_entries(
     """Read a parameter's entries from the checkpoint tensors that hold them; ``(count,)``."""
     placed = _place(reader, record)
     for block in placed.blocks:
-        expected, found = f"{record.dtype} {list(block.shape)}", describe_tensor(reader, block.key)
-        if found != expected:
-            raise BaseMismatchError(
-                f"{name}: expected {block.key} in {reader.directory} as {expected}, found {found}; "
-                "use the base that the adapter was made for"
-            )
+        reader.check_tensor(
+            block.key,
+            block.shape,
+            record.dtype,
+            name=name,
+            error=BaseMismatchError,
+            hint="use the base that the adapter was made for",
+        )
     pieces = entries_by_block(placed, indices)
     return reader.gather_pieces(pieces, indices.size, WEIGHT_DTYPES[record.dtype])
 
@@ -64,14 +66,6 @@ def find_copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRe
     tied = dict.fromkeys(map(reader.find_key, record.tied_keys))
     keys = [key for key in tied if key not in (None, own.key)]
     return [placed, *(replace(placed, blocks=(replace(own, key=str(key)),)) for key in keys)]
-
-
-def describe_tensor(reader: CheckpointReader, key: str) -> str:
-    """Say a tensor's dtype and shape, to compare and to show; "none" for one that is missing."""
-    if key not in reader:
-        return "none"
-    info = reader.info(key)
-    return f"{info.dtype} {list(info.shape)}"
 
 
 def _place(reader: CheckpointReader, record: TensorRecord) -> TensorRecord:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.checkpoint.reader import WINDOW_BYTES, CheckpointReader
 from safeweights_peft.checkpoint.threads import THREADS
-from safeweights_peft.checkpoint.windows import WINDOW_BYTES
 from safeweights_peft.checkpoint.writer import (
     CheckpointDraft,
     Progress,
@@ -94,7 +93,7 @@ def merge(
     reader = open_base(base_dir)
     # All sums come first, so that nothing is written for a base that is refused. What the base
     # holds is let go: memory stays at the patches and what their entries become.
-    changes: dict[str, list[tuple[str, Array, Array]]] = {name: [] for name in reader.index.shards}
+    changes: dict[str, list[tuple[str, Array, Array]]] = {name: [] for name in reader.shards}
     for edit in find_edits(gather_base(reader, patches)):
         changes[reader.info(edit.key).shard].append((edit.key, edit.indices, edit.merged))
 

@@ -100,15 +100,11 @@ def _find_tuned(tuned: CheckpointReader, name: str, artifact: Artifact) -> list[
     """Find a parameter in the tuned checkpoint, tied copies included, in the dtype it has there."""
     copies = []
     for copy in find_copies(tuned, artifact.metadata.tensors[name]):
-        for block in copy.blocks:
-            shape = tuned.info(block.key).shape if block.key in tuned else None
-            if shape != block.shape:
-                raise MergeError(
-                    f"{name}: expected {block.key} of shape {list(block.shape)} in "
-                    f"{tuned.directory}, found {'none' if shape is None else list(shape)}; give a "
-                    "model that was tuned from this base, unresized"
-                )
-        dtypes = {tuned.info(block.key).dtype for block in copy.blocks}
+        hint = "give a model that was tuned from this base, unresized"
+        dtypes = {
+            tuned.check_tensor(block.key, block.shape, name=name, error=MergeError, hint=hint).dtype
+            for block in copy.blocks
+        }
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
             raise MergeError(
                 f"{name}: expected one of the dtypes {', '.join(DTYPES)} in {tuned.directory}, "

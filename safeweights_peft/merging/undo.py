@@ -180,7 +180,7 @@ def journal_bytes(reader: CheckpointReader, key: str, count: int) -> int:
 
 def check_own_files(reader: CheckpointReader) -> None:
     """Check that a checkpoint's shards may be changed: that no other place shares them."""
-    for shard in reader.index.shards:
+    for shard in reader.shards:
         path = reader.directory / shard
         if path.is_symlink() or path.stat().st_nlink > 1:
             raise MergeError(

@@ -24,7 +24,6 @@ from safeweights_peft.errors import (
 from safeweights_peft.files import STORED_DTYPES, read_header, read_json
 from safeweights_peft.merging.gather import (
     check_safety,
-    describe_tensor,
     find_copies,
     find_state,
 )
@@ -259,12 +258,8 @@ def _match_tensors(
                 "merge into the base again"
             )
     for source, key in pairs:
-        own, other = describe_tensor(base, source), describe_tensor(merged, key)
-        if own != other:
-            raise MergeError(
-                f"{key}: expected {own} in {merged.directory} as in the base, found {other}; merge "
-                "into the base again, in its own dtype"
-            )
+        info, hint = base.info(source), "merge into the base again, in its own dtype"
+        merged.check_tensor(key, info.shape, info.dtype, error=MergeError, hint=hint)
     return pairs
 
 

@@ -149,18 +149,9 @@ def _block(name: str, key: str, positions: np.ndarray) -> Block:
 
 
 def _on_disk(name: str, block: Block, reader: CheckpointReader) -> Block:
-    key = reader.find_key(block.key)
-    if key is None:
-        raise ModelError(
-            f"{name}: expected {block.key} in {reader.directory}, found no such tensor; "
-            "was the checkpoint saved by another version of transformers?"
-        )
-    shape = reader.info(key).shape
-    if tuple(shape) != tuple(block.shape):
-        raise ModelError(
-            f"{name}: expected {key} of shape {tuple(block.shape)}, found {tuple(shape)}; "
-            "the checkpoint does not belong to this model"
-        )
+    key = reader.find_key(block.key) or block.key
+    hint = "give the model's own checkpoint, saved by this version of transformers"
+    reader.check_tensor(key, block.shape, name=name, error=ModelError, hint=hint)
     return replace(block, key=key)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safeweights_peft.checkpoint.copying import copy_file
+from safeweights_peft.checkpoint.writer import copy_file
 
 CONTENT = bytes(range(256)) * 40
 

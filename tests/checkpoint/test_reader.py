@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from safeweights_peft.checkpoint.reader import CheckpointReader, TensorInfo
 from safeweights_peft.delta import DTYPES
-from safeweights_peft.errors import CheckpointError
+from safeweights_peft.errors import CheckpointError, ModelError
 from tests.tiny_files import save_checkpoint
 
 TENSORS = {
@@ -99,7 +99,7 @@ def test_an_index_that_contradicts_its_shards_is_refused(tmp_path: Path) -> None
 def test_a_tensor_in_two_shards_is_ambiguous(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, TENSORS, shards=2)
     reader = CheckpointReader(tmp_path)
-    shard = reader.index.weight_map["b"]
+    shard = reader.weight_map["b"]
     save_file({"b": TENSORS["b"], "a": TENSORS["a"]}, tmp_path / shard)
     with pytest.raises(CheckpointError, match=r"a: expected it in model-00001-of-00002.safetens"):
         reader.read("b")
@@ -134,9 +134,29 @@ def test_a_quantized_tensor_may_be_there_but_not_be_read(tmp_path: Path) -> None
 def test_entries_are_read_in_the_order_asked_for_whatever_the_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int, indices: list[int]
 ) -> None:
-    monkeypatch.setattr("safeweights_peft.checkpoint.windows.WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr("safeweights_peft.checkpoint.reader.WINDOW_BYTES", window_bytes)
     tensor = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     reader = CheckpointReader(save_checkpoint(tmp_path, {"a": np.ones(7, np.float16), "b": tensor}))
     for dtype in (np.int32, np.int64):
         found = reader.gather("b", np.array(indices, dtype))
         assert found.tobytes() == tensor.reshape(-1)[indices].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "dtype", "message"),
+    [
+        ("a", (4, 3), None, r"a: expected \[4, 3\] in .*, found float32 \[3, 4\]; look$"),
+        ("a", None, "float16", r"a: expected float16 in .*, found float32 \[3, 4\]; look$"),
+        ("a", (3, 4), "int8", r"a: expected int8 \[3, 4\] in .*, found float32 \[3, 4\]; look$"),
+        ("z", (), "int8", r"z: expected int8 \[\] in .*, found none; look$"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused_by_its_key_and_parameter(
+    tmp_path: Path, key: str, shape: tuple[int, ...] | None, dtype: str | None, message: str
+) -> None:
+    reader = CheckpointReader(save_checkpoint(tmp_path, TENSORS))
+    assert reader.check_tensor("a", (3, 4), "float32", hint="look") == reader.info("a")
+    assert reader.check_tensor("d", (), hint="look") == reader.info("d")
+    for name, start in ((None, ""), (key, ""), ("model.a", "model.a: ")):
+        with pytest.raises(ModelError, match=f"^{start}{message}"):
+            reader.check_tensor(key, shape, dtype, name=name, error=ModelError, hint="look")

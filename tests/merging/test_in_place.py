@@ -40,7 +40,7 @@ def test_a_merge_in_place_is_bitwise_the_obvious_one_and_unmerging_restores_ever
     dtype: str,
     window_bytes: int,
 ) -> None:
-    monkeypatch.setattr("safeweights_peft.checkpoint.windows.WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr("safeweights_peft.checkpoint.reader.WINDOW_BYTES", window_bytes)
     case = Case(tmp_path, layout(dtype), shards=2, scale=0.3, density=0.3)
     before = case.files()
     merge_in_place(case.base, case.patch)

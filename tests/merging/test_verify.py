@@ -382,9 +382,7 @@ def test_a_base_without_a_tensor_fails(case: Case) -> None:
     case.change_base(lambda tensors: tensors.pop(UP))
     report = verify(case.patch, case.base)
     assert report.verdict is Verdict.FAILED
-    assert (
-        f"expected {UP} in {case.base} as bfloat16 [8, 9], found none" in report.checks[-1].detail
-    )
+    assert report.checks[-1].detail.startswith(f"{UP}: expected bfloat16 [8, 9]")
 
 
 def test_a_false_promise_of_the_result_fails(case: Case) -> None:
