@@ -17,10 +17,7 @@ HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 def render_card(template: str, base: str | None, commit: str | None, **facts: Any) -> str:
-    """Fill in a template, of which every value is escaped unless the template calls it safe.
-
-    ``base`` and ``commit`` are what an adapter records of its base.
-    """
+    """Fill in a template with facts and with what an adapter records of its base, all escaped."""
     # A base without a commit is a directory; where that is on this machine stays out of the card.
     hub_id = base if base and commit and HUB_ID.fullmatch(base) else None
     name = hub_id or Path(base or "a base model").name
@@ -29,9 +26,9 @@ def render_card(template: str, base: str | None, commit: str | None, **facts: An
 
 
 def escape(value: object) -> str:
-    """Keep text from being read as Markdown, HTML, YAML, or the end of a table's cell."""
-    # Names in an adapter come from strangers. Jinja's own escaping knows HTML alone, and calls this
-    # first; what a macro or `| safe` has made of parts that were escaped is Markup, and passes.
+    """Keep text from being read as Markdown, HTML or YAML, or as the end of a table's cell."""
+    # Names in an adapter come from strangers, and Jinja's own escaping knows HTML alone. What a
+    # template calls safe, or a macro has made of escaped parts, is Markup and passes.
     return value if isinstance(value, Markup) else re.sub(r"[^\w.,+/ -]", "_", str(value))
 
 

@@ -1,9 +1,8 @@
-"""The only exception tree of the package; imports nothing.
+"""The only exception tree of the package; it imports nothing."""
 
-Every message names the file, tensor or option, what was expected and found, and what to do:
-``<key>: expected <x>, found <y>; <next step>``. The command line turns each of these into one line
-and an exit code; anything else that escapes is a defect.
-"""
+# Every message names the file, tensor or option, what was expected and found, and what to do:
+# `<key>: expected <x>, found <y>; <next step>`. The command line turns each of these into one line
+# and an exit code; anything else that escapes is a defect.
 
 
 class SafeWeightsError(Exception):
@@ -59,15 +58,15 @@ class EvaluationError(SafeWeightsError):
 
 
 class MergeError(SafeWeightsError):
-    """A merge cannot be carried out as asked."""
+    """Patches cannot be merged into this base, or not in this way."""
 
 
 class SignatureError(SafeWeightsError):
-    """A signature cannot be made, is missing, or is not that of this key over these files."""
+    """A signature cannot be made, is missing, or is not by this key for these files."""
 
 
 class HubError(SafeWeightsError):
-    """A patch or a map cannot be shared on the Hub, or fetched from it, as asked."""
+    """A patch or a map cannot be pushed to the Hub, or found or fetched there."""
 
 
 class ReportError(SafeWeightsError):
@@ -75,8 +74,8 @@ class ReportError(SafeWeightsError):
 
 
 class SafeWeightsWarning(UserWarning):
-    """Something that is ignored, or done in another way than was asked."""
+    """A request is ignored, or carried out in another way."""
 
 
 class UnsupportedFeatureError(SafeWeightsError):
-    """A feature that PEFT offers and this method refuses, rather than answer wrongly."""
+    """A feature that PEFT offers is refused, as its result would be wrong."""

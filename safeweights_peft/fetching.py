@@ -62,11 +62,7 @@ def find_base(
     revision: str | None = None,
     files: Sequence[str] = MODEL_FILES,
 ) -> BaseModel:
-    """Find a base: a directory, or a Hub id whose files are downloaded into the cache.
-
-    Without a name it is the base that the adapters name, safety patches or others of PEFT. Without
-    a revision, the commit that they record for that name, or else the tip of the main branch.
-    """
+    """Find the base that is given, or else named by adapters, at the commit that they record."""
     is_here = base is not None and Path(base).is_dir()
     name, commit = (str(base), None) if is_here else name_base(base, adapters)
     # A directory may bear the name of a recorded base, but it has no commits: digests will tell.
@@ -104,7 +100,7 @@ def _recorded_base(adapter: Path) -> tuple[str | None, str | None]:
 def resolve_base(
     base: str, revision: str | None = None, files: Sequence[str] = MODEL_FILES
 ) -> BaseModel:
-    """Find a base by its name alone."""
+    """Find a base by name: a directory, or a Hub id whose files are downloaded into the cache."""
     path = Path(base)
     commit = None
     if path.is_dir() and revision is not None:

@@ -162,14 +162,12 @@ class _Remote:
 
 
 class _Change:
-    """One commit on top of what a repository holds.
+    """One commit on top of what a repository holds."""
 
-    Large files go ahead into the Hub's storage, where nobody sees them; the commit that names them
-    is one request, on top of the commit that was looked at. So whatever fails on the way, the
-    repository is as it was or complete, and the next push resumes with what the storage has.
-    """
-
-    # Not upload_folder: it splits a push into several commits at 250 files or after 5 minutes.
+    # Large files go ahead into the Hub's storage, where nobody sees them; the commit that names
+    # them is one request, on top of the commit that was looked at. So whatever fails on the way,
+    # the repository is as it was or complete, and the next push resumes with what the storage has.
+    # upload_folder would split it into several commits at 250 files or after 5 minutes.
 
     def __init__(
         self, folder: Path, repo_id: str, revision: str | None, create_pr: bool, message: str
@@ -183,10 +181,7 @@ class _Change:
         self.api = HfApi()
 
     def push(self, private: bool) -> tuple[str, bool, str | None]:
-        """Look at the repository, or make it, and commit what changes.
-
-        Returned are the commit, whether it is new, and the address of the pull request.
-        """
+        """Commit what changes; return the commit, whether it is new, and the pull request."""
         remote = self._look()
         if remote is None:
             remote = self._create(private)

@@ -55,10 +55,7 @@ def find_adapter(source: Path) -> Path:
 
 
 def stage(source: Path, folder: Path, base: Base) -> AdapterMetadata:
-    """Copy a patch or a map, and all that lies beside it, to where a repository holds it.
-
-    The copies name the published base, and of a run's own paths the last part alone.
-    """
+    """Copy a patch or a map, with all that lies beside it, to where a repository holds it."""
     adapter = find_adapter(source)
     recorded = Base.of(read_metadata(adapter))
     # Of several files of one name the last one counts.

@@ -229,24 +229,20 @@ def test_a_gated_base_can_be_named(hub: HubServer, run: Path) -> None:
     assert push_to_hub(run, REPO).changed
 
 
-def test_a_map_of_another_base_is_not_put_beside_a_patch(
-    run: Path, base: str, refuse: Refuse
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        ({"base_model_name_or_path": "other/base"}, "other/base"),
+        ({"revision": "0" * 40}, f"{BASE} at 0"),
+    ],
+    ids=["base", "commit"],
+)
+def test_a_map_of_another_base_or_commit_is_not_put_beside_a_patch(
+    change: dict[str, str], other: str, run: Path, base: str, refuse: Refuse
 ) -> None:
-    edit_config(run / "map", lambda config: config.update(base_model_name_or_path="other/base"))
-    message = refuse()
-    assert (
-        f"expected a map of the patch's base {BASE} at {base}, found one of other/base" in message
-    )
-
-
-def test_a_map_of_another_commit_is_not_put_beside_a_patch(
-    run: Path, base: str, refuse: Refuse
-) -> None:
-    edit_config(run / "map", lambda config: config.update(revision="0" * 40))
-    message = refuse()
-    assert (
-        f"expected a map of the patch's base {BASE} at {base}, found one of {BASE} at 0" in message
-    )
+    edit_config(run / "map", lambda config: config.update(change))
+    expected = f"expected a map of the patch's base {BASE} at {base}, found one of {other}"
+    assert expected in refuse()
 
 
 def test_an_evaluation_on_another_commit_of_the_base_is_refused_and_not_renamed(
