@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
 
 @when_imported("peft")
 def _register(_: ModuleType) -> None:
-    from safeweights_peft.tuner.registry import register
+    from safeweights_peft.tuner.model import register
 
     register()

@@ -94,6 +94,6 @@ from .training.preserve import (
 from .training.preserve import (
     preserve as preserve,
 )
+from .tuner.adapter import create_adapter as create_adapter
+from .tuner.adapter import round_values as round_values
 from .tuner.config import SafeWeightsConfig as SafeWeightsConfig
-from .tuner.content import create_adapter as create_adapter
-from .tuner.content import round_values as round_values

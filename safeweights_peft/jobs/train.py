@@ -18,7 +18,7 @@ from safeweights_peft.patch.io import read_map
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.refuse import train_to_refuse
-from safeweights_peft.tuner.content import create_adapter, round_values
+from safeweights_peft.tuner.adapter import create_adapter, round_values
 
 LOSSES_FILE = "training.json"
 

@@ -22,18 +22,20 @@ def add_rounded(base: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
     return total.to(base.dtype)
 
 
-def to_numpy(tensor: Tensor) -> Array:
-    """View a tensor as an array, without a copy where it is on the CPU."""
+def to_numpy(tensor: Tensor, dtype: str | None = None) -> Array:
+    """View a tensor as an array, without a copy where it is on the CPU, in the dtype."""
     tensor = tensor.detach().cpu().contiguous()
+    if dtype is not None:
+        tensor = tensor.to(getattr(torch, dtype))
     if tensor.dtype in _WITHOUT_NUMPY:
-        dtype = WEIGHT_DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        return tensor.view(_WITHOUT_NUMPY[tensor.dtype]).numpy().view(dtype)
+        stored = WEIGHT_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        return tensor.view(_WITHOUT_NUMPY[tensor.dtype]).numpy().view(stored)
     return tensor.numpy()
 
 
 def to_torch(array: Array) -> Tensor:
-    """Copy an array into a tensor."""
-    array = np.array(array)
+    """View an array as a tensor, without a copy where it may be written."""
+    array = np.require(array, requirements=["C", "W"])
     if array.dtype == DTYPES["bfloat16"]:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -46,11 +48,12 @@ def check_entries(
     expected: State = State.BASE,
     artifact: str = "adapter",
     hint: str = "load that one",
-) -> None:
-    """Refuse a parameter's entries at a record's indices in another state; ``(count,)``."""
+) -> Array:
+    """Refuse a parameter's entries in another state; return them as in the checkpoint."""
     loaded = str(entries.dtype).removeprefix("torch.")
     # The digest is of the checkpoint's bits, which a cast to fewer digits has lost.
     if loaded not in ("float32", record.dtype):
         hint += f" in {record.dtype} or float32, not {loaded}"
-    stored = to_numpy(entries.to(getattr(torch, record.dtype)))
+    stored = to_numpy(entries, record.dtype)
     check_state(name, stored, record, expected, artifact=artifact, hint=hint)
+    return stored

@@ -22,7 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.errors import UnsupportedFeatureError
 from safeweights_peft.freeze import FrozenEntries
-from safeweights_peft.tuner.csr import columns_of_tokens, csr_pattern, sampled_product, transposed
+from safeweights_peft.tuner.sampled import (
+    columns_of_tokens,
+    csr_pattern,
+    sampled_product,
+    transposed,
+)
 
 # What PEFT puts into the name of a parameter that it wraps or copies.
 _ADDED = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.[^.]+)(?=\.)")

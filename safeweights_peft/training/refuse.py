@@ -6,8 +6,7 @@ to the base on the base's own answers. Source: arXiv 2604.08297, which has only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.finetune import make_arguments, run_trainer
+from safeweights_peft.tuner.adapter import saving_checkpoints
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,9 @@ def train_to_refuse(
         train_dataset=list(zip(harmful_steps, benign_steps, strict=True)),
         data_collator=lambda items: _collate_step(items, tokenizer.pad_token_id),
     )
-    with _exact_checkpoints(model):
+    with saving_checkpoints(model):
         log = run_trainer(trainer, on_step)
     return [StepLoss(int(entry["step"]), entry["refusal"], entry["retain"]) for entry in log]
-
-
-@contextmanager
-def _exact_checkpoints(model: PeftModel) -> Iterator[None]:
-    """Store float32 values while training: rounded ones would not resume the same run."""
-    config = model.peft_config[model.active_adapter]
-    values_dtype, config.values_dtype = config.values_dtype, "float32"
-    try:
-        yield
-    finally:
-        config.values_dtype = values_dtype
 
 
 def _deal(

@@ -1,13 +1,9 @@
-"""The PEFT config of a safety patch: the content of ``adapter_config.json`` as a dataclass.
-
-Here live its fields, and their way to and from the format's typed metadata. The rules on them stand
-in ``format``; what is done with them in ``model``.
-"""
+"""The PEFT config of a safety patch: the content of ``adapter_config.json`` as a dataclass."""
 
 import enum
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
@@ -38,23 +34,27 @@ class SafeWeightsConfig(PeftConfig):
         transformers_version: The version whose parameter names are used.
         selection: How the entries were chosen; free JSON.
         tensors: One record per parameter, as plain JSON.
+
+    Example:
+        >>> from peft import PeftConfig
+        >>> import safeweights_peft  # tells PEFT of the method
+        >>> config = PeftConfig.from_pretrained("demo/run/patch")
+        >>> type(config).__name__, config.mode, config.scale
+        ('SafeWeightsConfig', 'set', 1.0)
     """
 
-    target_modules: None = field(default=None, metadata={"help": "Always None; see `tensors`."})
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format version."})
-    format_minor: int = field(default=0, metadata={"help": "Additions to that version."})
-    mode: str = field(default="set", metadata={"help": "'set' or 'spa'."})
-    scale: float = field(default=1.0, metadata={"help": "Finite factor on the values."})
-    values_dtype: str = field(default="float32", metadata={"help": "Storage dtype of the values."})
-    transformers_version: str | None = field(
-        default=None, metadata={"help": "The version whose parameter names are used."}
-    )
-    selection: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "How the entries were chosen."}
-    )
-    tensors: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "One record per parameter, by its name."}
-    )
+    target_modules: None = None
+    format_version: int = FORMAT_VERSION
+    format_minor: int = 0
+    mode: str = "set"
+    scale: float = 1.0
+    values_dtype: str = "float32"
+    transformers_version: str | None = None
+    selection: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+
+    # False while a training saves states to resume from, which get no digests.
+    is_patch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Set the method's name; refuse other versions and PEFT's usual way to target modules."""

@@ -1,57 +1,98 @@
-"""One wrapper for any module that owns selected parameters: Linear, Embedding, norm, experts.
-
-Here lives what PEFT asks of a wrapped module: its adapters, merging, and keeping the base right
-wherever it is saved, copied or moved. The parameters' own arithmetic stands in ``parameter``, the
-model around the wrappers in ``model``.
-"""
+"""A wrapper for any module that owns selected parameters: Linear, Embedding, norm, experts."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from safeweights_peft.errors import MergeError, ModelError
-from safeweights_peft.patch.artifacts import stored_arrays
 from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import Encoding, indices_key, values_key
-from safeweights_peft.tuner.containers import Indices, Values, indices_room, values_room
-from safeweights_peft.tuner.loading import Content, decode_loaded, put
-from safeweights_peft.tuner.parameter import ForwardMode, SelectedParameter
+from safeweights_peft.tuner.parameter import SelectedParameter, Term
+
+
+class CodedValues(nn.Parameter):
+    """Values in a coded form. Bytes have no gradient, so whether they train is kept for later."""
+
+    is_trained = False
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False, **_: Any) -> Self:
+        """Make it of bytes; PEFT passes on whatever attributes it finds."""
+        return super().__new__(cls, data.detach(), False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Note whether the values are to be trained."""
+        self.is_trained = requires_grad
+        return self
+
+
+class Values(nn.ParameterDict):
+    """The values of one parameter, by adapter; ``model.half()`` and the like leave their dtype."""
+
+    def __init__(self, on_set: Callable[[str], None]) -> None:
+        super().__init__()
+        self.on_set = on_set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep coded values what they are when loaded ones take their place."""
+        present = self.__dict__.get("_parameters", {}).get(name)
+        if isinstance(present, CodedValues) and isinstance(value, Tensor) and is_coded(value):
+            value = CodedValues(value).requires_grad_(present.is_trained)
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):
+            self.on_set(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class Indices(BufferDict):
+    """The flat indices of one parameter, by adapter."""
+
+    def __init__(self, on_set: Callable[[str], None]) -> None:
+        super().__init__(persistent=True)
+        self.on_set = on_set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Report tensors."""
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):
+            self.on_set(name)
 
 
 class SafeWeightsLayer(nn.Module, BaseTunerLayer):
-    """Wraps a module that owns selected parameters, or shares one with a module that does.
-
-    ``selected`` holds the parameters, by their own name here; a tied one belongs to another layer.
-    ``scaling`` holds the factor on the values, by adapter.
-    """
+    """Wraps a module that owns selected parameters, or has one tied to another module's."""
 
     _active_adapter: str | list[str]
     _disable_adapters: bool
 
-    def __init__(self, base_layer: nn.Module, path: str) -> None:
+    def __init__(
+        self, base_layer: nn.Module, path: str, check: Callable[["SafeWeightsLayer", str], None]
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.path = path
-        self.selected: dict[str, SelectedParameter] = {}
-        self.scaling: dict[str, float] = {}
-        self.forward_mode = ForwardMode.AUTO
+        self.selected: dict[str, SelectedParameter] = {}  # by their own names in the module
+        self.tied: dict[str, tuple[SafeWeightsLayer, SelectedParameter]] = {}  # with their owners
+        self.scaling: dict[str, float] = {}  # factor on the values, by adapter
+        self.may_write = True  # False: every forward is functional
         self.merged_adapters: list[str] = []
-        self.adapter_layer_names: tuple[str, ...] = ()
-        self.other_param_names: tuple[str, ...] = (
-            "scaling",
-            "_metadata",
-            "_unchecked",
-            "_awaited",
-        )
-        self._metadata: dict[str, AdapterMetadata] = {}
+        self.metadata: dict[str, AdapterMetadata] = {}
+        self._check = check  # decodes what was loaded, and calls accept
         self._unchecked: dict[str, None] = {}  # a dict, because PEFT deletes by key
-        self._awaited: dict[str, set[str]] = {}  # coded ones: what was not set so far
+        self._awaited: dict[str, set[str]] = {}  # coded adapters: containers still to be set
+        # PEFT walks these by name, to move, train and delete adapters.
+        self.adapter_layer_names: tuple[str, ...] = ()
+        self.other_param_names: tuple[str, ...] = ("scaling", "metadata", "_unchecked", "_awaited")
 
     def __getattr__(self, name: str) -> Any:
         """Look up what the wrapped module has, such as ``in_features`` or ``num_experts``."""
@@ -62,113 +103,116 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
                 raise
             return getattr(self.base_layer, name)
 
-    @property
-    def owned(self) -> list[SelectedParameter]:
-        """The selected parameters whose values are held here."""
-        return [each for each in self.selected.values() if each.layer is self]
+    def parameters_of(self, adapter: str) -> list[SelectedParameter]:
+        """List the parameters of this module in which an adapter selects entries."""
+        return [each for each in self.selected.values() if adapter in each.values]
 
-    def add_adapter(self, adapter: str, metadata: AdapterMetadata) -> None:
-        """Make room for an adapter; its content is loaded later, and checked before use."""
-        for name in metadata.tensors:
-            self._add_parameter(name, adapter, metadata)
+    def add_adapter(
+        self,
+        adapter: str,
+        metadata: AdapterMetadata,
+        rooms: Mapping[str, tuple[nn.Parameter, Tensor]],
+    ) -> None:
+        """Take room for an adapter's values and indices; its content is checked before use."""
+        for own, (values, indices) in rooms.items():
+            selected = self.selected.get(own) or self._select(own)
+            selected.values[adapter], selected.indices[adapter] = values, indices
         self.scaling[adapter] = metadata.scale
-        self._metadata[adapter] = metadata
+        self.metadata[adapter] = metadata
         self._unchecked[adapter] = None
-        if any(record.encoding is not Encoding.PLAIN for record in metadata.tensors.values()):
-            owned = [each for each in self.owned if adapter in each.values]
-            self._awaited[adapter] = {key for each in owned for key in each.containers}
+        if any(is_coded(tensor) for room in rooms.values() for tensor in room):
+            self._awaited[adapter] = {
+                container for own in rooms for container in _container_names(own)
+            }
 
-    def _add_parameter(self, name: str, adapter: str, metadata: AdapterMetadata) -> None:
-        own = name.rpartition(".")[2]
-        if own not in self.selected:
-            selected = self.selected[own] = SelectedParameter(self, own)
-            values, indices = selected.containers
-            self.add_module(values, Values(partial(self._arrived, values)))
-            self.add_module(indices, Indices(partial(self._arrived, indices)))
-            self.adapter_layer_names += (values,)
-            self.other_param_names += (indices,)
-        selected, layouts = self.selected[own], stored_arrays(metadata, name)
-        device = selected.parameter.device
-        selected.values[adapter] = values_room(layouts[values_key(name)], device)
-        selected.indices[adapter] = indices_room(layouts[indices_key(name)], device)
+    def _select(self, own: str) -> SelectedParameter:
+        values_name, indices_name = _container_names(own)
+        values = Values(partial(self._note_set, values_name))
+        indices = Indices(partial(self._note_set, indices_name))
+        self.add_module(values_name, values)
+        self.add_module(indices_name, indices)
+        self.adapter_layer_names += (values_name,)
+        self.other_param_names += (indices_name,)
+        name = f"{self.path}.{own}"
+        self.selected[own] = SelectedParameter(self.base_layer, own, name, values, indices)
+        return self.selected[own]
 
-    def share(self, own: str, selected: SelectedParameter) -> None:
+    def tie(self, own: str, owner: "SafeWeightsLayer", selected: SelectedParameter) -> None:
         """Use another layer's selected parameter, which this module's parameter is tied to."""
-        self.selected[own] = selected
-        self._active_adapter = selected.layer._active_adapter
-        self._disable_adapters = selected.layer._disable_adapters
-        self.forward_mode = selected.layer.forward_mode
+        self.tied[own] = owner, selected
+        self._active_adapter = owner._active_adapter
+        self._disable_adapters = owner._disable_adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module with the active adapters' entries."""
-        weights = {}
-        for own, selected in self.selected.items():
-            if selected.layer is not self:
-                self._check_tied(own, selected)
-            weight = selected.weight()
-            if weight is not None:
-                weights[own] = weight
-        if not weights:
+        weights = {own: self._weight(selected) for own, selected in self.selected.items()}
+        for own, (owner, selected) in self.tied.items():
+            if getattr(self.base_layer, own) is not selected.parameter:
+                raise ModelError(
+                    f"{self.path}.{own}: expected the parameter of {selected.name}, found another; "
+                    "load the adapter after untying, and use DDP rather than DataParallel"
+                )
+            weights[own] = owner._weight(selected)
+        replaced = {own: weight for own, weight in weights.items() if weight is not None}
+        if not replaced:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, weights, args, kwargs)
+        return functional_call(self.base_layer, replaced, args, kwargs)
 
-    def _check_tied(self, own: str, selected: SelectedParameter) -> None:
-        if getattr(self.base_layer, own) is not selected.parameter:
-            raise ModelError(
-                f"{self.path}.{own}: expected the parameter of {selected.name}, found another; "
-                "load the adapter after untying, and use DDP rather than DataParallel"
-            )
+    def _weight(self, selected: SelectedParameter) -> Tensor | None:
+        """Return what a forward is to use in place of a parameter; None if that is right."""
+        if self.disable_adapters:
+            self.unmerge()
+            return selected.weight([], self.may_write)
+        if self.merged:
+            return None
+        self.check(self.active_adapters)
+        return selected.weight(self.terms(selected, self.active_adapters), self.may_write)
+
+    def terms(self, selected: SelectedParameter, adapters: Iterable[str]) -> list[Term]:
+        """List what adapters add to a parameter, in their order."""
+        return [
+            Term(name, selected.indices[name], selected.values[name], self.scaling[name])
+            for name in adapters
+            if name in selected.values
+        ]
 
     def check(self, adapters: Iterable[str]) -> None:
         """Check adapters that were loaded but not checked yet, and that the base is theirs."""
         if self._unchecked:
             for adapter in adapters:
                 if adapter in self._unchecked:
-                    self._check(adapter)
+                    self._check_loaded(adapter)
 
     @torch.compiler.disable
-    def _check(self, adapter: str) -> None:
-        held = [each for each in self.owned if adapter in each.values]
-        if not any(each.parameter.is_meta for each in held):  # when there are entries to see
-            self.accept(adapter, decode_loaded(held, adapter, self._metadata[adapter]))
+    def _check_loaded(self, adapter: str) -> None:
+        # Without the base's entries nothing can be told of it yet.
+        if not any(each.parameter.is_meta for each in self.parameters_of(adapter)):
+            self._check(self, adapter)
 
-    def _arrived(self, container: str, adapter: str) -> None:
-        """Decode an adapter as transformers sets the last of its tensors.
-
-        Its check could wait for the first use; an optimizer that asks for its values could not.
-        """
+    def _note_set(self, container: str, adapter: str) -> None:
+        """Decode an adapter as transformers sets the last of its tensors."""
+        # The check could wait for the first use; an optimizer that asks for values could not.
         awaited = self._awaited.get(adapter, set())
         if container in awaited:
             awaited.remove(container)
             if not awaited:
                 self.check([adapter])
 
-    def accept(self, adapter: str, content: Mapping[str, Content]) -> None:
-        """Use an adapter's content from now on."""
+    def accept(self, adapter: str) -> None:
+        """Allow an adapter's indices and values to be used: they are decoded and checked."""
         self._awaited.pop(adapter, None)
-        for each in self.owned:
-            if adapter in each.values:
-                put(each, adapter, content[each.name])
-        self.mark_checked(adapter)
-
-    def described(self, adapter: str) -> AdapterMetadata:
-        """Give an adapter's description, as :meth:`add_adapter` got it."""
-        return self._metadata[adapter]
-
-    def mark_checked(self, adapter: str) -> None:
-        """Note that an adapter's indices and values may be used."""
         self._unchecked.pop(adapter, None)
 
-    def is_checked(self, adapter: str) -> bool:
+    def is_accepted(self, adapter: str) -> bool:
         """Tell whether an adapter's indices and values may be used."""
-        return adapter in self._metadata and adapter not in self._unchecked
+        return adapter in self.metadata and adapter not in self._unchecked
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the factor on an adapter's values, relative to the scale in its config."""
         if not math.isfinite(scale):
             raise ModelError(f"scale: expected a finite number, found {scale}; nothing was set")
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._metadata[adapter].scale
+            self.scaling[adapter] = scale * self.metadata[adapter].scale
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters, as in PEFT."""
@@ -186,46 +230,46 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         self._release()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters' entries into the base, to stay until :meth:`unmerge`.
-
-        Adapters that are merged already are folded in again, so that the result is rounded once.
-        """
+        """Write adapters' entries into the base, to stay until :meth:`unmerge`."""
+        # Those that are merged already are added again, so that the sum is rounded once.
         adapters = [*self.merged_adapters, *self._to_merge(adapter_names)]
         self.check(adapters)
         if safe_merge:
             self.check_merge(adapter_names)
-        for each in self.owned:
-            if held := each.held(adapters):
-                each.overwrite(held)
+        for selected in self.selected.values():
+            if terms := self.terms(selected, adapters):
+                selected.overwrite(terms)
         self.merged_adapters = adapters
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Check, without writing, that a merge gives finite entries."""
-        for each in self.owned:
-            if held := each.held([*self.merged_adapters, *self._to_merge(adapter_names)]):
-                each.check_finite(held)
+        adapters = [*self.merged_adapters, *self._to_merge(adapter_names)]
+        for selected in self.selected.values():
+            if terms := self.terms(selected, adapters):
+                selected.check_finite(terms)
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
         adapters = check_adapters_to_merge(self, adapter_names)
-        return [name for name in adapters if name in self._metadata]
+        return [name for name in adapters if name in self.metadata]
 
     def unmerge(self) -> None:
         """Put back the base's own entries, bit by bit; nothing happens if nothing is merged."""
         if self.merged:
-            for each in self.owned:
-                each.restore()
+            for selected in self.selected.values():
+                selected.restore()
             self.merged_adapters = []
 
     def restore_base(self) -> None:
         """Make the base's parameters hold their own entries, or the merged ones while merged."""
-        for each in self.selected.values():
-            if not each.layer.merged:
-                each.restore()
+        own = [(self, selected) for selected in self.selected.values()]
+        for owner, selected in [*own, *self.tied.values()]:
+            if not owner.merged:
+                selected.restore()
 
     def _release(self) -> None:
-        for each in self.owned:
-            if not self.merged:
-                each.release()
+        if not self.merged:
+            for selected in self.selected.values():
+                selected.release()
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -240,17 +284,11 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         self.restore_base()
         return self.__dict__
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Find the copied parameters again."""
-        super().__setstate__(state)
-        for each in self.owned:
-            each.settle()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
         self.restore_base()
         super()._apply(fn, recurse)
-        for each in self.owned:
-            each.move(fn)
+        for selected in self.selected.values():
+            selected.move(fn)
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -266,22 +304,31 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
                 f"{', '.join(self.merged_adapters)} merged; call unmerge_adapter first"
             )
         self.restore_base()
-        for each in self.owned:
-            each.forget_plan()
-            self._distrust_new_indices(each, state_dict, prefix)
+        for own, selected in self.selected.items():
+            selected.settle()
+            for adapter, indices in selected.indices.items():
+                new = state_dict.get(f"{prefix}{_container_names(own)[1]}.{adapter}")
+                # Other indices than those that were checked must be checked before use.
+                if new is not None and not _are_equal(new, indices):
+                    self._unchecked[adapter] = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _distrust_new_indices(
-        self, selected: SelectedParameter, state_dict: dict[str, Tensor], prefix: str
-    ) -> None:
-        """Check again, before use, an adapter whose indices are about to be replaced."""
-        for adapter, indices in selected.indices.items():
-            new = state_dict.get(f"{prefix}safeweights_indices__{selected.own}.{adapter}")
-            if new is None:
-                continue
-            same = not indices.is_meta and new.dtype == indices.dtype
-            if not same or not torch.equal(new.to(indices.device), indices):
-                self._unchecked[adapter] = None
+
+def _container_names(own: str) -> tuple[str, str]:
+    """Name the layer's containers of a parameter's values and indices."""
+    return f"safeweights_values__{own}", f"safeweights_indices__{own}"
+
+
+def _are_equal(new: Tensor, indices: Tensor) -> bool:
+    if new is indices:
+        return True
+    same = not indices.is_meta and new.dtype == indices.dtype
+    return same and torch.equal(new.to(indices.device), indices)
+
+
+def is_coded(tensor: Tensor) -> bool:
+    """Tell whether indices or values are in a coded form."""
+    return tensor.dtype is torch.uint8
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, SafeWeightsLayer]]:
@@ -298,4 +345,4 @@ def layers(model: nn.Module) -> Iterator[SafeWeightsLayer]:
 
 def selected_parameters(model: nn.Module, adapter: str) -> list[SelectedParameter]:
     """List the parameters in which an adapter selects entries."""
-    return [each for layer in layers(model) for each in layer.owned if adapter in each.values]
+    return [selected for layer in layers(model) for selected in layer.parameters_of(adapter)]

@@ -1,140 +1,243 @@
-"""From an adapter's stored tensors to what a live model holds: checked, and decoded with its base.
+"""Take an adapter into a model: does it fit, is its content right, and what does that decode to?"""
 
-Codings and the checks on them stand in ``format``; where coded tensors wait, in ``containers``.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from safeweights_peft.delta import Array, check_finite
-from safeweights_peft.errors import CorruptAdapterError
+from safeweights_peft.delta import DTYPES, Array, check_finite
+from safeweights_peft.errors import (
+    BaseMismatchError,
+    CorruptAdapterError,
+    UnsupportedFeatureError,
+)
+from safeweights_peft.modeling.layout import check_shape
 from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
-from safeweights_peft.patch.artifacts import check_layout, decode_entries
+from safeweights_peft.patch.artifacts import Layout, check_layout, decode_entries, stored_arrays
 from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import indices_key, values_key
-from safeweights_peft.tuner.containers import CodedValues, is_coded, is_unloaded
+from safeweights_peft.patch.records import TensorRecord, indices_key, values_key
+from safeweights_peft.tuner.layer import CodedValues, SafeWeightsLayer, is_coded, layers
 from safeweights_peft.tuner.parameter import SelectedParameter
 
-
-class Content(NamedTuple):
-    """What an adapter has for one parameter, on the parameter's device.
-
-    Attributes:
-        indices: Flat indices; ``(count,)``.
-        values: Values in float32; ``(count,)``.
-    """
-
-    indices: Tensor
-    values: Tensor
+_BASE_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
+_UNLOADED = {torch.uint8: 255, torch.int32: -1, torch.int64: -1}
+"""What fills indices that were never loaded: no index, and no stream either."""
 
 
-def take_in(
-    parts: Sequence[SelectedParameter], adapter: str, stored: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Check an adapter's tensors and its base; take over what is not for PEFT to load."""
-    is_in_use = all(each.layer.is_checked(adapter) for each in parts)
+def check_fit(model: nn.Module, metadata: AdapterMetadata, paths: Iterable[str]) -> None:
+    """Check that a model has the parameters that an adapter selects from, fit for use."""
+    if getattr(model, "is_quantized", False):
+        raise UnsupportedFeatureError(
+            "base: expected float weights, found a quantized model; load it unquantized"
+        )
+    _check_nesting({layer.path for layer in layers(model)}.union(paths))
+    names: dict[int, str] = {}
+    for name, record in metadata.tensors.items():
+        first = names.setdefault(id(find_parameter(model, name, record)), name)
+        if first != name:
+            raise BaseMismatchError(
+                f"{name}: expected a parameter of its own, found the one of {first}; "
+                "load the base with untied weights, as the adapter was made for"
+            )
+
+
+def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> nn.Parameter:
+    """Find a base parameter, and check that it can carry an adapter."""
+    path, _, own = name.rpartition(".")
+    try:
+        module = _unwrap(model.get_submodule(path), own, name)
+    except AttributeError:  # get_submodule's, where there is none
+        module = nn.Module()
+    parameter = module._parameters.get(own)
+    hint = "load the base that the adapter was made for, with the transformers version it records"
+    check_shape(name, parameter, record, hint)
+    assert parameter is not None
+    if parameter.dtype not in _BASE_DTYPES or isinstance(parameter, DTensor):
+        raise UnsupportedFeatureError(
+            f"{name}: expected a whole tensor of {', '.join(DTYPES)}, found {parameter.dtype} in a "
+            f"{type(parameter).__name__}; load the base unquantized and unsharded"
+        )
+    if getattr(module, "max_norm", None) is not None:
+        raise UnsupportedFeatureError(
+            f"{name}: expected an embedding that leaves its weights alone, found max_norm"
+        )
+    return parameter
+
+
+def _unwrap(module: nn.Module, own: str, name: str) -> nn.Module:
+    """Look under a wrapper of this method; refuse those of others."""
+    if not isinstance(module, SafeWeightsLayer):
+        if isinstance(module, BaseTunerLayer):
+            raise UnsupportedFeatureError(
+                f"{name}: expected a module without adapters of other methods, found "
+                f"{type(module).__name__}; merge or unload that adapter first"
+            )
+        return module
+    if own in module.tied:
+        raise UnsupportedFeatureError(
+            f"{name}: expected the name that other adapters use for this tied parameter, "
+            f"{module.tied[own][1].name}, found another; load the base with untied weights"
+        )
+    return module.base_layer
+
+
+def _check_nesting(paths: set[str]) -> None:
+    """Refuse a wrapped module inside another: the names of its parameters would change."""
+    for path in paths:
+        parts = path.split(".")
+        outer = {".".join(parts[:depth]) for depth in range(1, len(parts))} & paths
+        if outer:
+            raise UnsupportedFeatureError(
+                f"{path}: expected no selected parameters in {min(outer)}, which contains it, "
+                "found some; select parameters of only one of the two"
+            )
+
+
+def make_rooms(
+    module: nn.Module, metadata: AdapterMetadata
+) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Make values and indices of the recorded sizes for a module's parameters, to be loaded."""
+    rooms = {}
+    for name in metadata.tensors:
+        own = name.rpartition(".")[2]
+        device, layouts = getattr(module, own).device, stored_arrays(metadata, name)
+        values = _make_values(layouts[values_key(name)], device)
+        rooms[own] = values, _make_indices(layouts[indices_key(name)], device)
+    return rooms
+
+
+def _make_values(layout: Layout, device: torch.device) -> nn.Parameter:
+    # transformers loads a tensor by name where it finds one of its shape: so coded values begin as
+    # bytes of the recorded size, under the name that decoded ones keep.
+    dtype, shape = layout
+    if dtype == np.uint8:
+        return CodedValues(torch.zeros(shape, dtype=torch.uint8, device=device))
+    return nn.Parameter(torch.zeros(shape, device=device))
+
+
+def _make_indices(layout: Layout, device: torch.device) -> Tensor:
+    dtype = to_torch(np.empty(0, layout[0])).dtype
+    return torch.full(layout[1], _UNLOADED[dtype], dtype=dtype, device=device)
+
+
+def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:
+    """Check and decode what was loaded into a module by name and shape alone."""
+    metadata, source = layer.metadata[adapter], f"adapter {adapter!r}"
+    stored: dict[str, Array] = {}
+    for selected in layer.parameters_of(adapter):
+        name, indices, values = selected.name, selected.indices[adapter], selected.values[adapter]
+        if indices.numel() and bool((indices == _UNLOADED[indices.dtype]).all()):
+            raise CorruptAdapterError(
+                f"{source}: {name}: expected loaded indices, found none; "
+                "load a complete adapter, or use create_adapter"
+            )
+        dtype = None if is_coded(values) else metadata.values_dtype
+        stored |= {indices_key(name): to_numpy(indices), values_key(name): to_numpy(values, dtype)}
+    content = _decode(layer.parameters_of(adapter), metadata, stored, source)
+    layer.accept(adapter)
+    for selected in layer.parameters_of(adapter):
+        if is_coded(selected.indices[adapter]) or is_coded(selected.values[adapter]):
+            _put(selected, adapter, *content[selected.name])
+
+
+def take_in(model: nn.Module, adapter: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check an adapter's tensors and put them into a model; return them for PEFT to load."""
+    wrapped = [layer for layer in layers(model) if adapter in layer.metadata]
+    # What selects from parameters without data is decoded and checked at its first use.
+    ready = [layer for layer in wrapped if not _lacks_data(layer, adapter)]
+    is_in_use = all(layer.is_accepted(adapter) for layer in wrapped)
     loaded = dict(stored)
     if not is_in_use or any(map(is_coded, stored.values())):
-        absent = {each.layer for each in parts if each.parameter.is_meta}
-        present = [each for each in parts if each.layer not in absent]
         arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
-        content = decode(present, _description(parts, adapter), arrays, f"adapter {adapter!r}")
-        for name, (indices, values) in content.items():
-            loaded |= {indices_key(name): indices, values_key(name): values}
+        metadata, source = _metadata(wrapped, adapter), f"adapter {adapter!r}"
+        for name, content in _decode(_list(ready, adapter), metadata, arrays, source).items():
+            loaded[indices_key(name)], loaded[values_key(name)] = content
     if is_in_use:
-        _check_again(parts, adapter, loaded)
-    else:
-        for layer in {each.layer for each in present}:
-            layer.accept(adapter, content)
+        _check_again(_list(wrapped, adapter), adapter, loaded)
+    for layer in ready:
+        layer.accept(adapter)
+        for selected in layer.parameters_of(adapter):
+            first, second = indices_key(selected.name), values_key(selected.name)
+            _put(selected, adapter, loaded[first], loaded[second])
+            # PEFT copies what it is given into what is there: the same tensors, to no effect.
+            loaded[first], loaded[second] = selected.indices[adapter], selected.values[adapter]
     return {
         key: tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in loaded.items()
     }
 
 
-def decode_loaded(
-    parts: Sequence[SelectedParameter], adapter: str, metadata: AdapterMetadata
-) -> dict[str, Content]:
-    """Check and decode what was loaded by name and shape alone. Nothing is changed."""
-    source = f"adapter {adapter!r}"
-    stored: dict[str, Array] = {}
-    for each in parts:
-        indices, values = each.indices[adapter], each.values[adapter]
-        if is_unloaded(indices):
-            raise CorruptAdapterError(
-                f"{source}: {each.name}: expected loaded indices, found none; "
-                "load a complete adapter, or use create_adapter"
-            )
-        if not is_coded(values):
-            values = values.to(getattr(torch, metadata.values_dtype))
-        stored |= {
-            indices_key(each.name): to_numpy(indices),
-            values_key(each.name): to_numpy(values),
-        }
-    return decode(parts, metadata, stored, source)
+def _lacks_data(layer: SafeWeightsLayer, adapter: str) -> bool:
+    return any(selected.parameter.is_meta for selected in layer.parameters_of(adapter))
 
 
-def decode(
-    parts: Sequence[SelectedParameter],
+def _list(wrapped: Sequence[SafeWeightsLayer], adapter: str) -> list[SelectedParameter]:
+    return [selected for layer in wrapped for selected in layer.parameters_of(adapter)]
+
+
+def _metadata(wrapped: Sequence[SafeWeightsLayer], adapter: str) -> AdapterMetadata:
+    """Put together again what the modules were told when room was made."""
+    parts = [layer.metadata[adapter] for layer in wrapped]
+    records = {name: record for part in parts for name, record in part.tensors.items()}
+    return replace(parts[0], tensors=records)
+
+
+def _decode(
+    parameters: Sequence[SelectedParameter],
     metadata: AdapterMetadata,
     stored: Mapping[str, Array],
     source: str,
-) -> dict[str, Content]:
-    """Check stored tensors, and that the base is theirs; decode them. Nothing is changed."""
-    check_layout(metadata, {key: (each.dtype, each.shape) for key, each in stored.items()}, source)
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Check stored tensors, and that the base is theirs; decode indices and values."""
+    layout = {key: (array.dtype, array.shape) for key, array in stored.items()}
+    check_layout(metadata, layout, source)
     content = {}
-    # Whatever was made in inference mode could not be trained later.
-    with torch.inference_mode(False), torch.no_grad():
-        for each in parts:
-            entries = decode_entries(metadata, each.name, stored, source)
-            indices = to_torch(entries.indices).to(each.parameter.device)
-            base = each.originals(indices)
-            check_entries(each.name, base, entries.record)
-            values = entries.values_at(to_numpy(base.to(getattr(torch, entries.record.dtype))))
-            content[each.name] = Content(indices, to_torch(values).to(indices.device).float())
+    for selected in parameters:
+        entries = decode_entries(metadata, selected.name, stored, source)
+        indices = to_torch(entries.indices).to(selected.parameter.device)
+        base = check_entries(selected.name, selected.originals(indices), entries.record)
+        content[selected.name] = indices, to_torch(entries.values_at(base))
     return content
 
 
-def put(part: SelectedParameter, adapter: str, content: Content) -> None:
-    """Put decoded tensors in place of coded ones. Loaded values that are not coded stay."""
-    coded = part.values[adapter]
-    if isinstance(coded, CodedValues):
-        part.values[adapter] = nn.Parameter(content.values, coded.is_trained)
-    if is_coded(part.indices[adapter]):
-        part.indices[adapter] = content.indices
-    else:
-        part.indices[adapter].copy_(content.indices)
-
-
-def _description(parts: Sequence[SelectedParameter], adapter: str) -> AdapterMetadata:
-    """Give what an adapter's config says, which was checked when room was made for it."""
-    each = [part.layer.described(adapter) for part in parts]
-    records = {name: record for metadata in each for name, record in metadata.tensors.items()}
-    return replace(each[0], tensors=records)
+def _put(selected: SelectedParameter, adapter: str, indices: Tensor, values: Tensor) -> None:
+    """Copy content into the room that was made for it, or new room where it was coded or meta."""
+    old_indices, old_values = selected.indices[adapter], selected.values[adapter]
+    device = selected.parameter.device
+    # Whatever was made in inference mode could not be trained later.
+    with torch.inference_mode(False), torch.no_grad():
+        if is_coded(old_values) or old_values.is_meta:
+            is_trained = getattr(old_values, "is_trained", old_values.requires_grad)
+            new = values.to(device, torch.float32, copy=True)
+            selected.values[adapter] = nn.Parameter(new, is_trained)
+        else:
+            old_values.copy_(values)
+        if is_coded(old_indices) or old_indices.is_meta:
+            selected.indices[adapter] = indices.to(device, copy=True)
+        else:
+            old_indices.copy_(indices)
 
 
 def _check_again(
-    parts: Sequence[SelectedParameter], adapter: str, tensors: Mapping[str, Tensor]
+    parameters: Sequence[SelectedParameter], adapter: str, loaded: Mapping[str, Tensor]
 ) -> None:
-    """Check tensors that are loaded into an adapter that is in use, as when training resumes."""
-    names = {key(each.name) for each in parts for key in (indices_key, values_key)}
-    for key in sorted(names ^ set(tensors)):
+    """Check tensors that are loaded into an adapter in use, as when training resumes."""
+    names = {key(each.name) for each in parameters for key in (indices_key, values_key)}
+    for key in sorted(names ^ set(loaded)):
         raise CorruptAdapterError(
             f"adapter {adapter!r}: {key}: expected the same parameters as before, found others; "
             "load this adapter under another name"
         )
-    for each in parts:
-        indices, values = tensors[indices_key(each.name)], tensors[values_key(each.name)]
-        if values.shape != indices.shape or not np.array_equal(
-            to_numpy(indices), to_numpy(each.indices[adapter])
-        ):
+    for selected in parameters:
+        name, own = selected.name, to_numpy(selected.indices[adapter])
+        indices, values = (to_numpy(loaded[key(name)]) for key in (indices_key, values_key))
+        if values.shape != indices.shape or not np.array_equal(indices, own):
             raise CorruptAdapterError(
-                f"adapter {adapter!r}: {each.name}: expected the same indices as before, found "
+                f"adapter {adapter!r}: {name}: expected the same indices as before, found "
                 "others; load this adapter under another name"
             )
-        check_finite(f"adapter {adapter!r}: {values_key(each.name)}", to_numpy(values))
+        check_finite(f"adapter {adapter!r}: {values_key(name)}", values)

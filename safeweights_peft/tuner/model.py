@@ -1,40 +1,45 @@
-"""The hooks by which PEFT wraps a model, runs, merges, saves and loads an adapter of this method.
+"""All that PEFT calls and reads: the model's hooks, and the tables by which it knows the method.
 
-Here lives the class that PEFT instantiates. What one wrapped module does stands in ``layer``, what
-adapters hold in ``content``, whether they fit a model in ``fit``. PEFT calls several of these hooks
-internal; ``tests/tuner/test_contract.py`` pins them.
+PEFT calls several of these hooks internal; ``tests/tuner/test_contract.py`` pins every name that
+this room relies on.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.config import PeftConfigMixin
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.delta import Array
-from safeweights_peft.errors import ModelError, SafeWeightsError, UnsupportedFeatureError
-from safeweights_peft.modeling.tensors import to_numpy
-from safeweights_peft.patch.records import Mode
-from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.content import (
-    create_adapter,
-    describe_deltas,
-    fill,
-    round_values,
-    stored_tensors,
-    weighted_sum,
+from safeweights_peft.errors import (
+    FormatError,
+    ModelError,
+    SafeWeightsError,
+    UnsupportedFeatureError,
 )
-from safeweights_peft.tuner.fit import check_fit, share_tied
-from safeweights_peft.tuner.layer import SafeWeightsLayer, layers, selected_parameters
-from safeweights_peft.tuner.loading import take_in
-from safeweights_peft.tuner.parameter import ForwardMode
+from safeweights_peft.modeling.tensors import to_numpy
+from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, inspect
+from safeweights_peft.patch.records import Mode
+from safeweights_peft.tuner.adapter import describe_deltas, fill, stored_tensors, weighted_sum
+from safeweights_peft.tuner.config import SafeWeightsConfig, SafeWeightsPeftType
+from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
+from safeweights_peft.tuner.loading import check_fit, check_loaded, make_rooms, take_in
 from safeweights_peft.tuner.protection import hold_back, protect
-
-__all__ = ["SafeWeightsModel", "create_adapter", "round_values", "set_forward_mode"]
 
 _FILE_PREFIX = "base_model.model."
 
@@ -101,8 +106,8 @@ class SafeWeightsModel(BaseTuner):
 
         Nothing is wrapped for a safety map, which freezes entries once its tensors are loaded.
         """
-        own = [each for each in self.peft_config.values() if isinstance(each, SafeWeightsConfig)]
-        if len({config.mode for config in own}) > 1:
+        configs = self.peft_config.values()
+        if len({config.mode for config in configs if isinstance(config, SafeWeightsConfig)}) > 1:
             raise UnsupportedFeatureError(
                 f"adapter {adapter_name!r}: expected patches alone or maps alone in a model, "
                 "found both; merge the patch first, and use a map of the merged model"
@@ -111,7 +116,7 @@ class SafeWeightsModel(BaseTuner):
             self._held_back[adapter_name] = hold_back(model, self.peft_config[adapter_name])
             return
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        share_tied(model)
+        _wrap_tied(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, as in PEFT; the entries of a safety map are free from then on."""
@@ -120,8 +125,8 @@ class SafeWeightsModel(BaseTuner):
 
     def _take_out(self, adapter_name: str) -> None:
         """Leave the model as it was before a broken adapter came; one that is in use stays."""
-        parts = selected_parameters(self.model, adapter_name)
-        is_used = bool(parts) and all(each.layer.is_checked(adapter_name) for each in parts)
+        owners = [layer for layer in layers(self.model) if adapter_name in layer.metadata]
+        is_used = bool(owners) and all(layer.is_accepted(adapter_name) for layer in owners)
         if not is_used and adapter_name not in self._end_protection:
             self.delete_adapter(adapter_name)
             if not self.peft_config:
@@ -153,11 +158,12 @@ class SafeWeightsModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, SafeWeightsLayer):
-            layer = SafeWeightsLayer(target, current_key)
+            layer = SafeWeightsLayer(target, current_key, check_loaded)
             setattr(parent, target_name, layer)
         names = (f"{current_key}.{own}" for own in peft_config.parameters_by_module[current_key])
         records = {name: self._incoming.tensors[name] for name in names}
-        layer.add_adapter(adapter_name, replace(self._incoming, tensors=records))
+        metadata = replace(self._incoming, tensors=records)
+        layer.add_adapter(adapter_name, metadata, make_rooms(layer.base_layer, metadata))
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -283,7 +289,7 @@ class SafeWeightsModel(BaseTuner):
                 arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
                 _tuner(model)._protect(adapter_name, config, arrays)
                 return {}
-            loaded = take_in(selected_parameters(model, adapter_name), adapter_name, stored)
+            loaded = take_in(model, adapter_name, stored)
         except SafeWeightsError:
             tuner = getattr(model, "base_model", None)
             if isinstance(tuner, SafeWeightsModel):
@@ -302,18 +308,79 @@ def _tuner(model: nn.Module) -> SafeWeightsModel:
     return tuner
 
 
-def set_forward_mode(model: nn.Module, mode: ForwardMode | str) -> None:
-    """Choose how forward passes get their weights; see :mod:`safeweights_peft.tuner.parameter`.
+def _wrap_tied(model: nn.Module) -> None:
+    """Wrap the modules whose parameter is tied to a selected one, such as lm_head."""
+    wrappers = {id(layer.base_layer): layer for layer in layers(model)}
+    owners = {
+        id(selected.parameter): (layer, selected)
+        for layer in wrappers.values()
+        for selected in layer.selected.values()
+    }
+    for path, module in list(model.named_modules()):
+        for own, parameter in module._parameters.items():
+            if id(parameter) not in owners or owners[id(parameter)][0].base_layer is module:
+                continue
+            layer = wrappers.get(id(module))
+            if layer is None:
+                layer = wrappers[id(module)] = SafeWeightsLayer(module, path, check_loaded)
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, layer)
+            layer.tie(own, *owners[id(parameter)])
 
-    Args:
-        model: The PeftModel, or a model into which an adapter was loaded.
-        mode: "auto", "in_place" or "functional".
 
-    Raises:
-        ModelError: It is none of these.
-    """
-    if mode not in list(ForwardMode):
-        raise ModelError(f"mode: expected auto, in_place or functional, found {mode!r}")
-    for layer in layers(model):
-        layer.restore_base()
-        layer.forward_mode = ForwardMode(mode)
+def register() -> None:
+    """Register the method with PEFT; once is enough, more does no harm."""
+    # PEFT has no plug-in interface, and ``register_peft_method`` takes only names of its own
+    # enumeration: so the method's name is put where that function would put it.
+    name = SafeWeightsPeftType.SAFEWEIGHTS
+    holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(name, SafeWeightsConfig)
+    if holder is not SafeWeightsConfig:
+        raise UnsupportedFeatureError(
+            f"{name.value}: expected a free name among PEFT's methods, found "
+            f"{holder.__module__}.{holder.__qualname__}; remove that package or use another peft"
+        )
+    PEFT_TYPE_TO_CONFIG_MAPPING[name] = SafeWeightsConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[name] = SafeWeightsModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[name] = SafeWeightsModel.prefix
+    _check_files_with_config()
+
+
+def _check_files_with_config() -> None:
+    """Have PEFT check an adapter's config and header whenever it reads the config."""
+    # PEFT and transformers read files as they come, and transformers puts whatever a file holds
+    # into the model, the base's own weights too. All routes read a config.
+    plain = PeftConfigMixin.from_pretrained.__func__
+    if getattr(plain, "checks_safeweights", False):
+        return
+
+    @functools.wraps(plain)
+    def from_pretrained(
+        cls: type[PeftConfigMixin],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> PeftConfigMixin:
+        config = plain(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, SafeWeightsConfig):
+            options = cls._split_kwargs(kwargs)[0]
+            inspect(_find_files(pretrained_model_name_or_path, subfolder, options))
+        return config
+
+    vars(from_pretrained)["checks_safeweights"] = True
+    PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
+
+
+def _find_files(
+    source: str | os.PathLike[str], subfolder: str | None, options: dict[str, Any]
+) -> Path:
+    """Find an adapter's directory; of a Hub id, with the tensors that will be needed next."""
+    folder = Path(source, subfolder or "")
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    try:
+        path = hf_hub_download(str(source), TENSORS_FILE, subfolder=subfolder, **options)
+    except EntryNotFoundError as reason:
+        raise FormatError(
+            f"{source}: expected {TENSORS_FILE}, found none; ask the author for {TENSORS_FILE}"
+        ) from reason
+    return Path(path).parent

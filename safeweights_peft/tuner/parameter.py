@@ -1,7 +1,4 @@
-"""The selected entries of one parameter, and how a forward pass sees the adapters' values there.
-
-Here live the two forward modes. The rule that they follow stands in ``entries``, the module around
-the parameter in ``layer``, and what PEFT asks of a method as a whole in ``model``.
+"""The selected entries of one parameter, and how a forward pass sees adapters' values there.
 
 A forward pass sees the base's entries plus the active adapters' values, in one of two ways:
 
@@ -21,30 +18,26 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from safeweights_peft.errors import MergeError, ModelError, UnsupportedFeatureError
 from safeweights_peft.modeling.tensors import add_rounded
 from safeweights_peft.tuner.sampled import SampledWeight, can_sample
 
-if TYPE_CHECKING:
-    from safeweights_peft.tuner.layer import SafeWeightsLayer
-
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # by item size, to compare floats bit by bit
 _writing = threading.Lock()  # two threads must not both set the originals aside
 
 
-class ForwardMode(StrEnum):
-    """How a forward pass gets its weights; ``auto`` is in place wherever that is possible."""
+class Term(NamedTuple):
+    """What one adapter adds to a parameter."""
 
-    AUTO = "auto"
-    IN_PLACE = "in_place"
-    FUNCTIONAL = "functional"
+    adapter: str
+    indices: Tensor  # (count,), flat, ascending
+    values: Tensor  # (count,), float32
+    scale: float
 
 
 class _Graph:
@@ -70,85 +63,62 @@ class _Overwritten(torch.autograd.Function):
 
 @dataclass
 class _Patch:
-    """What was overwritten: where, by which adapters, and what stood there."""
+    """What was overwritten: where, and what stood there."""
 
     parameter: Tensor
-    adapters: tuple[str, ...]
     indices: Tensor  # (count,), ascending
     originals: Tensor  # (count,), in the parameter's dtype
     state: tuple[Any, ...] | None = None  # of frozen values, when they were last written
     graphs: "weakref.WeakSet[_Graph]" = field(default_factory=weakref.WeakSet)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which entries some adapters change together, and where each one's values belong in them."""
+class _Union(NamedTuple):
+    """The entries that several terms change together, and where each term's own are among them."""
 
-    adapters: tuple[str, ...]
+    parts: tuple[Tensor, ...]
     indices: Tensor  # (count,), ascending
-    positions: tuple[Tensor, ...]  # each (count of the adapter,); empty for a single adapter
+    positions: tuple[Tensor, ...]  # a term's (count of the term,)
 
 
 class SelectedParameter:
-    """The selected entries of one parameter, by adapter."""
+    """The selected entries of one parameter: indices and values by adapter, and the base's own."""
 
-    def __init__(self, layer: "SafeWeightsLayer", own: str) -> None:
-        self.layer = layer
+    def __init__(
+        self, module: nn.Module, own: str, name: str, values: nn.ParameterDict, indices: Any
+    ) -> None:
+        # The module, because whoever moves or shards a model replaces the parameter in it.
+        self.module = module
         self.own = own
-        self.name = f"{layer.path}.{own}"
+        self.name = name
+        self.values = values
+        self.indices = indices
         self._patch: _Patch | None = None
-        self._plan: _Plan | None = None
         self.settle()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The layer has put the base back, and calls settle() on the copy.
-        return {**self.__dict__, "_plan": None, "_home": None}
+        return {**self.__dict__, "_union": None, "_home": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.settle()
 
     @property
     def parameter(self) -> Tensor:
         """The base's parameter."""
-        return getattr(self.layer.base_layer, self.own)
-
-    @property
-    def containers(self) -> tuple[str, str]:
-        """The layer's names for ``values`` and ``indices``."""
-        return f"safeweights_values__{self.own}", f"safeweights_indices__{self.own}"
-
-    @property
-    def values(self) -> nn.ParameterDict:
-        """The float32 values by adapter; each ``(count,)``."""
-        return getattr(self.layer, self.containers[0])
-
-    @property
-    def indices(self) -> BufferDict:
-        """The flat indices by adapter; each ``(count,)``."""
-        return getattr(self.layer, self.containers[1])
+        return getattr(self.module, self.own)
 
     def settle(self) -> None:
         """Note which tensor may be overwritten: the one that is here outside of any forward."""
         self._home = weakref.ref(self.parameter)
-        self.forget_plan()
+        self._union: _Union | None = None  # indices may have changed, too
 
-    def forget_plan(self) -> None:
-        """Drop what was derived from the indices, because they may change."""
-        self._plan = None
-
-    def weight(self) -> Tensor | None:
-        """Give what the module is to use in place of its parameter."""
-        layer = self.layer
-        if layer.merged:
-            if not layer.disable_adapters:
-                return None
-            layer.unmerge()
-        adapters = () if layer.disable_adapters else self.held(layer.active_adapters)
-        if not adapters:
+    def weight(self, terms: Sequence[Term], may_write: bool) -> Tensor | None:
+        """Return what the module is to use in place of its parameter; None if that is right."""
+        if not terms:
             return self._base_weight()
-        layer.check(adapters)
-        return self._overwritten(adapters) if self._may_overwrite() else self._copy(adapters)
-
-    def held(self, adapters: Sequence[str]) -> tuple[str, ...]:
-        """Pick the adapters that select entries of this parameter."""
-        return tuple(name for name in adapters if name in self.values)
+        if may_write and self._is_writable():
+            return self._overwrite_for_forward(terms)
+        return self._copy(terms)
 
     def originals(self, indices: Tensor) -> Tensor:
         """Gather the base's entries, whether they are overwritten or not."""
@@ -159,10 +129,9 @@ class SelectedParameter:
         covered = patch.indices[at] == indices
         return torch.where(covered, patch.originals[at], entries)
 
-    def check_finite(self, adapters: Sequence[str]) -> None:
-        """Check that merging gives finite entries."""
-        plan = self._plan_for(tuple(adapters))
-        entries = self._fold(plan, self.originals(plan.indices))
+    def check_finite(self, terms: Sequence[Term]) -> None:
+        """Refuse terms that don't merge to finite entries."""
+        entries = self._add(terms, self.originals(self._indices(terms)))
         bad = int(entries.numel() - entries.isfinite().sum())
         if bad:
             raise MergeError(
@@ -170,14 +139,14 @@ class SelectedParameter:
                 "use a smaller scale or a base in float32; nothing was merged"
             )
 
-    def overwrite(self, adapters: Sequence[str]) -> None:
-        """Write the adapters' entries, to stay until :meth:`restore`."""
+    def overwrite(self, terms: Sequence[Term]) -> None:
+        """Write the terms' entries, to stay until :meth:`restore`."""
         self.restore()
-        plan = self._plan_for(tuple(adapters))
-        originals = self._gather(plan.indices)
-        entries = self._fold(plan, originals)
-        self._patch = _Patch(self.parameter, plan.adapters, plan.indices, originals)
-        self._write(plan.indices, entries)
+        indices = self._indices(terms)
+        originals = self._gather(indices)
+        entries = self._add(terms, originals)
+        self._patch = _Patch(self.parameter, indices, originals)
+        self._write(indices, entries)
 
     @torch.compiler.disable
     def restore(self) -> None:
@@ -206,28 +175,19 @@ class SelectedParameter:
             self._patch.indices = fn(self._patch.indices)
             self._patch.originals = fn(self._patch.originals)
 
-    def _may_overwrite(self) -> bool:
-        """Choose the mode: True for in place."""
-        mode = self.layer.forward_mode
-        if mode is ForwardMode.FUNCTIONAL or torch.compiler.is_compiling():
-            return False
+    def _is_writable(self) -> bool:
         parameter = self.parameter
-        possible = (
-            parameter is self._home()
+        return (
+            not torch.compiler.is_compiling()
+            and parameter is self._home()
             and parameter.is_contiguous()
             and not parameter.requires_grad
             and not parameter.is_meta
             and not parameter.is_inference()
         )
-        if mode is ForwardMode.IN_PLACE and not possible:
-            raise UnsupportedFeatureError(
-                f"{self.name}: expected a plain, frozen, contiguous parameter for in-place mode, "
-                "found another; use set_forward_mode(model, 'auto')"
-            )
-        return possible
 
     def _base_weight(self) -> Tensor | None:
-        """Give the base's own weight; None if the parameter holds it."""
+        """Return the base's own weight; None if the parameter holds it."""
         self.release()
         if self._patch is None:
             return None
@@ -235,85 +195,72 @@ class SelectedParameter:
         base = flat.index_copy(0, self._patch.indices.long(), self._patch.originals)
         return base.view_as(self.parameter)
 
-    def _copy(self, adapters: tuple[str, ...]) -> Tensor:
-        """Copy the base's weight and put the adapters' entries into it (functional mode)."""
-        if self.parameter.is_meta and hasattr(self.layer.base_layer, "_hf_hook"):
+    def _copy(self, terms: Sequence[Term]) -> Tensor:
+        """Copy the base's weight and put the terms' entries into it (functional mode)."""
+        if self.parameter.is_meta and hasattr(self.module, "_hf_hook"):
             raise UnsupportedFeatureError(
                 f"{self.name}: expected a parameter in memory, found one that is offloaded; "
                 "load the model without offloading, or merge the adapter into the checkpoint"
             )
         base = self._base_weight()
         flat = (self.parameter if base is None else base).flatten()
-        plan = self._plan_for(adapters)
-        entries = self._fold(plan, flat.index_select(0, plan.indices))
-        return flat.index_copy(0, plan.indices.long(), entries).view_as(self.parameter)
+        indices = self._indices(terms)
+        entries = self._add(terms, flat.index_select(0, indices))
+        return flat.index_copy(0, indices.long(), entries).view_as(self.parameter)
 
-    def _overwritten(self, adapters: tuple[str, ...]) -> Tensor | None:
-        """Write the entries in place; None if no gradient is needed, as the parameter is right."""
-        state, patch = self._frozen_state(adapters), self._patch
-        if patch is not None and state is not None and patch.state == state:
-            return None
+    def _overwrite_for_forward(self, terms: Sequence[Term]) -> Tensor | None:
+        """Write the terms' entries in place; None if no gradient is needed."""
+        state, patch = _frozen_state(terms), self._patch
+        if patch is not None and patch.indices is self._indices(terms):
+            if state is not None and patch.state == state:
+                return None
         with _writing:
-            return self._bring_up_to_date(adapters, state)
+            return self._bring_up_to_date(terms, state)
 
-    def _bring_up_to_date(self, adapters: tuple[str, ...], state: tuple | None) -> Tensor | None:
-        if self._patch is not None and self._patch.adapters != adapters:
+    def _bring_up_to_date(self, terms: Sequence[Term], state: tuple | None) -> Tensor | None:
+        indices = self._indices(terms)
+        # By identity: an adapter may have been replaced by another of its name.
+        if self._patch is not None and self._patch.indices is not indices:
             self.release()
             if self._patch is not None:
-                return self._copy(adapters)
-        plan, patch = self._plan_for(adapters), self._patch
-        if patch is None:
-            originals = self._gather(plan.indices)
-            patch = _Patch(self.parameter, adapters, plan.indices, originals)
-        entries = self._fold(plan, patch.originals)
-        if self._patch is None or not _same_bits(self._gather(patch.indices), entries):
+                return self._copy(terms)
+        patch = self._patch or _Patch(self.parameter, indices, self._gather(indices))
+        entries = self._add(terms, patch.originals)
+        if self._patch is None or not _same_bits(self._gather(indices), entries):
             if patch.graphs:
-                return self._copy(adapters)
+                return self._copy(terms)
             self._patch = patch
-            self._write(patch.indices, entries)
+            self._write(indices, entries)
         patch.state = state
         if not entries.requires_grad:
             return None
         graph = _Graph()
         patch.graphs.add(graph)
-        weight = _Overwritten.apply(entries, self.parameter, patch.indices, graph)
+        weight = _Overwritten.apply(entries, self.parameter, indices, graph)
         if can_sample(weight, len(entries)):
-            return SampledWeight.of(weight, entries, patch.indices, graph)
+            return SampledWeight.of(weight, entries, indices, graph)
         return weight
 
-    def _frozen_state(self, adapters: tuple[str, ...]) -> tuple | None:
-        """Describe frozen values; None where only comparing entries tells if they changed.
+    def _indices(self, terms: Sequence[Term]) -> Tensor:
+        """Return the indices of all terms together."""
+        return terms[0].indices if len(terms) == 1 else self._unite(terms).indices
 
-        Optimizers may write values behind autograd's back (fused kernels, ``.data``), so of values
-        that are being trained the version counters say too little.
-        """
-        values = [self.values[name] for name in adapters]
-        if any(value.requires_grad or value.is_inference() for value in values):
-            return None
-        return tuple(
-            (name, self.layer.scaling[name], value.data_ptr(), value._version)
-            for name, value in zip(adapters, values, strict=True)
-        )
+    def _unite(self, terms: Sequence[Term]) -> _Union:
+        parts, union = tuple(term.indices for term in terms), self._union
+        if union is None or not _are_same(union.parts, parts):
+            indices = torch.cat(parts).unique()
+            positions = tuple(torch.searchsorted(indices, part) for part in parts)
+            union = self._union = _Union(parts, indices, positions)
+        return union
 
-    def _plan_for(self, adapters: tuple[str, ...]) -> _Plan:
-        if len(adapters) == 1:
-            return _Plan(adapters, self.indices[adapters[0]], ())
-        if self._plan is None or self._plan.adapters != adapters:
-            each = [self.indices[name] for name in adapters]
-            union = torch.cat(each).unique()
-            positions = tuple(torch.searchsorted(union, indices) for indices in each)
-            self._plan = _Plan(adapters, union, positions)
-        return self._plan
-
-    def _fold(self, plan: _Plan, originals: Tensor) -> Tensor:
-        """Add the adapters' values one after the other in float32, and round once."""
-        scaling = self.layer.scaling
-        if len(plan.adapters) == 1:
-            (name,) = plan.adapters
-            return add_rounded(originals, self.values[name], scaling[name])
+    def _add(self, terms: Sequence[Term], originals: Tensor) -> Tensor:
+        """Add the terms' values one after the other in float32, and round once."""
+        if len(terms) == 1:
+            (term,) = terms
+            return add_rounded(originals, term.values, term.scale)
         total = originals.float()
-        for name, positions in zip(plan.adapters, plan.positions, strict=True):
-            total = total.index_add(0, positions, self.values[name].float() * scaling[name])
+        for term, positions in zip(terms, self._unite(terms).positions, strict=True):
+            total = total.index_add(0, positions, term.values.float() * term.scale)
         return total.to(originals.dtype)
 
     def _gather(self, indices: Tensor) -> Tensor:
@@ -324,6 +271,20 @@ class SelectedParameter:
     def _write(self, indices: Tensor, entries: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self.parameter.detach().view(-1).index_copy_(0, indices.long(), entries.detach())
+
+
+def _frozen_state(terms: Sequence[Term]) -> tuple | None:
+    """Describe frozen values; None where only comparing entries tells if they changed."""
+    # Optimizers may write values behind autograd's back (fused kernels, ``.data``), so of values
+    # that are being trained the version counters say too little.
+    values = [term.values for term in terms]
+    if any(value.requires_grad or value.is_inference() for value in values):
+        return None
+    return tuple((term.scale, term.values.data_ptr(), term.values._version) for term in terms)
+
+
+def _are_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:

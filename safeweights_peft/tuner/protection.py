@@ -21,7 +21,7 @@ from safeweights_peft.modeling.tensors import check_entries, to_torch
 from safeweights_peft.patch.artifacts import check_tensors
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.fit import find_parameter
+from safeweights_peft.tuner.loading import find_parameter
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from safeweights_peft.training.refuse import (
     token_weights,
     train_to_refuse,
 )
-from safeweights_peft.tuner.content import create_adapter
+from safeweights_peft.tuner.adapter import create_adapter
 from safeweights_peft.tuner.layer import selected_parameters
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted
 

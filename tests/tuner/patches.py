@@ -17,7 +17,7 @@ from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import in_encoding
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
-from safeweights_peft.tuner.layer import selected_parameters
+from safeweights_peft.tuner.layer import layers, selected_parameters
 
 INPUT_IDS = torch.arange(2 * 12).view(2, 12) * 7 % 250
 
@@ -103,6 +103,13 @@ def twin(base: Path, *patches: Path, scale: float = 1.0, dtype: torch.dtype | No
 def logits(model: nn.Module) -> Tensor:
     """Run a model on fixed input."""
     return model(input_ids=INPUT_IDS).logits
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Let forwards run in place where they can, or always on copies."""
+    for layer in layers(model):
+        layer.restore_base()
+        layer.may_write = {"in_place": True, "functional": False}[mode]
 
 
 def values_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:

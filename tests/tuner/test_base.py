@@ -8,7 +8,6 @@ import torch
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 
 from safeweights_peft import MergeError, ModelError
-from safeweights_peft.tuner.model import set_forward_mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,
@@ -16,6 +15,7 @@ from tests.tuner.patches import (
     patch_model,
     same_weights,
     save_patch,
+    set_mode,
     twin,
     values_of,
 )
@@ -173,7 +173,7 @@ def test_an_untied_head_is_an_error(tiny_tied_llama):
 
 
 def test_the_functional_mode_never_writes_the_base(used, base):
-    set_forward_mode(used, "functional")
+    set_mode(used, "functional")
     logits(used)
     live = dict(used.get_base_model().named_parameters())
     for name, parameter in load_base(base).named_parameters():

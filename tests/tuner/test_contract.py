@@ -64,9 +64,9 @@ CALLS = [
     (PeftModelForCausalLM, "get_base_model", ""),
     (PeftConfigMixin, "_split_kwargs", "kwargs"),
 ]
-# What registry.py wraps.
+# What model.py wraps.
 WRAPPED = [(PeftConfigMixin, "from_pretrained", "pretrained_model_name_or_path subfolder kwargs")]
-# Tables that registry.py writes to.
+# Tables that model.py writes to.
 TABLES = ["CONFIG", "PREFIX", "TUNER"]
 # Torch's hooks that layer.py overrides.
 TORCH_HOOKS = {
@@ -75,7 +75,6 @@ TORCH_HOOKS = {
     "_load_from_state_dict": (
         "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs"
     ),
-    "__setstate__": "state",
 }
 
 

@@ -11,7 +11,6 @@ import torch
 from torch.func import functional_call
 
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
-from safeweights_peft.tuner.model import set_forward_mode
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,
@@ -19,6 +18,7 @@ from tests.tuner.patches import (
     patch_model,
     random_content,
     save_patch,
+    set_mode,
     twin,
     values_of,
 )
@@ -55,7 +55,7 @@ def dense_loss_and_gradients(base):
 def test_the_output_is_that_of_the_dense_twin(base, mode, tmp_path):
     patch = save_patch(base, tmp_path / "patch")
     model = patch_model(load_base(base), base)
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     assert torch.equal(logits(model), logits(twin(base, patch)))
     assert not torch.equal(logits(model), logits(load_base(base)))
 
@@ -63,7 +63,7 @@ def test_the_output_is_that_of_the_dense_twin(base, mode, tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_loss_and_gradients_are_those_of_the_dense_twin(base, mode):
     model = patch_model(load_base(base), base).train()
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     loss = loss_of(model)
     loss.backward()
     dense_loss, gradients = dense_loss_and_gradients(base)
@@ -99,7 +99,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_tied_llama, mode, 
     plain = patch_model(load_base(tiny_tied_llama), tiny_tied_llama).train()
     model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama).train()
     for each in (plain, model):
-        set_forward_mode(each, mode)
+        set_mode(each, mode)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     for _ in range(2):
@@ -116,7 +116,7 @@ def test_training_is_the_same_in_both_modes(base):
     losses = []
     for mode in MODES:
         model = patch_model(load_base(base), base).train()
-        set_forward_mode(model, mode)
+        set_mode(model, mode)
         optimizer = torch.optim.AdamW(values_of(model).values(), lr=0.01)
         for _ in range(3):
             loss = loss_of(model)
@@ -157,7 +157,7 @@ def test_mixed_precision_gives_the_same_in_both_modes(tiny_tied_llama):
     found = []
     for mode in MODES:
         model = patch_model(load_base(tiny_tied_llama).float(), tiny_tied_llama)
-        set_forward_mode(model, mode)
+        set_mode(model, mode)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model)
         loss.backward()
@@ -173,7 +173,7 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize("mode", MODES)
 def test_two_forwards_before_one_backward_give_the_sum(tiny_llama, mode):
     model = patch_model(load_base(tiny_llama), tiny_llama)
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     once = gradients_of(model, loss_of(model))
     twice = gradients_of(model, loss_of(model) + loss_of(model))
     assert all(torch.allclose(twice[name], 2 * once[name], rtol=1e-5) for name in once)
@@ -182,7 +182,7 @@ def test_two_forwards_before_one_backward_give_the_sum(tiny_llama, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_running_the_base_between_forward_and_backward_changes_neither(tiny_tied_llama, mode):
     model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     expected = gradients_of(model, loss_of(model))
     loss = loss_of(model)
     with model.disable_adapter():
@@ -248,7 +248,7 @@ def test_adapters_act_in_the_order_of_activation_and_are_rounded_once(
     second = save_patch(tiny_llama_bf16, tmp_path / "second", seed=1)
     model = patch_model(load_base(tiny_llama_bf16), tiny_llama_bf16, "first")
     model = patch_model(model, tiny_llama_bf16, "second", seed=1)
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     for names, patches in [
         (["first", "second"], (first, second)),
         (["second", "first"], (second, first)),
@@ -275,7 +275,7 @@ def test_adapters_of_different_parameters_act_together(tiny_llama, tmp_path):
 def test_the_scale_multiplies_the_values(tiny_llama_bf16, mode, tmp_path):
     patch = save_patch(tiny_llama_bf16, tmp_path / "patch", scale=0.5)
     model = patch_model(load_base(tiny_llama_bf16), tiny_llama_bf16, scale=0.5)
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch)))
     model.set_scale("default", 1.7)
     assert next(layers(model)).scaling == {"default": 1.7 * 0.5}

@@ -16,8 +16,8 @@ from safeweights_peft import (
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
-from safeweights_peft.tuner.fit import check_fit, find_parameter
-from safeweights_peft.tuner.model import SafeWeightsModel, set_forward_mode
+from safeweights_peft.tuner.loading import check_fit, find_parameter
+from safeweights_peft.tuner.model import SafeWeightsModel
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,
@@ -142,17 +142,13 @@ def test_a_config_without_content_gives_no_output(tiny_llama, tmp_path):
         logits(model)
 
 
-def test_in_place_mode_where_the_base_may_not_be_written(tiny_llama):
+def test_a_base_that_trains_beside_the_adapter_is_never_written(tiny_llama):
     model = patch_model(load_base(tiny_llama), tiny_llama)
-    model.get_base_model().model.norm.base_layer.weight.requires_grad_(True)
-    set_forward_mode(model, "in_place")
-    with pytest.raises(UnsupportedFeatureError, match="for in-place mode, found another"):
-        logits(model)
-    set_forward_mode(model, "auto")
+    weight = model.get_base_model().model.norm.base_layer.weight.requires_grad_(True)
+    before = weight.detach().clone()
     model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
-    assert model.get_base_model().model.norm.base_layer.weight.grad is not None
-    with pytest.raises(ModelError, match="expected auto, in_place or functional, found 'sideways'"):
-        set_forward_mode(model, "sideways")
+    assert weight.grad is not None
+    assert torch.equal(weight, before)
 
 
 def test_offloaded_parameters(tiny_llama):

@@ -9,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import safeweights_peft
 from safeweights_peft import SafeWeightsConfig, UnsupportedFeatureError
-from safeweights_peft.tuner.registry import register
+from safeweights_peft.tuner.model import register
 
 HEAVY = "{'torch', 'peft', 'transformers', 'numpy'}"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from safeweights_peft import (
@@ -22,6 +23,7 @@ from safeweights_peft import (
     write_map,
 )
 from safeweights_peft.delta import digest
+from safeweights_peft.modeling.tensors import check_entries, to_torch
 from safeweights_peft.patch.records import Mode, indices_key, values_key
 from tests.hostile.edits import rename
 from tests.tiny_models import save_tiny_llama
@@ -101,6 +103,60 @@ def test_a_base_in_a_dtype_that_loses_digits_is_refused_with_advice(tiny_llama, 
     model = load_base(tiny_llama, dtype=torch.bfloat16)
     with pytest.raises(BaseMismatchError, match="load that one in float32 or float32, not bfloa"):
         PeftModel.from_pretrained(model, good)
+
+
+class Copies(TorchDispatchMode):
+    """Count the copies of floating tensors with a number of entries, wherever they go in memory."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.found = count, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in {"copy_", "clone", "_to_copy"} and result.numel() == self.count:
+            source = args[1] if name == "copy_" else args[0]
+            is_data = result.is_floating_point() and not result.is_meta
+            self.found += is_data and result.data_ptr() != source.data_ptr()
+        return result
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("values_dtype", ["float32", "bfloat16"])
+def test_peft_copies_values_once_from_the_file_to_where_they_are_used(
+    tiny_llama, values_dtype, low_cpu_mem_usage, tmp_path, monkeypatch
+):
+    patch = save_patch(tiny_llama, tmp_path / "patch", names=[VICTIM], values_dtype=values_dtype)
+    base, expected = load_base(tiny_llama), read_adapter(patch).deltas[VICTIM].values
+    copies = Copies(expected.size)
+
+    def view(array):
+        tensor = to_torch(array)
+        is_copy = tensor.data_ptr() != array.__array_interface__["data"][0]
+        copies.found += is_copy and tensor.is_floating_point()
+        return tensor
+
+    monkeypatch.setattr("safeweights_peft.tuner.loading.to_torch", view)
+    with copies:
+        model = PeftModel.from_pretrained(base, patch, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert copies.found == 1
+    (patch / "adapter_model.safetensors").unlink()  # nothing is left in the file
+    assert np.array_equal(values_of(model)[VICTIM].numpy(), expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_peft_checks_a_patch_once(tiny_llama, good, low_cpu_mem_usage, monkeypatch):
+    checked = []
+
+    def check(name, *arguments):
+        checked.append(name)
+        return check_entries(name, *arguments)
+
+    monkeypatch.setattr("safeweights_peft.tuner.loading.check_entries", check)
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    logits(PeftModel.from_pretrained(load_base(tiny_llama), good, **options))
+    assert sorted(checked) == sorted(read_adapter(good).deltas)
 
 
 def edit_tensors(patch, edit, fix_digest=True):

@@ -112,7 +112,7 @@ def test_a_patch_of_few_entries_trains_as_one_whose_gradients_are_dense(tiny_lla
     for densest in (1.0, 0.0):
         monkeypatch.setattr("safeweights_peft.tuner.sampled.DENSEST", densest)
         model = patch_model(load_base(tiny_llama), tiny_llama).train()
-        used = [type(m.weight()) for m in _linear_weights(model)]
+        used = [type(layer._weight(layer.selected["weight"])) for layer in _linear_layers(model)]
         assert {each is SampledWeight for each in used} == {densest == 1.0}
         model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
         gradients.append({name: values.grad for name, values in values_of(model).items()})
@@ -120,9 +120,5 @@ def test_a_patch_of_few_entries_trains_as_one_whose_gradients_are_dense(tiny_lla
         torch.testing.assert_close(sampled, gradients[1][name], msg=name)
 
 
-def _linear_weights(model):
-    return [
-        layer.selected["weight"]
-        for layer in layers(model)
-        if isinstance(layer.base_layer, nn.Linear)
-    ]
+def _linear_layers(model):
+    return [layer for layer in layers(model) if isinstance(layer.base_layer, nn.Linear)]

@@ -1,12 +1,15 @@
 """Values are ordinary parameters: the Trainer trains, saves and resumes them; compiling works."""
 
+import hashlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from safeweights_peft import validate
-from safeweights_peft.tuner.model import set_forward_mode
+from safeweights_peft import CorruptAdapterError, round_values, validate, verify
+from safeweights_peft.tuner.adapter import saving_checkpoints
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,
@@ -14,6 +17,7 @@ from tests.tuner.patches import (
     logits,
     patch_model,
     save_patch,
+    set_mode,
     twin,
     values_of,
 )
@@ -53,7 +57,7 @@ def train(model, out, steps, resume=None):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_trainer_trains_the_values_and_leaves_the_base(tiny_tied_llama, mode, tmp_path):
     model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
-    set_forward_mode(model, mode)
+    set_mode(model, mode)
     before = {name: each.detach().clone() for name, each in values_of(model).items()}
     train(model, tmp_path, steps=3).save_model(tmp_path / "final")
     assert not any(torch.equal(each, before[name]) for name, each in values_of(model).items())
@@ -73,6 +77,49 @@ def test_a_resumed_training_is_the_uninterrupted_one(tiny_llama, tmp_path):
     train(resumed, tmp_path / "resumed", steps=4, resume=halfway)
     for name, values in values_of(straight).items():
         assert torch.equal(values, values_of(resumed)[name]), name
+
+
+def test_a_checkpoint_digests_nothing_and_a_patch_that_is_saved_later_is_right(
+    tiny_llama, monkeypatch, tmp_path
+):
+    model = patch_model(load_base(tiny_llama), tiny_llama, values_dtype="bfloat16")
+    hashed = []
+
+    def sha256(*content):
+        hashed.append(content)
+        return hashlib.sha256(*content)
+
+    monkeypatch.setattr("safeweights_peft.delta.hashlib", SimpleNamespace(sha256=sha256))
+    with saving_checkpoints(model):
+        train(model, tmp_path, steps=4)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    assert not hashed
+    model.eval()
+    round_values(model)
+    model.save_pretrained(tmp_path / "patch")
+    assert hashed
+    assert verify(tmp_path / "patch", tiny_llama).ok
+    assert torch.equal(logits(load_by_peft(tiny_llama, tmp_path / "patch")), logits(model))
+
+
+def test_a_training_resumes_from_a_checkpoint_without_digests_bit_by_bit(tiny_llama, tmp_path):
+    straight = patch_model(load_base(tiny_llama), tiny_llama, values_dtype="bfloat16")
+    resumed = patch_model(load_base(tiny_llama), tiny_llama, values_dtype="bfloat16")
+    with saving_checkpoints(straight):
+        train(straight, tmp_path / "straight", steps=4)
+    halfway = str(tmp_path / "straight" / "checkpoint-2")
+    with saving_checkpoints(resumed):
+        train(resumed, tmp_path / "resumed", steps=4, resume=halfway)
+    for name, values in values_of(straight).items():
+        assert torch.equal(values, values_of(resumed)[name]), name
+
+
+def test_a_checkpoint_without_digests_is_not_taken_for_a_patch(tiny_llama, tmp_path):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    with saving_checkpoints(model):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(CorruptAdapterError, match="expected a digest and a base_digest, found nul"):
+        load_by_peft(tiny_llama, tmp_path)
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(tiny_llama):

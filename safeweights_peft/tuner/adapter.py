@@ -1,10 +1,7 @@
-"""What an adapter holds: made for a model, summed, described for its config and saved.
+"""What a live adapter holds: made for a model, rounded, summed, described and saved."""
 
-Here live the indices, values and digests of whole adapters. Where PEFT calls for them stands in
-``model``; how they are loaded, in ``loading``; the format's own rules in ``format``.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -26,10 +23,9 @@ from safeweights_peft.patch.metadata import (
 )
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.containers import is_coded
-from safeweights_peft.tuner.fit import find_parameter
-from safeweights_peft.tuner.layer import named_layers, selected_parameters
-from safeweights_peft.tuner.parameter import SelectedParameter
+from safeweights_peft.tuner.layer import is_coded, layers, named_layers
+from safeweights_peft.tuner.loading import find_parameter
+from safeweights_peft.tuner.parameter import SelectedParameter, Term
 
 Deltas = Mapping[str, SparseDelta]
 
@@ -46,9 +42,8 @@ def create_adapter(
     Args:
         model: A causal language model, or a PeftModel that gets one more adapter. It is changed in
             place: the modules that own the parameters are wrapped.
-        metadata: Description of the parameters, for instance from ``modeling.describe`` or of a
-            safety map; counts and digests are made here. Where it has a base digest already, the
-            base must match.
+        metadata: Description of the parameters, such as a safety map's; counts and digests are
+            made here. Where it has a base digest already, the base must match.
         indices: Flat indices by in-memory parameter name; each ``(count,)``, ascending, unique.
         adapter_name: Name of the adapter.
         values: Values by parameter name, to be rounded to their storage dtype; each ``(count,)``.
@@ -59,22 +54,31 @@ def create_adapter(
 
     Raises:
         ModelError: A parameter has no record.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from safeweights_peft import create_adapter, read_map
+        >>> safety_map = read_map("demo/run/map")
+        >>> base = AutoModelForCausalLM.from_pretrained("demo/base")
+        >>> model = create_adapter(base, safety_map.metadata, safety_map.indices)
+        >>> model.active_adapters
+        ['default']
     """
     deltas = {}
     dtype = DTYPES[metadata.values_dtype]
-    for name, each in indices.items():
+    for name, flat in indices.items():
         record = metadata.tensors.get(name)
         if record is None:
             raise ModelError(
                 f"{name}: expected a record in metadata, found none; describe the parameter first"
             )
-        each = np.asarray(each, index_dtype(record.numel))
-        new = np.zeros(each.shape, dtype) if values is None else np.asarray(values[name], dtype)
-        deltas[name] = SparseDelta(record.shape, each, new)
+        flat = np.asarray(flat, index_dtype(record.numel))
+        new = np.zeros(flat.shape, dtype) if values is None else np.asarray(values[name], dtype)
+        deltas[name] = SparseDelta(record.shape, flat, new)
     peft_model = model if isinstance(model, PeftModel) else None
     base = model if peft_model is None else peft_model.get_base_model()
-    complete = describe_deltas(base, replace(metadata, mode=Mode.SET), deltas)
-    config = SafeWeightsConfig.from_metadata(complete)
+    described = describe_deltas(base, replace(metadata, mode=Mode.SET), deltas)
+    config = SafeWeightsConfig.from_metadata(described)
     if peft_model is None:
         peft_model = PeftModelForCausalLM(model, config, adapter_name)
     else:
@@ -85,15 +89,15 @@ def create_adapter(
 
 
 def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas) -> AdapterMetadata:
-    """Describe deltas of a model that is at hand."""
-    selected = {each.name: each for _, layer in named_layers(model) for each in layer.owned}
+    """Describe deltas of a model, with the digests of its entries."""
+    wrapped = {each.name: each for layer in layers(model) for each in layer.selected.values()}
     records = {}
     for name, delta in deltas.items():
-        record, indices = metadata.tensors[name], to_torch(delta.indices)
+        record = metadata.tensors[name]
         parameter = find_parameter(model, name, record)
-        indices = indices.to(parameter.device)
-        if name in selected:
-            entries = selected[name].originals(indices)
+        indices = to_torch(delta.indices).to(parameter.device)
+        if name in wrapped:  # a forward may have overwritten it
+            entries = wrapped[name].originals(indices)
         else:
             entries = parameter.detach().flatten().index_select(0, indices)
         if record.base_digest:
@@ -105,10 +109,12 @@ def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas)
 def fill(model: nn.Module, adapter: str, deltas: Deltas) -> None:
     """Put indices and values into an adapter that has room for them."""
     with torch.no_grad():
-        for each in selected_parameters(model, adapter):
-            each.indices[adapter].copy_(to_torch(deltas[each.name].indices))
-            each.values[adapter].copy_(to_torch(deltas[each.name].values))
-            each.layer.mark_checked(adapter)
+        for layer in layers(model):
+            for selected in layer.parameters_of(adapter):
+                delta = deltas[selected.name]
+                selected.indices[adapter].copy_(to_torch(delta.indices))
+                selected.values[adapter].copy_(to_torch(delta.values))
+            layer.accept(adapter)
 
 
 def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "default") -> None:
@@ -117,35 +123,60 @@ def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "defaul
     Args:
         model: The PeftModel, or a model into which the adapter was loaded.
         adapter_name: The adapter.
+
+    Example:
+        >>> from safeweights_peft import load_model, round_values
+        >>> model = load_model("demo/base", "demo/run/patch", merge=False)
+        >>> round_values(model)  # after training, before evaluating
     """
     dtype = getattr(torch, model.peft_config[adapter_name].values_dtype)
     with torch.no_grad():
-        for each in selected_parameters(model, adapter_name):
-            each.layer.check([adapter_name])
-            values = each.values[adapter_name]
-            values.copy_(values.to(dtype))
+        for layer in layers(model):
+            layer.check([adapter_name])
+            for selected in layer.parameters_of(adapter_name):
+                values = selected.values[adapter_name]
+                values.copy_(values.to(dtype))
 
 
 def weighted_sum(
-    model: nn.Module, configs: Mapping[str, SafeWeightsConfig], terms: Sequence[tuple[str, float]]
+    model: nn.Module, configs: Mapping[str, SafeWeightsConfig], weights: Sequence[tuple[str, float]]
 ) -> tuple[AdapterMetadata, dict[str, SparseDelta]]:
     """Sum adapters over the union of their entries, in float32 and with their present scales."""
-    parts: dict[str, SelectedParameter] = {}
-    for adapter, _ in terms:
-        parts |= {each.name: each for each in selected_parameters(model, adapter)}
     records, deltas = {}, {}
-    for name, each in parts.items():
-        held = [(adapter, weight) for adapter, weight in terms if adapter in each.values]
-        each.layer.check(adapter for adapter, _ in held)
-        records[name] = _common_record(name, [configs[adapter] for adapter, _ in held])
-        deltas[name] = _sum_entries(each, held, records[name].shape)
-    first = configs[terms[0][0]].to_metadata(f"adapter {terms[0][0]!r}")
-    adapters, weights = zip(*terms, strict=True)
-    selection = {"method": "weighted_sum", "adapters": list(adapters), "weights": list(weights)}
+    for layer in layers(model):
+        layer.check(adapter for adapter, _ in weights)
+        for selected in layer.selected.values():
+            scaled = [
+                term._replace(scale=weight * term.scale)
+                for adapter, weight in weights
+                for term in layer.terms(selected, [adapter])
+            ]
+            if scaled:
+                name = selected.name
+                records[name] = _common_record(name, [configs[term.adapter] for term in scaled])
+                deltas[name] = _sum_terms(scaled, records[name].shape)
+    first = configs[weights[0][0]].to_metadata(f"adapter {weights[0][0]!r}")
+    adapters, factors = zip(*weights, strict=True)
+    selection = {"method": "weighted_sum", "adapters": list(adapters), "weights": list(factors)}
     metadata = replace(
         first, scale=1.0, values_dtype="float32", selection=selection, tensors=records
     )
     return metadata, deltas
+
+
+@contextmanager
+def saving_checkpoints(model: PeftModel) -> Iterator[None]:
+    """Save the active adapter as a state to resume from, not as a patch, while it trains."""
+    # A Trainer saves a checkpoint as a user saves a patch. Its digests would be of values that the
+    # next step changes: they stay null, and whoever takes a checkpoint for a patch is refused.
+    config = model.peft_config[model.active_adapter]
+    before = {name: getattr(config, name) for name in ("values_dtype", "tensors", "format_minor")}
+    config.values_dtype = "float32"  # rounded values would not continue the same training
+    config.is_patch = False
+    try:
+        yield
+    finally:
+        vars(config).update(before, is_patch=True)
 
 
 def stored_tensors(
@@ -156,35 +187,37 @@ def stored_tensors(
     records = dict(config.tensors)
     for path, layer in named_layers(model):
         layer.check([adapter])
-        for each in layer.owned:
-            if adapter not in each.values:
-                continue
-            key = f"{path}.safeweights_{{}}__{each.own}.{adapter}".format
+        for selected in layer.parameters_of(adapter):
+            key = f"{path}.safeweights_{{}}__{selected.own}.{adapter}".format
             indices, values = state_dict[key("indices")], state_dict[key("values")]
             if is_coded(indices) or is_coded(values):  # as before the check
-                indices, values = each.indices[adapter], each.values[adapter].detach()
+                indices, values = selected.indices[adapter], selected.values[adapter].detach()
             values = values.to(getattr(torch, config.values_dtype))
             if isinstance(values, DTensor):
                 raise UnsupportedFeatureError(
-                    f"{each.name}: expected whole values to save, found sharded ones; pass the "
+                    f"{selected.name}: expected whole values to save, found sharded ones; pass the "
                     "gathered state, as in save_pretrained(..., state_dict=full_state_dict)"
                 )
             stored |= {key("indices"): indices, key("values"): values}
-            record = record_from_json(records[each.name], each.name)
+            record = record_from_json(records[selected.name], selected.name)
             delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
-            entries = _base_entries(each, adapter, state_dict, f"{path}.base_layer.{each.own}")
-            record = _with_digests(record, delta, entries, config.scale)
-            records[each.name] = record_to_json(record)
+            if config.is_patch:
+                base_key = f"{path}.base_layer.{selected.own}"
+                entries = _base_entries(selected, adapter, state_dict, base_key)
+                record = _with_digests(record, delta, entries, config.scale)
+            else:
+                record = _without_digests(record)
+            records[selected.name] = record_to_json(record)
     config.tensors, config.format_minor = records, FORMAT_MINOR
     return stored
 
 
 def _base_entries(
-    each: SelectedParameter, adapter: str, state_dict: Mapping[str, Tensor], key: str
+    selected: SelectedParameter, adapter: str, state_dict: Mapping[str, Tensor], key: str
 ) -> Tensor:
-    indices = each.indices[adapter]
-    if not isinstance(each.parameter, DTensor):
-        return each.originals(indices)
+    indices = selected.indices[adapter]
+    if not isinstance(selected.parameter, DTensor):
+        return selected.originals(indices)
     base = state_dict[key]  # gathered; a sharded parameter is never overwritten
     return base.flatten().index_select(0, indices.to(base.device))
 
@@ -192,7 +225,7 @@ def _base_entries(
 def _with_digests(
     record: TensorRecord, delta: SparseDelta, entries: Tensor, scale: float
 ) -> TensorRecord:
-    base = to_numpy(entries.to(getattr(torch, record.dtype)))
+    base = to_numpy(entries, record.dtype)
     plain = replace(record, encoding=Encoding.PLAIN)
     described, *_ = encode_entries(Mode.SET, plain, delta.indices, delta.values, None)
     return replace(
@@ -202,18 +235,19 @@ def _with_digests(
     )
 
 
+def _without_digests(record: TensorRecord) -> TensorRecord:
+    """Forget the digests of stored and merged values, and the layout that is stored."""
+    return replace(record, encoding=Encoding.PLAIN, streams={}, digest=None, merged_digest=None)
+
+
 def _common_record(name: str, configs: Sequence[SafeWeightsConfig]) -> TensorRecord:
     """Take what all adapters say of a parameter, without what depends on their entries."""
     records = [
         replace(
-            record_from_json(config.tensors[name], name),
+            _without_digests(record_from_json(config.tensors[name], name)),
             count=0,
-            encoding=Encoding.PLAIN,
-            streams={},
-            digest=None,
             content_digest=None,
             base_digest=None,
-            merged_digest=None,
         )
         for config in configs
     ]
@@ -225,14 +259,11 @@ def _common_record(name: str, configs: Sequence[SafeWeightsConfig]) -> TensorRec
     return records[0]
 
 
-def _sum_entries(
-    each: SelectedParameter, terms: Sequence[tuple[str, float]], shape: tuple[int, ...]
-) -> SparseDelta:
-    indices = [to_numpy(each.indices[adapter]) for adapter, _ in terms]
+def _sum_terms(terms: Sequence[Term], shape: tuple[int, ...]) -> SparseDelta:
+    indices = [to_numpy(term.indices) for term in terms]
     union = np.unique(np.concatenate(indices))
     total = np.zeros(union.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # SparseDelta refuses what is not finite
-        for own, (adapter, weight) in zip(indices, terms, strict=True):
-            factor = np.float32(weight * each.layer.scaling[adapter])
-            total[np.searchsorted(union, own)] += factor * to_numpy(each.values[adapter])
+        for own, term in zip(indices, terms, strict=True):
+            total[np.searchsorted(union, own)] += np.float32(term.scale) * to_numpy(term.values)
     return SparseDelta(shape, union, total)
