@@ -37,12 +37,9 @@ NAMES = [
     if not is_exception(getattr(safeweights_peft, name))
 ]
 TO_DO = {
-    "SafeWeightsConfig",
     "SafetyPreservingCallback",
-    "create_adapter",
     "load_model",
     "preserve",
-    "round_values",
 }
 """Names that have no example yet."""
 
