@@ -46,6 +46,7 @@ class _Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.list_commands(ctx)))
         for heading, commands in SECTIONS.items():
+            # The limit cuts nothing: a test holds every first line to what fits in 80 columns.
             helps = [command.get_short_help_str(formatter.width) for command in commands]
             names = [str(command.name).ljust(width) for command in commands]
             with formatter.section(heading):
@@ -54,7 +55,10 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (SafeWeightsError, OSError) as error:  # the system's: a full disk, no permission
+        # OSError is the system's: a full disk, no permission. Anything else is a bug, so its
+        # traceback is shown.
+        except (SafeWeightsError, OSError) as error:
+            # click ends quietly on a broken pipe, as `| head` leaves it.
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             raise click.ClickException(printable(str(error))) from error

@@ -62,12 +62,12 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
     losses = json.loads((patch / "training.json").read_text(encoding="utf-8"))["losses"]
     try:
         plot_run(result, losses, out / "result.png")
-    except ReportError as missing:
+    except ReportError as missing:  # the picture's library is an extra; the run is done without
         click.echo(f"No result.png: {missing}", err=True)
     output.show(result, [("", "before", "after"), *comparison_rows(result)])
-    click.echo(f"\nPatch in {patch}. Next: safeweights merge, or in Python:", err=True)
-    click.echo("  import safeweights_peft; from peft import PeftModel", err=True)
-    click.echo(f"  model = PeftModel.from_pretrained(base, {str(patch)!r})", err=True)
+    click.echo(f"\nPatch in {patch}. Next, on the command line or in Python:", err=True)
+    click.echo(f"  safeweights merge {base} {patch} --out merged", err=True)
+    click.echo(f"  model = safeweights_peft.load_model({base!r}, {str(patch)!r})", err=True)
 
 
 @options.command("score")
@@ -152,7 +152,7 @@ def eval_command(
     from safeweights_peft.tables import evaluation_rows
 
     settings, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
-    if out and out.exists():
+    if out and out.exists():  # said now, not after the evaluation
         raise EvaluationError(f"{out}: expected no file there, found one; give --out another name")
     if dry_run:
         return output.show_estimate(base, compute, adapter=adapter)

@@ -17,19 +17,7 @@ Decorator = Callable[[Function], Function]
 
 
 class Command(click.Command):
-    """A command with `--json`, whose help lists options by group."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params.append(
-            click.Option(
-                ["--json"],
-                is_flag=True,
-                expose_value=False,
-                callback=_keep_json,
-                help="Print JSON, not a table.",
-            )
-        )
+    """A command whose help lists options by group."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group."""
@@ -43,19 +31,29 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-def _keep_json(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta["json"] = value  # for `output.show`
-
-
 class _Option(click.Option):
     def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group = group
 
 
-def command(name: str, **kwargs: Any) -> Callable[[Function], Command]:
-    """Make a command of a function."""
-    return click.command(name, cls=Command, **kwargs)
+def command(name: str, **attributes: Any) -> Callable[[Function], Command]:
+    """Make a command of a function, with `--json`, which `output.show` reads."""
+
+    def decorate(function: Function) -> Command:
+        command = click.command(name, cls=Command, **attributes)(function)
+        # Added here, so that no command can lack it; kept in the context, as none decides by it.
+        json = click.Option(
+            ["--json"],
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, _, value: ctx.meta.update(json=value),
+            help="Print JSON, not a table.",
+        )
+        command.params.append(json)
+        return command
+
+    return decorate
 
 
 def option(setting: Setting, group: str = "Options") -> Decorator:
@@ -72,8 +70,10 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
         setting.flag,
         cls=_Option,
         group=group,
+        # Not click's ranges: they let NaN pass, and refuse in other words than Python does.
         type=click.Choice(setting.choices) if setting.choices else setting.kind,
         is_flag=setting.kind is bool,
+        # Not the setting's default: a --settings file comes before that, an option before both.
         default=None,
         callback=check,
         help=setting.help + _describe_values(setting),
@@ -94,11 +94,11 @@ def _describe_values(setting: Setting) -> str:
 def settings(
     *jobs: type[Settings], only: str = "", without: str = "", group: str = ""
 ) -> Decorator:
-    """Make options of the settings of jobs: all, or some by their flags; jobs may share a flag."""
+    """Make options of the settings of jobs: all, or some by their flags."""
     of_flag: dict[str, Setting] = {}
     for job in jobs:
         for setting in settings_of(job):
-            of_flag.setdefault(setting.flag, setting)
+            of_flag.setdefault(setting.flag, setting)  # jobs may share one, such as --seed
     flags = only.split() or [flag for flag in of_flag if flag not in without.split()]
     options = [option(of_flag[flag], group or of_flag[flag].group) for flag in flags]
 
@@ -127,7 +127,8 @@ def _read_settings(
     ctx: click.Context, parameter: click.Parameter, path: Path | None
 ) -> RunSettings | None:
     try:
-        return RunSettings.read(path, base="") if path else None  # BASE is the argument's
+        # BASE is the argument, whatever the file says: a run is repeated on another model so.
+        return RunSettings.read(path, base="") if path else None
     except SettingsError as error:
         raise click.BadParameter(str(error), ctx, parameter) from error
 
@@ -141,6 +142,7 @@ class _Adapter(click.ParamType):
         """Find the directory: what is here comes before what is on the Hub."""
         if Path(value).is_dir():
             return Path(value)
+        # The Hub's client takes longer to import than a patch to inspect.
         from safeweights_peft.hub.pull import fetch_adapter, is_hub_id
 
         return fetch_adapter(value) if is_hub_id(value) else DIRECTORY.convert(value, param, ctx)

@@ -31,6 +31,13 @@ class _Bars:
         task = self._bars.add_task(description, total=total)
         yield lambda done: self._bars.advance(task, done)
 
+    def percent(self, description: str) -> Callable[[int, int], None]:
+        """Show one task, from when it first tells the bytes done and the bytes in all."""
+        task = self._bars.add_task(description, total=100, visible=False)
+        return lambda done, total: self._bars.update(
+            task, completed=100 * done // max(total, 1), visible=True
+        )
+
 
 @contextmanager
 def show_progress() -> Iterator[_Bars]:
@@ -62,25 +69,13 @@ def _quiet_transformers() -> None:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
-def percent(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Turn a bar of 100 units into a function of the bytes done and the bytes in all."""
-    shown = 0
-
-    def copied(done: int, total: int) -> None:
-        nonlocal shown
-        percent = 100 * done // max(total, 1)
-        advance(percent - shown)
-        shown = percent
-
-    return copied
-
-
-def show(result: Mapping[str, Any], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print a result: as JSON, or its rows as a table."""
+def show(result: Mapping[str, Any], rows: Sequence[tuple[str, ...]] = ()) -> None:
+    """Print a result: as JSON, or as a table of rows, by default one for each field."""
     if click.get_current_context().meta["json"]:
         click.echo(json.dumps(result, indent=2))
         return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = rows or rows_of(result)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         click.echo(printable("  ".join(cells).rstrip()))

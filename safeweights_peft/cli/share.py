@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,16 +24,8 @@ _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unk
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--revision", help="Branch to push to.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--commit-message", help="First line of the commit message.")
-def push_command(
-    directory: Path,
-    repo: str,
-    base: str | None,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    commit_message: str | None,
-) -> None:
+@click.option("--commit-message", "message", help="First line of the commit message.")
+def push_command(directory: Path, repo: str, **values: Any) -> None:
     """Push a patch or map to the Hub, with its results.
 
     Card, results, map and pictures go in one commit. Files that hold a local path or a token, and
@@ -40,15 +33,7 @@ def push_command(
     """
     from safeweights_peft.hub.push import push_to_hub
 
-    pushed = push_to_hub(
-        directory,
-        repo,
-        base=base,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        message=commit_message,
-    )
+    pushed = push_to_hub(directory, repo, **values)
     commit = pushed.commit if pushed.changed else f"{pushed.commit}, as it was"
     request = pushed.pull_request
     rows = [
@@ -134,7 +119,7 @@ def verify_command(
         raise click.UsageError("--revision belongs to --base.")
     try:
         folder = options.ADAPTER.convert(adapter, None, None)
-    except SafeWeightsError as error:  # one that can't be had is unreadable, and no failed check
+    except SafeWeightsError as error:  # what can't be fetched is unreadable, not a failed check
         click.echo(f"Error: {error}", err=True)
         sys.exit(_EXIT_CODES["unreadable"])
     directory, why_none = None, "no base was given"
@@ -143,8 +128,8 @@ def verify_command(
     except SafeWeightsError as error:  # it can't be had; or ADAPTER is broken, as verify will say
         why_none = str(error)
     if merged and directory:
-        with output.show_progress() as progress, progress.task("Comparing", 100) as advance:
-            report = verify(folder, directory, merged, progress=output.percent(advance))
+        with output.show_progress() as bars:
+            report = verify(folder, directory, merged, progress=bars.percent("Comparing"))
     else:
         report = verify(folder, directory, merged, why_no_base=why_none)
     checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail} for c in report.checks]
@@ -171,7 +156,7 @@ def sign_command(adapter: Path, key: Path, out: Path | None, overwrite: bool) ->
     from safeweights_peft.signing import sign
 
     record = sign(adapter, key, out, overwrite=overwrite)
-    output.show(record, output.rows_of(record))
+    output.show(record)
 
 
 @options.command("verify-signature")
@@ -188,7 +173,7 @@ def verify_signature_command(adapter: Path, key: Path, signature: Path | None) -
     from safeweights_peft.signing import verify_signature
 
     record = verify_signature(adapter, key, signature)
-    output.show(record, output.rows_of(record))
+    output.show(record)
 
 
 @options.command("reproduce")

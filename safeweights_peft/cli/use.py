@@ -22,7 +22,8 @@ class _ScaledAdapter(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Path, Any]:
-        """Split at the last @, unless the whole names a directory, or a revision follows it."""
+        """Split off the scale."""
+        # What follows the last @ is no scale if a directory is called so, nor if it is a revision.
         path, at, suffix = str(value).rpartition("@")
         scale = _number_or_text(suffix)
         names_revision = isinstance(scale, str) and not Path(path).is_dir()
@@ -43,7 +44,8 @@ def _number_or_text(text: str) -> float | str:
 
 
 def find_base_directory(base: str, adapters: Sequence[Path], revision: str | None = None) -> Path:
-    """Find a base's directory; where it is here, the Hub's client is not loaded for it."""
+    """Find a base's directory, or fetch it from the Hub at the commit that the adapters name."""
+    # Also the answer of find_base, but without the Hub's client, whose import takes longer.
     if Path(base).is_dir() and revision is None:
         return Path(base)
     from safeweights_peft.fetching import find_base
@@ -97,20 +99,20 @@ def merge_command(
     if (out is None) != in_place or (in_place and not Path(base).is_dir()):
         raise click.UsageError("Give --out, or --in-place and a directory.")
     directory = find_base_directory(base, [path for path, _ in adapters], revision)
-    if dry_run:
-        planned = plan(directory, adapters, out, on_overlap=on_overlap)
-        return output.show(planned, output.merge_rows(planned))
-    with output.show_progress() as progress, progress.task("Merging", 100) as advance:
-        if out is None:
-            report = merge_in_place(directory, adapters, on_overlap=on_overlap)
+    with output.show_progress() as bars:
+        if dry_run:
+            report = plan(directory, adapters, out, on_overlap=on_overlap)
+        elif out is None:
+            report = asdict(merge_in_place(directory, adapters, on_overlap=on_overlap))
         else:
-            report = merge(
+            done = merge(
                 *(directory, adapters, out),
                 on_overlap=on_overlap,
                 overwrite=overwrite,
-                progress=output.percent(advance),
+                progress=bars.percent("Merging"),
             )
-    output.show(asdict(report), output.merge_rows(asdict(report)))
+            report = asdict(done)
+    output.show(report, output.merge_rows(report))
 
 
 @options.command("unmerge")
@@ -123,7 +125,7 @@ def unmerge_command(directory: Path) -> None:
     from safeweights_peft.merging.in_place import unmerge
 
     report = asdict(unmerge(directory))
-    output.show(report, output.rows_of(report))
+    output.show(report)
 
 
 @options.command("convert")
@@ -155,7 +157,7 @@ def convert_command(
     needs_base = metadata.needs_base or (encoding == "compact" and metadata.may_need_base)
     directory = find_base_directory(name, [adapter]) if name and needs_base else None
     report = asdict(convert(adapter, encoding, out, directory, overwrite=overwrite))
-    output.show(report, output.rows_of(report))
+    output.show(report)
 
 
 @options.command("export")
@@ -177,7 +179,7 @@ def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrit
     from safeweights_peft.jobs.export import export_supertuning
 
     record = export_supertuning(adapter, out, base, overwrite=overwrite)
-    output.show(record, output.rows_of(record))
+    output.show(record)
 
 
 @options.command("diff")
@@ -201,9 +203,7 @@ def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrit
 )
 @options.out
 @options.overwrite
-def diff_command(
-    base: str, tuned: str, out: Path, density: float | None, map_dir: Path | None, overwrite: bool
-) -> None:
+def diff_command(base: str, tuned: str, out: Path, **values: Any) -> None:
     """Store the change from BASE to TUNED as a safety patch.
 
     Merged into BASE, the patch gives the bits of TUNED; with --density or --map only some of them,
@@ -214,6 +214,4 @@ def diff_command(
     from safeweights_peft.jobs.job import Job
 
     with output.show_progress() as progress:
-        job = Job(base, progress=progress)
-        report = diff(job, tuned, out, density=density, map_dir=map_dir, overwrite=overwrite)
-    output.show(report, output.rows_of(report))
+        output.show(diff(Job(base, progress=progress), tuned, out, **values))

@@ -50,7 +50,9 @@ def test_enhance_prints_a_table_without_json(run: Run) -> None:
 
 def test_enhance_tells_on_stderr_how_to_use_the_patch(run: Run) -> None:
     called = call("enhance", run.base, *run.options)
-    assert f"PeftModel.from_pretrained(base, '{run.out / 'patch'}')" in called.stderr
+    patch = run.out / "patch"
+    assert f"safeweights merge {run.base} {patch} --out merged" in called.stderr
+    assert f"safeweights_peft.load_model('{run.base}', '{patch}')" in called.stderr
 
 
 def test_enhance_called_again_does_nothing_again(run: Run) -> None:
@@ -374,10 +376,20 @@ def test_a_process_prints_json_on_stdout_and_progress_on_stderr_and_nothing_else
     assert lines == ["Asking the base benign requests", "Training"]
 
 
-def test_percent_tells_steps_that_sum_to_a_hundred() -> None:
-    steps: list[int] = []
-    copied = output.percent(steps.append)
-    for done in range(0, 778, 7):
-        copied(done, 777)
-    assert sum(steps) == 100
-    assert min(steps) >= 0
+def test_a_merge_shows_its_bar_from_when_it_copies(run: Run, tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "merged"]
+    assert "100/100" in call("merge", run.base, run.out / "patch", *out).stderr
+    refused = call("merge", run.base, run.out / "patch", *out)
+    assert refused.exit_code == 1
+    assert "Merging" not in refused.stderr
+
+
+def test_bytes_are_shown_as_percent() -> None:
+    with output.show_progress() as bars:
+        show = bars.percent("Copying")
+        for done in range(0, 778, 7):
+            show(done, 777)
+        (task,) = bars._bars.tasks
+        assert (task.completed, task.total) == (100, 100)
+        show(0, 0)  # nothing to copy
+        assert task.completed == 0
