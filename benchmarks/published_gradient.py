@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.data import Example, collate, read_rows
-from safeweights_peft.evaluation.generate import end_token_ids, generate_answers
+from safeweights_peft.evaluation.generate import find_end_tokens, generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.modeling.layout import eligible_parameters
@@ -120,7 +120,7 @@ def answer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[str], tokens: int
 ) -> list[Answered]:
     """Let the model answer requests, and cut off the tokens that end a turn."""
-    ends = end_token_ids(model, tokenizer)
+    ends = find_end_tokens(model, tokenizer)
     examples = generate_answers(model, tokenizer, requests, max_new_tokens=tokens, batch_size=8)
     answers = []
     for request, example in zip(requests, examples, strict=True):

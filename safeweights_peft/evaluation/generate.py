@@ -25,8 +25,15 @@ def generate_answers(
     if not instructions:
         raise EvaluationError("prompts: expected at least one request, found none")
     prompts = [Example(encode_prompt(tokenizer, text), ()) for text in instructions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
-    config = _greedy(model, tokenizer, max_new_tokens)
+    # Prompts of like length share a batch, so that little is padded.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].prompt_ids))
+    # From the model's end tokens alone: its own settings, such as sampling, stay out.
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(find_end_tokens(model, tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     answers: dict[int, Example] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -36,24 +43,11 @@ def generate_answers(
     return [answers[row] for row in range(len(prompts))]
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tell with which tokens a model ends an answer."""
+def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Find the tokens with which a model ends an answer."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = tokenizer.eos_token_id if ends is None else ends
     return frozenset(ends if isinstance(ends, list) else [ends])
-
-
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> GenerationConfig:
-    """Build greedy settings from the model's end tokens alone: its sampling settings stay out."""
-    ends = sorted(end_token_ids(model, tokenizer))
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @torch.inference_mode()
@@ -68,14 +62,13 @@ def _answer(
         logits_to_keep=last_columns(1),
     )
     width = batch.input_ids.shape[1]
-    stops = frozenset(config.eos_token_id)
     return [
-        Example(prompt.prompt_ids, _cut(tuple(row), stops))
+        Example(prompt.prompt_ids, _cut(tuple(row), config.eos_token_id))
         for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True)
     ]
 
 
-def _cut(ids: tuple[int, ...], stops: frozenset[int]) -> tuple[int, ...]:
-    """Keep an answer up to and including its first end token."""
-    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+def _cut(ids: tuple[int, ...], ends: Sequence[int]) -> tuple[int, ...]:
+    """Keep an answer up to and including its first end token; what follows is padding."""
+    end = next((position for position, token in enumerate(ids) if token in ends), len(ids))
     return ids[: end + 1]

@@ -13,9 +13,8 @@ from safeweights_peft.files import read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job, Progress, once
-from safeweights_peft.jobs.objectives import check_judges
 from safeweights_peft.jobs.record import record_run
-from safeweights_peft.jobs.score import score
+from safeweights_peft.jobs.score import check_judges, score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.settings import RunSettings, flatten

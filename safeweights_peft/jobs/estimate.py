@@ -12,7 +12,7 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.fetching import BaseModel
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import is_patch
-from safeweights_peft.jobs.objectives import find_judges
+from safeweights_peft.jobs.score import find_judges
 from safeweights_peft.selection.pattern import find_place
 from safeweights_peft.selection.scores import split_by_layer
 from safeweights_peft.settings import PreserveMethod, PreserveSettings, ScoreSettings, TrainSettings

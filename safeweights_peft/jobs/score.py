@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -14,23 +15,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from safeweights_peft.data import Row, data_digest, read_rows, with_refusals
+from safeweights_peft.data import (
+    Example,
+    Row,
+    data_digest,
+    encode_rows,
+    read_rows,
+    with_refusals,
+)
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
+from safeweights_peft.evaluation.generate import find_end_tokens
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.jobs.job import Job, describe_files, load_arrays, save_arrays
-from safeweights_peft.jobs.objectives import (
-    build_safety,
-    build_usefulness,
-    check_judges,
-    find_judges,
-)
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
+from safeweights_peft.modeling.loading import load_classifier, load_model, load_tokenizer
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import write_map
 from safeweights_peft.selection.guards import read_profile
-from safeweights_peft.selection.objective import JudgedObjective, SafetyObjective
+from safeweights_peft.selection.objective import (
+    Answered,
+    JudgedObjective,
+    ReferenceObjective,
+    SafetyObjective,
+)
 from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.scores import (
     SCORES,
@@ -40,11 +50,11 @@ from safeweights_peft.selection.scores import (
     split_by_layer,
     sum_gradients,
 )
+from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, SoftJudge
 from safeweights_peft.selection.topk import Order, Selected, TopK, select
-from safeweights_peft.settings import Method, ScoreSettings
+from safeweights_peft.settings import Aggregation, Method, ScoreSettings
 
-SAVE_SECONDS = 60
-"""The sum of gradients, as large as the scored weights, is saved this often."""
+SAVE_SECONDS = 60  # between saves of the sum of gradients, which is as large as the scored weights
 
 
 def score(
@@ -57,10 +67,9 @@ def score(
     harmful = sample_rows(settings)
     benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
     judges = find_judges(settings)
-    inputs = {"the base": job.base.path, **{f"the judge {each.name}": each.path for each in judges}}
-    check_apart(out, inputs, FormatError)
-    parameters = eligible_parameters(job.model)
-    total = total_parameters(job.model)
+    inputs = {f"the judge {judge.name}": judge.path for judge in judges}
+    check_apart(out, {"the base": job.base.path, **inputs}, FormatError)
+    parameters, total = eligible_parameters(job.model), total_parameters(job.model)
     count, excluded_count = _count_entries(parameters, total, settings)
     kind = SCORES[settings.method]
     selection = asdict(settings) | {
@@ -77,23 +86,33 @@ def score(
         "contrast_digest": data_digest(benign),
     }
     with job.work(out, identity) as work_dir:
-        if not kind.needs_gradient:
-            selected = select(score_entries(kind, parameters, {}, settings.seed), count, kind.order)
-        else:
+        if kind.needs_gradient:
             scoring = Scoring(job, settings, work_dir)
             excluded: dict[str, Array] = {}
             if benign:
-                usefulness = build_usefulness(job, benign, settings)
+                usefulness = _build_usefulness(job, benign, settings)
                 useful = scoring.select("usefulness", usefulness, excluded_count)
                 excluded = {name: entries.indices for name, entries in useful.items()}
             safety = build_safety(job, harmful, settings)
             selected = scoring.select("safety", safety, count, kind, excluded)
             if isinstance(safety, JudgedObjective):
                 selection["mean_safety"] = safety.mean_safety
+        else:
+            scores = score_entries(kind, parameters, {}, settings.seed)
+            selected = select(scores, count, kind.order)
         selection["seconds"] = round(time.perf_counter() - started, 1)
         safety_map = build_map(job.model, job.base, selected, selection)
         write_map(out, safety_map, overwrite=overwrite)
     return safety_map
+
+
+def sample_rows(settings: ScoreSettings) -> list[Row]:
+    """Draw the harmful requests to score with."""
+    return _sample(with_refusals(read_rows(settings.harmful)), settings)
+
+
+def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
+    return random.Random(settings.seed).sample(rows, min(settings.examples, len(rows)))
 
 
 def _name_objective(settings: ScoreSettings) -> str:
@@ -102,19 +121,10 @@ def _name_objective(settings: ScoreSettings) -> str:
     return "classifier" if settings.classifier else "reference"
 
 
-def sample_rows(settings: ScoreSettings) -> list[Row]:
-    """Draw the harmful requests that a model is scored with."""
-    return _sample(with_refusals(read_rows(settings.harmful)), settings)
-
-
-def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
-    return random.Random(settings.seed).sample(rows, min(settings.examples, len(rows)))
-
-
 def _count_entries(
     parameters: Mapping[str, nn.Parameter], total: int, settings: ScoreSettings
 ) -> tuple[int, int]:
-    """Count the entries to select, and those to exclude before."""
+    """Count the entries to select, and the useful ones to exclude before."""
     eligible = sum(parameter.numel() for parameter in parameters.values())
     excluded = round(settings.contrast_density * total) if settings.contrast else 0
     if settings.contrast and (settings.method is not Method.ESI or excluded < 1):
@@ -132,7 +142,7 @@ def _count_entries(
 
 
 class Scoring:
-    """One model's scores, streamed into selections; an interrupted one resumes where it stopped."""
+    """Scores of one model's entries, streamed into selections; an interrupted one resumes."""
 
     def __init__(self, job: Job, settings: ScoreSettings, work_dir: Path) -> None:
         self._job, self._settings, self._work_dir = job, settings, work_dir
@@ -146,7 +156,7 @@ class Scoring:
         kind: Score = SCORES[Method.ESI],
         excluded: Mapping[str, Array] = MappingProxyType({}),
     ) -> dict[str, Selected]:
-        """Score all entries pass by pass, and keep the first."""
+        """Score all entries pass by pass, and keep the first `count`."""
         passes = split_by_layer(self._parameters, self._settings.layers_per_pass)
         best, path = TopK(count, kind.order), self._work_dir / f"{what}.safetensors"
         arrays = load_arrays(path) or {"passes": np.zeros(1, np.int64)}
@@ -156,12 +166,15 @@ class Scoring:
         with self._job.steps(f"Scoring {what}", len(objective) * len(passes)) as reach:
             for number in range(done, len(passes)):
                 group = {name: self._parameters[name] for name in passes[number]}
-                gradients = self._sum_gradients(what, group, objective, number, reach)
+                sum_path = self._work_dir / f"{what}-gradients-{number}.safetensors"
+                first = number * len(objective)
+                gradients = self._sum_gradients(group, objective, sum_path, reach, first)
                 for name, scores in score_entries(kind, group, gradients, self._settings.seed):
                     best.add(name, scores, excluded.get(name))
+                # The next pass's sum is as large: two would not fit where one just does.
                 del gradients
                 save_arrays(path, best.state() | {"passes": np.array([number + 1])})
-                self._gradients_path(what, number).unlink(missing_ok=True)
+                sum_path.unlink(missing_ok=True)
         selected = best.result()
         if kind.order is Order.TOP and not any(each.scores.any() for each in selected.values()):
             raise SelectionError(
@@ -172,30 +185,29 @@ class Scoring:
 
     def _sum_gradients(
         self,
-        what: str,
         group: Mapping[str, nn.Parameter],
         objective: SafetyObjective,
-        number: int,
+        path: Path,
         reach: Callable[[int], None],
+        first: int,
     ) -> dict[str, torch.Tensor]:
-        """Sum one pass's gradients, and save the sum now and then."""
-        path, saved_at = self._gradients_path(what, number), time.monotonic()
-
-        def on_term(total: GradientSum) -> None:
-            nonlocal saved_at
-            reach(number * len(objective) + total.terms)
-            if time.monotonic() - saved_at >= SAVE_SECONDS:
-                arrays = {name: to_numpy(tensor) for name, tensor in total.gradients.items()}
-                save_arrays(path, arrays | {"terms": np.array([total.terms])})
-                saved_at = time.monotonic()
-
-        saved = None
+        """Sum one pass's gradients; save the sum now and then, and resume from what was saved."""
+        saved, saved_at = None, time.monotonic()
         if arrays := load_arrays(path):
             gradients = {
                 name: torch.from_numpy(arrays[name]).to(parameter.device)
                 for name, parameter in group.items()
             }
             saved = GradientSum(gradients, int(arrays["terms"][0]))
+
+        def on_term(total: GradientSum) -> None:
+            nonlocal saved_at
+            reach(first + total.terms)
+            if time.monotonic() - saved_at >= SAVE_SECONDS:
+                arrays = {name: to_numpy(tensor) for name, tensor in total.gradients.items()}
+                save_arrays(path, arrays | {"terms": np.array([total.terms])})
+                saved_at = time.monotonic()
+
         return sum_gradients(
             self._job.model,
             group,
@@ -205,5 +217,102 @@ class Scoring:
             resume_from=saved,
         )
 
-    def _gradients_path(self, what: str, number: int) -> Path:
-        return self._work_dir / f"{what}-gradients-{number}.safetensors"
+
+def build_safety(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
+    """Build the safety that is differentiated: the likelihood of refusals, or a judge's opinion."""
+    if settings.guard is None and settings.classifier is None:
+        examples = encode_rows(job.tokenizer, rows, settings.refusal_tokens)
+        return ReferenceObjective(examples, job.tokenizer.pad_token_id, _term_size(settings))
+    # Loaded first: a judge that can't be used is refused before the base is asked.
+    build = _load_judge(job, settings)
+    requests = [row.instruction for row in rows]
+    answers = job.ask("harmful", requests, settings.answer_tokens, settings.batch_size)
+    ends = find_end_tokens(job.model, job.tokenizer)
+    answered = []
+    for request, answer in zip(requests, answers, strict=True):
+        # The token that ends a turn is no part of what a judge reads.
+        has_end = answer.answer_ids[-1] in ends
+        ids = answer.answer_ids[:-1] if has_end else answer.answer_ids
+        answered.append(Answered(request, Example(answer.prompt_ids, ids)))
+    return build(answered)
+
+
+def _build_usefulness(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
+    """Build what safety is contrasted with: the likelihood of the base's own benign answers."""
+    requests = [row.instruction for row in rows]
+    answers = job.ask("benign", requests, settings.answer_tokens, settings.batch_size)
+    return ReferenceObjective(answers, job.tokenizer.pad_token_id, _term_size(settings))
+
+
+def _term_size(settings: ScoreSettings) -> int:
+    # Absolute values are taken of each term's gradient, so then a request is a term.
+    return 1 if settings.aggregation is Aggregation.MEAN_OF_ABS else settings.batch_size
+
+
+def check_judges(settings: ScoreSettings) -> None:
+    """Refuse settings of judges that don't go together."""
+    if settings.guard and settings.classifier:
+        raise SelectionError("--guard: expected one judge, found --classifier too; choose one")
+    for judge, name, detail in (
+        (settings.guard, "guard-profile", settings.profile),
+        (settings.classifier, "classifier-label", settings.label),
+    ):
+        if bool(judge) != bool(detail):
+            given, missing = (name, name.split("-")[0]) if detail else (name.split("-")[0], name)
+            raise SelectionError(f"--{given}: expected --{missing} with it, found none; give both")
+    has_judge = bool(settings.guard or settings.classifier)
+    if has_judge and not SCORES[settings.method].needs_gradient:
+        methods = " or ".join(method for method, score in SCORES.items() if score.needs_gradient)
+        raise SelectionError(
+            f"--{_name_objective(settings)}: expected --method {methods} with it, found "
+            f"{settings.method}, which asks nobody; leave one out"
+        )
+    for name in ("temperature", "samples"):
+        if not has_judge and getattr(settings, name) != getattr(ScoreSettings, name):
+            raise SelectionError(
+                f"--{name}: expected --guard or --classifier with it, found neither; name the judge"
+            )
+    if settings.guard:
+        read_profile(settings.profile or "")
+    if settings.classifier:
+        _parse_label(settings.label or "")
+
+
+def find_judges(settings: ScoreSettings) -> list[BaseModel]:
+    """Find the models beside the base that a scoring job reads."""
+    return [resolve_base(name) for name in (settings.guard, settings.classifier) if name]
+
+
+def _load_judge(
+    job: Job, settings: ScoreSettings
+) -> Callable[[Sequence[Answered]], SafetyObjective]:
+    """Load the guard or the classifier; what it returns makes an objective of answers."""
+    (source,) = find_judges(settings)
+    load = load_model if settings.guard else load_classifier
+    model, tokenizer = load(source, job.dtype, job.device), load_tokenizer(source)
+    judge: SoftJudge
+    if settings.guard:
+        judge = GuardJudge(model, tokenizer, job.tokenizer, read_profile(settings.profile or ""))
+    else:
+        is_safe, label = _parse_label(settings.label or "")
+        judge = ClassifierJudge(model, tokenizer, job.tokenizer, label, is_safe)
+    return partial(
+        JudgedObjective,
+        judge,
+        pad_token_id=job.tokenizer.pad_token_id,
+        batch_size=_term_size(settings),
+        temperature=settings.temperature,
+        samples=settings.samples,
+        seed=settings.seed,
+    )
+
+
+def _parse_label(label: str) -> tuple[bool, str]:
+    """Read "safe=LABEL" or "unsafe=LABEL"; return whether the label means safe, and its name."""
+    meaning, _, name = label.partition("=")
+    if meaning not in {"safe", "unsafe"} or not name:
+        raise SelectionError(
+            f"--classifier-label: expected safe=LABEL or unsafe=LABEL, found {label!r}; say what a "
+            "label of the classifier means"
+        )
+    return meaning == "safe", name

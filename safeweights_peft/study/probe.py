@@ -17,8 +17,7 @@ from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job, Joined, load_arrays, once, save_arrays
-from safeweights_peft.jobs.objectives import build_safety
-from safeweights_peft.jobs.score import Scoring, sample_rows
+from safeweights_peft.jobs.score import Scoring, build_safety, sample_rows
 from safeweights_peft.merging.gather import check_safety
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.patch.artifacts import Artifact

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safeweights_peft.errors import DataError, ModelError, SafeWeightsError, SelectionError
+from safeweights_peft.files import write_json
 from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
@@ -253,3 +254,27 @@ def test_a_guard_without_its_profile_is_refused_before_the_first_step(
     with pytest.raises(SelectionError, match="--guard: expected --guard-profile with it"):
         enhance(settings, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def unmeasured(run: Run, tmp_path: Path) -> Path:
+    """A finished run without the last two results."""
+    out = tmp_path / "run"
+    shutil.copytree(run.out, out)
+    (out / "result.json").unlink()
+    return out
+
+
+@pytest.mark.parametrize("stale", [None, "sha256:" + 64 * "0"])
+def test_a_run_never_goes_on_from_an_evaluation_of_another_patch(
+    stale: str | None, run: Run, unmeasured: Path, requests: Requests
+) -> None:
+    after = json.loads((unmeasured / "after.json").read_text())
+    write_json(unmeasured / "after.json", after | {"content_id": stale})
+    settings = requests.run(run.base, steps=20)
+    with pytest.raises(DataError, match=r"after\.json: expected a result for .*; delete it"):
+        enhance(settings, unmeasured)
+    assert not (unmeasured / "result.json").exists()
+    (unmeasured / "after.json").unlink()
+    found = enhance(settings, unmeasured)
+    assert found["content_id"] == run.result["content_id"]

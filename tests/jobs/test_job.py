@@ -11,11 +11,14 @@ import torch
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs import job as frame
+from safeweights_peft.jobs.evaluate import evaluate
 from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.jobs.preserve import preserve_model
+from safeweights_peft.jobs.protect import protect_lora, protect_tuned
 from safeweights_peft.patch.io import read_artifact
-from safeweights_peft.settings import ComputeSettings, ScoreSettings
+from safeweights_peft.settings import ComputeSettings, PreserveMethod, ScoreSettings
 from tests.jobs.conftest import Run
-from tests.tiny_jobs import BENIGN, Interrupted, Recorder
+from tests.tiny_jobs import BENIGN, Interrupted, Recorder, Requests
 
 
 @pytest.fixture
@@ -109,3 +112,46 @@ def test_work_is_found_again_unless_what_it_depends_on_has_changed(
 def test_a_step_is_done_once(tmp_path: Path) -> None:
     assert once(tmp_path / "step.json", lambda: {"found": 1}) == {"found": 1}
     assert once(tmp_path / "step.json", lambda: {"found": 2}) == {"found": 1}
+
+
+def content_id(folder: Path) -> str:
+    found = read_artifact(folder).metadata.content_id
+    assert found is not None
+    return found
+
+
+def test_an_evaluation_of_the_base_alone_names_no_adapter(run: Run) -> None:
+    told = json.loads((run.out / "before.json").read_text())
+    assert told["base"] == {"name": str(run.base), "revision": None}
+    assert told["content_id"] is None
+
+
+def test_an_evaluation_and_the_summary_name_the_patch_by_its_content(run: Run) -> None:
+    told = json.loads((run.out / "after.json").read_text())
+    assert told["base"] == run.result["base"] == {"name": str(run.base), "revision": None}
+    assert told["content_id"] == run.result["content_id"] == content_id(run.out / "patch")
+
+
+def test_what_was_preserved_and_protected_names_the_map(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    safety_map, settings = run.out / "map", requests.preserve(steps=2)
+    tuned, lora = tmp_path / "tuned", tmp_path / "lora"
+    job = Job(run.base), safety_map, requests.lessons
+    records = [
+        preserve_model(*job, tuned, settings),
+        preserve_model(*job, lora, requests.preserve(steps=2, method=PreserveMethod.LORA)),
+        protect_tuned(Job(run.base), tuned, safety_map, tmp_path / "protected"),
+        protect_lora(str(lora), safety_map, tmp_path / "corrected", str(run.base)),
+    ]
+    for record in records:
+        assert record["base"] == {"name": str(run.base), "revision": None}
+        assert record["content_id"] == content_id(safety_map)
+
+
+def test_a_lora_has_no_content_id(run: Run, requests: Requests, tmp_path: Path) -> None:
+    settings = requests.preserve(steps=2, method=PreserveMethod.LORA)
+    job = Job(run.base), run.out / "map", requests.lessons, tmp_path / "lora", settings
+    preserve_model(*job)
+    result = evaluate(Job(run.base), tmp_path / "lora", requests.evaluate(limit=1))
+    assert result["content_id"] is None

@@ -17,6 +17,8 @@ from safeweights_peft.jobs.train import train
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_adapter, read_map
 from safeweights_peft.tuner.layer import selected_parameters
+from tests.killing import Ending, end_at_every_write
+from tests.patch.test_interruptions import PREPARE, is_old
 from tests.tiny_jobs import HARMFUL, Interrupted, Recorder, Requests, content
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
 
@@ -196,3 +198,35 @@ def test_progress_reaches_its_totals(
     recorder = Recorder()
     train(Job(tiny_llama, progress=recorder), map_dir, tmp_path / "patch", requests.train(steps=3))
     assert recorder.tasks == [["Asking the base benign requests", 6, 6], ["Training", 3, 3]]
+
+
+IMPORTS = """
+import torch
+torch.set_num_threads(1)
+from safeweights_peft.jobs.train import _save
+from tests.tuner.patches import load_base, patch_model, save_patch
+base = Path({base!r})
+save_patch(base, Path(root, "template"), seed=1)
+Path(root, "template", "kept").touch()
+model = patch_model(load_base(base), base, seed=2)
+metadata = model.peft_config["default"].to_metadata("here")
+"""
+SAVE = "_save(model, metadata, folder / 'patch', {'losses': []}, True)"
+SIZES = range(1000, 31000, 6000)  # of tensors of 26,000 bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["kill", "full"])
+def test_training_that_ends_while_it_saves_leaves_the_old_patch_or_the_new_one(
+    ending: Ending, tiny_llama: Path, tmp_path: Path
+) -> None:
+    imports = IMPORTS.format(base=str(tiny_llama))
+    folders = end_at_every_write(tmp_path, ending, imports, PREPARE, SAVE, SIZES)
+    outcomes = [is_old(folder) for folder in folders]
+    assert 0 < sum(outcomes) < len(outcomes)
+    if ending == "full":
+        assert outcomes == [(folder / "error").exists() for folder in folders]
+        told = {
+            (folder / "error").read_text().split(":")[0] for folder in folders if is_old(folder)
+        }
+        assert told == {"FormatError"}
