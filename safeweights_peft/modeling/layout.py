@@ -1,8 +1,4 @@
-"""A model's parameters: which may be selected, and where each lives on disk.
-
-The only translator between in-memory parameters and checkpoint keys, and the only file that uses
-transformers' weight conversion. It never sees an adapter.
-"""
+"""A model's parameters: which may be selected, and where each lives in the base's checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
@@ -33,14 +27,11 @@ def total_parameters(model: nn.Module) -> int:
 
 
 def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """List the parameters that may carry selected entries.
-
-    Embeddings (and an untied output head), norms, biases and routers are left out: norms and
-    biases are vectors (one for each expert where experts are fused), and moving embeddings or
-    routers changes the model everywhere at once.
-    """
+    """List the parameters that may carry selected entries: matrices, but for a few kinds."""
+    # Moving embeddings, an untied output head or routers changes the model everywhere at once.
+    # Norms and biases are vectors, but for one a fused expert; biases go by their name.
     head = model.get_output_embeddings()
-    left_out = {
+    excluded = {
         id(module.weight)
         for module in model.modules()
         if isinstance(module, nn.Embedding) or module is head
@@ -48,12 +39,11 @@ def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in left_out and not _is_left_out(name)
+        if parameter.ndim >= 2 and id(parameter) not in excluded and not _is_excluded(name)
     }
 
 
-def _is_left_out(name: str) -> bool:
-    """Tell routers by their module's name, and biases by their own."""
+def _is_excluded(name: str) -> bool:
     module, _, own = name.rpartition(".")
     return module.rpartition(".")[2] in ROUTER_NAMES or own.endswith("bias")
 
@@ -61,27 +51,36 @@ def _is_left_out(name: str) -> bool:
 def describe(
     model: PreTrainedModel, names: Iterable[str], base_path: Path | None
 ) -> dict[str, TensorRecord]:
-    """Say for each parameter what it is and where it lives in the base's checkpoint."""
+    """Describe parameters: shape, dtype, and where each lives in the base's checkpoint, if any."""
     reader = None if base_path is None else CheckpointReader(base_path)
-    parameters, tied = dict(model.named_parameters()), _names_by_parameter(model)
-    asked = {}
+    parameters = dict(model.named_parameters())
+    names_by_parameter: dict[nn.Parameter, list[str]] = {}  # tied ones have several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_by_parameter.setdefault(parameter, []).append(name)
+    names = list(names)
     for name in names:
         if name not in parameters:
             raise ModelError(
                 f"{name}: expected a parameter of the model, found none; a tied one goes by its "
                 "first name, as in named_parameters()"
             )
-        asked[name] = parameters[name]
-    kept = _find_kept(model, asked)
+    unconverted = _find_unconverted(model, {name: parameters[name] for name in names})
     records = {}
-    for name, parameter in asked.items():
-        if name in kept:
-            blocks: tuple[Block, ...] = (Block.dense(name, parameter.shape),)
+    for name in names:
+        parameter = parameters[name]
+        if name in unconverted:
+            blocks = [Block.dense(name, parameter.shape)]
         else:
             blocks = _convert(model, name, parameter)
-        record = _describe_parameter(name, parameter, blocks, reader)
-        others = tuple(other for other in tied[parameter] if other != name)
-        records[name] = replace(record, tied_keys=others)
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if reader is not None:
+            blocks = [_find_on_disk(name, block, reader) for block in blocks]
+            dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
+        tied_keys = tuple(other for other in names_by_parameter[parameter] if other != name)
+        shape = tuple(parameter.shape)
+        records[name] = TensorRecord(
+            shape=shape, dtype=dtype, blocks=tuple(blocks), tied_keys=tied_keys
+        )
     return records
 
 
@@ -94,42 +93,24 @@ def check_shape(name: str, parameter: Tensor | None, record: TensorRecord, hint:
         )
 
 
-def _find_kept(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> set[str]:
+def _find_unconverted(model: PreTrainedModel, parameters: dict[str, nn.Parameter]) -> set[str]:
     """Find the parameters that are saved as they are, all at once and without any data."""
     empty = {name: torch.empty(p.shape, device="meta") for name, p in parameters.items()}
     saved = revert_weight_conversion(model, dict(empty))
-    return {name for name, each in empty.items() if saved.get(name) is each}
+    return {name for name, tensor in empty.items() if saved.get(name) is tensor}
 
 
-def _convert(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> tuple[Block, ...]:
+def _convert(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> list[Block]:
     """Follow each entry of a parameter to where it is saved."""
-    # The largest thing here: as narrow as positions allow.
+    # transformers' own conversion moves positions as it would weights: whatever it does to them
+    # can be read off. They are the largest thing here, so as narrow as they may be.
     narrow = torch.int32 if parameter.numel() < 2**31 else torch.int64
     positions = torch.arange(parameter.numel(), dtype=narrow).view(parameter.shape)
-    return tuple(
-        _block(name, key, value.numpy())
-        for key, value in revert_weight_conversion(model, {name: positions}).items()
-    )
+    saved = revert_weight_conversion(model, {name: positions})
+    return [_make_block(name, key, tensor.numpy()) for key, tensor in saved.items()]
 
 
-def _describe_parameter(
-    name: str,
-    parameter: nn.Parameter,
-    blocks: tuple[Block, ...],
-    reader: CheckpointReader | None,
-) -> TensorRecord:
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    if reader is not None:
-        blocks = tuple(_on_disk(name, block, reader) for block in blocks)
-        dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
-    return TensorRecord(
-        shape=tuple(parameter.shape),
-        dtype=dtype,
-        blocks=blocks,
-    )
-
-
-def _block(name: str, key: str, positions: np.ndarray) -> Block:
+def _make_block(name: str, key: str, positions: np.ndarray) -> Block:
     """Describe a checkpoint tensor as a strided view of the parameter's flat storage."""
     origin = (0,) * positions.ndim
     offset = int(positions[origin])
@@ -148,7 +129,7 @@ def _block(name: str, key: str, positions: np.ndarray) -> Block:
     return Block(key=key, shape=positions.shape, offset=offset, strides=tuple(strides))
 
 
-def _on_disk(name: str, block: Block, reader: CheckpointReader) -> Block:
+def _find_on_disk(name: str, block: Block, reader: CheckpointReader) -> Block:
     key = reader.find_key(block.key) or block.key
     hint = "give the model's own checkpoint, saved by this version of transformers"
     reader.check_tensor(key, block.shape, name=name, error=ModelError, hint=hint)
@@ -162,11 +143,3 @@ def _common_dtype(name: str, dtypes: set[str]) -> str:
             f"found {', '.join(sorted(dtypes))}; convert the checkpoint first"
         )
     return dtypes.pop()
-
-
-def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """List every name of each parameter; tied ones have several."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return names

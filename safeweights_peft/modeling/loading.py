@@ -1,4 +1,4 @@
-"""Base models, guards and tokenizers: how they are loaded, and where they run."""
+"""Load base models, guards and tokenizers; choose where and in which dtype they run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safeweights_peft.fetching import BaseModel
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """Choose where to compute."""
+    """Choose where to compute: as named, else an accelerator where there is one."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -34,13 +34,13 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """Choose the dtype to compute in."""
+    """Choose the dtype to compute in; "auto" on a GPU is the checkpoint's own."""
     if dtype == "auto":
+        # On most CPUs, 16-bit matrix products are slower, and sampled gradients need float32.
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
         raise ModelError(f"--dtype: expected auto, {', '.join(DTYPES)}, found {dtype}; choose one")
-    found: torch.dtype = getattr(torch, dtype)
-    return found
+    return getattr(torch, dtype)
 
 
 def load_model(
@@ -83,7 +83,7 @@ def _load(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: expected a {kind} that transformers can load, "
-            f"found {type(error).__name__}: {error}"
+            f"found {type(error).__name__}: {error}; give a directory or Hub id of one"
         ) from error
     if getattr(model, "is_quantized", False):
         raise ModelError(
@@ -93,13 +93,18 @@ def _load(
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer and makes sure that it can pad."""
+    """Load a model's tokenizer, and make sure that it can pad."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{base.name}: expected a tokenizer, found none: {error}") from error
+        raise ModelError(
+            f"{base.name}: expected a tokenizer, found none: {error}; save it beside the model"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"{base.name}: expected a padding or end token in the tokenizer")
+            raise ModelError(
+                f"{base.name}: expected a padding or end token in the tokenizer, found neither; "
+                "set tokenizer.pad_token and save it"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
