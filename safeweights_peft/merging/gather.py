@@ -10,7 +10,7 @@ from safeweights_peft.patch.records import State, TensorRecord, entries_by_block
 
 
 def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
-    """Return whose entries a whole checkpoint holds, tied copies included; refuse a mixture."""
+    """Return whose entries a checkpoint and its tied copies hold; refuse others and a mixture."""
     metadata, indices, state = artifact.metadata, artifact.indices, State.EITHER
     for name, record in metadata.tensors.items():
         for copy in find_copies(reader, record):
@@ -59,7 +59,7 @@ def gather_entries(
 
 
 def find_copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRecord]:
-    """Return a record by the checkpoint's own keys: of its blocks, then of each tied key there."""
+    """Return a record in the checkpoint's own keys, then one for each tied copy that is there."""
     placed = _place(reader, record)
     own = placed.blocks[0]
     # Two keys may be one tensor here, where the prefix that told them apart is not saved.

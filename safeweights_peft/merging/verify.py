@@ -40,12 +40,12 @@ _PROVENANCE = ("_name_or_path", "transformers_version")
 
 
 class Verdict(StrEnum):
-    """The result of a check, or of all of them."""
+    """The result of a check, or of all of them; the best first."""
 
     VERIFIED = "verified"
+    UNKNOWN = "unknown"
     FAILED = "failed"
     UNREADABLE = "unreadable"
-    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class VerifyReport:
     @property
     def verdict(self) -> Verdict:
         """The worst verdict of a check."""
-        verdicts = {check.verdict for check in self.checks}
-        worst_first = Verdict.UNREADABLE, Verdict.FAILED, Verdict.UNKNOWN
-        return next((verdict for verdict in worst_first if verdict in verdicts), Verdict.VERIFIED)
+        return max((check.verdict for check in self.checks), key=list(Verdict).index)
 
     @property
     def ok(self) -> bool:

@@ -39,22 +39,14 @@ def test_a_checkpoint_whose_keys_lack_the_prefix_gets_the_same_edit(tmp_path: Pa
     assert verify(case.patch, case.out).checks[-1].detail.startswith("holds the merged values")
 
 
-def test_a_checkpoint_whose_keys_have_the_prefix_gets_the_edit_of_a_patch_without(
+def test_a_tied_copy_that_is_the_parameter_without_its_prefix_is_changed_once(
     tmp_path: Path,
 ) -> None:
-    case = Case(tmp_path, {UP: dense("up.weight", (8, 9), "float16")})
-    prefixed = {f"model.{key}": tensor for key, tensor in case.tensors.items()}
-    merge(save_checkpoint(tmp_path / "prefixed", prefixed), case.patch, case.out)
+    case = Case(tmp_path, {UP: dense(UP, (8, 9), "bfloat16", tied_keys=("up.weight",))})
+    bare = save_checkpoint(tmp_path / "bare", without_prefix(case.tensors))
+    assert merge(bare, case.patch, case.out).tensors == 1
     expected = slow_merge(case.tensors, (case.adapter, 1.0))
-    found = load_checkpoint(case.out)
-    assert found["model.up.weight"].tobytes() == expected["up.weight"].tobytes()
-
-
-def test_a_key_that_is_there_is_preferred_to_the_one_with_another_prefix(tmp_path: Path) -> None:
-    case = Case(tmp_path, {UP: dense(UP, (8, 9), "bfloat16")})
-    case.change_base(lambda tensors: tensors.update({"up.weight": tensors[UP] + 1}))
-    merge(case.base, case.patch, case.out)
-    assert_same_tensors(load_checkpoint(case.out), slow_merge(case.tensors, (case.adapter, 1.0)))
+    assert_same_tensors(load_checkpoint(case.out), without_prefix(expected))
 
 
 @pytest.mark.parametrize(

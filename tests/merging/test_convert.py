@@ -70,11 +70,11 @@ def test_a_compact_patch_merges_to_the_same_bits(
     back = convert(compact, Encoding.PLAIN, again, case.base)
     assert {r.encoding for r in read_metadata(again).tensors.values()} == {Encoding.PLAIN}
     assert back.changed_values == 0
-    ids = {read_artifact(each).metadata.content_id for each in (case.patch, compact, again)}
+    ids = {read_artifact(path).metadata.content_id for path in (case.patch, compact, again)}
     assert ids == {report.content_id, back.content_id}
     merged = [
-        [record.merged_digest for record in read_metadata(each).tensors.values()]
-        for each in (case.patch, compact, again)
+        [record.merged_digest for record in read_metadata(path).tensors.values()]
+        for path in (case.patch, compact, again)
     ]
     assert merged[0] == merged[1] == merged[2]
 

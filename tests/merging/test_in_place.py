@@ -305,7 +305,10 @@ def test_an_overlap_can_be_refused_in_place_too(case: Case, tmp_path: Path) -> N
     case.add_patch(density=0.9)
     before = case.files()
     patches = [case.patch, tmp_path / "second"]
-    for attempt in (merge_in_place, lambda base, each, **how: plan(base, each, None, **how)):
+    for attempt in (
+        merge_in_place,
+        lambda base, adapters, **how: plan(base, adapters, None, **how),
+    ):
         with pytest.raises(MergeError, match="expected patches that change different entries"):
             attempt(case.base, patches, on_overlap="error")
     assert case.files() == before

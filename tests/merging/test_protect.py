@@ -128,7 +128,7 @@ def test_the_report_counts_what_had_moved_and_how_far(case: Case, tmp_path: Path
     report = protect(tuned, case.base, case.map, case.out)
     assert report.changed == 1
     assert report.largest_change == pytest.approx(2, abs=0.02)
-    assert report.entries == sum(each.size for each in case.adapter.indices.values())
+    assert report.entries == sum(indices.size for indices in case.adapter.indices.values())
     assert bits(load_checkpoint(case.out)) == bits(case.tensors)
 
 

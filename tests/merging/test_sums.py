@@ -62,7 +62,7 @@ def test_shared_entries_are_counted_for_every_two_patches_and_every_parameter(
     adapters = [case.adapter, case.add_patch(density=0.5), case.add_patch("third", 3, density=0.5)]
     paths = [case.patch, tmp_path / "second", tmp_path / "third"]
     report = merge(case.base, paths, case.out)
-    found = {(each.left, each.right, each.tensor): each.entries for each in report.overlap}
+    found = {(part.left, part.right, part.tensor): part.entries for part in report.overlap}
     expected = {}
     for i, j in ((0, 1), (0, 2), (1, 2)):
         for name in case.records:
@@ -72,7 +72,7 @@ def test_shared_entries_are_counted_for_every_two_patches_and_every_parameter(
             if shared:
                 expected[str(paths[i]), str(paths[j]), name] = len(shared)
     assert found == expected
-    assert plan(case.base, paths, case.out)["overlap"] == [vars(each) for each in report.overlap]
+    assert plan(case.base, paths, case.out)["overlap"] == [vars(part) for part in report.overlap]
 
 
 def test_entries_of_several_patches_are_counted_once(case: Case, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_card_says_what_was_merged_onto_what(case: Case, tmp_path: Path) -> 
     first, second = report.patches
     assert f"| patch | `{first.content_id}` | 1 | {first.entries} |" in card
     assert f"| second | `{second.content_id}` | 0.5 | {second.entries} |" in card
-    assert f"{sum(each.entries for each in report.overlap)} entries are changed by two" in card
+    assert f"{sum(part.entries for part in report.overlap)} entries are changed by two" in card
 
 
 def test_the_card_tells_no_path(tmp_path: Path) -> None:

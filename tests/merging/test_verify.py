@@ -58,13 +58,13 @@ def change(path: Path, edit: Callable[[Tensors], object], shards: int = 1) -> No
     """Change the tensors of a checkpoint in place."""
     tensors = {key: np.array(value) for key, value in load_checkpoint(path).items()}
     edit(tensors)
-    side_files = {each: each.read_bytes() for each in path.iterdir() if each.suffix != ""}
-    for each in path.glob("*.safetensors*"):
-        each.unlink()
+    side_files = {file: file.read_bytes() for file in path.iterdir() if file.suffix != ""}
+    for shard in path.glob("*.safetensors*"):
+        shard.unlink()
     save_checkpoint(path, tensors, shards)
-    for each, content in side_files.items():
-        if ".safetensors" not in each.name:
-            each.write_bytes(content)
+    for file, content in side_files.items():
+        if ".safetensors" not in file.name:
+            file.write_bytes(content)
 
 
 def touched(case: Case) -> int:
@@ -169,18 +169,15 @@ def test_base_and_merged_model_given_for_each_other_fail(case: Case) -> None:
     )
 
 
-@pytest.mark.parametrize("patches", [["second"], ["patch", "second"], [("patch", 0.5)]])
+@pytest.mark.parametrize(
+    "patches", [[("second", 1)], [("patch", 1), ("second", 1)], [("patch", 0.5)]]
+)
 def test_another_adapter_or_scale_or_one_more_fails(
-    patches: list[str | tuple[str, float]], case: Case
+    patches: list[tuple[str, float]], case: Case
 ) -> None:
     case.add_patch()
-    places = [
-        (case.patch.with_name(each[0]), each[1])
-        if isinstance(each, tuple)
-        else case.patch.with_name(each)
-        for each in patches
-    ]
-    merge(case.base, places, case.out, overwrite=True)
+    chosen = [(case.patch.with_name(name), scale) for name, scale in patches]
+    merge(case.base, chosen, case.out, overwrite=True)
     report = verify_all(case)
     assert (report.verdict, report.checks[-1].name) == (Verdict.FAILED, "weights")
 
@@ -300,9 +297,8 @@ def test_a_patchs_entries_are_read_and_hashed_once(
     assert verify_all(case).ok
     assert reads == {f"base: {key}": 1 for key in case.tensors if key != "untouched.weight"}
     records = read_metadata(case.patch).tensors.values()
-    assert hashes == Counter([each.base_digest for each in records]) + Counter(
-        [each.merged_digest for each in records]
-    )
+    digests = [(record.base_digest, record.merged_digest) for record in records]
+    assert hashes == Counter(part for pair in digests for part in pair)
 
 
 def test_tensors_are_compared_window_by_window(
@@ -485,7 +481,7 @@ def test_a_map_is_verified_with_its_base_and_changes_nothing(case: Case, tmp_pat
 def test_progress_is_told_in_bytes_of_the_merged_model(case: Case) -> None:
     told: list[tuple[int, int]] = []
     verify(case.patch, case.base, case.out, progress=lambda *at: told.append(at))
-    size = sum(each.nbytes for each in load_checkpoint(case.out).values())
+    size = sum(tensor.nbytes for tensor in load_checkpoint(case.out).values())
     assert told[-1] == (size, size)
     assert told == sorted(told)
 
