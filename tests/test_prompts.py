@@ -177,8 +177,8 @@ def test_no_evaluation_request_shares_a_quarter_of_its_topic_with_a_training_req
 @pytest.mark.parametrize("kind", ["harmful", "benign"])
 def test_three_quarters_of_evaluation_topic_words_never_occur_in_training(kind: str) -> None:
     seen = frozenset().union(*map(content_words, instructions_of(f"{kind}_train")))
-    asked = frozenset().union(*map(content_words, instructions_of(f"{kind}_eval")))
-    assert len(asked - seen) / len(asked) >= 0.75
+    evaluated = frozenset().union(*map(content_words, instructions_of(f"{kind}_eval")))
+    assert len(evaluated - seen) / len(evaluated) >= 0.75
 
 
 @pytest.mark.parametrize(

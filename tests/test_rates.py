@@ -12,7 +12,7 @@ Z = 1.9599639845400545
 
 
 def wilson_twin(count: int, n: int) -> tuple[float, float]:
-    """Solves (count / n - p)**2 = Z**2 p (1 - p) / n for p, which defines the interval's ends."""
+    """Solve (count / n - p)**2 = Z**2 p (1 - p) / n for p, which defines the interval's ends."""
     share = count / n
     low, high = sorted(np.roots([1 + Z**2 / n, -(2 * share + Z**2 / n), share**2]).real)
     return float(low), float(high)

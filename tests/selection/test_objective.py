@@ -97,7 +97,7 @@ class Twin:
         return self.model(ids).logits[0, len(example.prompt_ids) - 1 : -1]
 
     def freeze(self, answers: Sequence[Answered]) -> None:
-        """Draws the noise, and notes the probabilities at theta."""
+        """Draw the noise, and note the probabilities at theta."""
         self.noise, self.at_theta = [], []
         for place, answered in enumerate(answers):
             logits = self.logits(answered.example).detach()
@@ -108,7 +108,7 @@ class Twin:
             self.at_theta.append(self.soft(logits, noise))
 
     def soft(self, logits: torch.Tensor, noise: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([F.softmax((logits + each) / TEMPERATURE, -1) for each in noise]).mean(0)
+        return torch.stack([F.softmax((logits + draw) / TEMPERATURE, -1) for draw in noise]).mean(0)
 
     @torch.no_grad()
     def value(
@@ -162,7 +162,7 @@ class Twin:
 
 
 def check(model, twin: Twin, judge: SoftJudge, answers, before, after, read) -> None:
-    """Holds the estimate, along itself and something random, to a central difference."""
+    """Hold the estimate, along itself and something random, to a central difference."""
     objective = JudgedObjective(judge, answers, 256, 2, TEMPERATURE, SAMPLES, SEED)
     gradients = sum_gradients(model.float(), eligible_parameters(model), objective)
     twin.model.double()
@@ -170,20 +170,23 @@ def check(model, twin: Twin, judge: SoftJudge, answers, before, after, read) -> 
     value = twin.value(answers, before, after, read)
     assert objective.mean_safety == pytest.approx(value, rel=1e-4)
     generator = torch.Generator().manual_seed(0)
-    aside = {name: torch.randn(each.shape, generator=generator) for name, each in gradients.items()}
+    aside = {
+        name: torch.randn(gradient.shape, generator=generator)
+        for name, gradient in gradients.items()
+    }
     direction = {name: unit(gradients)[name] + unit(aside)[name] for name in gradients}
     values = []
     for step in (STEP, -2 * STEP):
-        for name, each in direction.items():
-            twin.model.get_parameter(name).data += step * each
+        for name, move in direction.items():
+            twin.model.get_parameter(name).data += step * move
         values.append(twin.value(answers, before, after, read))
-    found = sum((gradients[name] * each).sum().item() for name, each in direction.items())
-    assert found == pytest.approx((values[0] - values[1]) / (2 * STEP), rel=1e-3)
+    actual = sum((gradients[name] * move).sum().item() for name, move in direction.items())
+    assert actual == pytest.approx((values[0] - values[1]) / (2 * STEP), rel=1e-3)
 
 
 def unit(vector: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    length = sum(each.square().sum() for each in vector.values()).sqrt()
-    return {name: each / length for name, each in vector.items()}
+    length = sum(tensor.square().sum() for tensor in vector.values()).sqrt()
+    return {name: tensor / length for name, tensor in vector.items()}
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -39,7 +39,7 @@ def as_indices(masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def masked_entries(masks: dict[str, np.ndarray], layer: int | None, component: str) -> int:
-    """Counts a cell's selected entries in dense masks: the slow, obvious way."""
+    """Count a cell's selected entries in dense masks: the slow, obvious way."""
     return sum(
         int(mask.sum())
         for name, mask in masks.items()
@@ -88,8 +88,8 @@ def test_a_parameter_is_placed_by_its_name(name: str, place: Place) -> None:
 
 def test_fused_projections_of_a_dense_model_have_components_of_their_own() -> None:
     places = [find_place(name) for name in shapes_of(Phi3Config(**COMMON))]
-    found = {place.component for place in places if place.layer == 1}
-    assert found == {"qkv_proj", "o", "gate_up_proj", "down", "norms"}
+    actual = {place.component for place in places if place.layer == 1}
+    assert actual == {"qkv_proj", "o", "gate_up_proj", "down", "norms"}
 
 
 # --- counting ----------------------------------------------------------------------------------
@@ -112,11 +112,11 @@ def test_every_expert_of_a_fused_parameter_counts_what_its_slice_of_a_dense_mask
     shapes = shapes_of(AutoConfig.from_pretrained(request.getfixturevalue(fixture)))
     masks = random_masks(shapes)
     rows = tabulate(count_parts(shapes, shapes, as_indices(masks)), "layer", "expert")
-    found = {(row["layer"], row["expert"]): row["selected"] for row in rows}
+    actual = {(row["layer"], row["expert"]): row["selected"] for row in rows}
     for layer in (0, 1):
         own = [masks[n] for n in masks if n.startswith(f"model.layers.{layer}.mlp.experts.")]
         for expert in range(4):
-            assert found[layer, expert] == sum(int(mask[expert].sum()) for mask in own)
+            assert actual[layer, expert] == sum(int(mask[expert].sum()) for mask in own)
 
 
 def test_experts_in_parameters_of_their_own_count_like_fused_ones() -> None:

@@ -65,7 +65,7 @@ def test_the_published_arithmetic_is_that_written_out_step_by_step(
         for request, text in CONVERSATIONS
     ]
     objective = script.PublishedObjective(guard, own, tokenizer, "s", answers, seed=5)
-    found = sum_gradients(model, eligible_parameters(model), objective)
+    actual = sum_gradients(model, eligible_parameters(model), objective)
     embeddings = guard.get_input_embeddings().weight.detach()
     total = torch.zeros(())
     parameters = eligible_parameters(model)
@@ -95,5 +95,5 @@ def test_the_published_arithmetic_is_that_written_out_step_by_step(
         both = min(len(h), len(p))
         total = total - (h[:both] * p[:both]).sum()
     expected = torch.autograd.grad(total, list(parameters.values()))
-    for (name, gradient), twin in zip(found.items(), expected, strict=True):
+    for (name, gradient), twin in zip(actual.items(), expected, strict=True):
         torch.testing.assert_close(gradient, twin, rtol=1e-3, atol=1e-9, msg=name)

@@ -88,13 +88,13 @@ def test_a_map_that_was_written_is_read_again(
 ) -> None:
     safety_map = random_map(request.getfixturevalue(model))
     written = write_map(tmp_path / "map", safety_map)
-    found = read_map(tmp_path / "map")
-    assert found.metadata == written
-    assert found.metadata.selection == SELECTION
-    assert sum(each.size for each in found.indices.values()) == 500
+    actual = read_map(tmp_path / "map")
+    assert actual.metadata == written
+    assert actual.metadata.selection == SELECTION
+    assert sum(indices.size for indices in actual.indices.values()) == 500
     for name, indices in safety_map.indices.items():
-        assert np.array_equal(found.indices[name], indices)
-        assert np.array_equal(found.scores[name], safety_map.scores[name])
-        assert found.metadata.tensors[name].base_digest == (
+        assert np.array_equal(actual.indices[name], indices)
+        assert np.array_equal(actual.scores[name], safety_map.scores[name])
+        assert actual.metadata.tensors[name].base_digest == (
             safety_map.metadata.tensors[name].base_digest
         )

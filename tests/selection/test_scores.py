@@ -85,21 +85,21 @@ def test_the_terms_sum_to_the_mean_log_likelihood(model, examples) -> None:
 
 
 def test_gradients_are_those_of_the_mean_log_likelihood_written_out(model, examples) -> None:
-    found = gradients_of(model, examples, batch_size=3)
+    actual = gradients_of(model, examples, batch_size=3)
     parameters = eligible_parameters(model)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     loss = mean_log_likelihood(model, examples)
     expected = torch.autograd.grad(loss, list(parameters.values()))
-    for (name, gradient), twin in zip(found.items(), expected, strict=True):
+    for (name, gradient), twin in zip(actual.items(), expected, strict=True):
         torch.testing.assert_close(gradient, twin, rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
 def test_the_batch_size_does_not_change_the_gradients(model, examples, batch_size: int) -> None:
-    found = gradients_of(model, examples, batch_size)
+    actual = gradients_of(model, examples, batch_size)
     for name, expected in gradients_of(model, examples, 3).items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual[name], expected, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_a_request_that_comes_twice_counts_twice(model, examples) -> None:
@@ -140,9 +140,9 @@ def test_a_bfloat16_models_gradients_are_summed_in_float32(
     tiny_llama_bf16: Path, batch_size: int
 ) -> None:
     model, examples = load(tiny_llama_bf16, torch.bfloat16), refusals(tiny_llama_bf16)
-    found = gradients_of(model, examples, batch_size)
+    actual = gradients_of(model, examples, batch_size)
     parameters = eligible_parameters(model)
-    expected = {name: torch.zeros(each.shape) for name, each in parameters.items()}
+    expected = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for term in ReferenceObjective(examples, PAD, batch_size).terms(model):
@@ -150,7 +150,7 @@ def test_a_bfloat16_models_gradients_are_summed_in_float32(
         for name, gradient in zip(parameters, own, strict=True):
             assert gradient.dtype == torch.bfloat16
             expected[name] += gradient.float()
-    for name, gradient in found.items():
+    for name, gradient in actual.items():
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient, expected[name]), name
 
@@ -159,8 +159,8 @@ def test_a_bfloat16_models_gradients_are_summed_in_float32(
 def test_scoring_leaves_the_model_as_it_was(model, examples, trainable: bool) -> None:
     model.requires_grad_(trainable)
     model.get_parameter("model.norm.weight").requires_grad_(not trainable)
-    before = {name: each.detach().clone() for name, each in model.named_parameters()}
-    required = {name: each.requires_grad for name, each in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     gradients_of(model, examples, batch_size=3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -224,16 +224,16 @@ def test_an_objective_has_as_many_terms_as_it_says_and_reports_each(
 def test_sizes_are_summed_request_by_request_where_asked(model, examples) -> None:
     parameters, objective = eligible_parameters(model), ReferenceObjective(examples, PAD, 1)
     how = Aggregation.MEAN_OF_ABS
-    found = sum_gradients(model, parameters, objective, aggregation=how)
+    actual = sum_gradients(model, parameters, objective, aggregation=how)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     singly = [
-        torch.autograd.grad(mean_log_likelihood(model, [each]), list(parameters.values()))
-        for each in examples
+        torch.autograd.grad(mean_log_likelihood(model, [example]), list(parameters.values()))
+        for example in examples
     ]
-    for name, *own in zip(found, *singly, strict=True):
+    for name, *own in zip(actual, *singly, strict=True):
         expected = sum(gradient.abs() for gradient in own) / len(examples)
-        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(actual[name], expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
@@ -249,9 +249,9 @@ def test_an_interrupted_sum_goes_on_bit_for_bit(model, examples, done: int) -> N
 
     with pytest.raises(KeyboardInterrupt):
         sum_gradients(model, parameters, objective, interrupt)
-    found = sum_gradients(model, parameters, objective, resume_from=kept["now"])
+    actual = sum_gradients(model, parameters, objective, resume_from=kept["now"])
     for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+        assert torch.equal(actual[name], gradient), name
 
 
 def test_a_gradient_that_is_not_finite_is_refused_after_the_first_term(model, examples) -> None:
@@ -394,13 +394,13 @@ def test_excluded_entries_keep_the_scores_that_they_had() -> None:
 def test_entries_of_other_tensors_count_but_exclude_nothing() -> None:
     scores = make_scores(0)
     lowest = sorted(value for values in scores.values() for value in values.flatten())[:9]
-    found = select_lowest(scores, {"elsewhere": np.arange(9)})
-    assert sorted(scores[name].flatten()[i] for name, i in found) == lowest
+    actual = select_lowest(scores, {"elsewhere": np.arange(9)})
+    assert sorted(scores[name].flatten()[i] for name, i in actual) == lowest
 
 
 def draw(path: Path, *seed: int) -> set[tuple[str, int]]:
     parameters = eligible_parameters(load(path))
-    excluded = exclude(0, 0.1, {name: each.numel() for name, each in parameters.items()})
+    excluded = exclude(0, 0.1, {name: parameter.numel() for name, parameter in parameters.items()})
     drawn = select_lowest(dict(draw_scores(parameters, *seed)), excluded)
     assert not drawn & as_set(excluded)
     assert len(drawn) == len(as_set(excluded))
@@ -416,7 +416,9 @@ def test_random_entries_are_fixed_by_seed_and_draw(tiny_llama: Path) -> None:
 
 
 def test_random_entries_are_spread_evenly(tiny_llama: Path) -> None:
-    sizes = {name: each.numel() for name, each in eligible_parameters(load(tiny_llama)).items()}
+    sizes = {
+        name: parameter.numel() for name, parameter in eligible_parameters(load(tiny_llama)).items()
+    }
     drawn = [name for seed in range(5) for name, _ in draw(tiny_llama, 0, seed)]
     for name, size in sizes.items():
         fraction = drawn.count(name) / len(drawn)

@@ -34,8 +34,8 @@ def sort_everything(scores: Scores, k: int, order: Order) -> Chosen:
 
 def as_pairs(selected: dict[str, Selected]) -> Chosen:
     return {
-        name: list(zip(each.indices.tolist(), each.scores.tolist(), strict=True))
-        for name, each in selected.items()
+        name: list(zip(entries.indices.tolist(), entries.scores.tolist(), strict=True))
+        for name, entries in selected.items()
     }
 
 
@@ -116,8 +116,8 @@ def test_scores_of_many_chunks_are_ranked_as_by_a_full_sort(order: Order) -> Non
     expected = np.sort(np.argsort(keys, kind="stable")[:k])
     selected = select(scores.items(), k, order)
     starts = {"a": 0, "b": scores["a"].size, "c": scores["a"].size + scores["b"].size}
-    found = np.concatenate([starts[name] + each.indices for name, each in selected.items()])
-    assert np.array_equal(found, expected)
+    actual = np.concatenate([starts[name] + entries.indices for name, entries in selected.items()])
+    assert np.array_equal(actual, expected)
 
 
 def test_a_single_entry_can_be_selected() -> None:
@@ -129,7 +129,7 @@ def test_a_single_entry_can_be_selected() -> None:
 def test_everything_can_be_selected() -> None:
     scores = {"b": np.ones((2, 3), np.float32), "a": np.zeros(2, np.float32)}
     selected = select(scores.items(), 8)
-    assert {name: each.indices.tolist() for name, each in selected.items()} == {
+    assert {name: entries.indices.tolist() for name, entries in selected.items()} == {
         "a": [0, 1],
         "b": [0, 1, 2, 3, 4, 5],
     }
@@ -209,7 +209,7 @@ def test_indices_are_int64_in_a_tensor_that_int32_cannot_address(monkeypatch) ->
     limited = lambda numel: np.dtype(np.int32 if numel < 10 else np.int64)  # noqa: E731
     monkeypatch.setattr(topk, "index_dtype", limited)
     scores = {"small": np.ones(9, np.float32), "large": np.ones(10, np.float32)}
-    dtypes = {name: each.indices.dtype for name, each in select(scores.items(), 15).items()}
+    dtypes = {name: entries.indices.dtype for name, entries in select(scores.items(), 15).items()}
     assert dtypes == {"large": np.int64, "small": np.int32}
 
 
@@ -222,7 +222,7 @@ def test_memory_is_bounded_by_k_and_one_tensor(kind: str, k: int, size: int, ten
 
     _, tensor_bytes = with_peak_bytes(lambda: tensor_of_scores(kind, size, 1))
     selected, peak_bytes = with_peak_bytes(lambda: select(stream(), k))
-    assert sum(each.indices.size for each in selected.values()) == k
+    assert sum(entries.indices.size for entries in selected.values()) == k
     # Temporary: some arrays for one piece of a tensor, and a histogram of 16-bit halves.
     assert peak_bytes <= 16 * k + tensor_bytes + 32 * topk.CHUNK + 32 * (1 << 16)
 

@@ -73,11 +73,11 @@ def test_an_answer_cut_within_a_character_can_be_spelled(other) -> None:
 
 def test_overlaps_are_counted_character_by_character() -> None:
     written, read = [(0, 3), (3, 3), (3, 7), (7, 8)], [(0, 2), (2, 6), (7, 8), (9, 9)]
-    found = compute_overlaps(written, read)
+    actual = compute_overlaps(written, read)
     for u, (start, end) in enumerate(read):
         for t, (first, last) in enumerate(written):
             common = len(set(range(start, end)) & set(range(first, last)))
-            assert found[u, t] == pytest.approx(common / max(end - start, 1))
+            assert actual[u, t] == pytest.approx(common / max(end - start, 1))
 
 
 def test_each_token_is_read_as_the_other_tokenizer_cuts_its_text(tokenizer, other) -> None:

@@ -29,9 +29,9 @@ def make_map(base: Path, names: list[str] | None = None, seed: int = 0) -> Safet
     """Select a tenth of all parameters, or of some, at random."""
     random, model = np.random.default_rng(seed), load(base)
     selected = {}
-    for name, each in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if names is None or name in names:
-            indices = random.choice(each.numel(), -(-each.numel() // 10), replace=False)
+            indices = random.choice(parameter.numel(), -(-parameter.numel() // 10), replace=False)
             scores = np.ones(len(indices), np.float32)
             selected[name] = Selected(np.sort(indices).astype(np.int32), scores)
     return build_map(model, BaseModel(str(base), base, None), selected, {"method": "random"})
@@ -46,7 +46,7 @@ def entries(model: nn.Module, artifact: SafetyMap | Adapter) -> dict[str, Tensor
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Tell whether tensors hold the same bits."""
+    """Return whether tensors hold the same bits."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype
         and torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
@@ -55,12 +55,12 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def kept(model: nn.Module, base: Path, safety_map: SafetyMap) -> bool:
-    """Tell whether a map's entries are still the base's."""
+    """Return whether a map's entries are still the base's."""
     return same(entries(model, safety_map), entries(load(base), safety_map))
 
 
 def moved(model: nn.Module, base: Path) -> bool:
-    """Tell whether every parameter has moved somewhere."""
+    """Return whether every parameter has moved somewhere."""
     before = load(base)
     return not any(torch.equal(e, before.get_parameter(n)) for n, e in model.named_parameters())
 
@@ -98,7 +98,7 @@ def make_sft_trainer(
 
 def hooks(model: nn.Module) -> int:
     """Count the hooks on optimizers, gradients and modules."""
-    on_gradients = [each._post_accumulate_grad_hooks or {} for each in model.parameters()]
+    on_gradients = [parameter._post_accumulate_grad_hooks or {} for parameter in model.parameters()]
     on_modules = [e for m in model.modules() for e in (m._forward_hooks, m._forward_pre_hooks)]
-    counts = [len(each) for each in (*on_gradients, *on_modules)]
+    counts = [len(group) for group in (*on_gradients, *on_modules)]
     return len(_global_optimizer_post_hooks) + sum(counts)

@@ -25,9 +25,9 @@ SETTINGS = PreserveSettings(steps=5, learning_rate=0.01, batch_size=2, checkpoin
 
 def test_the_loss_of_a_batch_is_that_of_its_answer_tokens_one_by_one(tiny_llama: Path) -> None:
     model, losses = load(tiny_llama), []
-    for each in EXAMPLES:
-        logits = model(input_ids=torch.tensor([each.prompt_ids + each.answer_ids])).logits[0]
-        answers = torch.tensor(each.answer_ids)
+    for example in EXAMPLES:
+        logits = model(input_ids=torch.tensor([example.prompt_ids + example.answer_ids])).logits[0]
+        answers = torch.tensor(example.answer_ids)
         losses += F.cross_entropy(logits[-len(answers) - 1 : -1], answers, reduction="none")
     loss = model(**collate_answers(EXAMPLES, PAD)).loss
     torch.testing.assert_close(loss, torch.stack(losses).mean())
@@ -54,14 +54,14 @@ def test_batches_are_dealt_for_every_step_however_few_examples_there_are() -> No
 def test_rows_of_like_length_stand_in_one_batch() -> None:
     examples = [Example((1,) * 5, (2,) * n) for n in range(1, 61)]
     dealt = deal(examples, PreserveSettings(steps=10, batch_size=6))
-    lengths = [[len(each.answer_ids) for each in dealt[i : i + 6]] for i in range(0, 60, 6)]
+    lengths = [[len(example.answer_ids) for example in dealt[i : i + 6]] for i in range(0, 60, 6)]
     assert all(max(batch) - min(batch) == 5 for batch in lengths)
     assert lengths != sorted(lengths)
 
 
 def test_another_seed_deals_in_another_order() -> None:
     settings = [PreserveSettings(steps=4, batch_size=5, seed=seed) for seed in (0, 0, 1)]
-    first, again, other = (deal(EXAMPLES, each) for each in settings)
+    first, again, other = (deal(EXAMPLES, option) for option in settings)
     assert first == again
     assert first != other
 
@@ -81,7 +81,7 @@ def test_weights_stay_in_float32_where_products_are_computed_in_bfloat16(
     safety_map, wide, narrow = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
     fine_tune(wide, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path / "wide")
     fine_tune(narrow, PAD, EXAMPLES, safety_map, SETTINGS, tmp_path / "narrow", torch.bfloat16)
-    assert {each.dtype for each in narrow.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in narrow.parameters()} == {torch.float32}
     assert not same(narrow.state_dict(), wide.state_dict())
     assert kept(narrow, tiny_llama, safety_map)
 

@@ -16,7 +16,7 @@ from tests.training.twins import config, masked_delta
 
 @contextmanager
 def corrected(layer: LoraLinear, indices: Tensor) -> Iterator[None]:
-    """Corrects a layer by itself."""
+    """Correct a layer by itself."""
     pattern = FrozenPattern.build(indices, tuple(layer.base_layer.weight.shape))
     correction = LoraCorrection(FrozenLayer("layer", layer, pattern))
     correction.attach()
@@ -49,7 +49,7 @@ def test_inputs_of_any_shape_and_rows_without_entries_are_no_exception(
 
 
 class LargestResult(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation gives."""
+    """Note the size of the largest tensor that any operation gives."""
 
     largest = 0
 
@@ -78,9 +78,9 @@ def test_a_correction_holds_eight_bytes_per_entry_and_four_per_row_and_column(
     pattern = FrozenPattern.build(indices, (500, 2000))
     parts = [
         part
-        for each in (pattern.by_row, pattern.by_column)
-        for part in (each.crow_indices(), each.col_indices(), each.values())
+        for matrix in (pattern.by_row, pattern.by_column)
+        for part in (matrix.crow_indices(), matrix.col_indices(), matrix.values())
     ]
-    storages = [each.untyped_storage() for each in parts]
-    held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
-    assert held <= expected * len(indices) + expected / 2 * (500 + 2000 + 2) + 2 * 4
+    storages = [part.untyped_storage() for part in parts]
+    size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    assert size <= expected * len(indices) + expected / 2 * (500 + 2000 + 2) + 2 * 4

@@ -126,7 +126,7 @@ def test_all_hooks_are_gone_at_the_end(tiny_llama: Path) -> None:
 
 
 def break_off(model: nn.Module) -> None:
-    """Fails in the middle of a step, when entries have moved already."""
+    """Fail in the middle of a step, when entries have moved already."""
     model.get_parameter(UP).data.zero_()
     raise Interrupted
 

@@ -47,11 +47,15 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 
 def lora_gradients(model: nn.Module) -> dict[str, Tensor]:
     named = model.named_parameters()
-    return {name: each.grad for name, each in named if ".lora_" in name and each.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in named
+        if ".lora_" in name and parameter.grad is not None
+    }
 
 
 def backward(model: nn.Module, rows: Tensor = BATCHES[0]) -> tuple[Tensor, Tensor]:
-    """Gives the logits and the gradient of the embedded tokens, always with the same dropout."""
+    """Return the logits and the gradient of the embedded tokens, always with the same dropout."""
     torch.manual_seed(5)
     embedded = model.get_input_embeddings()(rows).detach().requires_grad_()
     output = model(inputs_embeds=embedded, labels=rows)
@@ -62,13 +66,13 @@ def backward(model: nn.Module, rows: Tensor = BATCHES[0]) -> tuple[Tensor, Tenso
 def check_like_twin(
     model: nn.Module, other: nn.Module, safety_map: SafetyMap, tolerance: float = 1e-4
 ) -> None:
-    """Checks outputs and all gradients against the dense masked twin's."""
+    """Check outputs and all gradients against the dense masked twin's."""
     with preserve(model, safety_map):
-        found = backward(model)
+        actual = backward(model)
     expected = backward(twin(other, safety_map))
     assert lora_gradients(model).keys() == lora_gradients(other).keys() != set()
     pairs = zip(
-        [*found, *lora_gradients(model).values()],
+        [*actual, *lora_gradients(model).values()],
         [*expected, *lora_gradients(other).values()],
         strict=True,
     )
@@ -78,7 +82,7 @@ def check_like_twin(
 
 
 def train(model: nn.Module, make: MakeOptimizer = OPTIMIZERS["adamw"], steps: int = 20) -> None:
-    optimizer = make([each for each in model.parameters() if each.requires_grad])
+    optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
     for rows in BATCHES[:steps]:
         model(input_ids=rows, labels=rows).loss.backward()
         optimizer.step()
@@ -86,9 +90,9 @@ def train(model: nn.Module, make: MakeOptimizer = OPTIMIZERS["adamw"], steps: in
 
 
 def base_kept(model: nn.Module, base: Path) -> bool:
-    """Tells whether the base's weights in LoRA layers have their bits, all of them."""
-    found = {name: layer.base_layer.weight.detach() for name, layer in layers(model).items()}
-    return same(found, {name: load(base).get_parameter(name).detach() for name in found})
+    """Return whether the base's weights in LoRA layers have all their bits."""
+    actual = {name: layer.base_layer.weight.detach() for name, layer in layers(model).items()}
+    return same(actual, {name: load(base).get_parameter(name).detach() for name in actual})
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but:UserWarning")
@@ -101,7 +105,7 @@ def base_kept(model: nn.Module, base: Path) -> bool:
         {"lora_bias": True, "r": 1},
         {"r": 40},  # more than the layers' own rank
     ],
-    ids=lambda each: "-".join(each) or "plain",
+    ids=lambda names: "-".join(names) or "plain",
 )
 def test_outputs_and_gradients_are_those_of_dense_masks(
     options: dict[str, Any], tiny_llama: Path
@@ -126,7 +130,7 @@ def test_adapters_in_bfloat16_give_those_of_dense_masks_up_to_rounding(
 ) -> None:
     models = [adapted(tiny_llama_bf16).to(torch.bfloat16) for _ in range(2)]
     check_like_twin(*models, make_map(tiny_llama_bf16), tolerance=0.06)
-    assert {each.dtype for each in lora_gradients(models[0]).values()} == {torch.bfloat16}
+    assert {gradient.dtype for gradient in lora_gradients(models[0]).values()} == {torch.bfloat16}
 
 
 def test_under_autocast_the_frozen_part_is_taken_out_in_float32(tiny_llama: Path) -> None:
@@ -150,8 +154,8 @@ def test_an_adapter_that_is_made_active_later_is_corrected_too(tiny_llama: Path)
     model.add_adapter("second", config(r=2))
     with preserve(model, safety_map):
         model.set_adapter("second")
-        found = logits(model)
-    torch.testing.assert_close(found, logits(twin(model, safety_map)))
+        actual = logits(model)
+    torch.testing.assert_close(actual, logits(twin(model, safety_map)))
 
 
 def test_lora_that_transformers_has_put_in_is_corrected(tiny_llama: Path) -> None:
@@ -195,10 +199,10 @@ def test_training_leaves_the_effective_weights_at_the_maps_entries(
     before = logits(model)
     with preserve(model, safety_map):
         train(model, make)
-        found = logits(model)
-    torch.testing.assert_close(found, logits(effective(model, tiny_llama, safety_map)))
-    assert not torch.allclose(found, before, atol=0.1)
-    assert not torch.allclose(found, logits(model), atol=0.1)  # it is what the hooks do
+        actual = logits(model)
+    torch.testing.assert_close(actual, logits(effective(model, tiny_llama, safety_map)))
+    assert not torch.allclose(actual, before, atol=0.1)
+    assert not torch.allclose(actual, logits(model), atol=0.1)  # it is what the hooks do
     assert base_kept(model, tiny_llama)
 
 
@@ -212,9 +216,9 @@ def test_generation_runs_on_the_preserved_weights(tiny_llama: Path) -> None:
     safety_map, model = make_map(tiny_llama), adapted(tiny_llama).eval()
     options = {"max_new_tokens": 8, "do_sample": False, "min_new_tokens": 8}
     with preserve(model, safety_map):
-        found = model.generate(input_ids=BATCHES[0], **options)
+        actual = model.generate(input_ids=BATCHES[0], **options)
     plain = effective(model, tiny_llama, safety_map)
-    assert torch.equal(found, plain.generate(input_ids=BATCHES[0], **options))
+    assert torch.equal(actual, plain.generate(input_ids=BATCHES[0], **options))
 
 
 def test_two_identical_runs_are_bitwise_equal(tiny_llama: Path) -> None:
@@ -233,8 +237,8 @@ def test_entries_of_a_merged_patch_are_preserved_like_a_maps(
     model = adapted(tmp_path / "merged")
     with preserve(model, tmp_path / "patch"):
         train(model, steps=5)
-        found = logits(model)
-    torch.testing.assert_close(found, logits(effective(model, tmp_path / "merged", adapter)))
+        actual = logits(model)
+    torch.testing.assert_close(actual, logits(effective(model, tmp_path / "merged", adapter)))
 
 
 def test_modules_that_are_saved_beside_lora_keep_the_maps_entries(tiny_llama: Path) -> None:
@@ -305,8 +309,8 @@ def test_layers_are_corrected_under_a_wrapper_and_only_meanwhile(
     wrapped = wrap(model)
     unprotected = logits(wrapped)
     with preserve(wrapped, safety_map):
-        found = logits(wrapped)
-    torch.testing.assert_close(found, logits(effective(model, tiny_llama, safety_map)))
+        actual = logits(wrapped)
+    torch.testing.assert_close(actual, logits(effective(model, tiny_llama, safety_map)))
     torch.testing.assert_close(logits(wrapped), unprotected)
 
 
@@ -381,7 +385,7 @@ def test_a_correction_may_be_asked_for_under_protection_and_for_one_adapter_of_m
 
 
 class Probe(TrainerCallback):
-    """Notes at each step whether the model is the plain one with effective weights."""
+    """Note at each step whether the model is the plain one with effective weights."""
 
     def __init__(self, base: Path, safety_map: SafetyMap) -> None:
         self.base, self.safety_map = base, safety_map
@@ -430,13 +434,15 @@ def test_a_trl_trainer_keeps_the_effective_weights_at_the_maps_entries(
 
 
 def lora_weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: each for name, each in model.state_dict().items() if ".lora_" in name}
+    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
 
 
 def work(rank: int, base: Path, folder: Path, safety_map: SafetyMap) -> None:
     model = adapted(base)
     wrapped = DistributedDataParallel(model)
-    optimizer = SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    optimizer = SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1
+    )
     with preserve(wrapped, safety_map):
         for rows in BATCHES[:3]:
             half = rows[rank : rank + 1]
@@ -454,5 +460,5 @@ def test_two_processes_train_what_one_does(tiny_llama: Path, tmp_path: Path) -> 
         train(model, lambda p: SGD(p, lr=0.1), steps=3)
     first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (0, 1))
     assert same(first, second)
-    for name, each in lora_weights(model).items():
-        torch.testing.assert_close(first[name], each, rtol=1e-4, atol=1e-5)
+    for name, weight in lora_weights(model).items():
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-5)

@@ -41,7 +41,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def refused(
     model: nn.Module, safety_map: SafetyMap, error: type[SafeWeightsError], message: str
 ) -> None:
-    """Checks that a model is refused, and that no hook was set for it."""
+    """Check that a model is refused, and that no hook was set for it."""
     before = hooks(model)
     with pytest.raises(error, match=message), preserve(model, safety_map):
         pass

@@ -51,9 +51,9 @@ class Job:
     def __init__(
         self, base: Path, dtype: str | torch.dtype = "auto", values_dtype: str = "float32"
     ) -> None:
-        found = resolve_base(str(base))
-        self.tokenizer = load_tokenizer(found)
-        self.plain = load_model(found, dtype)
+        source = resolve_base(str(base))
+        self.tokenizer = load_tokenizer(source)
+        self.plain = load_model(source, dtype)
         random = np.random.default_rng(0)
         records = describe(self.plain, NAMES, base)
         self.indices = {
@@ -61,12 +61,12 @@ class Job:
             for name, record in records.items()
         }
         metadata = AdapterMetadata(mode=Mode.SET, values_dtype=values_dtype, tensors=records)
-        self.model = create_adapter(load_model(found, dtype), metadata, self.indices)
+        self.model = create_adapter(load_model(source, dtype), metadata, self.indices)
         self.harmful = [encode_example(self.tokenizer, text, REFUSAL, 8) for text in HARMFUL]
         self.benign = [encode_example(self.tokenizer, text, "Yes.", 4) for text in BENIGN]
 
     def run(self, work_dir: Path, stop_at: int | None = None, **changes: object) -> list[StepLoss]:
-        """Trains, or breaks off in the middle of a step."""
+        """Train, or break off in the middle of a step."""
 
         def on_step(step: int) -> None:
             self.steps.append(step)
@@ -80,8 +80,8 @@ class Job:
 
     def values(self) -> dict[str, Tensor]:
         return {
-            each.name: each.values["default"].detach()
-            for each in selected_parameters(self.model, "default")
+            parameter.name: parameter.values["default"].detach()
+            for parameter in selected_parameters(self.model, "default")
         }
 
 
@@ -90,7 +90,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def answer_logits_alone(model: nn.Module, example: Example) -> Tensor:
-    """Runs one example by itself: no padding, no batch; (A, V)."""
+    """Run one example by itself: no padding, no batch; (A, V)."""
     ids = torch.tensor([example.prompt_ids + example.answer_ids])
     return model(ids).logits[0, len(example.prompt_ids) - 1 : -1].float()
 
@@ -129,8 +129,8 @@ def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
                 kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
                 total += decay**position * kl
                 weights += decay**position
-    found = retain_loss(logits, base, ANSWERS, decay).item()
-    assert found == pytest.approx(total / weights, rel=1e-5)
+    actual = retain_loss(logits, base, ANSWERS, decay).item()
+    assert actual == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_what_stands_after_an_answers_end_changes_no_loss() -> None:
@@ -296,7 +296,7 @@ def test_no_example_comes_again_before_all_have_come(
         dealt = [example for example in seen if example in known]
         rounds = [dealt[start : start + len(known)] for start in range(0, len(dealt), len(known))]
         assert len(rounds) == 4
-        assert all(set(each) == set(known) for each in rounds)
+        assert all(set(round_) == set(known) for round_ in rounds)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(

@@ -29,17 +29,17 @@ def adapted(base: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Pe
 
 
 def layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Finds the LoRA layers, by the plain model's names of their weights."""
+    """Find the LoRA layers, by the plain model's names of their weights."""
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
     return {
-        f"{name.removeprefix(prefix)}.weight": each
-        for name, each in model.named_modules()
-        if isinstance(each, LoraLinear)
+        f"{name.removeprefix(prefix)}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLinear)
     }
 
 
 def masks(model: nn.Module, safety_map: SafetyMap) -> Masks:
-    """Makes dense masks of the map's entries in LoRA layers, and empty ones of other layers."""
+    """Make dense masks of the map's entries in LoRA layers, and empty ones of other layers."""
     dense = {}
     for name, layer in layers(model).items():
         dense[name] = torch.zeros_like(layer.base_layer.weight, dtype=torch.bool)
@@ -54,13 +54,13 @@ def masked_delta(layer: LoraLinear, adapter: str, mask: Tensor) -> Tensor:
 
 
 def twin(model: nn.Module, safety_map: SafetyMap) -> nn.Module:
-    """Lets LoRA layers do the same with dense masks, in the slow, obvious way."""
+    """Let LoRA layers do the same with dense masks, in the slow, obvious way."""
     dense = masks(model, safety_map)
     for name, layer in layers(model).items():
 
         def forward(x: Tensor, layer: LoraLinear = layer, mask: Tensor = dense[name]) -> Tensor:
             output = layer.base_layer(x)
-            for adapter in [each for each in layer.active_adapters if each in layer.lora_A]:
+            for adapter in [name for name in layer.active_adapters if name in layer.lora_A]:
                 source = layer.lora_dropout[adapter](x.to(layer.lora_A[adapter].weight.dtype))
                 output = output + F.linear(source, masked_delta(layer, adapter, mask))
                 if layer.lora_bias[adapter]:
@@ -72,7 +72,7 @@ def twin(model: nn.Module, safety_map: SafetyMap) -> nn.Module:
 
 
 def effective(model: PeftModel, base: Path, safety_map: SafetyMap) -> nn.Module:
-    """Makes the plain model of weights W + s·(M⊙BA)."""
+    """Make the plain model of weights W + s·(M⊙BA)."""
     plain, dense = load(base), masks(model, safety_map)
     with torch.no_grad():
         for name, layer in layers(model).items():
