@@ -68,7 +68,6 @@ def probe(
     record = job.record(
         "probe",
         artifact,
-        None,
         map=str(map_dir),
         artifact=artifact.metadata.mode.artifact,
         entries=_count(artifact.indices),
@@ -128,7 +127,7 @@ def _measure_draws(
         (perturbation, selection, draw)
         for perturbation in PERTURBATIONS
         for selection in SELECTIONS
-        # Zeros in the place of given entries are always the same.
+        # Nothing is drawn where zeros replace the map's or the lowest-scored entries.
         for draw in range(settings.draws if perturbation == "noise" or selection == "random" else 1)
     ]
     _ = evaluator.base_answers  # asked for again by a resumed job: no answers are kept on disk
