@@ -1,13 +1,4 @@
-"""The frozen-index guard: chosen entries of parameters keep their bits while all others train.
-
-A gradient hook alone does not freeze an entry: decoupled weight decay moves it, and so does
-momentum from an earlier run. So the guard clears the gradient where it arrives, which keeps frozen
-entries out of clipping norms and optimizer states, and writes the original entries back after each
-optimizer step.
-
-Here live the entries and the hooks. Which entries to freeze, and whether a model is fit for it, is
-the matter of ``preserve``.
-"""
+"""Hooks that keep chosen entries of parameters, bit for bit, while all others train."""
 
 from __future__ import annotations
 
@@ -24,10 +15,10 @@ from safeweights_peft.errors import UnsupportedFeatureError
 
 
 class FrozenEntries:
-    """Entries of one parameter, and what they hold: index and value, nothing of the dense size."""
+    """Entries of one parameter, and their values; at most 12 bytes each, nothing dense."""
 
     def __init__(self, name: str, parameter: nn.Parameter, indices: Tensor) -> None:
-        """Note what the entries hold."""
+        """Copy the entries' values; flat indices, ``(count,)``."""
         self.name = name
         self.parameter = parameter
         self.indices = indices.to(parameter.device)
@@ -66,42 +57,44 @@ class FrozenEntries:
 
 
 class FreezeGuard:
-    """The hooks that keep frozen entries as they are, from ``attach`` to ``detach``.
+    """The hooks that keep frozen entries as they are, from ``attach`` to ``detach``."""
 
-    Whatever optimizer holds the parameter need not be named: torch tells of the steps of all. The
-    hooks don't keep the guard alive: they go when nothing else holds it.
-    """
+    # A gradient hook alone does not freeze an entry: decoupled weight decay moves it, and so does
+    # momentum from an earlier run. So entries are written back after each step as well. Clearing
+    # the gradient where it arrives keeps them out of clipping norms and optimizer states.
 
     def __init__(self, entries: Sequence[FrozenEntries]) -> None:
         self._entries = entries
         self._handles: list[RemovableHandle] = []
+        # A guard that nobody holds any more takes its hooks along.
         weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def attach(self) -> None:
         """Start to guard; parameters that don't require gradients get no gradient hook."""
-        for each in self._entries:
-            if each.parameter.requires_grad:
-                hook = each.parameter.register_post_accumulate_grad_hook(each.clear_gradient)
+        for frozen in self._entries:
+            if frozen.parameter.requires_grad:
+                hook = frozen.parameter.register_post_accumulate_grad_hook(frozen.clear_gradient)
                 self._handles.append(hook)
-        after_step = weakref.WeakMethod(self._after_step)
+        restore_weakly = weakref.WeakMethod(self._restore_after_step)
 
-        def tell(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-            if restore := after_step():
+        def after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+            if restore := restore_weakly():
                 restore(optimizer)
 
-        self._handles.append(register_optimizer_step_post_hook(tell))
+        # Of every optimizer there is: so the one that holds the parameters need not be named.
+        self._handles.append(register_optimizer_step_post_hook(after_step))
 
     def detach(self) -> None:
         """Remove every hook, and write the original entries back once more."""
         _remove_all(self._handles)
-        for each in self._entries:
-            each.restore()
+        for frozen in self._entries:
+            frozen.restore()
 
-    def _after_step(self, optimizer: Optimizer) -> None:
-        moved = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        for each in self._entries:
-            if id(each.parameter) in moved:
-                each.restore()
+    def _restore_after_step(self, optimizer: Optimizer) -> None:
+        stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        for frozen in self._entries:
+            if id(frozen.parameter) in stepped:
+                frozen.restore()
 
 
 def _remove_all(handles: list[RemovableHandle]) -> None:

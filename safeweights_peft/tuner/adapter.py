@@ -23,7 +23,7 @@ from safeweights_peft.patch.metadata import (
 )
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.layer import is_coded, layers, named_layers
+from safeweights_peft.tuner.layer import is_coded, layers
 from safeweights_peft.tuner.loading import find_parameter
 from safeweights_peft.tuner.parameter import SelectedParameter, Term
 
@@ -90,7 +90,9 @@ def create_adapter(
 
 def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas) -> AdapterMetadata:
     """Describe deltas of a model, with the digests of its entries."""
-    wrapped = {each.name: each for layer in layers(model) for each in layer.selected.values()}
+    wrapped = {
+        selected.name: selected for layer in layers(model) for selected in layer.selected.values()
+    }
     records = {}
     for name, delta in deltas.items():
         record = metadata.tensors[name]
@@ -185,10 +187,11 @@ def stored_tensors(
     """Select an adapter's tensors as they are stored, and bring its config up to date."""
     stored: dict[str, Tensor] = {}
     records = dict(config.tensors)
-    for path, layer in named_layers(model):
+    paths = {module: path for path, module in model.named_modules()}
+    for layer in layers(model):
         layer.check([adapter])
         for selected in layer.parameters_of(adapter):
-            key = f"{path}.safeweights_{{}}__{selected.own}.{adapter}".format
+            key = f"{paths[layer]}.safeweights_{{}}__{selected.own}.{adapter}".format
             indices, values = state_dict[key("indices")], state_dict[key("values")]
             if is_coded(indices) or is_coded(values):  # as before the check
                 indices, values = selected.indices[adapter], selected.values[adapter].detach()
@@ -202,7 +205,7 @@ def stored_tensors(
             record = record_from_json(records[selected.name], selected.name)
             delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
             if config.is_patch:
-                base_key = f"{path}.base_layer.{selected.own}"
+                base_key = f"{paths[layer]}.base_layer.{selected.own}"
                 entries = _base_entries(selected, adapter, state_dict, base_key)
                 record = _with_digests(record, delta, entries, config.scale)
             else:

@@ -84,7 +84,7 @@ class SafeWeightsConfig(PeftConfig):
         Returns:
             The config.
         """
-        known = {each.name for each in fields(cls)}
+        known = {option.name for option in fields(cls)}
         content = {key: value for key, value in metadata.to_config().items() if key in known}
         return cls(**{**content, "inference_mode": inference_mode})
 
@@ -97,12 +97,12 @@ class SafeWeightsConfig(PeftConfig):
         Returns:
             The typed description.
         """
-        content = {each.name: getattr(self, each.name) for each in fields(self)}
+        content = {option.name: getattr(self, option.name) for option in fields(self)}
         return AdapterMetadata.from_config(content, source)
 
     @cached_property
     def parameters_by_module(self) -> dict[str, list[str]]:
-        """Module paths, and for each the own names of its selected parameters."""
+        """The own names of the selected parameters, by the path of their module."""
         modules: dict[str, list[str]] = {}
         for name in self.tensors:
             module, _, own = name.rpartition(".")

@@ -1,7 +1,7 @@
 """A wrapper for any module that owns selected parameters: Linear, Embedding, norm, experts."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -105,7 +105,11 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
 
     def parameters_of(self, adapter: str) -> list[SelectedParameter]:
         """List the parameters of this module in which an adapter selects entries."""
-        return [each for each in self.selected.values() if adapter in each.values]
+        return [selected for selected in self.selected.values() if adapter in selected.values]
+
+    def lacks_data(self, adapter: str) -> bool:
+        """Tell whether the base's entries, which checks and decoding need, are not here yet."""
+        return any(selected.parameter.is_meta for selected in self.parameters_of(adapter))
 
     def add_adapter(
         self,
@@ -113,7 +117,7 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         metadata: AdapterMetadata,
         rooms: Mapping[str, tuple[nn.Parameter, Tensor]],
     ) -> None:
-        """Take room for an adapter's values and indices; its content is checked before use."""
+        """Take room for an adapter's values and indices, which are checked before their use."""
         for own, (values, indices) in rooms.items():
             selected = self.selected.get(own) or self._select(own)
             selected.values[adapter], selected.indices[adapter] = values, indices
@@ -121,9 +125,7 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
         self.metadata[adapter] = metadata
         self._unchecked[adapter] = None
         if any(is_coded(tensor) for room in rooms.values() for tensor in room):
-            self._awaited[adapter] = {
-                container for own in rooms for container in _container_names(own)
-            }
+            self._awaited[adapter] = {name for own in rooms for name in _container_names(own)}
 
     def _select(self, own: str) -> SelectedParameter:
         values_name, indices_name = _container_names(own)
@@ -185,15 +187,13 @@ class SafeWeightsLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def _check_loaded(self, adapter: str) -> None:
-        # Without the base's entries nothing can be told of it yet.
-        if not any(each.parameter.is_meta for each in self.parameters_of(adapter)):
+        if not self.lacks_data(adapter):
             self._check(self, adapter)
 
     def _note_set(self, container: str, adapter: str) -> None:
         """Decode an adapter as transformers sets the last of its tensors."""
         # The check could wait for the first use; an optimizer that asks for values could not.
-        awaited = self._awaited.get(adapter, set())
-        if container in awaited:
+        if container in (awaited := self._awaited.get(adapter, set())):
             awaited.remove(container)
             if not awaited:
                 self.check([adapter])
@@ -331,16 +331,9 @@ def is_coded(tensor: Tensor) -> bool:
     return tensor.dtype is torch.uint8
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, SafeWeightsLayer]]:
+def layers(model: nn.Module) -> list[SafeWeightsLayer]:
     """List a model's wrapped modules."""
-    for name, module in model.named_modules():
-        if isinstance(module, SafeWeightsLayer):
-            yield name, module
-
-
-def layers(model: nn.Module) -> Iterator[SafeWeightsLayer]:
-    """List a model's wrapped modules."""
-    return (layer for _, layer in named_layers(model))
+    return [module for module in model.modules() if isinstance(module, SafeWeightsLayer)]
 
 
 def selected_parameters(model: nn.Module, adapter: str) -> list[SelectedParameter]:

@@ -20,7 +20,13 @@ from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
 from safeweights_peft.patch.artifacts import Layout, check_layout, decode_entries, stored_arrays
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import TensorRecord, indices_key, values_key
-from safeweights_peft.tuner.layer import CodedValues, SafeWeightsLayer, is_coded, layers
+from safeweights_peft.tuner.layer import (
+    CodedValues,
+    SafeWeightsLayer,
+    is_coded,
+    layers,
+    selected_parameters,
+)
 from safeweights_peft.tuner.parameter import SelectedParameter
 
 _BASE_DTYPES = frozenset(getattr(torch, name) for name in DTYPES)
@@ -98,13 +104,13 @@ def _check_nesting(paths: set[str]) -> None:
 
 
 def make_rooms(
-    module: nn.Module, metadata: AdapterMetadata
+    layer: SafeWeightsLayer, metadata: AdapterMetadata, own_names: Iterable[str]
 ) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """Make values and indices of the recorded sizes for a module's parameters, to be loaded."""
     rooms = {}
-    for name in metadata.tensors:
-        own = name.rpartition(".")[2]
-        device, layouts = getattr(module, own).device, stored_arrays(metadata, name)
+    for own in own_names:
+        name, device = f"{layer.path}.{own}", getattr(layer.base_layer, own).device
+        layouts = stored_arrays(metadata, name)
         values = _make_values(layouts[values_key(name)], device)
         rooms[own] = values, _make_indices(layouts[indices_key(name)], device)
     return rooms
@@ -126,9 +132,12 @@ def _make_indices(layout: Layout, device: torch.device) -> Tensor:
 
 def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:
     """Check and decode what was loaded into a module by name and shape alone."""
-    metadata, source = layer.metadata[adapter], f"adapter {adapter!r}"
+    parameters, source = layer.parameters_of(adapter), f"adapter {adapter!r}"
+    metadata = layer.metadata[adapter]
+    records = {selected.name: metadata.tensors[selected.name] for selected in parameters}
+    metadata = replace(metadata, tensors=records)
     stored: dict[str, Array] = {}
-    for selected in layer.parameters_of(adapter):
+    for selected in parameters:
         name, indices, values = selected.name, selected.indices[adapter], selected.values[adapter]
         if indices.numel() and bool((indices == _UNLOADED[indices.dtype]).all()):
             raise CorruptAdapterError(
@@ -137,53 +146,39 @@ def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:
             )
         dtype = None if is_coded(values) else metadata.values_dtype
         stored |= {indices_key(name): to_numpy(indices), values_key(name): to_numpy(values, dtype)}
-    content = _decode(layer.parameters_of(adapter), metadata, stored, source)
+    content = _decode(parameters, metadata, stored, source)
     layer.accept(adapter)
-    for selected in layer.parameters_of(adapter):
+    for selected in parameters:
         if is_coded(selected.indices[adapter]) or is_coded(selected.values[adapter]):
             _put(selected, adapter, *content[selected.name])
 
 
 def take_in(model: nn.Module, adapter: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Check an adapter's tensors and put them into a model; return them for PEFT to load."""
-    wrapped = [layer for layer in layers(model) if adapter in layer.metadata]
+    owners = [layer for layer in layers(model) if adapter in layer.metadata]
     # What selects from parameters without data is decoded and checked at its first use.
-    ready = [layer for layer in wrapped if not _lacks_data(layer, adapter)]
-    is_in_use = all(layer.is_accepted(adapter) for layer in wrapped)
+    ready = [layer for layer in owners if not layer.lacks_data(adapter)]
+    is_in_use = all(layer.is_accepted(adapter) for layer in owners)
     loaded = dict(stored)
     if not is_in_use or any(map(is_coded, stored.values())):
         arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
-        metadata, source = _metadata(wrapped, adapter), f"adapter {adapter!r}"
-        for name, content in _decode(_list(ready, adapter), metadata, arrays, source).items():
-            loaded[indices_key(name)], loaded[values_key(name)] = content
+        parameters = [selected for layer in ready for selected in layer.parameters_of(adapter)]
+        content = _decode(parameters, owners[0].metadata[adapter], arrays, f"adapter {adapter!r}")
+        for name, (indices, values) in content.items():
+            loaded |= {indices_key(name): indices, values_key(name): values}
     if is_in_use:
-        _check_again(_list(wrapped, adapter), adapter, loaded)
+        _check_again(selected_parameters(model, adapter), adapter, loaded)
     for layer in ready:
         layer.accept(adapter)
         for selected in layer.parameters_of(adapter):
             first, second = indices_key(selected.name), values_key(selected.name)
             _put(selected, adapter, loaded[first], loaded[second])
-            # PEFT copies what it is given into what is there: the same tensors, to no effect.
+            # PEFT copies these into the model's own: the same tensors, so nothing is copied.
             loaded[first], loaded[second] = selected.indices[adapter], selected.values[adapter]
     return {
         key: tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in loaded.items()
     }
-
-
-def _lacks_data(layer: SafeWeightsLayer, adapter: str) -> bool:
-    return any(selected.parameter.is_meta for selected in layer.parameters_of(adapter))
-
-
-def _list(wrapped: Sequence[SafeWeightsLayer], adapter: str) -> list[SelectedParameter]:
-    return [selected for layer in wrapped for selected in layer.parameters_of(adapter)]
-
-
-def _metadata(wrapped: Sequence[SafeWeightsLayer], adapter: str) -> AdapterMetadata:
-    """Put together again what the modules were told when room was made."""
-    parts = [layer.metadata[adapter] for layer in wrapped]
-    records = {name: record for part in parts for name, record in part.tensors.items()}
-    return replace(parts[0], tensors=records)
 
 
 def _decode(
@@ -226,7 +221,7 @@ def _check_again(
     parameters: Sequence[SelectedParameter], adapter: str, loaded: Mapping[str, Tensor]
 ) -> None:
     """Check tensors that are loaded into an adapter in use, as when training resumes."""
-    names = {key(each.name) for each in parameters for key in (indices_key, values_key)}
+    names = {key(selected.name) for selected in parameters for key in (indices_key, values_key)}
     for key in sorted(names ^ set(loaded)):
         raise CorruptAdapterError(
             f"adapter {adapter!r}: {key}: expected the same parameters as before, found others; "

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,12 @@ class SafeWeightsModel(BaseTuner):
     tuner_layer_cls = SafeWeightsLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and type
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Wrap a model, as PEFT does."""
+        self._held_back: dict[str, list[RemovableHandle]] = {}  # maps to be loaded, by adapter
+        self._end_protection: dict[str, Callable[[], None]] = {}  # loaded ones
+        super().__init__(*args, **kwargs)
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the factor on an adapter's values, relative to the scale in its config."""
         for layer in layers(self.model):
@@ -63,11 +68,7 @@ class SafeWeightsModel(BaseTuner):
         adapter_name: str,
         combination_type: str = "linear",
     ) -> None:
-        """Add an adapter that is a weighted sum of others, over the union of their entries.
-
-        Its values are summed in float32 with each adapter's present scale; its own scale is 1. Like
-        any further adapter it is not active yet.
-        """
+        """Add an adapter, not active yet, that sums others at their present scales, in float32."""
         if combination_type != "linear":
             raise UnsupportedFeatureError(
                 f"combination_type: expected 'linear', found {combination_type!r}; the others are "
@@ -93,19 +94,10 @@ class SafeWeightsModel(BaseTuner):
 
     # Wrapping.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Wrap a model, as PEFT does."""
-        self._held_back: dict[str, list[RemovableHandle]] = {}  # maps to be loaded, by adapter
-        self._end_protection: dict[str, Callable[[], None]] = {}  # loaded ones
-        super().__init__(*args, **kwargs)
-
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Wrap a model's modules for an adapter; those with tied parameters too.
-
-        Nothing is wrapped for a safety map, which freezes entries once its tensors are loaded.
-        """
+        """Wrap a model's modules for an adapter, those with tied parameters too."""
         configs = self.peft_config.values()
         if len({config.mode for config in configs if isinstance(config, SafeWeightsConfig)}) > 1:
             raise UnsupportedFeatureError(
@@ -113,6 +105,7 @@ class SafeWeightsModel(BaseTuner):
                 "found both; merge the patch first, and use a map of the merged model"
             )
         if self.peft_config[adapter_name].mode == Mode.SPA:
+            # A map wraps nothing. It freezes entries once its tensors are loaded.
             self._held_back[adapter_name] = hold_back(model, self.peft_config[adapter_name])
             return
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -138,7 +131,7 @@ class SafeWeightsModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: SafeWeightsConfig, model: nn.Module) -> None:
-        metadata = peft_config.to_metadata("adapter_config.json")
+        metadata = peft_config.to_metadata(CONFIG_FILE)
         check_fit(model, metadata, peft_config.parameters_by_module)
         self._incoming = metadata
 
@@ -160,10 +153,9 @@ class SafeWeightsModel(BaseTuner):
         if not isinstance(layer, SafeWeightsLayer):
             layer = SafeWeightsLayer(target, current_key, check_loaded)
             setattr(parent, target_name, layer)
-        names = (f"{current_key}.{own}" for own in peft_config.parameters_by_module[current_key])
-        records = {name: self._incoming.tensors[name] for name in names}
-        metadata = replace(self._incoming, tensors=records)
-        layer.add_adapter(adapter_name, metadata, make_rooms(layer.base_layer, metadata))
+        names = peft_config.parameters_by_module[current_key]
+        rooms = make_rooms(layer, self._incoming, names)
+        layer.add_adapter(adapter_name, self._incoming, rooms)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -174,21 +166,15 @@ class SafeWeightsModel(BaseTuner):
         self, adapter_name: str, config: SafeWeightsConfig, arrays: dict[str, Array]
     ) -> None:
         """Freeze a loaded safety map's entries; loaded again, it is checked again."""
-        metadata = config.to_metadata(f"adapter {adapter_name!r}")
-        self._let_run(adapter_name)
-        end_protection = protect(self.model, metadata, arrays)
+        end_protection = protect(self.model, config.to_metadata(CONFIG_FILE), arrays)
         self._release(adapter_name)  # of what was loaded before
         self._end_protection[adapter_name] = end_protection
 
-    def _let_run(self, adapter_name: str) -> None:
-        for handle in self._held_back.pop(adapter_name, []):
-            handle.remove()
-
     def _release(self, adapter_name: str) -> None:
         """Let the base run and train as if a safety map had never been named."""
-        self._let_run(adapter_name)
-        if adapter_name in self._end_protection:
-            self._end_protection.pop(adapter_name)()
+        for handle in self._held_back.pop(adapter_name, []):
+            handle.remove()
+        self._end_protection.pop(adapter_name, lambda: None)()
 
     # Merging.
 

@@ -278,7 +278,7 @@ def test_the_scale_multiplies_the_values(tiny_llama_bf16, mode, tmp_path):
     set_mode(model, mode)
     assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch)))
     model.set_scale("default", 1.7)
-    assert next(layers(model)).scaling == {"default": 1.7 * 0.5}
+    assert layers(model)[0].scaling == {"default": 1.7 * 0.5}
     assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch, scale=1.7)))
 
 
