@@ -1,4 +1,4 @@
-"""The frame of all jobs: the base, where to compute, progress, records, and work to resume from."""
+"""The frame of all jobs: a base and its model, progress, records, and work to resume from."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Joined:
 
 
 class Job:
-    """A base, where to compute, and what is shown; nothing is read before it is asked for.
+    """A base, where to compute, and what is shown; jobs on one base share it, and its model."""
 
-    Several jobs on one base share it, and with it the loaded model.
-    """
+    # Every part is found when it is first asked for, so that a job can check what costs nothing
+    # before a base is downloaded, and all else before it is loaded.
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Job:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The base, loaded once; who writes to its weights restores them, or takes it."""
+        """The base, loaded once; whoever changes its weights restores them, or takes the model."""
         return load_model(self.base, self.dtype, self.device)
 
     def take_model(self) -> PreTrainedModel:
@@ -155,37 +155,40 @@ class Job:
         /,  # so that content may go by these names too
         **content: Any,
     ) -> dict[str, Any]:
-        """Say what a result is made with: base, adapter, settings and versions.
-
-        A directory can be filled anew, so an adapter is named by its content id; as it holds
-        digests of its base, that names the base's entries too.
-        """
+        """Say what a result is made with: base, adapter, settings and versions."""
         if settings is not None:
             content["settings"] = asdict(settings) | asdict(self.compute)
         return {
             "kind": kind,
             "base": {"name": self.base.name, "revision": self.base.revision},
+            # A directory can be filled anew; a content id names what was in it, digests of the
+            # base's entries included.
             "content_id": artifact.metadata.content_id if artifact else None,
             **content,
-            **{f"{name.replace('-', '_')}_version": version(name) for name in PACKAGES},
+            **_find_versions(),
         }
 
     @contextmanager
     def work(self, out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
-        """Name a directory beside a result for work to resume from; clear it once all is done.
-
-        The name is made of the base's files and of what else the result depends on, so that a
-        change of either starts afresh.
-        """
-        text = json.dumps({**identity, "files": describe_files(self.base.path)}, sort_keys=True)
-        yield out.with_name(f".{out.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}.work")
+        """Name a directory beside a result for work to resume from; clear it once all is done."""
+        # The name is made of all that the result depends on: a change of it starts afresh.
+        content = {**identity, "base": identify(self.base), **_find_versions()}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        yield out.with_name(f".{out.name}.{digest[:12]}.work")
         _clear_work(out)
 
 
-def describe_files(folder: Path) -> list[list[Any]]:
-    """List a model's files with sizes and times, by which a changed one is noticed."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+def identify(model: BaseModel) -> str | list[list[Any]]:
+    """Name what a model's files hold by its commit, or by their sizes and times of change."""
+    if model.revision:
+        return model.revision
+    # Digests would tell more, and read gigabytes.
+    stats = [(path.name, path.stat()) for path in sorted(model.path.iterdir()) if path.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _find_versions() -> dict[str, str]:
+    return {f"{name.replace('-', '_')}_version": version(name) for name in PACKAGES}
 
 
 def _clear_work(out: Path) -> None:

@@ -28,7 +28,7 @@ from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.evaluation.generate import find_end_tokens
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target
-from safeweights_peft.jobs.job import Job, describe_files, load_arrays, save_arrays
+from safeweights_peft.jobs.job import Job, identify, load_arrays, save_arrays
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import load_classifier, load_model, load_tokenizer
 from safeweights_peft.modeling.tensors import to_numpy
@@ -81,7 +81,7 @@ def score(
     identity = {
         **selection,
         **asdict(job.compute),
-        "judges": [describe_files(judge.path) for judge in judges],
+        "judges": [identify(judge) for judge in judges],
         "profile": asdict(read_profile(settings.profile)) if settings.profile else None,
         "contrast_digest": data_digest(benign),
     }

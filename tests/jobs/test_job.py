@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from safeweights_peft.errors import ModelError
-from safeweights_peft.fetching import resolve_base
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.jobs import job as frame
 from safeweights_peft.jobs.evaluate import evaluate
 from safeweights_peft.jobs.job import Job, once
@@ -107,6 +107,17 @@ def test_work_is_found_again_unless_what_it_depends_on_has_changed(
         assert found.exists() == (change == "nothing")
         assert folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_work_on_a_commit_is_found_again_though_its_files_were_fetched_anew(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    out, names = tmp_path / "out", []
+    for number, commit in enumerate(("a" * 40, "a" * 40, "b" * 40)):
+        folder = shutil.copytree(tiny_llama, tmp_path / f"base-{number}", copy_function=shutil.copy)
+        with Job(BaseModel("someone/tiny", folder, commit)).work(out, {}) as work_dir:
+            names.append(work_dir)
+    assert names[0] == names[1] != names[2]
 
 
 def test_a_step_is_done_once(tmp_path: Path) -> None:

@@ -192,6 +192,17 @@ def test_an_existing_result_is_replaced_when_asked(
     assert content(tmp_path) != before
 
 
+@pytest.mark.parametrize("shared", ["base", "map"])
+def test_a_patch_in_place_of_an_input_is_refused(
+    shared: str, tiny_llama: Path, map_dir: Path, requests: Requests
+) -> None:
+    out = {"base": tiny_llama, "map": map_dir}[shared]
+    before = content(out)
+    with pytest.raises(FormatError, match=f"a directory apart from the {shared}"):
+        train(Job(tiny_llama), map_dir, out, requests.train(), overwrite=True)
+    assert content(out) == before
+
+
 def test_progress_reaches_its_totals(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
