@@ -21,9 +21,8 @@ from safeweights_peft.files import check_apart, check_target, publish
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.diff import (
     Change,
-    Kept,
+    PatchPart,
     changed_keys,
-    check_exact,
     check_patch,
     find_change,
     keep,
@@ -114,13 +113,12 @@ class _Pair:
         selected = select(self._scores(), min(round(density * self.total), offered))
         return {name: part.indices[part.scores > 0] for name, part in selected.items()}
 
-    def keep(self, chosen: Mapping[str, Array] | None) -> Iterator[tuple[str, Kept]]:
+    def keep(self, chosen: Mapping[str, Array] | None) -> Iterator[tuple[str, PatchPart]]:
         """Make each parameter's part of the patch: of all that changed, or of what is chosen."""
         for name, change, kept in self._changes("Writing down changes"):
-            if chosen is None:
-                # With a density, an entry that no value leads to gets the nearest one instead.
-                check_exact(name, change, kept)
-            yield name, keep(self.records[name], change, kept & _among(change, name, chosen))
+            kept &= _among(change, name, chosen)
+            # With a density, an entry that no value leads to gets the nearest one instead.
+            yield name, keep(name, self.records[name], change, kept, exact=chosen is None)
 
     def _scores(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         for name, change, kept in self._changes("Ranking changes"):

@@ -36,8 +36,8 @@ class Change:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """The part of a change that goes into a patch, and what is lost by it."""
+class PatchPart:
+    """The part of a parameter's change that goes into a patch, and what is lost by it."""
 
     record: TensorRecord  # with the digests of the kept entries
     delta: SparseDelta
@@ -55,12 +55,9 @@ class Kept:
 def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
     """List the tensors that differ between two checkpoints of the same tensors."""
     _check_comparable(base, tuned)
-
-    def differs(key: str) -> bool:
-        return _differ(base, key, tuned, key)
-
     keys = base.keys()
-    return [key for key, differ in zip(keys, in_threads(differs, keys), strict=True) if differ]
+    differences = in_threads(lambda key: _differ(base, key, tuned, key), keys)
+    return [key for key, differs in zip(keys, differences, strict=True) if differs]
 
 
 def find_change(
@@ -81,34 +78,30 @@ def find_change(
     return Change(indices, before, after, *find_values(before, after))
 
 
-def keep(record: TensorRecord, change: Change, kept: Array) -> Kept:
-    """Make a patch's part of a change, and measure what is lost."""
-    base, values = change.base[kept], change.values[kept]
-    after = change.base.copy()
-    after[kept] = merged = add_rounded(base, values)
-    # In float64, as squares of bfloat16's largest numbers are too large for float32.
-    remains = change.tuned.astype(np.float64) - after.astype(np.float64)
-    moved = change.tuned.astype(np.float64) - change.base.astype(np.float64)
-    return Kept(
-        record=replace(record, base_digest=digest(base), merged_digest=digest(merged)),
-        delta=SparseDelta(record.shape, change.indices[kept], values),
-        changed=change.indices.size,
-        inexact=int((~change.exact[kept]).sum()),
-        square=float(moved @ moved),
-        lost_square=float(remains @ remains),
-    )
-
-
-def check_exact(name: str, change: Change, kept: Array) -> None:
-    """Refuse a change that no patch can make exactly."""
+def keep(name: str, record: TensorRecord, change: Change, kept: Array, *, exact: bool) -> PatchPart:
+    """Make a patch's part of a change, and measure what is lost, which may have to be nothing."""
     bad = np.flatnonzero(kept & ~change.exact)
-    if bad.size:
+    if exact and bad.size:
         raise MergeError(
             f"{name}: expected entries that the base plus a float32 value can become, found "
             f"{bad.size} others, the first at index {change.indices[bad[0]]} from "
             f"{change.base[bad[0]]} to {change.tuned[bad[0]]}; give a density, such as 1, which "
             "takes the nearest values and tells what is lost"
         )
+    base, values = change.base[kept], change.values[kept]
+    after = change.base.copy()
+    after[kept] = merged = add_rounded(base, values)
+    # In float64, as squares of bfloat16's largest numbers are too large for float32.
+    remains = change.tuned.astype(np.float64) - after.astype(np.float64)
+    moved = change.tuned.astype(np.float64) - change.base.astype(np.float64)
+    return PatchPart(
+        record=replace(record, base_digest=digest(base), merged_digest=digest(merged)),
+        delta=SparseDelta(record.shape, change.indices[kept], values),
+        changed=change.indices.size,
+        inexact=bad.size,
+        square=float(moved @ moved),
+        lost_square=float(remains @ remains),
+    )
 
 
 def check_patch(

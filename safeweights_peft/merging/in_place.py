@@ -1,7 +1,4 @@
-"""Merge safety patches into a checkpoint in place, and undo such a merge.
-
-The time goes with the patches, not with the checkpoint.
-"""
+"""Merge safety patches into a checkpoint in place, and undo such a merge."""
 
 import time
 from dataclasses import dataclass
@@ -44,7 +41,8 @@ def merge_in_place(
 ) -> MergeReport:
     """Merge safety patches into the checkpoint that they were made for, by changing its files.
 
-    All is checked before anything is changed. An interrupted merge is finished by the same call,
+    Time and memory grow with the patches, not with the checkpoint. All is checked before anything
+    is changed. An interrupted merge is finished by the same call,
     or undone by :func:`unmerge`. The same call on a finished merge changes nothing.
 
     Args:
