@@ -1,9 +1,4 @@
-"""Sparse changes of one tensor, and the one rule by which they are added to it; numpy only.
-
-Here live :class:`SparseDelta`, the rule and its inverse, the checks on indices, and the digests.
-Files, checkpoints and models do not: see ``format``, ``checkpoint`` and ``modeling``. The torch
-twin of :func:`add_rounded` stands in ``tuner/entries.py``; a test holds the two bitwise equal.
-"""
+"""Sparse changes of one tensor, the one rule that adds them, and the checks of their arrays."""
 
 import hashlib
 import math
@@ -48,10 +43,10 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
 
     ``new = (base.float32 + s1 * v1 + s2 * v2 + ...)``, from left to right: each factor and value in
     float32, each product and each sum rounded to float32 (never fused), then one rounding to
-    nearest even to the base's dtype. Overflow gives infinity, as in torch, or NaN where the dtype
-    has none. NaN stays NaN, but its payload is not part of the rule: torch's own casts differ there
-    between processors, so :mod:`safeweights_peft.merging` refuses NaN.
+    nearest even to the base's dtype. Overflow gives infinity, or NaN where the dtype has none.
     """
+    # The torch twin is in `modeling/tensors.py`; a test holds the two bitwise equal. But for NaN:
+    # torch's own casts differ in its payload between processors, so merging refuses it.
     if base.dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedFeatureError(
             f"base: expected a dtype of {', '.join(WEIGHT_DTYPES)}, found {base.dtype.name}; "
@@ -65,13 +60,10 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
 
 
 def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
-    """Find the values by which :func:`add_rounded` makes tuned entries of base entries, bit by bit.
-
-    That is the float32 difference, or one of its two neighbours, or nothing: what rounds to a tuned
-    entry is an interval of sums that the exact difference lies in or borders on, so if any float32
-    value leads into it, so does the nearest one on one side. There is none where the base is so
-    large that values near the difference are coarser than the tuned entry, as from 1 to 1e-30.
-    """
+    """Find float32 values that turn ``base`` into ``tuned`` exactly, and where there are any."""
+    # The sums that round to a tuned entry are an interval, which the exact difference is in or
+    # borders on. So if any float32 value leads into it, the nearest one or a neighbour does. None
+    # does where values near the difference are coarser than the tuned entry, as from 1 to 1e-30.
     limit = np.finfo(np.float32).max
     with np.errstate(over="ignore", invalid="ignore"):
         nearest = tuned.astype(np.float32) - base.astype(np.float32)
@@ -80,8 +72,8 @@ def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
     for side in (-limit, limit):  # never beyond: values are finite
         missed = np.flatnonzero(~exact)
         neighbour = np.nextafter(nearest[missed], side)
-        found = ~bits_differ(add_rounded(base[missed], neighbour), tuned[missed])
-        values[missed[found]], exact[missed[found]] = neighbour[found], True
+        hits = ~bits_differ(add_rounded(base[missed], neighbour), tuned[missed])
+        values[missed[hits]], exact[missed[hits]] = neighbour[hits], True
     return values, exact & np.isfinite(values)
 
 
@@ -93,19 +85,13 @@ def bits_differ(left: Array, right: Array) -> Array:
 
 
 class Hash:
-    """A SHA-256 over arrays, which can go on in two ways: so that no array is hashed twice."""
+    """A SHA-256 over arrays that can be continued in several ways, so as to hash none twice."""
 
-    def __init__(self) -> None:
-        """Begin before the first array."""
-        self._sha = hashlib.sha256()
-
-    def then(self, *arrays: Array) -> "Hash":
-        """Return a new hash, over the contiguous little-endian bytes of more arrays."""
-        longer = Hash()
-        longer._sha = self._sha.copy()
+    def __init__(self, *arrays: Array, after: "Hash | None" = None) -> None:
+        """Hash the contiguous little-endian bytes of arrays, one after another."""
+        self._sha = after._sha.copy() if after else hashlib.sha256()
         for array in arrays:
-            longer._sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return longer
+            self._sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def __str__(self) -> str:
         """Write it as a record does."""
@@ -114,7 +100,7 @@ class Hash:
 
 def digest(*arrays: Array) -> str:
     """Hash the contiguous little-endian bytes of arrays, one after another."""
-    return str(Hash().then(*arrays))
+    return str(Hash(*arrays))
 
 
 def index_dtype(numel: int) -> np.dtype[Any]:
@@ -219,40 +205,6 @@ class SparseDelta:
     def count(self) -> int:
         """Number of changed entries."""
         return int(self.indices.size)
-
-    @property
-    def density(self) -> float:
-        """Changed fraction of the tensor, from 0 to 1."""
-        return self.count / self.numel if self.numel else 0.0
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the indices (in their storage dtype) and values."""
-        return self.count * index_dtype(self.numel).itemsize + self.values.nbytes
-
-    @classmethod
-    def from_dense(cls, base: Array, tuned: Array) -> Self:
-        """Take the difference of two dense tensors, in float32, where they differ.
-
-        Args:
-            base: The tensor before.
-            tuned: The tensor after, of the same shape.
-
-        Returns:
-            The delta, with float32 values.
-
-        Raises:
-            BaseMismatchError: The shapes differ.
-        """
-        if base.shape != tuned.shape:
-            raise BaseMismatchError(
-                f"tuned: expected the base's shape {list(base.shape)}, found {list(tuned.shape)}; "
-                "compare a model with the base that it was tuned from"
-            )
-        before = base.reshape(-1).astype(np.float32)
-        after = tuned.reshape(-1).astype(np.float32)
-        indices = np.flatnonzero(before != after).astype(index_dtype(before.size))
-        return cls(tuple(base.shape), indices, after[indices] - before[indices])
 
     def to_dense(self) -> Array:
         """Spread the values over the whole tensor.

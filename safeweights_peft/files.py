@@ -1,10 +1,4 @@
-"""Files from strangers, and directories that appear whole: shared by ``format`` and ``checkpoint``.
-
-Here live strict JSON, the header of a safetensors file, and publishing by rename. What the files
-mean does not. Nothing is ever unpickled. The safetensors library itself accepts a header with
-repeated names, and gives no byte offsets; so the header is parsed here.
-Source: https://github.com/huggingface/safetensors#format
-"""
+"""Strict JSON, headers of safetensors files, and directories that appear whole or not at all."""
 
 import ctypes
 import json
@@ -27,15 +21,11 @@ from safetensors import SafetensorError
 from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import SafeWeightsError
 
-MAX_JSON_BYTES = 100_000_000
-"""Limit on a JSON file and on a safetensors header, as in the safetensors library."""
+PathLike = str | os.PathLike[str]
 
+MAX_JSON_BYTES = 100_000_000  # of a safetensors header too, as in the safetensors library
 MAX_FILE_BYTES = 2**63 - 1
-
-_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
-
-MAX_DIMS = 64
-"""Limit on the dimensions of a tensor, as in numpy."""
+MAX_DIMS = 64  # of a tensor, as in numpy
 
 STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": WEIGHT_DTYPES["float32"],
@@ -57,21 +47,15 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
 """The safetensors dtypes that this package can read; others may stand in a file, untouched."""
 
 _DTYPE = re.compile("[A-Z0-9_]{1,32}")
+_HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 class StoredTensor(NamedTuple):
-    """One entry of a safetensors header.
+    """One entry of a safetensors header."""
 
-    Attributes:
-        dtype: The dtype as safetensors names it, such as "BF16".
-        shape: The shape.
-        offset: Position of the first byte in the file.
-        size_bytes: Number of bytes.
-    """
-
-    dtype: str
+    dtype: str  # as safetensors names it, such as "BF16"
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # of its first byte in the file
     size_bytes: int
 
     def open(self, path: Path) -> Array:
@@ -112,6 +96,8 @@ def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> di
 
 def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file, and none of its tensors."""
+    # The safetensors library accepts a header that names a tensor twice, and gives no offsets.
+    # https://github.com/huggingface/safetensors#format
     _check_is_file(path, error)
     try:
         with path.open("rb") as file:
@@ -161,21 +147,14 @@ def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> 
     return target
 
 
-def check_apart(
-    path: Path, inputs: Mapping[str, str | os.PathLike[str]], error: type[SafeWeightsError]
-) -> None:
+def check_apart(path: Path, inputs: Mapping[str, PathLike], error: type[SafeWeightsError]) -> None:
     """Check that a directory to be published neither holds an input nor lies in one."""
     target = Path(os.path.realpath(path))
-    for role, each in inputs.items():
-        source = Path(os.path.realpath(each))
+    for role, input_path in inputs.items():
+        source = Path(os.path.realpath(input_path))
         if source.is_relative_to(target) or target.is_relative_to(source):
-            _refuse(
-                error,
-                path,
-                f"a directory apart from {role}",
-                f"one that shares {source}",
-                hint="give another path",
-            )
+            found = f"one that shares {source}"
+            _refuse(error, path, f"a directory apart from {role}", found, hint="give another path")
 
 
 @contextmanager
@@ -189,7 +168,7 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
         _open_to_readers(draft)
         _sync_all(draft)
         _replace(target, draft, overwrite)
-    except (OSError, SafetensorError) as reason:  # its library tells a full disk in its own way
+    except (OSError, SafetensorError) as reason:  # safetensors says in its own way: disk full
         _refuse(error, path, "a writable directory", str(reason), reason, "free space or move it")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -218,7 +197,7 @@ def _refuse(
 
 
 def _check_is_file(path: Path, error: type[SafeWeightsError]) -> None:
-    """Refuse what could be read without end, such as a device or a pipe."""
+    """Refuse what could be read forever, such as a device or a pipe."""
     if not path.is_file():
         found = "something else" if path.exists() else "nothing"
         _refuse(error, path, "a file", found, hint="give a complete directory")
@@ -257,7 +236,7 @@ def _stored_tensor(
 
 
 def _are_sizes(values: Any) -> bool:
-    """Tell whether this is a list of few enough integers that can be sizes or positions."""
+    """Check for a list of at most MAX_DIMS sizes or positions."""
     return (isinstance(values, list) and len(values) <= MAX_DIMS) and all(
         type(value) is int and 0 <= value <= MAX_FILE_BYTES for value in values
     )
@@ -281,11 +260,9 @@ def _check_cover(
 
 
 def _open_to_readers(directory: Path) -> None:
-    """Give files the permissions that the umask leaves new ones.
-
-    The safetensors library makes files for their owner alone, which a shared folder is not meant
-    for. What the umask leaves is read off the directory, since asking for it would set it.
-    """
+    """Give files the permissions that the umask leaves to new ones."""
+    # The safetensors library makes files that only their owner can read. The umask is read off the
+    # directory, because os.umask() cannot tell it without setting it for all threads.
     usual = directory.stat().st_mode & 0o666
     for path in filter(Path.is_file, directory.rglob("*")):
         path.chmod(usual)
@@ -300,7 +277,7 @@ def _sync_all(directory: Path) -> None:
 
 
 def _replace(target: Path, draft: Path, overwrite: bool) -> None:
-    """Give a directory its name; what had it gets the draft's, and is deleted with it."""
+    """Give a draft its name; what had that name gets the draft's, and is deleted with it."""
     if overwrite:
         _swap(target, draft)
     else:
@@ -313,7 +290,7 @@ def _replace(target: Path, draft: Path, overwrite: bool) -> None:
 
 
 def _swap(target: Path, draft: Path) -> None:
-    """Exchange two directories, of which the first may be missing."""
+    """Exchange two directories; the first may be missing."""
     if not target.exists():
         draft.rename(target)
     elif not _exchange(target, draft):
@@ -321,10 +298,8 @@ def _swap(target: Path, draft: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories in one step, so that each name always has one; tell whether it did.
-
-    Linux can, on its own file systems. Python has no name for it.
-    """
+    """Exchange two directories in one step, if the system can; return whether it did."""
+    # Linux can, on its own file systems, and Python has no name for it. No name is ever missing.
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -333,7 +308,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _rename_twice(target: Path, draft: Path) -> None:
-    """Exchange two directories by way of a third name, under which :func:`_recover` looks."""
+    """Exchange two directories by a third name, under which :func:`_recover` looks."""
     aside = draft.with_suffix(".old")
     target.rename(aside)
     try:
@@ -347,7 +322,7 @@ def _rename_twice(target: Path, draft: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Give its name back to a directory that was moved aside by a process that was ended then."""
+    """Give a directory its name back that a killed process had moved aside."""
     if not target.exists():
         name = f".{escape(target.name)}.{'[0-9a-f]' * 8}.old"
         for aside in filter(Path.is_dir, target.parent.glob(name)):

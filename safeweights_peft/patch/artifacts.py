@@ -267,10 +267,10 @@ def encode_entries(
 
 def _digests(mode: Mode, stored: tuple[Array, Array], plain: tuple[Array, Array]) -> list[str]:
     """Digest what is stored, then what an adapter is in any encoding; hash no array twice."""
-    first = Hash().then(stored[0])
-    content = first if plain[0] is stored[0] else Hash().then(plain[0])
-    whole = first.then(stored[1])
+    first = Hash(stored[0])
+    content = first if plain[0] is stored[0] else Hash(plain[0])
+    whole = Hash(stored[1], after=first)
     if mode is Mode.SPA:  # what values do is in the merged digest, what scores are nowhere else
         is_plain = content is first and plain[1] is stored[1]
-        content = whole if is_plain else content.then(plain[1])
+        content = whole if is_plain else Hash(plain[1], after=content)
     return [str(whole), str(content)]

@@ -22,7 +22,7 @@ Calls = dict[str, Counter[bytes]]
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """By function: how often it was given each array, wherever it is called from."""
-    seen: Calls = {name: Counter() for name in ("check_indices", "check_finite", "then")}
+    seen: Calls = {name: Counter() for name in ("check_indices", "check_finite", "Hash")}
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(first: Any, *arrays: Any, **options: Any) -> Any:
@@ -31,7 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return call
 
-    monkeypatch.setattr(delta.Hash, "then", counted("then", delta.Hash.then))
+    monkeypatch.setattr(delta.Hash, "__init__", counted("Hash", delta.Hash.__init__))
     for name in ("check_indices", "check_finite"):
         function = getattr(delta, name)
         for module in [m for key, m in sys.modules.items() if key.startswith("safeweights_peft")]:
@@ -73,7 +73,7 @@ def test_each_array_is_checked_and_hashed_once(
     checked = {indices} if encoding is Encoding.PLAIN else set()
     assert calls["check_indices"] == Counter(checked)
     assert calls["check_finite"] == Counter({content})
-    assert calls["then"] == Counter(hashed)
+    assert calls["Hash"] == Counter(hashed)
 
 
 def test_a_delta_of_a_users_own_is_checked(calls: Calls) -> None:
