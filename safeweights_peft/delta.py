@@ -89,7 +89,7 @@ class Hash:
 
     def __init__(self, *arrays: Array, after: "Hash | None" = None) -> None:
         """Hash the contiguous little-endian bytes of arrays, one after another."""
-        self._sha = after._sha.copy() if after else hashlib.sha256()
+        self._sha: hashlib._Hash = after._sha.copy() if after else hashlib.sha256()
         for array in arrays:
             self._sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from safeweights_peft.errors import SignatureError
-from safeweights_peft.files import sync
-from safeweights_peft.patch.io import ADAPTER_FILES, PathLike, read_artifact
+from safeweights_peft.files import PathLike, sync
+from safeweights_peft.patch.io import ADAPTER_FILES, read_artifact
 
 SIGNATURE_FILE = "model.sig"
 """The name that model-signing's own command line gives a signature."""

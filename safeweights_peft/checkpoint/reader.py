@@ -11,7 +11,7 @@ import numpy as np
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, SafeWeightsError
-from safeweights_peft.files import STORED_DTYPES, StoredTensor, read_header, read_json
+from safeweights_peft.files import STORED_DTYPES, PathLike, StoredTensor, read_header, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,7 +37,7 @@ class CheckpointReader:
     directory: Path
     weight_map: dict[str, str]  # the shard's file name for each key
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: PathLike) -> None:
         """Find the shards."""
         self.directory = Path(directory)
         self.weight_map = _read_weight_map(self.directory)

@@ -13,7 +13,7 @@ from safeweights_peft.checkpoint.reader import INDEX_FILE, CheckpointReader, che
 from safeweights_peft.checkpoint.threads import in_threads
 from safeweights_peft.delta import Array, bits_differ
 from safeweights_peft.errors import CheckpointError
-from safeweights_peft.files import publish
+from safeweights_peft.files import PathLike, publish
 
 Progress = Callable[[int, int], None]
 """Called with the bytes copied so far, and the bytes to copy."""
@@ -74,7 +74,7 @@ class CheckpointDraft:
 @contextmanager
 def draft_copy(
     reader: CheckpointReader,
-    out_dir: str | os.PathLike[str],
+    out_dir: PathLike,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,

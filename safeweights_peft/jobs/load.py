@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.fetching import BaseModel, find_base, latest_commit
-from safeweights_peft.files import read_json
+from safeweights_peft.files import PathLike, read_json
 from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.hub.pull import fetch_adapter
 from safeweights_peft.jobs.correction import CORRECTION
@@ -28,8 +28,6 @@ from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_patch
 from safeweights_peft.patch.metadata import PEFT_TYPE
 from safeweights_peft.tuner.loading import find_parameter
-
-PathLike = str | os.PathLike[str]
 
 
 def load_model(

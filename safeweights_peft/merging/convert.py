@@ -10,12 +10,11 @@ import numpy as np
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array, SparseDelta, bits_differ
 from safeweights_peft.errors import FormatError
-from safeweights_peft.files import check_apart, check_target, publish
+from safeweights_peft.files import PathLike, check_apart, check_target, publish
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.patch.artifacts import Adapter, Artifact, EncodedPatch, SafetyMap, in_encoding
 from safeweights_peft.patch.io import (
-    PathLike,
     file_bytes,
     read_adapter,
     read_artifact,

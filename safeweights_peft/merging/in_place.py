@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import MergeError
+from safeweights_peft.files import PathLike
 from safeweights_peft.merging.merge import MergeReport, open_base
 from safeweights_peft.merging.sums import (
     Adapters,
@@ -22,7 +23,6 @@ from safeweights_peft.merging.undo import (
     sweep,
     write_journal,
 )
-from safeweights_peft.patch.io import PathLike
 from safeweights_peft.patch.records import State
 
 

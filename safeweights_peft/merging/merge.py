@@ -17,7 +17,7 @@ from safeweights_peft.checkpoint.writer import (
 )
 from safeweights_peft.delta import DTYPES, Array
 from safeweights_peft.errors import CheckpointError, MergeError
-from safeweights_peft.files import check_apart, check_target, read_json, sync
+from safeweights_peft.files import PathLike, check_apart, check_target, read_json, sync
 from safeweights_peft.merging.sums import (
     Adapters,
     MergedPatch,
@@ -29,7 +29,6 @@ from safeweights_peft.merging.sums import (
     read_patches,
 )
 from safeweights_peft.merging.undo import check_own_files, find_journal, journal_bytes
-from safeweights_peft.patch.io import PathLike
 
 
 @dataclass(frozen=True)

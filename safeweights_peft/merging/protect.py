@@ -10,10 +10,10 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
 from safeweights_peft.delta import DTYPES, Array, bits_differ
 from safeweights_peft.errors import MergeError
-from safeweights_peft.files import check_apart, check_target
+from safeweights_peft.files import PathLike, check_apart, check_target
 from safeweights_peft.merging.gather import check_safety, find_copies, gather_entries
 from safeweights_peft.patch.artifacts import Artifact
-from safeweights_peft.patch.io import PathLike, read_artifact
+from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import TensorRecord, entries_by_block
 
 

@@ -14,9 +14,10 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.checkpoint.threads import in_threads
 from safeweights_peft.delta import Array, add_rounded, bits_differ, digest, sum_rounded
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError
+from safeweights_peft.files import PathLike
 from safeweights_peft.merging.gather import find_copies, find_state, gather_entries
 from safeweights_peft.patch.artifacts import AnyPatch, SafetyMap
-from safeweights_peft.patch.io import PathLike, read_artifact
+from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import State, TensorRecord, entries_by_block, state_of
 
 OnOverlap = Literal["add", "error"]

@@ -21,7 +21,7 @@ from safeweights_peft.errors import (
     MergeError,
     SafeWeightsError,
 )
-from safeweights_peft.files import STORED_DTYPES, read_header, read_json
+from safeweights_peft.files import STORED_DTYPES, PathLike, read_header, read_json
 from safeweights_peft.merging.gather import (
     check_safety,
     find_copies,
@@ -29,7 +29,7 @@ from safeweights_peft.merging.gather import (
 )
 from safeweights_peft.merging.sums import Edit, combine, describe_patch, find_edits, gather_base
 from safeweights_peft.patch.artifacts import Artifact, SafetyMap
-from safeweights_peft.patch.io import TENSORS_FILE, PathLike, read_artifact, read_metadata
+from safeweights_peft.patch.io import TENSORS_FILE, read_artifact, read_metadata
 from safeweights_peft.patch.metadata import AdapterMetadata
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

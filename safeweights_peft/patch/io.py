@@ -1,7 +1,6 @@
 """Read, write and check safety patches and safety maps as directories."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,14 @@ from safetensors.numpy import save_file
 
 from safeweights_peft.delta import Array, check_indices
 from safeweights_peft.errors import CorruptAdapterError, FormatError
-from safeweights_peft.files import STORED_DTYPES, StoredTensor, publish, read_header, read_json
+from safeweights_peft.files import (
+    STORED_DTYPES,
+    PathLike,
+    StoredTensor,
+    publish,
+    read_header,
+    read_json,
+)
 from safeweights_peft.patch.artifacts import (
     Adapter,
     AnyPatch,
@@ -33,8 +39,6 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
 """What decides an adapter's result: readers must ignore every other file beside it."""
-
-PathLike = str | os.PathLike[str]
 
 
 def write_adapter(

@@ -9,10 +9,9 @@ import numpy as np
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import BaseMismatchError, ReportError
+from safeweights_peft.files import PathLike
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
-
-PathLike = str | os.PathLike[str]
 
 
 def compare(paths: Sequence[PathLike]) -> dict[str, Any]:
