@@ -38,7 +38,7 @@ from safeweights_peft.patch.io import file_bytes
 from safeweights_peft.settings import EvaluateSettings, PreserveSettings, TrainSettings
 from safeweights_peft.tables import rate_text
 from safeweights_peft.training.finetune import add_lora
-from safeweights_peft.training.refuse import step_losses
+from safeweights_peft.training.refuse import compute_losses
 
 RECIPE = TrainSettings()
 
@@ -136,7 +136,7 @@ def set_loss(
     """Compute SET's loss of one step."""
     settings = RECIPE
     whole, benign = collate(refusals + answers, pad_token_id), collate(answers, pad_token_id)
-    refusal, retain = step_losses(model, whole, benign, settings.token_decay)
+    refusal, retain = compute_losses(model, whole, benign, settings.token_decay)
     return refusal + settings.retain_weight * retain
 
 

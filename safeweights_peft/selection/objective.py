@@ -122,7 +122,7 @@ class JudgedObjective:
         self._safety[position], derivative = self._judge.differentiate(answered.request, token_ids)
         padding = logits.shape[-1] - derivative.shape[-1]
         derivative = F.pad(derivative, (0, padding)).to(logits.device)
-        return straight_through(
+        return carry_to_logits(
             logits[: len(token_ids)],
             torch.tensor(token_ids, device=logits.device),
             derivative,
@@ -148,7 +148,7 @@ def _check_answers(answers: Sequence[Answered]) -> None:
         )
 
 
-def straight_through(
+def carry_to_logits(
     logits: Tensor,
     token_ids: Tensor,
     derivative: Tensor,

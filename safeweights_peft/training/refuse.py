@@ -56,7 +56,6 @@ def train_to_refuse(
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,  # of differences, it would pull the model back to its base
         max_grad_norm=0.0,
-        label_names=[],  # none in a PeftModel's signature, of which the trainer would warn
     )
     generator = torch.Generator().manual_seed(settings.seed)
     harmful_steps = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
@@ -108,7 +107,7 @@ class _RefusalTrainer(Trainer):
     ) -> torch.Tensor:
         device = self.args.device
         whole, benign = inputs["whole"].to(device), inputs["benign"].to(device)
-        refusal, retain = step_losses(model, whole, benign, self._settings.token_decay)
+        refusal, retain = compute_losses(model, whole, benign, self._settings.token_decay)
         self._terms = {"refusal": refusal.item(), "retain": retain.item()}
         return refusal + self._settings.retain_weight * retain
 
@@ -117,7 +116,7 @@ class _RefusalTrainer(Trainer):
         super().log(logs | self._terms if "loss" in logs else logs, start_time)
 
 
-def step_losses(
+def compute_losses(
     model: PeftModel, whole: Batch, benign: Batch, decay: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute both terms of SET's loss, for a batch whose last rows are the benign ones."""
@@ -125,20 +124,22 @@ def step_losses(
         base = answer_logits(model, benign)
     logits = answer_logits(model, whole)
     harmful = len(logits) - len(base)
-    refusal = refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
-    retain = retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
+    refusal = compute_refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
+    retain = compute_retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
     return refusal, retain
 
 
-def refusal_loss(logits: torch.Tensor, answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
+def compute_refusal_loss(
+    logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
+) -> torch.Tensor:
     """Compute the weighted negative log-likelihood of refusals."""
     losses = F.cross_entropy(
         logits.transpose(1, 2), answer_ids, ignore_index=IGNORED, reduction="none"
     )
-    return (losses * token_weights(answer_ids, decay)).sum()
+    return (losses * weigh_tokens(answer_ids, decay)).sum()
 
 
-def retain_loss(
+def compute_retain_loss(
     logits: torch.Tensor, base_logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
 ) -> torch.Tensor:
     """Compute the weighted KL(base || model) over the base's own answers."""
@@ -146,10 +147,10 @@ def retain_loss(
     base = F.log_softmax(base_logits[scored], -1)
     tuned = F.log_softmax(logits[scored], -1)
     divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
-    return (divergence * token_weights(answer_ids, decay)[scored]).sum()
+    return (divergence * weigh_tokens(answer_ids, decay)[scored]).sum()
 
 
-def token_weights(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
+def weigh_tokens(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
     """Weight answer tokens so that each has `decay` times the weight of the one before; sum 1."""
     # The first answer tokens decide between refusing and helping.
     steps = torch.arange(answer_ids.shape[1], device=answer_ids.device)

@@ -22,8 +22,8 @@ from safeweights_peft.selection.guards import GuardProfile
 from safeweights_peft.selection.objective import (
     Answered,
     JudgedObjective,
+    carry_to_logits,
     draw_gumbel_noise,
-    straight_through,
 )
 from safeweights_peft.selection.scores import sum_gradients
 from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, SoftJudge
@@ -302,7 +302,7 @@ def test_extreme_logits_give_finite_noise(scale: float) -> None:
 def test_the_gradient_is_that_of_the_softmax_written_out() -> None:
     logits = torch.randn(3, 7, generator=seeded(), requires_grad=True)
     chosen, derivative = torch.tensor([2, 0, 6]), torch.randn(3, 7, generator=seeded(1))
-    straight_through(logits, chosen, derivative, 0.5, 2, seeded(2)).backward()
+    carry_to_logits(logits, chosen, derivative, 0.5, 2, seeded(2)).backward()
     generator, expected = seeded(2), torch.zeros(3, 7)
     for _ in range(2):
         noise = draw_gumbel_noise(logits.detach(), chosen, generator)

@@ -21,10 +21,10 @@ from safeweights_peft.patch.records import Mode
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.refuse import (
     StepLoss,
-    refusal_loss,
-    retain_loss,
-    token_weights,
+    compute_refusal_loss,
+    compute_retain_loss,
     train_to_refuse,
+    weigh_tokens,
 )
 from safeweights_peft.tuner.adapter import create_adapter
 from safeweights_peft.tuner.layer import selected_parameters
@@ -115,7 +115,9 @@ def test_the_refusal_loss_is_that_of_a_plain_loop_over_tokens() -> None:
                 odds = [math.exp(x) for x in logits[row, position].tolist()]
                 total -= decay**position * math.log(odds[token] / sum(odds))
                 weights += decay**position
-    assert refusal_loss(logits, ANSWERS, decay).item() == pytest.approx(total / weights, rel=1e-5)
+    assert compute_refusal_loss(logits, ANSWERS, decay).item() == pytest.approx(
+        total / weights, rel=1e-5
+    )
 
 
 def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
@@ -129,21 +131,27 @@ def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
                 kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
                 total += decay**position * kl
                 weights += decay**position
-    actual = retain_loss(logits, base, ANSWERS, decay).item()
+    actual = compute_retain_loss(logits, base, ANSWERS, decay).item()
     assert actual == pytest.approx(total / weights, rel=1e-5)
 
 
 def test_what_stands_after_an_answers_end_changes_no_loss() -> None:
     logits, base = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
-    before = refusal_loss(logits, ANSWERS, 0.7), retain_loss(logits, base, ANSWERS, 0.7)
+    before = (
+        compute_refusal_loss(logits, ANSWERS, 0.7),
+        compute_retain_loss(logits, base, ANSWERS, 0.7),
+    )
     logits[ANSWERS == IGNORED] = 1e4
     base[ANSWERS == IGNORED] = -1e4
-    after = refusal_loss(logits, ANSWERS, 0.7), retain_loss(logits, base, ANSWERS, 0.7)
+    after = (
+        compute_refusal_loss(logits, ANSWERS, 0.7),
+        compute_retain_loss(logits, base, ANSWERS, 0.7),
+    )
     assert after == before
 
 
 def test_token_weights_fall_by_the_decay_and_sum_to_one() -> None:
-    weights = token_weights(ANSWERS, 0.5)
+    weights = weigh_tokens(ANSWERS, 0.5)
     assert weights.sum().item() == pytest.approx(1.0)
     assert torch.equal(weights > 0, ANSWERS != IGNORED)
     assert torch.allclose(weights[0, 1:], weights[0, :-1] / 2)
