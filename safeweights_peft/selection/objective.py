@@ -74,7 +74,7 @@ class Answered:
 
 
 class JudgedObjective:
-    """Mean probability that a judge sees in a model's greedy answers of being safe."""
+    """Mean probability, as a judge sees it, that a model's greedy answers are safe."""
 
     # S(theta) = mean over harmful requests x of J(x, y) (arXiv 2604.08297). The answers y stay as
     # they are; their tokens become soft ones, through which dJ/dy reaches theta.

@@ -1,4 +1,4 @@
-"""Scores of a model's entries: what ranks them, and the gradients of safety that it takes.
+"""Scores that rank a model's entries, and the sums of gradients that they are computed from.
 
 Source: arXiv 2604.08297, ESI(theta_i) = |sigma(theta_i) * dS(theta)/dtheta_i|, with sigma the
 standard deviation of the tensor that holds theta_i.
@@ -40,7 +40,7 @@ class Score:
 
 
 def compute_sigma(parameter: Tensor) -> Tensor:
-    """Compute a tensor's standard deviation: the usual size of its entries."""
+    """Compute the standard deviation of a tensor's entries, in float32."""
     return parameter.detach().float().std()
 
 
@@ -69,7 +69,7 @@ def score_entries(
     gradients: Mapping[str, Tensor],
     *seed: int,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield the scores of one parameter after the other, of its shape."""
+    """Yield each parameter's name and scores, float32 of its shape."""
     for name, parameter in parameters.items():
         # Seeded by name, so that neither the order of parameters nor passes change a draw.
         generator = np.random.default_rng([*seed, zlib.crc32(name.encode())])

@@ -26,7 +26,7 @@ CHUNK = 8192  # tokens of a vocabulary whose embeddings are looked up at a time
 
 
 class SoftJudge(Protocol):
-    """Gives the probability that an answer is safe, and its derivative by the answer's tokens."""
+    """Give the probability that an answer is safe, and its derivative by the answer's tokens."""
 
     def differentiate(self, request: str, token_ids: Sequence[int]) -> tuple[float, Tensor]:
         """Return J, and dJ/dp of T tokens over the model's vocabulary, (T, V) on the CPU."""
