@@ -36,12 +36,6 @@ NAMES = [
     for name in sorted(safeweights_peft.__all__)
     if not is_exception(getattr(safeweights_peft, name))
 ]
-TO_DO = {
-    "SafetyPreservingCallback",
-    "load_model",
-    "preserve",
-}
-"""Names that have no example yet."""
 
 
 def example_of(name: str, docstring: str | None) -> doctest.DocTest:
@@ -90,8 +84,6 @@ def test_the_example_of_a_public_name_runs(
     name: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     example = example_of(name, getattr(safeweights_peft, name).__doc__)
-    if not example.examples and name in TO_DO:
-        pytest.skip("has no example yet")
     assert example.examples, "expected an `Example:` section, found none"
     if "hub" in name:
         lay_out_hub(request.getfixturevalue("hub"), with_patch=name != "push_to_hub")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,8 @@ def settings(
             of_flag.setdefault(setting.flag, setting)  # jobs may share one, such as --seed
     flags = only.split() or [flag for flag in of_flag if flag not in without.split()]
     options = [option(of_flag[flag], group or of_flag[flag].group) for flag in flags]
-
-    def decorate(function: Function) -> Function:
-        for add in reversed(options):
-            function = add(function)
-        return function
-
-    return decorate
+    # The last is applied first, as decorators are.
+    return lambda function: reduce(lambda inner, add: add(inner), reversed(options), function)
 
 
 def make_settings(values: Mapping[str, Any], *jobs: type[Settings]) -> list[Any]:
@@ -117,8 +113,8 @@ def make_settings(values: Mapping[str, Any], *jobs: type[Settings]) -> list[Any]
     made = []
     for job in jobs:
         names = {item.name: item.flag.strip("-").replace("-", "_") for item in settings_of(job)}
-        given = {name: values.get(parameter) for name, parameter in names.items()}
-        changes = {name: value for name, value in given.items() if value is not None}
+        # None is what was not given; no setting can be set to None by an option.
+        changes = {name: values[p] for name, p in names.items() if values.get(p) is not None}
         made.append(replace(stored.get(job) or job(), **changes))
     return made
 

@@ -42,25 +42,21 @@ class _Bars:
 @contextmanager
 def show_progress() -> Iterator[_Bars]:
     """Show progress bars on stderr while the context lasts."""
+    import rich.progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        Remaining(),
+        *(rich.TextColumn("{task.description:<32}"), rich.BarColumn(), rich.MofNCompleteColumn()),
+        *(rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()),
     )
     _quiet_transformers()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
         yield _Bars(bars)
 
 
 def _quiet_transformers() -> None:
-    """Keep transformers' own bars out of ours, where it is loaded at all."""
+    """Keep transformers' own bars out of ours."""
+    # Not imported for that: what needs no torch shows progress too.
     if "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar
 
@@ -75,6 +71,7 @@ def show(result: Mapping[str, Any], rows: Sequence[tuple[str, ...]] = ()) -> Non
         click.echo(json.dumps(result, indent=2))
         return
     rows = rows or rows_of(result)
+    # Not rich's tables: they cut or wrap cells where the output is piped.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
