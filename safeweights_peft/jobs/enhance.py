@@ -21,12 +21,8 @@ from safeweights_peft.settings import RunSettings, flatten
 
 
 def enhance(settings: RunSettings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Make a model safer, and measure what that does.
-
-    Each step leaves its result in `out`: ``before.json``, ``map/``, ``patch/``, ``after.json``,
-    ``reproduce.json``, ``result.json``. A step whose result is there is not run again, so that an
-    interrupted run resumes when it is called again with the same settings.
-    """
+    """Make a model safer, and measure what that does; resume a run with the same settings."""
+    # Each step leaves its result in the run's directory, and is not run again if that is there.
     job = Job(settings.base, settings.compute, progress)
     evaluator = Evaluator(job, settings.evaluate)
     _check_inputs(settings)
@@ -98,7 +94,7 @@ def _claim(out: Path, settings: RunSettings, job: Job) -> None:
             "give another --out"
         )
     else:
-        _ = job.base  # a base that can't be found must not leave a claimed directory
+        _ = job.base  # a base that can't be found leaves no claimed directory
         write_json(path, asdict(settings))
 
 

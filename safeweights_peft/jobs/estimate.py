@@ -35,7 +35,7 @@ def estimate(
     preserve: PreserveSettings | None = None,
     adapter: Path | None = None,
 ) -> Estimate:
-    """Estimate the steps for which settings are given, and the measuring of an adapter."""
+    """Estimate the steps that have settings, and measuring an adapter if there is one."""
     counts, weight_bytes = _read_sizes(job, job.base, is_trained=preserve is not None)
     parameters = sum(counts.values())
     extra_bytes = [0]
@@ -60,7 +60,7 @@ def estimate(
 
 
 def _read_sizes(job: Job, model: BaseModel, is_trained: bool = False) -> tuple[dict[str, int], int]:
-    """Read the entries of each tensor, and the bytes of all in memory."""
+    """Count the entries of each tensor, and the bytes of all in memory."""
     reader = CheckpointReader(model.path)
     infos = {key: reader.info(key) for key in reader.keys()}
     counts = {key: math.prod(info.shape) for key, info in infos.items()}

@@ -71,11 +71,11 @@ def load_model(
     if not paths:
         raise ModelError("adapters: expected at least one, found none; give a safety patch")
     folders = [Path(path) if Path(path).is_dir() else fetch_adapter(str(path)) for path in paths]
-    found, place = find_base(base, folders), pick_device(device)
-    _warn_if_moved(found)
+    source, place = find_base(base, folders), pick_device(device)
+    _warn_if_moved(source)
     if merge:
-        return load_patched(found, folders, dtype, place)
-    model = load_base(found, dtype, place)
+        return load_patched(source, folders, dtype, place)
+    model = load_base(source, dtype, place)
     names = ["default", *(f"patch_{number}" for number in range(2, len(folders) + 1))]
     wrapped = PeftModel.from_pretrained(model, str(folders[0]), names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
@@ -113,7 +113,7 @@ class MergedEntries:
 
     # The few merged entries are computed from the base's files, in the checkpoint's dtype. So the
     # bits are those of a merged checkpoint in whatever dtype the base is loaded, and no weight is
-    # held twice.
+    # in memory twice.
 
     def __init__(self, reader: CheckpointReader, patches: Sequence[AnyPatch]) -> None:
         """Merge, and check that the patches fit the base."""

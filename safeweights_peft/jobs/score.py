@@ -176,7 +176,7 @@ class Scoring:
                 save_arrays(path, best.state() | {"passes": np.array([number + 1])})
                 sum_path.unlink(missing_ok=True)
         selected = best.result()
-        if kind.order is Order.TOP and not any(each.scores.any() for each in selected.values()):
+        if kind.order is Order.TOP and not any(part.scores.any() for part in selected.values()):
             raise SelectionError(
                 f"{what}: expected weights on which it depends, found none: every score is 0; "
                 "check the objective and the model"
