@@ -102,8 +102,18 @@ def test_the_import_contracts_hold() -> None:
             "safeweights_peft.errors -> safeweights_peft.delta",
         ),
         ("attic.py", "", "safeweights_peft.attic"),
+        (
+            "tuner/parameter.py",
+            "if TYPE_CHECKING:\n    import safeweights_peft.tuner.layer\n",
+            "safeweights_peft.tuner.parameter -> safeweights_peft.tuner.layer",
+        ),
     ],
-    ids=["torch in a numpy room", "an import upwards", "a file without a room"],
+    ids=[
+        "torch in a numpy room",
+        "an import upwards",
+        "a file without a room",
+        "a circle for the types alone",
+    ],
 )
 def test_a_broken_import_contract_is_noticed(
     tmp_path: Path, file: str, code: str, complaint: str
