@@ -44,10 +44,10 @@ class Job:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         generator = torch.Generator().manual_seed(1)
         self.indices = {
-            name: torch.randperm(each.numel(), generator=generator)[: -(-each.numel() // 10)]
+            name: torch.randperm(tensor.numel(), generator=generator)[: -(-tensor.numel() // 10)]
             .sort()
             .values.int()
-            for name, each in self.model.named_parameters()
+            for name, tensor in self.model.named_parameters()
         }
         self.batches = torch.randint(250, (40, 2, 12), generator=generator)
         self.before = self.copy()
@@ -57,10 +57,10 @@ class Job:
         return dict(self.model.named_parameters())
 
     def copy(self) -> dict[str, Tensor]:
-        return {name: each.detach().clone() for name, each in self.model.named_parameters()}
+        return {name: tensor.detach().clone() for name, tensor in self.model.named_parameters()}
 
     def entries(self) -> list[FrozenEntries]:
-        return [FrozenEntries(k, each, self.indices[k]) for k, each in self.parameters.items()]
+        return [FrozenEntries(k, tensor, self.indices[k]) for k, tensor in self.parameters.items()]
 
     def mask(self, name: str) -> Tensor:
         mask = torch.zeros_like(self.before[name], dtype=torch.bool)
@@ -81,15 +81,15 @@ class Job:
     def kept(self) -> bool:
         """Tells whether every frozen entry has the bits that it had."""
         return all(
-            same_bits(each[self.mask(name)], self.before[name][self.mask(name)])
-            for name, each in self.copy().items()
+            same_bits(tensor[self.mask(name)], self.before[name][self.mask(name)])
+            for name, tensor in self.copy().items()
         )
 
     def trained(self) -> bool:
         """Tells whether in every parameter most of the other entries have moved."""
         return all(
-            (each != self.before[name])[~self.mask(name)].float().mean() > 0.5
-            for name, each in self.copy().items()
+            (tensor != self.before[name])[~self.mask(name)].float().mean() > 0.5
+            for name, tensor in self.copy().items()
         )
 
 
@@ -114,11 +114,11 @@ def train_densely(job: Job, make: MakeOptimizer, steps: int = 20) -> None:
     optimizer = make(list(job.model.parameters()))
     for rows in job.batches[:steps]:
         job.backward(rows)
-        for name, each in job.parameters.items():
-            each.grad = torch.where(job.mask(name), 0, each.grad)
+        for name, tensor in job.parameters.items():
+            tensor.grad = torch.where(job.mask(name), 0, tensor.grad)
         optimizer.step()
-        for name, each in job.parameters.items():
-            each.data.copy_(torch.where(job.mask(name), job.before[name], each.data))
+        for name, tensor in job.parameters.items():
+            tensor.data.copy_(torch.where(job.mask(name), job.before[name], tensor.data))
         optimizer.zero_grad()
 
 
@@ -140,7 +140,7 @@ def test_training_is_bitwise_that_of_dense_masks(make: MakeOptimizer, tiny_llama
     with frozen(job):
         job.train(make)
     train_densely(twin, make)
-    assert all(same_bits(job.copy()[name], each) for name, each in twin.copy().items())
+    assert all(same_bits(job.copy()[name], tensor) for name, tensor in twin.copy().items())
 
 
 def test_a_bfloat16_model_keeps_its_frozen_entries(tiny_llama_bf16: Path) -> None:
@@ -186,9 +186,9 @@ def test_accumulated_gradients_of_frozen_entries_are_zero(tiny_llama: Path) -> N
     with frozen(job):
         for rows in job.batches[:3]:
             job.backward(rows)
-    for name, each in job.parameters.items():
-        assert (each.grad[job.mask(name)] == 0).all()
-        assert (each.grad[~job.mask(name)] != 0).any()
+    for name, tensor in job.parameters.items():
+        assert (tensor.grad[job.mask(name)] == 0).all()
+        assert (tensor.grad[~job.mask(name)] != 0).any()
 
 
 def test_accumulated_gradients_of_other_entries_are_as_ever(tiny_llama: Path) -> None:
@@ -198,9 +198,9 @@ def test_accumulated_gradients_of_other_entries_are_as_ever(tiny_llama: Path) ->
             job.backward(rows)
     for rows in job.batches[:3]:
         twin.backward(rows)
-    for name, each in job.parameters.items():
+    for name, tensor in job.parameters.items():
         mask = job.mask(name)
-        assert same_bits(each.grad[~mask], twin.parameters[name].grad[~mask])
+        assert same_bits(tensor.grad[~mask], twin.parameters[name].grad[~mask])
 
 
 def test_the_norm_for_clipping_counts_no_frozen_entry(tiny_llama: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_norm_for_clipping_counts_no_frozen_entry(tiny_llama: Path) -> None:
         job.backward(job.batches[0])
         found = nn.utils.clip_grad_norm_(job.model.parameters(), 1.0)
     twin.backward(twin.batches[0])
-    others = [each.grad[~twin.mask(name)] for name, each in twin.parameters.items()]
+    others = [tensor.grad[~twin.mask(name)] for name, tensor in twin.parameters.items()]
     assert found.item() == pytest.approx(torch.cat(others).norm().item(), rel=1e-5)
 
 
@@ -226,14 +226,14 @@ def test_frozen_entries_are_written_back_where_an_optimizer_steps_during_the_bac
     tiny_llama: Path,
 ) -> None:
     job = Job(tiny_llama)
-    for each in job.model.parameters():
-        optimizer = OPTIMIZERS["adamw"]([each])
+    for weight in job.model.parameters():
+        optimizer = OPTIMIZERS["adamw"]([weight])
 
         def step(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
             optimizer.step()
             parameter.grad = None
 
-        each.register_post_accumulate_grad_hook(step)
+        weight.register_post_accumulate_grad_hook(step)
     with frozen(job):
         for rows in job.batches[:3]:
             job.backward(rows)
@@ -273,7 +273,7 @@ def test_a_model_that_is_cast_on_the_way_keeps_its_entries_in_the_new_dtype(
     with frozen(job):
         job.model.to(torch.bfloat16)
         job.train(OPTIMIZERS["adamw"], steps=3)
-    job.before = {name: each.bfloat16() for name, each in job.before.items()}
+    job.before = {name: tensor.bfloat16() for name, tensor in job.before.items()}
     assert job.kept()
 
 
@@ -327,9 +327,9 @@ def test_a_guard_holds_at_most_twelve_bytes_per_entry(
     SGD([weight], lr=0.1).step()
     gc.collect()
     held = {
-        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
-        for each in vars(entries).values()
-        if isinstance(each, Tensor) and each is not weight
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in vars(entries).values()
+        if isinstance(tensor, Tensor) and tensor is not weight
     }
     guard.detach()
     assert sum(held.values()) == expected * len(indices)

@@ -199,7 +199,7 @@ def test_density_counts_all_parameters_embeddings_too(tiny_llama: Path) -> None:
     expected = sum(tensor.numel() for tensor in on_disk.values())
     model = load(tiny_llama)
     assert total_parameters(model) == expected
-    assert sum(each.numel() for each in eligible_parameters(model).values()) < expected
+    assert sum(tensor.numel() for tensor in eligible_parameters(model).values()) < expected
 
 
 def test_tied_parameters_count_once(tiny_llama: Path, tiny_tied_llama: Path) -> None:

@@ -46,6 +46,16 @@ def test_arrays_come_back_as_the_same_tensors(dtype):
     assert to_torch(to_numpy(tensor)).dtype is dtype
 
 
+def test_arrays_and_tensors_share_memory_where_it_may_be_written():
+    array, tensor = np.zeros(3, np.float32), torch.zeros(3, dtype=torch.bfloat16)
+    to_torch(array)[0] = 1
+    to_numpy(tensor)[0] = 1
+    assert array[0] == tensor[0] == 1
+    array.flags.writeable = False
+    to_torch(array)[1] = 1
+    assert array[1] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_a_float8_base_that_was_loaded_in_float32_gets_its_own_dtypes_bits_back(dtype):
     every = torch.arange(256, dtype=torch.uint8).view(dtype)

@@ -114,7 +114,9 @@ def set_mode(model: nn.Module, mode: str) -> None:
 
 def values_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """List an adapter's live values by parameter name."""
-    return {each.name: each.values[adapter] for each in selected_parameters(model, adapter)}
+    return {
+        selected.name: selected.values[adapter] for selected in selected_parameters(model, adapter)
+    }
 
 
 def same_weights(left: nn.Module, right: nn.Module) -> bool:

@@ -104,11 +104,11 @@ def test_a_copy_works_alone_and_holds_the_base(used, base, by):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_moving_to_another_dtype_leaves_indices_and_values_alone(used, dtype):
-    values = {name: each.detach().clone() for name, each in values_of(used).items()}
+    values = {name: tensor.detach().clone() for name, tensor in values_of(used).items()}
     used.to(dtype)
-    for name, each in values_of(used).items():
-        assert each.dtype is torch.float32
-        assert torch.equal(each, values[name])
+    for name, tensor in values_of(used).items():
+        assert tensor.dtype is torch.float32
+        assert torch.equal(tensor, values[name])
     for name, buffer in used.named_buffers():
         assert "safeweights_indices" not in name or buffer.dtype is torch.int32
 
@@ -124,18 +124,20 @@ def test_moving_to_another_dtype_moves_the_base_and_not_what_overwrote_it(tiny_l
 def test_values_keep_their_gradients_when_the_model_is_moved(tiny_llama):
     model = patch_model(load_base(tiny_llama), tiny_llama)
     model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
-    gradients = {name: each.grad.clone() for name, each in values_of(model).items()}
+    gradients = {name: tensor.grad.clone() for name, tensor in values_of(model).items()}
     model.half()
-    for name, each in values_of(model).items():
-        assert torch.equal(each.grad, gradients[name])
+    for name, tensor in values_of(model).items():
+        assert torch.equal(tensor.grad, gradients[name])
 
 
 def test_weights_loaded_into_the_base_stay(used, base):
-    zeros = {name: torch.zeros_like(each) for name, each in load_base(base).state_dict().items()}
+    zeros = {
+        name: torch.zeros_like(tensor) for name, tensor in load_base(base).state_dict().items()
+    }
     set_base_model_state_dict(used, zeros)
-    assert not any(each.any() for each in get_base_model_state_dict(used).values())
+    assert not any(tensor.any() for tensor in get_base_model_state_dict(used).values())
     logits(used)
-    assert not any(each.any() for each in get_base_model_state_dict(used).values())
+    assert not any(tensor.any() for tensor in get_base_model_state_dict(used).values())
 
 
 def test_weights_are_not_loaded_into_a_merged_base(used, base):

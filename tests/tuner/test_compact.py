@@ -52,7 +52,7 @@ def packed(base, plain, tmp_path):
 def no_bytes(model: nn.Module) -> bool:
     """Tell whether nothing in a model is in a coded form any more."""
     tensors = [*model.parameters(), *model.buffers()]
-    return not any(each.dtype is torch.uint8 for each in tensors)
+    return not any(tensor.dtype is torch.uint8 for tensor in tensors)
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_every_route_gives_the_output_of_the_plain_patch(load_by, name, request,
     assert torch.equal(logits(model), logits(twin(base, plain)))
     assert no_bytes(model)
     values = values_of(model).values()
-    assert not any(each.requires_grad or each.dtype is not torch.float32 for each in values)
+    assert not any(tensor.requires_grad or tensor.dtype is not torch.float32 for tensor in values)
 
 
 @pytest.mark.parametrize("load_by", ROUTES)
@@ -80,8 +80,8 @@ def test_values_in_memory_are_the_merged_entries_minus_the_base(base, plain, pac
     found = values_of(load_by(base, packed))
     for name, delta in read_adapter(plain).deltas.items():
         after, entries = (
-            each.get_parameter(name).detach().flatten()[torch.from_numpy(delta.indices)].float()
-            for each in (merged, before)
+            module.get_parameter(name).detach().flatten()[torch.from_numpy(delta.indices)].float()
+            for module in (merged, before)
         )
         if read_metadata(packed).tensors[name].needs_base:
             assert torch.equal(found[name].detach(), after - entries), name
@@ -97,8 +97,8 @@ def test_low_cpu_memory_loading_gives_the_same_float32_values(
     model = PeftModel.from_pretrained(
         load_base(tiny_tied_llama), packed, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast
     )
-    assert all(each.dtype is torch.float32 for each in values_of(model).values())
-    assert not any(each.requires_grad for each in values_of(model).values())
+    assert all(tensor.dtype is torch.float32 for tensor in values_of(model).values())
+    assert not any(tensor.requires_grad for tensor in values_of(model).values())
     assert torch.equal(logits(model), logits(twin(tiny_tied_llama, plain)))
 
 
@@ -116,9 +116,11 @@ def test_a_patch_to_be_trained_has_its_values_when_an_optimizer_asks(base, packe
     else:
         model = load_base(base)
         model.load_adapter(packed, is_trainable=True)
-    trained = [each for each in model.parameters() if each.requires_grad]
-    assert {id(each) for each in trained} == {id(each) for each in values_of(model).values()}
-    before = [each.detach().clone() for each in trained]
+    trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
+    assert {id(tensor) for tensor in trained} == {
+        id(tensor) for tensor in values_of(model).values()
+    }
+    before = [tensor.detach().clone() for tensor in trained]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     loss_of(model).backward()
     optimizer.step()
@@ -128,8 +130,8 @@ def test_a_patch_to_be_trained_has_its_values_when_an_optimizer_asks(base, packe
 def test_a_second_patch_may_be_trained_while_it_is_not_active(base, plain, packed):
     model = load_by_peft(base, plain)
     model.load_adapter(packed, "second", is_trainable=True)
-    assert all(each.requires_grad for each in values_of(model, "second").values())
-    assert not any(each.requires_grad for each in values_of(model).values())
+    assert all(tensor.requires_grad for tensor in values_of(model, "second").values())
+    assert not any(tensor.requires_grad for tensor in values_of(model).values())
 
 
 def test_compact_and_plain_patches_act_together_in_any_order(base, plain, packed, tmp_path):
@@ -235,7 +237,7 @@ def test_another_compact_patch_is_not_loaded_into_an_adapter_in_use(base, packed
 def test_the_trainer_trains_what_transformers_has_loaded(base, packed, tmp_path):
     model = load_base(base)
     model.load_adapter(packed, is_trainable=True)
-    before = {name: each.detach().clone() for name, each in values_of(model).items()}
+    before = {name: tensor.detach().clone() for name, tensor in values_of(model).items()}
     rows = [{"input_ids": INPUT_IDS[0], "labels": INPUT_IDS[0]}] * 4
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"),
@@ -249,7 +251,7 @@ def test_the_trainer_trains_what_transformers_has_loaded(base, packed, tmp_path)
         dataloader_pin_memory=False,
     )
     Trainer(model, arguments, train_dataset=rows).train()
-    assert not any(torch.equal(each, before[name]) for name, each in values_of(model).items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in values_of(model).items())
 
 
 def test_a_compact_safety_map_protects(tiny_llama, tmp_path):

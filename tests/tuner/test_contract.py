@@ -79,7 +79,7 @@ TORCH_HOOKS = {
 
 
 def parameters(owner, name):
-    return [each for each in inspect.signature(getattr(owner, name)).parameters if each != "self"]
+    return [name for name in inspect.signature(getattr(owner, name)).parameters if name != "self"]
 
 
 def test_peft_is_of_a_version_that_was_tried():

@@ -48,7 +48,7 @@ def work(rank, kind, base, results):
         step(wrapped, ROWS.chunk(2)[rank])
         optimizer.step()
         optimizer.zero_grad()
-    values = {name: whole(each.detach()) for name, each in values_of(model).items()}
+    values = {name: whole(tensor.detach()) for name, tensor in values_of(model).items()}
     if kind == "fsdp2":
         with pytest.raises(UnsupportedFeatureError, match="found sharded ones; pass the gathered"):
             model.save_pretrained(results.parent / "sharded")

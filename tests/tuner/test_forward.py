@@ -40,7 +40,7 @@ def dense_loss_and_gradients(base):
     """The oracle: all weights dense, the change added by index_copy."""
     model = load_base(base)
     indices, values = random_content(model)
-    leaves = {name: torch.from_numpy(each).requires_grad_() for name, each in values.items()}
+    leaves = {name: torch.from_numpy(array).requires_grad_() for name, array in values.items()}
     weights = {}
     for name, parameter in model.named_parameters():
         flat, at = parameter.detach().flatten(), torch.from_numpy(indices[name])
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_the_dense_twin(base, mode):
 def test_only_values_get_gradients(tiny_llama):
     model = patch_model(load_base(tiny_llama), tiny_llama)
     loss_of(model).backward()
-    values = {id(each) for each in values_of(model).values()}
+    values = {id(tensor) for tensor in values_of(model).values()}
     for parameter in model.parameters():
         assert (parameter.grad is not None) == (id(parameter) in values) == parameter.requires_grad
 
@@ -98,15 +98,15 @@ def test_a_mode_that_is_not_forced_is_in_place(tiny_llama):
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_tied_llama, mode, reentrant):
     plain = patch_model(load_base(tiny_tied_llama), tiny_tied_llama).train()
     model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama).train()
-    for each in (plain, model):
-        set_mode(each, mode)
+    for wrapped in (plain, model):
+        set_mode(wrapped, mode)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     for _ in range(2):
-        for each in (plain, model):
-            loss_of(each).backward()
+        for wrapped in (plain, model):
+            loss_of(wrapped).backward()
             with torch.no_grad():
-                for values in values_of(each).values():
+                for values in values_of(wrapped).values():
                     values -= 0.01 * values.grad
     for name, values in values_of(model).items():
         assert torch.equal(values, values_of(plain)[name]), name
@@ -133,8 +133,8 @@ def test_training_is_the_same_in_both_modes(base):
 def test_values_that_change_between_forwards_are_seen(tiny_llama, trainable):
     model = patch_model(load_base(tiny_llama), tiny_llama)
     other = patch_model(load_base(tiny_llama), tiny_llama)
-    for each in (model, other):
-        for values in values_of(each).values():
+    for wrapped in (model, other):
+        for values in values_of(wrapped).values():
             values.requires_grad_(trainable)
     before = logits(model)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_mixed_precision_gives_the_same_in_both_modes(tiny_tied_llama):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model)
         loss.backward()
-        found.append([loss, *(each.grad for each in values_of(model).values())])
+        found.append([loss, *(tensor.grad for tensor in values_of(model).values())])
     assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
 
 
@@ -198,14 +198,14 @@ def test_another_adapter_between_forward_and_backward_changes_neither(tiny_llama
     values = values_of(model, "first")
     model.set_adapter("first")
     loss_of(model).backward()
-    expected = {name: each.grad for name, each in values.items()}
+    expected = {name: tensor.grad for name, tensor in values.items()}
     model.zero_grad()
     loss = loss_of(model)
     model.set_adapter("second")
     assert torch.equal(logits(model), alone)
     model.set_adapter("first")
     loss.backward()
-    assert all(torch.equal(each.grad, expected[name]) for name, each in values.items())
+    assert all(torch.equal(tensor.grad, expected[name]) for name, tensor in values.items())
 
 
 def test_values_that_change_between_forward_and_backward_do_not_change_the_gradient(tiny_llama):
@@ -256,6 +256,18 @@ def test_adapters_act_in_the_order_of_activation_and_are_rounded_once(
     ]:
         model.base_model.set_adapter(names)
         assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, *patches)))
+
+
+def test_an_adapter_that_takes_a_deleted_ones_name_acts_at_its_own_entries(tiny_llama, tmp_path):
+    patches = [save_patch(tiny_llama, tmp_path / str(seed), seed=seed) for seed in (0, 2)]
+    model = patch_model(load_base(tiny_llama), tiny_llama, "first")
+    for seed in (1, 2):
+        model = patch_model(model, tiny_llama, "second", seed=seed)
+        model.base_model.set_adapter(["first", "second"])
+        found = logits(model)
+        model.base_model.set_adapter("first")
+        model.delete_adapter("second")
+    assert torch.equal(found, logits(twin(tiny_llama, *patches)))
 
 
 def test_adapters_of_different_parameters_act_together(tiny_llama, tmp_path):
@@ -319,6 +331,6 @@ def test_threads_may_share_a_model(tiny_llama, tmp_path):
         model = patch_model(load_base(tiny_llama), tiny_llama)
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(logits, [model] * 8))
-        assert all(torch.equal(each, expected) for each in found)
+        assert all(torch.equal(tensor, expected) for tensor in found)
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(load_base(tiny_llama)))

@@ -205,7 +205,9 @@ def test_a_part_of_the_base_stays_protected_when_the_rest_is_gone(
     for name, indices in safety_map.indices.items():
         if name.startswith("model."):
             own = name.removeprefix("model.")
-            now, then = (each.get_parameter(own).detach().flatten() for each in (backbone, before))
+            now, then = (
+                module.get_parameter(own).detach().flatten() for module in (backbone, before)
+            )
             assert torch.equal(now[indices], then[indices]), name
             assert not torch.equal(now, then), name
 

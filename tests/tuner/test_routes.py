@@ -62,7 +62,7 @@ def test_every_route_gives_the_output_of_the_dense_twin(load, name, request, tmp
     patch = save_patch(base, tmp_path / "patch", values_dtype="bfloat16")
     model = load(base, patch)
     assert torch.equal(logits(model), logits(twin(base, patch)))
-    assert all(each.dtype is torch.float32 for each in values_of(model).values())
+    assert all(tensor.dtype is torch.float32 for tensor in values_of(model).values())
 
 
 @pytest.mark.parametrize("values_dtype", ["float32", "bfloat16", "float16"])
@@ -74,19 +74,19 @@ def test_low_cpu_memory_loading_gives_the_same_float32_values(
     model = PeftModel.from_pretrained(
         load_base(tiny_tied_llama), patch, low_cpu_mem_usage=True, autocast_adapter_dtype=autocast
     )
-    assert all(each.dtype is torch.float32 for each in values_of(model).values())
-    assert not any(each.requires_grad for each in values_of(model).values())
+    assert all(tensor.dtype is torch.float32 for tensor in values_of(model).values())
+    assert not any(tensor.requires_grad for tensor in values_of(model).values())
     assert torch.equal(logits(model), logits(twin(tiny_tied_llama, patch)))
 
 
 def test_a_loaded_patch_is_frozen_unless_it_is_to_be_trained(tiny_llama, good):
     frozen = PeftModel.from_pretrained(load_base(tiny_llama), good)
     trained = PeftModel.from_pretrained(load_base(tiny_llama), good, is_trainable=True)
-    assert not any(each.requires_grad for each in frozen.parameters())
-    assert all(each.requires_grad for each in values_of(trained).values())
+    assert not any(tensor.requires_grad for tensor in frozen.parameters())
+    assert all(tensor.requires_grad for tensor in values_of(trained).values())
     model = load_base(tiny_llama)
     model.load_adapter(good, is_trainable=True)
-    assert all(each.requires_grad for each in values_of(model).values())
+    assert all(tensor.requires_grad for tensor in values_of(model).values())
 
 
 def test_a_bfloat16_base_that_is_loaded_in_float32_is_recognized(tiny_llama_bf16, tmp_path):
@@ -337,7 +337,7 @@ def test_a_safety_map_is_not_an_adapter(tiny_llama, patch, load, tmp_path):
         config | {"mode": Mode.SPA.value, "values_dtype": "float32"}, "test"
     )
     indices = {name: delta.indices for name, delta in adapter.deltas.items()}
-    scores = {name: np.ones(each.size, np.float32) for name, each in indices.items()}
+    scores = {name: np.ones(flat.size, np.float32) for name, flat in indices.items()}
     write_map(tmp_path / "map", SafetyMap(metadata, indices, scores))
     with pytest.raises(UnsupportedFeatureError, match="a safety map has no values to load"):
         load(tiny_llama, tmp_path / "map")

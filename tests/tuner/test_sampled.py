@@ -113,7 +113,7 @@ def test_a_patch_of_few_entries_trains_as_one_whose_gradients_are_dense(tiny_lla
         monkeypatch.setattr("safeweights_peft.tuner.sampled.DENSEST", densest)
         model = patch_model(load_base(tiny_llama), tiny_llama).train()
         used = [type(layer._weight(layer.selected["weight"])) for layer in _linear_layers(model)]
-        assert {each is SampledWeight for each in used} == {densest == 1.0}
+        assert {kind is SampledWeight for kind in used} == {densest == 1.0}
         model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
         gradients.append({name: values.grad for name, values in values_of(model).items()})
     for name, sampled in gradients[0].items():

@@ -102,7 +102,7 @@ def test_saving_at_any_time_gives_the_same_file(tiny_tied_llama, state, tmp_path
     else:
         model.save_pretrained(tmp_path / "second")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        first, second = (tmp_path / each / name for each in ("first", "second"))
+        first, second = (tmp_path / folder / name for folder in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
 
 
@@ -192,7 +192,7 @@ def test_a_new_adapter_is_trainable_active_and_changes_nothing(tiny_llama, tmp_p
     assert torch.equal(logits(peft_model), logits(load_base(tiny_llama)))
     assert peft_model.active_adapters == ["default"]
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    assert trainable == sum(each.size for each in indices.values())
+    assert trainable == sum(flat.size for flat in indices.values())
     peft_model.save_pretrained(tmp_path)
     saved = validate(tmp_path)
     assert (saved.mode, saved.base_model_name_or_path) == (Mode.SET, "some/base")

@@ -58,9 +58,9 @@ def train(model, out, steps, resume=None):
 def test_the_trainer_trains_the_values_and_leaves_the_base(tiny_tied_llama, mode, tmp_path):
     model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
     set_mode(model, mode)
-    before = {name: each.detach().clone() for name, each in values_of(model).items()}
+    before = {name: tensor.detach().clone() for name, tensor in values_of(model).items()}
     train(model, tmp_path, steps=3).save_model(tmp_path / "final")
-    assert not any(torch.equal(each, before[name]) for name, each in values_of(model).items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in values_of(model).items())
     model.eval()
     trained = logits(model)
     with model.disable_adapter():
@@ -158,7 +158,7 @@ def test_a_compiled_model_gives_the_same_gradients(tiny_llama):
     eager = patch_model(load_base(tiny_llama), tiny_llama)
     model = patch_model(load_base(tiny_llama), tiny_llama)
     compiled = torch.compile(model, backend="aot_eager")
-    for each in (eager, compiled):
-        each(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
+    for network in (eager, compiled):
+        network(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
     for name, values in values_of(eager).items():
         assert torch.allclose(values.grad, values_of(model)[name].grad, atol=1e-6), name
