@@ -42,8 +42,8 @@ def merge_in_place(
     """Merge safety patches into the checkpoint that they were made for, by changing its files.
 
     Time and memory grow with the patches, not with the checkpoint. All is checked before anything
-    is changed. An interrupted merge is finished by the same call,
-    or undone by :func:`unmerge`. The same call on a finished merge changes nothing.
+    is changed. An interrupted merge is finished by the same call, or undone by :func:`unmerge`. The
+    same call on a finished merge changes nothing.
 
     Args:
         base_dir: The base's checkpoint, which becomes the merged one.
