@@ -7,6 +7,7 @@ The command line makes its options from these fields, records hold them, and a r
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -27,9 +28,10 @@ class Setting(NamedTuple):
     help: str
     group: str = ""
     flag: str = ""
-    least: float | None = None
-    above: float | None = None  # outside the range; `least` and `most` are inside
-    most: float | None = None
+    # The range; the largest float as its bound keeps infinity out, and NaN is in no range.
+    least: float = -sys.float_info.max
+    above: float = -math.inf  # itself outside
+    most: float = sys.float_info.max
     choices: tuple[str, ...] = ()
     unset: str = ""  # what None means
     # `settings_of` reads these from the field.
@@ -42,7 +44,8 @@ class Setting(NamedTuple):
     def range(self) -> str:
         """The range in words, such as "above 0 and at most 1"; empty if it has no bounds."""
         bounds = (("at least", self.least), ("above", self.above), ("at most", self.most))
-        return " and ".join(f"{word} {bound:.10g}" for word, bound in bounds if bound is not None)
+        given = ((word, bound) for word, bound in bounds if abs(bound) < sys.float_info.max)
+        return " and ".join(f"{word} {bound:.10g}" for word, bound in given)
 
     def check(self, value: Any) -> Any:
         """Return a value, as a member where it is an enum's; refuse what the setting can't be."""
@@ -54,7 +57,7 @@ class Setting(NamedTuple):
             expected = f"one of {', '.join(self.choices)}"
         elif type(value) is not self.kind and (self.kind, type(value)) != (float, int):
             expected = self.kind.__name__
-        elif self.kind not in (int, float) or self._allows(value):
+        elif self.kind in (bool, str) or self._allows(value):
             return value
         else:
             expected = f"a number {self.range}" if self.range else "a finite number"
@@ -62,12 +65,7 @@ class Setting(NamedTuple):
         raise SettingsError(f"{self.name}: expected {expected}, found {found}; choose another")
 
     def _allows(self, number: float) -> bool:
-        return (
-            abs(number) <= sys.float_info.max  # false for NaN and infinity; no int overflows here
-            and (self.least is None or number >= self.least)
-            and (self.above is None or number > self.above)
-            and (self.most is None or number <= self.most)
-        )
+        return number > self.above and self.least <= number <= self.most
 
 
 def setting(default: Any, help: str, **option: Any) -> Any:
@@ -309,9 +307,8 @@ class RunSettings:
                 f"{path}: expected settings in TOML or JSON, found {error}; give "
                 "the settings.json of a run, or the same in TOML"
             ) from error
-        if not isinstance(content, dict):
-            raise SettingsError(f"{path}: expected a table of settings, found {content!r:.80}")
-        return restore(cls, content | changes, str(path), partial=True)
+        content = content | changes if isinstance(content, dict) else content
+        return restore(cls, content, str(path), partial=True)
 
 
 def restore(kind: type[Kind], values: Any, where: str, *, partial: bool = False) -> Kind:

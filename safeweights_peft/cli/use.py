@@ -195,11 +195,8 @@ def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrit
         unset="all that changed",
     )
 )
-@click.option(
-    "--map",
-    "map_dir",
-    type=options.ADAPTER,
-    help="Keep only the weights of this safety map of BASE: directory or Hub id.",
+@options.safety_map(
+    "Keep only the weights of this map of BASE: directory or Hub id.", required=False
 )
 @options.out
 @options.overwrite

@@ -1,4 +1,4 @@
-"""0 done, 1 failed, 2 wrong usage, 3 no clear yes; an error is one line.
+"""0 done, 1 failed, 2 wrong usage, 3 inconclusive; an error is one line.
 
 What `verify` makes of them is in `test_trust`.
 """
