@@ -13,7 +13,7 @@ from safeweights_peft.errors import FormatError
 from safeweights_peft.files import PathLike, check_apart, check_target, publish
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.sums import merged_entries
-from safeweights_peft.patch.artifacts import Adapter, Artifact, EncodedPatch, SafetyMap, in_encoding
+from safeweights_peft.patch.artifacts import Adapter, Artifact, SafetyMap, StoredPatch, in_encoding
 from safeweights_peft.patch.io import (
     file_bytes,
     read_adapter,
@@ -113,11 +113,11 @@ def _write_map(draft: Path, safety_map: SafetyMap, encoding: Encoding) -> Adapte
 
 
 def _write_patch(
-    draft: Path, patch: Adapter | EncodedPatch, encoding: Encoding, reader: CheckpointReader | None
+    draft: Path, patch: StoredPatch, encoding: Encoding, reader: CheckpointReader | None
 ) -> tuple[AdapterMetadata, int]:
     """Write a patch, and count the values that become other numbers with the same result."""
     base = None if reader is None else partial(gather_entries, reader)
-    before = patch.decode(base) if isinstance(patch, EncodedPatch) else patch
+    before = patch.decode(base)
     draft_patch = replace(before, metadata=in_encoding(before.metadata, encoding))
     stepped = encoding is Encoding.COMPACT and base is not None and before.metadata.may_need_base
     write_adapter(draft, _widen(draft_patch) if stepped else draft_patch, base=base)

@@ -106,8 +106,8 @@ class StoredEntries:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPatch:
-    """A safety patch whose values are steps from the entries of a base that is not read yet."""
+class StoredPatch:
+    """A safety patch as it was read; values may be steps from a base that is not read yet."""
 
     metadata: AdapterMetadata
     entries: dict[str, StoredEntries]
@@ -139,10 +139,10 @@ class EncodedPatch:
         return Adapter(self.metadata, deltas)
 
 
-AnyPatch = Adapter | EncodedPatch
+AnyPatch = Adapter | StoredPatch
 """A safety patch: each form has ``metadata``, ``indices`` and ``values`` on a base."""
 
-Artifact = Adapter | EncodedPatch | SafetyMap
+Artifact = Adapter | StoredPatch | SafetyMap
 """What a directory may hold; each has ``metadata`` and ``indices``."""
 
 

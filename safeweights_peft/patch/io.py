@@ -20,12 +20,10 @@ from safeweights_peft.files import (
 )
 from safeweights_peft.patch.artifacts import (
     Adapter,
-    AnyPatch,
-    Artifact,
     BaseEntries,
-    EncodedPatch,
     SafetyMap,
     StoredEntries,
+    StoredPatch,
     check_layout,
     check_tensors,
     decode_entries,
@@ -119,12 +117,12 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
         >>> delta.shape, delta.indices.shape == delta.values.shape
         ((48, 32), True)
     """
-    return EncodedPatch(*_read(path, Mode.SET)).decode(base)
+    return read_patch(path).decode(base)
 
 
-def read_patch(path: PathLike) -> AnyPatch:
+def read_patch(path: PathLike) -> StoredPatch:
     """Read and check a safety patch, where its base is not read yet or not needed."""
-    return _as_patch(*_read(path, Mode.SET))
+    return StoredPatch(*_read(path, Mode.SET))
 
 
 def read_map(path: PathLike) -> SafetyMap:
@@ -145,11 +143,10 @@ def read_map(path: PathLike) -> SafetyMap:
     return _as_map(*_read(path, Mode.SPA))
 
 
-def read_artifact(path: PathLike) -> Artifact:
+def read_artifact(path: PathLike) -> StoredPatch | SafetyMap:
     """Read and check a safety patch or a safety map, whichever its mode says it is."""
     metadata, entries = _read(path)
-    as_artifact = _as_map if metadata.mode is Mode.SPA else _as_patch
-    return as_artifact(metadata, entries)
+    return (_as_map if metadata.mode is Mode.SPA else StoredPatch)(metadata, entries)
 
 
 def validate(path: PathLike) -> AdapterMetadata:
@@ -241,11 +238,6 @@ def read_metadata(path: PathLike) -> AdapterMetadata:
             f"{folder}: expected {TENSORS_FILE}, found {found}; ask the author for {TENSORS_FILE}"
         )
     return metadata
-
-
-def _as_patch(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> AnyPatch:
-    patch = EncodedPatch(metadata, entries)
-    return patch if metadata.needs_base else patch.decode()
 
 
 def _as_map(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> SafetyMap:
