@@ -19,16 +19,16 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-"""The floating dtypes of values, and of the models that are trained, by torch's names."""
+"""Floating dtypes of values and of trainable models, by torch's names."""
 
 WEIGHT_DTYPES: dict[str, np.dtype[Any]] = DTYPES | {
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-"""The floating dtypes of checkpoint tensors whose entries can be changed, by torch's names."""
+"""Floating dtypes of checkpoint tensors that can be changed, by torch's names."""
 
 MAX_NUMEL = 2**63 - 1
-"""The largest number of entries whose flat indices fit in int64."""
+"""Largest number of entries whose flat indices fit in int64."""
 
 _WINDOW = 2**20
 
@@ -45,8 +45,8 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
     float32, each product and each sum rounded to float32 (never fused), then one rounding to
     nearest even to the base's dtype. Overflow gives infinity, or NaN where the dtype has none.
     """
-    # The torch twin is in `modeling/tensors.py`; a test holds the two bitwise equal. But for NaN:
-    # torch's own casts differ in its payload between processors, so merging refuses it.
+    # The torch twin is in `modeling/tensors.py`; a test holds the two bitwise equal. But torch's own
+    # casts give a NaN another payload on another processor, so merging refuses NaN.
     if base.dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedFeatureError(
             f"base: expected a dtype of {', '.join(WEIGHT_DTYPES)}, found {base.dtype.name}; "
@@ -60,7 +60,7 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
 
 
 def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
-    """Find float32 values that turn ``base`` into ``tuned`` exactly, and where there are any."""
+    """Find float32 values that, added, turn ``base`` into ``tuned`` exactly, and where they do."""
     # The sums that round to a tuned entry are an interval, which the exact difference is in or
     # borders on. So if any float32 value leads into it, the nearest one or a neighbour does. None
     # does where values near the difference are coarser than the tuned entry, as from 1 to 1e-30.
@@ -78,14 +78,14 @@ def find_values(base: Array, tuned: Array) -> tuple[Array, Array]:
 
 
 def bits_differ(left: Array, right: Array) -> Array:
-    """Compare the bits of two arrays, so that NaN equals itself and zeros of two signs differ."""
+    """Compare bits, so that NaN equals itself and zeros of two signs differ."""
     bits = np.dtype(f"u{left.dtype.itemsize}")
     differ: Array = left.view(bits) != right.view(bits)
     return differ
 
 
 class Hash:
-    """A SHA-256 over arrays that can be continued in several ways, so as to hash none twice."""
+    """A SHA-256 over arrays that can be continued in several ways without hashing any twice."""
 
     def __init__(self, *arrays: Array, after: "Hash | None" = None) -> None:
         """Hash the contiguous little-endian bytes of arrays, one after another."""
@@ -94,7 +94,7 @@ class Hash:
             self._sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def __str__(self) -> str:
-        """Write it as a record does."""
+        """Format the digest as records do."""
         return f"sha256:{self._sha.hexdigest()}"
 
 
@@ -109,7 +109,7 @@ def index_dtype(numel: int) -> np.dtype[Any]:
 
 
 def check_indices(name: str, indices: Array, shape: Sequence[int], *, copy: bool = False) -> Array:
-    """Check flat indices: integers, one dimension, ascending, unique, in range; return them."""
+    """Check that flat indices are integers, ascending, unique and in range; return them."""
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
         raise CorruptAdapterError(
             f"{name}: expected integer indices of one dimension, found {indices.dtype.name} of "
@@ -117,8 +117,8 @@ def check_indices(name: str, indices: Array, shape: Sequence[int], *, copy: bool
         )
     if not indices.size:
         return indices
-    # A mapped file may be a hole: terabytes of zeros that cost their sender nothing. So it is
-    # copied window by window, and what is checked is the copy, which nobody else can change.
+    # A mapped file may be sparse: terabytes of zeros that cost their sender nothing. So copy it
+    # window by window, and check the copy, which nobody else can change.
     windows, last = [], indices[:0]
     for start in range(0, indices.size, _WINDOW):
         window = np.concatenate([last, indices[start : start + _WINDOW]])
@@ -190,7 +190,7 @@ class SparseDelta:
 
     @classmethod
     def _of_checked(cls, shape: tuple[int, ...], indices: Array, values: Array) -> Self:
-        """Make a delta of arrays that a reader has checked, and does not check again."""
+        """Build a delta from arrays that a reader has checked already."""
         delta = cls.__new__(cls)
         for name, value in {"shape": shape, "indices": indices, "values": values}.items():
             object.__setattr__(delta, name, value)
@@ -207,7 +207,7 @@ class SparseDelta:
         return int(self.indices.size)
 
     def to_dense(self) -> Array:
-        """Spread the values over the whole tensor.
+        """Return the values as a dense tensor.
 
         Returns:
             An array of ``shape`` in the values' dtype, zero elsewhere.

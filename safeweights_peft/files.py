@@ -44,7 +44,7 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-"""The safetensors dtypes that this package can read; others may stand in a file, untouched."""
+"""Safetensors dtypes that this package can read; a file may hold others, which stay untouched."""
 
 _DTYPE = re.compile("[A-Z0-9_]{1,32}")
 _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
@@ -86,7 +86,7 @@ def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> di
             content.decode(), object_pairs_hook=_unique, parse_constant=_no_constant
         )
         if b"\\u" in content:
-            json.dumps(parsed, ensure_ascii=False).encode()  # half a character cannot be printed
+            json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate cannot be printed
     except (ValueError, RecursionError) as reason:
         _refuse(error, source, "JSON", str(reason), reason)
     if not isinstance(parsed, dict):
@@ -148,7 +148,7 @@ def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> 
 
 
 def check_apart(path: Path, inputs: Mapping[str, PathLike], error: type[SafeWeightsError]) -> None:
-    """Check that a directory to be published neither holds an input nor lies in one."""
+    """Check that a target directory neither contains an input nor lies inside one."""
     target = Path(os.path.realpath(path))
     for role, input_path in inputs.items():
         source = Path(os.path.realpath(input_path))
@@ -159,7 +159,7 @@ def check_apart(path: Path, inputs: Mapping[str, PathLike], error: type[SafeWeig
 
 @contextmanager
 def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Iterator[Path]:
-    """Fill a temporary sibling directory, and give it its name once it is complete and on disk."""
+    """Fill a temporary sibling directory; rename it into place once it is complete and on disk."""
     target = check_target(path, overwrite, error)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -168,14 +168,14 @@ def publish(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> Itera
         _open_to_readers(draft)
         _sync_all(draft)
         _replace(target, draft, overwrite)
-    except (OSError, SafetensorError) as reason:  # safetensors says in its own way: disk full
+    except (OSError, SafetensorError) as reason:  # as safetensors reports a full disk
         _refuse(error, path, "a writable directory", str(reason), reason, "free space or move it")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
-    """Bring a file or a directory to the disk."""
+    """Flush a file or a directory to disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a directory
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -218,7 +218,7 @@ def _no_constant(name: str) -> NoReturn:
 def _stored_tensor(
     path: Path, name: str, entry: Any, start: int, error: type[SafeWeightsError]
 ) -> StoredTensor:
-    """Check one header entry by itself."""
+    """Check one entry of a header."""
     source = f"{path}: {name[:200]!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(error, source, "dtype, shape and data_offsets", str(entry))
@@ -249,7 +249,7 @@ def _check_cover(
     size: int,
     error: type[SafeWeightsError],
 ) -> None:
-    """Check that the tensors fill the file from the header to its end, each byte once."""
+    """Check that the tensors cover the file from the header to its end, each byte once."""
     at = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if tensor.offset != at:
@@ -269,7 +269,7 @@ def _open_to_readers(directory: Path) -> None:
 
 
 def _sync_all(directory: Path) -> None:
-    """Bring every file, then every directory, to the disk, so that the rename comes last."""
+    """Flush every file, then every directory, so that the rename comes last."""
     for folder, _, names in os.walk(directory, topdown=False):
         for name in names:
             sync(Path(folder, name))
@@ -277,7 +277,7 @@ def _sync_all(directory: Path) -> None:
 
 
 def _replace(target: Path, draft: Path, overwrite: bool) -> None:
-    """Give a draft its name; what had that name gets the draft's, and is deleted with it."""
+    """Rename a draft into place; an old directory takes the draft's name, and is deleted."""
     if overwrite:
         _swap(target, draft)
     else:
@@ -299,7 +299,7 @@ def _swap(target: Path, draft: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two directories in one step, if the system can; return whether it did."""
-    # Linux can, on its own file systems, and Python has no name for it. No name is ever missing.
+    # Linux can on its own file systems, so that both names exist at every moment.
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -308,7 +308,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _rename_twice(target: Path, draft: Path) -> None:
-    """Exchange two directories by a third name, under which :func:`_recover` looks."""
+    """Exchange two directories through a third name, which :func:`_recover` knows."""
     aside = draft.with_suffix(".old")
     target.rename(aside)
     try:
@@ -322,7 +322,7 @@ def _rename_twice(target: Path, draft: Path) -> None:
 
 
 def _recover(target: Path) -> None:
-    """Give a directory its name back that a killed process had moved aside."""
+    """Restore a directory that a killed process had moved aside."""
     if not target.exists():
         name = f".{escape(target.name)}.{'[0-9a-f]' * 8}.old"
         for aside in filter(Path.is_dir, target.parent.glob(name)):

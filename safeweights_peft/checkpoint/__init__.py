@@ -1,1 +1,1 @@
-"""Checkpoint directories as transformers saves them: index, lazy reads, patched copies."""
+"""Checkpoint directories as transformers saves them: lazy reads and patched copies."""

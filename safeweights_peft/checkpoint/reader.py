@@ -1,4 +1,4 @@
-"""Read tensors, or some entries of them, from a checkpoint directory, and no other pages."""
+"""Read tensors of a checkpoint directory, whole or some entries, and touch no other pages."""
 
 import copy
 import os
@@ -16,13 +16,13 @@ from safeweights_peft.files import STORED_DTYPES, PathLike, StoredTensor, read_h
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WINDOW_BYTES = 2**22
-"""Bytes that are mapped at once: a mapped page counts as memory until it is unmapped."""
+"""Bytes to map at once: a mapped page counts as memory until it is unmapped."""
 
 _PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
 class TensorInfo(NamedTuple):
-    """Where and what a tensor of a checkpoint is."""
+    """Where a checkpoint tensor lies, and in what form."""
 
     shape: tuple[int, ...]
     dtype: str  # torch's name, or safetensors' where numpy cannot read it
@@ -32,7 +32,7 @@ class TensorInfo(NamedTuple):
 
 
 class CheckpointReader:
-    """A checkpoint directory, opened for reading; a shard's header is read when it is needed."""
+    """A checkpoint directory, open for reading; headers are read on demand."""
 
     directory: Path
     weight_map: dict[str, str]  # the shard's file name for each key
@@ -45,7 +45,7 @@ class CheckpointReader:
         self._stamps: dict[str, tuple[int, int, int]] = {}
 
     def copied_to(self, directory: Path) -> Self:
-        """Open a copy that is being made of this checkpoint, before its files are there."""
+        """Open a copy of this checkpoint whose files are still to be written."""
         other = copy.copy(self)
         other.directory = directory
         other._headers = {shard: self._header(shard) for shard in self.shards}
@@ -53,7 +53,7 @@ class CheckpointReader:
         return other
 
     def check_unchanged(self, shard: str) -> None:
-        """Check that a shard is the file whose header was read, as it was then."""
+        """Check that a shard is still the file whose header was read."""
         if self._stamp(shard) != self._stamps[shard]:
             raise CheckpointError(
                 f"{self.directory / shard}: expected it to stay as it is, found it changed "
@@ -71,20 +71,20 @@ class CheckpointReader:
         return sum((self.directory / shard).stat().st_size for shard in self.shards)
 
     def keys(self) -> list[str]:
-        """List the tensors."""
+        """List the keys, sorted."""
         return sorted(self.weight_map)
 
     def unlisted(self) -> list[str]:
-        """List tensors that stand in a shard although the index doesn't name them."""
+        """List tensors that are in a shard but not in the index."""
         headers = (self._header(shard) for shard in self.shards)
         return sorted({key for header in headers for key in header} - self.weight_map.keys())
 
     def __contains__(self, key: str) -> bool:
-        """Tell whether the checkpoint has a key."""
+        """Check whether the checkpoint has a key."""
         return key in self.weight_map
 
     def find_key(self, key: str) -> str | None:
-        """Find a tensor whose key may have lost its prefix, or got one; refuse one of several."""
+        """Find a key as it is, without its prefix or with one more; refuse several matches."""
         if key in self:
             return key
         others = [key.removeprefix(prefix) for prefix in _prefixes(key)]
@@ -102,7 +102,7 @@ class CheckpointReader:
         return {prefix for key in self.weight_map for prefix in _prefixes(key)}
 
     def info(self, key: str) -> TensorInfo:
-        """Look a tensor up, without reading it."""
+        """Look up a tensor without reading it."""
         shard, stored = self._stored(key)
         dtype = STORED_DTYPES[stored.dtype].name if stored.dtype in STORED_DTYPES else stored.dtype
         return TensorInfo(stored.shape, dtype, shard, stored.offset, stored.size_bytes)
@@ -117,7 +117,7 @@ class CheckpointReader:
         error: type[SafeWeightsError] = CheckpointError,
         hint: str,
     ) -> TensorInfo:
-        """Return what a tensor is; refuse one that is missing, or has another shape or dtype."""
+        """Look up a tensor; refuse a missing one, or another shape or dtype."""
         info = self.info(key) if key in self else None
         if info and shape in (None, info.shape) and dtype in (None, info.dtype):
             return info
@@ -134,14 +134,14 @@ class CheckpointReader:
         return np.array(stored.open(path)).reshape(stored.shape)
 
     def read_windows(self, key: str) -> Iterator[Array]:
-        """Read a whole tensor as bytes, one window after another, whatever its dtype."""
+        """Read a whole tensor as bytes, window by window, whatever its dtype."""
         info = self.info(key)
         path, end = self.directory / info.shard, info.offset + info.size_bytes
         for start in range(info.offset, end, WINDOW_BYTES):
             yield np.fromfile(path, np.uint8, min(WINDOW_BYTES, end - start), offset=start)
 
     def gather(self, key: str, flat_indices: Array) -> Array:
-        """Read some entries of a tensor; only the pages that hold them are touched."""
+        """Read a tensor's entries at flat indices; touch only the pages that hold them."""
         path, stored = self._readable(key)
         dtype = STORED_DTYPES[stored.dtype]
         check_bounds(key, flat_indices, stored.size_bytes // dtype.itemsize)
@@ -153,7 +153,7 @@ class CheckpointReader:
     def gather_pieces(
         self, pieces: Mapping[str, tuple[Array | slice, Array]], count: int, dtype: np.dtype[Any]
     ) -> Array:
-        """Read entries that lie in several tensors, by key: their positions and flat indices."""
+        """Read entries of several tensors: by key, positions in the result and flat indices."""
         entries = np.empty(count, dtype)
         for key, (positions, local) in pieces.items():
             entries[positions] = self.gather(key, local)
@@ -185,7 +185,7 @@ class CheckpointReader:
         return shard, stored
 
     def _header(self, shard: str) -> dict[str, StoredTensor]:
-        """Read a header once; refuse a tensor that the index places elsewhere too."""
+        """Read a header once; refuse a tensor that the index places in another shard."""
         if shard in self._headers:
             return self._headers[shard]
         stamp = self._stamp(shard)
@@ -201,7 +201,7 @@ class CheckpointReader:
         return header
 
     def _stamp(self, shard: str) -> tuple[int, int, int]:
-        """Identify a file as it now is: its inode, size, and time of the last change."""
+        """Identify a file's current state by inode, size and time of change."""
         try:
             status = (self.directory / shard).stat()
         except OSError:
@@ -216,10 +216,7 @@ def windows(
     flat_indices: Array,
     mode: Literal["r", "r+"] = "r",
 ) -> Iterator[tuple[Array, Array, Array | slice]]:
-    """Map the parts of a tensor that hold some entries, one after another.
-
-    Each comes with the entries' indices in it, and their positions among ``flat_indices``.
-    """
+    """Map parts of a tensor that hold entries; yield each with local indices and positions."""
     order: Array | slice = slice(None)
     if (flat_indices[1:] < flat_indices[:-1]).any():
         order = np.argsort(flat_indices)
@@ -228,13 +225,13 @@ def windows(
     start = 0
     while start < ordered.size:
         first = int(ordered[start]) // size * size
-        # The indices' own dtype: another would have numpy convert all of them first.
+        # In the indices' own dtype: with another, numpy would convert all indices first.
         last = np.array(min(first + size - 1, int(ordered[-1])), ordered.dtype)
         stop = int(np.searchsorted(ordered, last, side="right"))
         length = (int(ordered[stop - 1]) - first + 1) * dtype.itemsize
         raw = np.memmap(os.fspath(path), np.uint8, mode, offset + first * dtype.itemsize, (length,))
         positions = slice(start, stop) if isinstance(order, slice) else order[start:stop]
-        # As numpy indexes with, so that it need not convert them at each use.
+        # intp is what numpy indexes with, so that it converts them once.
         local = np.subtract(ordered[start:stop], first, dtype=np.intp)
         yield raw.view(np.ndarray).view(dtype), local, positions
         start = stop
@@ -251,8 +248,8 @@ def check_bounds(key: str, flat_indices: Array, numel: int) -> None:
 
 def _prefixes(key: str) -> Iterator[str]:
     """List the leading paths of a key that name modules alone."""
-    # A class with a head and one without save one model under two prefixes, such as `transformer.`
-    # and none. A layer's number is never part of one: without it another layer would match.
+    # Classes with a head and without save one model under two prefixes, as `transformer.` and none.
+    # A layer's number is never part of one, or another layer's tensor could match.
     parts = key.split(".")[:-1]
     for count, part in enumerate(parts, 1):
         if part.isdigit():
@@ -261,7 +258,7 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 def _read_weight_map(directory: Path) -> dict[str, str]:
-    """Find the shard of each tensor, from the only file or from the index."""
+    """Find the shard of each tensor, from the single file or the index."""
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
         raise CheckpointError(
@@ -295,7 +292,7 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
 
 
 def _check_shard_name(index: Path, key: str, shard: object) -> None:
-    """Refuse names that could leave the directory, on this system or on another."""
+    """Refuse names that could leave the directory, on this system or another."""
     is_plain = (
         isinstance(shard, str)
         and shard.endswith(".safetensors")

@@ -1,22 +1,20 @@
-"""Work on several files or tensors at once.
-
-Copying, hashing, gathering and waiting for the disk all leave Python's lock alone.
-"""
+"""Work on several files or tensors at once, in threads."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+# Copying, hashing, gathering and waiting for a disk all release Python's lock. Four keep two cores
+# and a disk busy; each may map a window of a tensor.
 THREADS = 4
-"""Enough that two cores and a disk are busy at once; each may map a window of a tensor."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Work on a few items at a time, in order and not far ahead; the first error stops it."""
+    """Yield results in order, computed a few items ahead; stop at the first error."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
@@ -27,5 +25,5 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for each in waiting:
-                each.cancel()
+            for future in waiting:
+                future.cancel()

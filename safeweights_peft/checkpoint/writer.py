@@ -16,10 +16,10 @@ from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import PathLike, publish
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes copied so far, and the bytes to copy."""
+"""Called with the bytes copied so far and in total."""
 
-# A list of what may come along: a forgotten tokenizer file fails loudly, whereas weights in another
-# format would carry the unchanged model into the merged one.
+# What may be copied, not what may not: a missing tokenizer file fails loudly, while weights in
+# another format would bring the unchanged model along.
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 _LEGAL_PREFIXES = ("license", "licence", "notice", "copying", "use_policy")
 _ADAPTER_FILE = "adapter_config.json"
@@ -27,7 +27,7 @@ _NOT_COPIED = {_ADAPTER_FILE, "trainer_state.json"}
 _TEMPLATES = "additional_chat_templates"
 _HINT = "write what has the tensor's own dtype and shape"
 
-# What kernels and file systems answer that cannot copy a range, not that something is wrong.
+# Errors of kernels and file systems that cannot copy a range; any other is a failure.
 _CANNOT_COPY = {
     errno.EBADF,
     errno.EINVAL,
@@ -40,7 +40,7 @@ _CANNOT_COPY = {
 
 
 class CheckpointDraft:
-    """A checkpoint that is being changed, mostly a copy that is not published yet."""
+    """A checkpoint that is being changed, usually a copy that is not published yet."""
 
     reader: CheckpointReader
 
@@ -80,7 +80,7 @@ def draft_copy(
     progress: Progress | None = None,
     change: Callable[[CheckpointDraft, str], None] | None = None,
 ) -> Iterator[CheckpointDraft]:
-    """Copy a checkpoint to a temporary sibling directory; publish it when the block ends well."""
+    """Copy a checkpoint to a temporary sibling directory; publish it if the block succeeds."""
     with publish(Path(out_dir), overwrite, CheckpointError) as directory:
         draft = CheckpointDraft(reader.copied_to(directory))
         _copy_files(reader, draft, progress, change)
@@ -88,15 +88,15 @@ def draft_copy(
 
 
 def files_to_copy(reader: CheckpointReader) -> dict[str, int]:
-    """List the shards, their index, and what loading needs, with sizes; no cards, no adapters."""
+    """List the files to copy with their sizes: shards, index, and what loading needs."""
     names = reader.shards + _side_files(reader.directory)
     return {name: (reader.directory / name).stat().st_size for name in names}
 
 
 def files_that_load(directory: Path) -> list[str]:
-    """List the files beside the shards that can change what a checkpoint does once it is loaded."""
+    """List the files beside the shards that can change what a loaded checkpoint does."""
     names = _side_files(directory)
-    # transformers loads an adapter with the model beside whose weights its config lies.
+    # transformers loads an adapter whose config lies beside the weights.
     names += [_ADAPTER_FILE] if (directory / _ADAPTER_FILE).is_file() else []
     return sorted(name for name in names if name != INDEX_FILE and not _is_legal_text(name))
 
@@ -126,7 +126,7 @@ def _copy_files(
 
 
 def _side_files(directory: Path) -> list[str]:
-    """List what loading needs beside the shards, relative to the directory."""
+    """List the files beside the shards that loading needs, relative to the directory."""
     files = [path for path in directory.iterdir() if path.is_file() and _is_side_file(path.name)]
     files += (directory / _TEMPLATES).glob("*.jinja")
     return sorted(path.relative_to(directory).as_posix() for path in files)
@@ -147,7 +147,7 @@ def _is_side_file(name: str) -> bool:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file's bytes: by sharing its blocks, else inside the kernel, else through memory."""
+    """Copy a file: share its blocks, else copy in the kernel, else through memory."""
     if not _copy_in_kernel(source, target):
         shutil.copyfile(source, target)
 
@@ -155,7 +155,7 @@ def copy_file(source: Path, target: Path) -> None:
 def _copy_in_kernel(source: Path, target: Path) -> bool:
     if not hasattr(os, "copy_file_range"):
         return False
-    # On btrfs, XFS and NFS both files share blocks, each of which is copied when one is changed.
+    # On btrfs, XFS and NFS the files share blocks, which are copied when one of them changes.
     # https://man7.org/linux/man-pages/man2/copy_file_range.2.html
     with source.open("rb") as reader, target.open("wb") as writer:
         left = os.fstat(reader.fileno()).st_size

@@ -31,9 +31,9 @@ Layout = tuple[Any, tuple[int, ...]]
 """A dtype (a foreign name if numpy has none) and a shape."""
 
 BaseEntries = Callable[[str, TensorRecord, Array], Array]
-"""Gives the base's entries of a parameter, by name, record and flat indices, in its dtype."""
+"""Reads a base's entries, in their dtype, for a parameter's name, record and flat indices."""
 
-# What a parameter's stored bytes may hold: zeros alone would be 30,000 entries a byte.
+# Limit on what a parameter's stored bytes may hold: zstd packs 30,000 zeros into one byte.
 _MAX_ENTRIES_PER_BYTE = 64
 
 
@@ -89,15 +89,15 @@ class SafetyMap:
 
 @dataclass(frozen=True, eq=False)
 class StoredEntries:
-    """What is stored of one parameter, decoded and checked as far as that needs no base."""
+    """One parameter's stored entries, decoded and checked as far as possible without a base."""
 
-    name: str  # as messages call it: with the file's name
+    name: str  # with the file, for messages
     record: TensorRecord  # with the content digest
     indices: Array  # flat; (count,)
     content: Array  # values or scores, or the steps from the base's entries to the merged ones
 
     def values_at(self, base: Array) -> Array:
-        """Return the values, from entries of the base that were checked."""
+        """Return the values, given checked entries of the base; ``(count,)``."""
         if not self.record.needs_base:
             return self.content
         values = value_of(base, take_steps(base, self.content))
@@ -118,11 +118,11 @@ class StoredPatch:
         return {name: stored.indices for name, stored in self.entries.items()}
 
     def values(self, name: str, base: Array) -> Array:
-        """Return the values of a parameter, from entries of the base that were checked."""
+        """Return the values of a parameter, given checked entries of the base; ``(count,)``."""
         return self.entries[name].values_at(base)
 
     def decode(self, base: BaseEntries | None = None) -> Adapter:
-        """Return the patch with its values; check the base where they are steps from it."""
+        """Decode all values; check the base's entries where values are steps from them."""
         deltas = {}
         for name, stored in self.entries.items():
             record, values = stored.record, stored.content
@@ -140,14 +140,14 @@ class StoredPatch:
 
 
 AnyPatch = Adapter | StoredPatch
-"""A safety patch: each form has ``metadata``, ``indices`` and ``values`` on a base."""
+"""A safety patch, in memory or as it was read; both have ``metadata``, ``indices``, ``values``."""
 
 Artifact = Adapter | StoredPatch | SafetyMap
-"""What a directory may hold; each has ``metadata`` and ``indices``."""
+"""A safety patch or a safety map; all have ``metadata`` and ``indices``."""
 
 
 def in_encoding(metadata: AdapterMetadata, encoding: Encoding) -> AdapterMetadata:
-    """Ask for an encoding of every parameter."""
+    """Return metadata that asks for an encoding of every parameter."""
     tensors = {
         name: replace(record, encoding=encoding, streams={}, digest=None)
         for name, record in metadata.tensors.items()
@@ -156,7 +156,7 @@ def in_encoding(metadata: AdapterMetadata, encoding: Encoding) -> AdapterMetadat
 
 
 def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
-    """List what is stored of a parameter, indices first, from the config alone."""
+    """List dtype and shape of a parameter's stored tensors, indices first."""
     record = metadata.tensors[name]
     layouts: dict[str, Layout] = {}
     for kind in ("indices", metadata.mode.content):
@@ -168,7 +168,7 @@ def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
 
 
 def check_layout(metadata: AdapterMetadata, header: Mapping[str, Layout], source: str) -> None:
-    """Check names, dtypes and shapes, which a header alone tells."""
+    """Check the names, dtypes and shapes in a header against the config."""
     expected: dict[str, Layout] = {}
     for name, record in metadata.tensors.items():
         layouts = stored_arrays(metadata, name)
@@ -210,17 +210,17 @@ def decode_entries(
     source: str,
     mapped: bool = False,
 ) -> StoredEntries:
-    """Decode one parameter's entries, and check them: order, bounds, finite values, digests."""
+    """Decode and check one parameter's entries: order, bounds, finite values, digests."""
     record, kind = metadata.tensors[name], metadata.mode.content
     keys = tensor_key(name, "indices"), tensor_key(name, kind)
     where = [f"{source}: {key}" for key in keys]
     first, second = (tensors[key] for key in keys)
     indices = decode(where[0], record, "indices", metadata.plain_dtype(record, "indices"), first)
-    if indices is first:  # what is decoded from gaps ascends, and was checked against its bounds
+    if indices is first:  # decoded gaps ascend, and end in range, already
         first = indices = check_indices(where[0], first, record.shape, copy=mapped)
     check_coverage(f"{source}: {name}", record.blocks, indices)
     content = decode(where[1], record, kind, metadata.plain_dtype(record, kind), second)
-    if content is second and mapped:  # what is coded stays on the disk
+    if content is second and mapped:  # a mapped file can change after the check
         second = content = np.array(content)
     if not record.needs_base:
         check_finite(where[1], content)
@@ -241,7 +241,7 @@ def decode_entries(
 def encode_entries(
     mode: Mode, record: TensorRecord, indices: Array, content: Array, base: Array | None
 ) -> tuple[TensorRecord, Array, Array]:
-    """Lay out one parameter's entries in the record's encoding; compact, if that is smaller."""
+    """Encode one parameter's entries as its record asks; compact only where that is smaller."""
     narrow = indices.astype(index_dtype(record.numel), copy=False)
     first, second = encode_plain(narrow), encode_plain(content)
     plain = first.stored, second.stored
@@ -266,11 +266,11 @@ def encode_entries(
 
 
 def _digests(mode: Mode, stored: tuple[Array, Array], plain: tuple[Array, Array]) -> list[str]:
-    """Digest what is stored, then what an adapter is in any encoding; hash no array twice."""
+    """Digest the stored bytes, then the content in any encoding; hash no array twice."""
     first = Hash(stored[0])
     content = first if plain[0] is stored[0] else Hash(plain[0])
     whole = Hash(stored[1], after=first)
-    if mode is Mode.SPA:  # what values do is in the merged digest, what scores are nowhere else
+    if mode is Mode.SPA:  # values show in the merged digest, scores nowhere else
         is_plain = content is first and plain[1] is stored[1]
         content = whole if is_plain else Hash(plain[1], after=content)
     return [str(whole), str(content)]

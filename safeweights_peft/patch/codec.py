@@ -1,7 +1,6 @@
-"""Encode and decode indices, values and scores, as "Encodings" in ``docs/format.md`` says.
+"""Encode and decode indices, values and scores; see "Encodings" in ``docs/format.md``."""
 
-Nothing that a stream says of itself is believed: counts, sums and sizes are checked before use.
-"""
+# Streams come from untrusted files: counts, sums and sizes are checked before they are used.
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from safeweights_peft.errors import CorruptAdapterError
 from safeweights_peft.patch.placement import GAPS, STEPS, Coding, Stream
 from safeweights_peft.patch.records import TensorRecord
 
-# A frame's window is memory that the reader needs: zstd recommends that every reader allows 8 MiB.
+# A frame's window takes memory to read; zstd recommends that every reader allows 8 MiB.
 _MAX_WINDOW_BYTES = 2**23
 _LEVELS = (1, 9)  # the entropy of noise, and what repeats far apart
 
@@ -27,7 +26,7 @@ class Coded(NamedTuple):
 
 
 def encode_indices(indices: Array, numel: int) -> Coded:
-    """Encode ascending flat indices in the coding that takes the fewest bytes."""
+    """Encode ascending flat indices in the fewest bytes."""
     plain = encode_plain(indices.astype(index_dtype(numel), copy=False))
     candidates: list[Coded | None] = [plain]
     if indices.size:
@@ -37,7 +36,7 @@ def encode_indices(indices: Array, numel: int) -> Coded:
 
 
 def encode_content(content: Array, base: Array | None = None) -> Coded:
-    """Encode values or scores in the fewest bytes; only from a base's entries as steps."""
+    """Encode values or scores in the fewest bytes; as steps only if a base is given."""
     candidates = [encode_plain(content)]
     if content.size:
         candidates.append(_pack(Coding.PLANES, 0, split(content)))
@@ -47,11 +46,11 @@ def encode_content(content: Array, base: Array | None = None) -> Coded:
 
 
 def encode_steps(base: Array, values: Array) -> list[Coded]:
-    """Encode values, in each width, as steps from the base's entries to the merged ones."""
+    """Encode values as steps from base entries to merged ones, in every width."""
     merged = add_rounded(base, values)
     decoded = value_of(base, merged)
     if not np.isfinite(decoded).all() or bits_differ(add_rounded(base, decoded), merged).any():
-        return []  # other values have the same result, but no step stands for these
+        return []  # no step stands for such values
     steps = _ordinals(merged) - _ordinals(base)
     return [_encode_steps(steps, coding) for coding in STEPS if coding.width <= base.itemsize]
 
@@ -64,7 +63,7 @@ def encode_plain(entries: Array) -> Coded:
 def decode(
     source: str, record: TensorRecord, kind: str, plain: np.dtype[Any], stored: Array
 ) -> Array:
-    """Decode a stream into entries of its plain dtype, or into steps; plain ones stay unchecked."""
+    """Decode a stream to its plain dtype, or to steps; return a plain one as it is, unchecked."""
     stream = record.stream(kind)
     if stream.coding is Coding.PLAIN:
         return stored
@@ -78,7 +77,7 @@ def decode(
 
 
 def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) -> Array:
-    """Add gaps up to flat indices, which ascend whatever the gaps are."""
+    """Add up gaps to ascending flat indices below ``numel``."""
     symbols = join(planes)
     ends = symbols != np.iinfo(symbols.dtype).max
     found = int(np.count_nonzero(ends))
@@ -100,7 +99,7 @@ def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) ->
 
 
 def decode_steps(source: str, stream: Stream, planes: Sequence[Array], itemsize: int) -> Array:
-    """Put steps together, which needs no base yet; they wrap around."""
+    """Join the byte planes of steps, which wrap around; this needs no base."""
     width = stream.coding.width
     narrow = join(planes[:width])
     if width == itemsize:
@@ -119,7 +118,7 @@ def decode_steps(source: str, stream: Stream, planes: Sequence[Array], itemsize:
 
 
 def take_steps(base: Array, steps: Array) -> Array:
-    """Go from the base's entries to the merged ones."""
+    """Step from base entries to merged ones."""
     ordinals = _ordinals(base)
     ordinals += steps
     top = ordinals.dtype.type(1 << (8 * base.itemsize - 1))
@@ -130,12 +129,12 @@ def take_steps(base: Array, steps: Array) -> Array:
 
 
 def value_of(base: Array, merged: Array) -> Array:
-    """Return the values that lead from a base to merged entries: the float32 differences."""
+    """Return the float32 values that steps from ``base`` to ``merged`` stand for."""
     with np.errstate(over="ignore", invalid="ignore"):
         values: Array = merged.astype(np.float32)
         values -= base.astype(np.float32)
-    # A sum is -0.0 only where it is rounded to zero from below, so there the value is the number
-    # below the difference.
+    # A sum rounds to -0.0 only from below zero, so there the value is the float32 number just below
+    # the difference.
     bits = merged.view(f"u{merged.itemsize}")
     below = bits == bits.dtype.type(1 << (8 * merged.itemsize - 1))
     if below.any():
@@ -150,7 +149,7 @@ def _pack(coding: Coding, escapes: int, planes: list[Array]) -> Coded:
 
 
 def _encode_gaps(gaps: Array, coding: Coding) -> Coded | None:
-    """Encode gaps less 1; None if they take more escapes than there are gaps."""
+    """Encode gaps less 1; return None if they need more escapes than there are gaps."""
     full = 2 ** (8 * coding.width) - 1
     repeats = gaps // full
     escapes = int(repeats.sum())
@@ -162,7 +161,7 @@ def _encode_gaps(gaps: Array, coding: Coding) -> Coded | None:
 
 
 def _encode_steps(steps: Array, coding: Coding) -> Coded:
-    """Encode steps that wrap around; those too large for the width follow in full."""
+    """Encode steps, which wrap around; store those too large for the width in full, at the end."""
     width, itemsize = coding.width, steps.itemsize
     if width == itemsize:
         return _pack(coding, 0, split(steps))
@@ -192,7 +191,7 @@ def split(array: Array) -> list[Array]:
 
 
 def join(planes: Sequence[Array]) -> Array:
-    """Put planes together again; undo :func:`split`."""
+    """Join planes again; undo :func:`split`."""
     if len(planes) == 1:
         return planes[0]
     joined = np.empty((planes[0].size, len(planes)), np.uint8)
@@ -219,7 +218,7 @@ def decompress(
     source: str, stored: Array, sizes: Sequence[int], lengths: Sequence[int]
 ) -> list[Array]:
     """Decompress planes, each from one frame."""
-    # A stream's own: one is slow to make beside a small frame, and threads may not share it.
+    # One per stream: threads can't share it, and making it costs as much as a small frame.
     decompressor = zstandard.ZstdDecompressor()
     frames = np.split(stored, np.cumsum(sizes)[:-1])
     return [
@@ -231,7 +230,7 @@ def decompress(
 def _decompress(
     source: str, decompressor: zstandard.ZstdDecompressor, frame: Array, length: int
 ) -> Array:
-    """Decompress one frame of untrusted bytes, after its sizes are checked."""
+    """Check the sizes in an untrusted frame's header, then decompress it."""
     try:
         header = zstandard.get_frame_parameters(frame.data)
         if header.content_size != length or header.dict_id:

@@ -36,7 +36,7 @@ from safeweights_peft.patch.records import Mode, check_state, tensor_key
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (CONFIG_FILE, TENSORS_FILE)
-"""What decides an adapter's result: readers must ignore every other file beside it."""
+"""The files that decide an adapter's result; readers ignore all others."""
 
 
 def write_adapter(
@@ -44,16 +44,16 @@ def write_adapter(
 ) -> AdapterMetadata:
     """Write a safety patch as a directory that appears whole or not at all.
 
-    Counts and digests of the content are computed here; the digests of the base must be there.
+    Counts and content digests are computed; base digests must be set.
 
     Args:
         path: The directory.
-        adapter: The patch; each record's encoding is what is asked for.
-        base: Gives the base's entries, so that float32 values may be stored as steps from them.
+        adapter: The patch; each record names the encoding to use.
+        base: Reads the base's entries, so that float32 values can be stored as steps from them.
         overwrite: Replace an existing non-empty directory, whatever it holds.
 
     Returns:
-        The metadata as written; what is not smaller in the compact encoding is plain.
+        The metadata as written; parameters that compact would not shrink are plain.
 
     Raises:
         FormatError: The patch contradicts its own metadata.
@@ -79,15 +79,15 @@ def write_adapter(
 def write_map(path: PathLike, safety_map: SafetyMap, *, overwrite: bool = False) -> AdapterMetadata:
     """Write a safety map as a directory that appears whole or not at all.
 
-    Counts and digests of the content are computed here; the digests of the base must be there.
+    Counts and content digests are computed; base digests must be set.
 
     Args:
         path: The directory.
-        safety_map: The map; each record's encoding is what is asked for.
+        safety_map: The map; each record names the encoding to use.
         overwrite: Replace an existing non-empty directory, whatever it holds.
 
     Returns:
-        The metadata as written; what is not smaller in the compact encoding is plain.
+        The metadata as written; parameters that compact would not shrink are plain.
 
     Example:
         >>> from safeweights_peft import read_map, write_map
@@ -105,7 +105,7 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
 
     Args:
         path: The directory.
-        base: Gives the base's entries; needed only if values are stored as steps from them.
+        base: Reads the base's entries; needed only if values are stored as steps from them.
 
     Returns:
         The patch, in memory.
@@ -121,7 +121,7 @@ def read_adapter(path: PathLike, base: BaseEntries | None = None) -> Adapter:
 
 
 def read_patch(path: PathLike) -> StoredPatch:
-    """Read and check a safety patch, where its base is not read yet or not needed."""
+    """Read and check a safety patch, before its base is read or without it."""
     return StoredPatch(*_read(path, Mode.SET))
 
 
@@ -144,7 +144,7 @@ def read_map(path: PathLike) -> SafetyMap:
 
 
 def read_artifact(path: PathLike) -> StoredPatch | SafetyMap:
-    """Read and check a safety patch or a safety map, whichever its mode says it is."""
+    """Read and check a safety patch or a safety map, by its mode."""
     metadata, entries = _read(path)
     return (_as_map if metadata.mode is Mode.SPA else StoredPatch)(metadata, entries)
 
@@ -266,7 +266,7 @@ def _read(
             f"{path}: mode: expected {mode}, found {metadata.mode}; use {other} for it"
         )
     header, entries = _check_header(file, metadata), {}
-    for name in metadata.tensors:  # one after another: only one is in memory as it is stored
+    for name in metadata.tensors:  # only one at a time is in memory as it is stored
         stored = {key: header[key].open(file) for key in stored_arrays(metadata, name)}
         entries[name] = decode_entries(metadata, name, stored, str(file), mapped=True)
     records = {name: stored.record for name, stored in entries.items()}
@@ -303,7 +303,7 @@ def _write(
         tensors[tensor_key(name, mode.content)] = content
     config = _to_json(path, replace(metadata, tensors=records))
     written = AdapterMetadata.from_config(json.loads(config), str(path))
-    check_tensors(written, tensors, str(path))  # as a reader will: nothing wrong is published
+    check_tensors(written, tensors, str(path))  # as readers do: nothing broken is published
     with publish(Path(path), overwrite, FormatError) as draft:
         (draft / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""What an adapter says about itself in ``adapter_config.json``, strictly read; its identity."""
+"""What ``adapter_config.json`` says: strict reading, writing, and the adapter's identity."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ _FRAME_OVERHEAD_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMetadata:
-    """Everything that ``adapter_config.json`` says."""
+    """The content of an ``adapter_config.json``."""
 
     mode: Mode
     base_model_name_or_path: str | None = None
@@ -57,7 +57,7 @@ class AdapterMetadata:
 
     @property
     def content_id(self) -> str | None:
-        """What the adapter does to which base, as one digest; see "Identity" in ``docs/format.md``.
+        """Digest of what the adapter does to which base; see "Identity" in ``docs/format.md``.
 
         None where a content digest is missing, as in the header of a file of format 1.0.
         """
@@ -68,19 +68,19 @@ class AdapterMetadata:
                 return None
             shape = json.dumps(record.shape, separators=(",", ":"))
             digests = f"{record.content_digest} {record.base_digest} {record.merged_digest or '-'}"
-            # Only the name may hold spaces: it comes first, and all else is of a known form.
+            # Only the name may hold spaces, and all that follows it has a fixed form.
             lines.append(f"{name} {shape} {record.dtype} {digests}\n")
         return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
     @property
     def needs_base(self) -> bool:
-        """Whether values are stored as steps from the base's entries."""
+        """Whether any values are stored as steps from the base's entries."""
         return any(record.needs_base for record in self.tensors.values())
 
     @property
     def may_need_base(self) -> bool:
         """Whether values may be stored as steps from the base's entries."""
-        # Steps lead to the merged entries, and give back the values only if nothing scaled them.
+        # Steps lead to merged entries, and give the values back only if no scale was applied.
         return self.mode is Mode.SET and self.scale == 1.0
 
     def plain_dtype(self, record: TensorRecord, kind: str) -> np.dtype[Any]:
@@ -88,7 +88,7 @@ class AdapterMetadata:
         return index_dtype(record.numel) if kind == "indices" else DTYPES[self.values_dtype]
 
     def to_config(self) -> dict[str, Any]:
-        """Make the content of ``adapter_config.json``, with the keys that PEFT asks for."""
+        """Build the content of ``adapter_config.json``, with the keys that PEFT expects."""
         return {
             "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
@@ -108,7 +108,7 @@ class AdapterMetadata:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> "AdapterMetadata":
-        """Check the content of an ``adapter_config.json``; ignore keys of PEFT's own."""
+        """Read and check the content of an ``adapter_config.json``; ignore PEFT's own keys."""
         fields = Fields(config, source)
         is_newer = _check_version(fields)
         mode = Mode(fields.one_of("mode", [mode.value for mode in Mode]))
@@ -128,10 +128,10 @@ class AdapterMetadata:
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object from a stranger, each of whose fields is taken with its type checked."""
+    """A JSON object from an untrusted file, whose fields are taken with their types checked."""
 
     data: Any
-    where: str  # the file and the place in it
+    where: str  # file and position, for messages
 
     def __post_init__(self) -> None:
         """Refuse anything but an object."""
@@ -142,8 +142,8 @@ class Fields:
             )
 
     def refuse(self, key: str, expected: str, found: object) -> NoReturn:
-        """Say what is wrong with one field."""
-        # What a stranger wrote may be of any length.
+        """Raise the error for one field."""
+        # Cut, since an untrusted file can hold text of any length.
         raise CorruptAdapterError(
             f"{self.where}: {key}: expected {expected}, found {str(found)[:80]}; "
             "do not use this adapter"
@@ -218,7 +218,7 @@ class Fields:
         return float(self.check(key, value, is_valid, "a number that is finite in float32"))
 
     def check_name(self, key: str, name: str) -> None:
-        """Check the name of a parameter or a checkpoint key, since messages show it."""
+        """Check a parameter's name or a checkpoint key, which messages print."""
         is_valid = name.isprintable() and len(name) <= _MAX_NAME and all(name.split("."))
         expected = f"printable names of at most {_MAX_NAME} characters and no empty part"
         self.check(key, name, is_valid, f"{expected} between dots")
@@ -226,7 +226,7 @@ class Fields:
 
 def record_to_json(record: TensorRecord) -> dict[str, Any]:
     """Turn a record into plain JSON."""
-    # Lists, not tuples: what is read back equals what was written.
+    # Lists, not tuples, so that a config that was read equals the one that was written.
     data = vars(record) | {
         "shape": list(record.shape),
         "encoding": record.encoding.value,
@@ -242,12 +242,12 @@ def record_to_json(record: TensorRecord) -> dict[str, Any]:
         "tied_keys": list(record.tied_keys),
     }
     if not record.streams:
-        del data["streams"]  # which a plain record must not have
+        del data["streams"]  # a plain record has none
     return data
 
 
 def record_from_json(data: Any, where: str) -> TensorRecord:
-    """Check one record; digests may still be null, as in an adapter that is being trained."""
+    """Read and check one record; digests may be null while an adapter is trained."""
     fields = Fields(data, where)
     fields.only(_RECORD_FIELDS)
     record = TensorRecord(
@@ -287,7 +287,7 @@ def _blocks_from_json(fields: Fields) -> Iterator[Block]:
 
 
 def _streams_from_json(fields: Fields, record: TensorRecord) -> dict[str, Stream]:
-    """Take the layout of both streams of a compact record; a plain one says nothing of them."""
+    """Read the layout of a compact record's streams; a plain record has none."""
     if record.encoding is Encoding.PLAIN:
         fields.only(_RECORD_FIELDS - {"streams"})
         return {}
@@ -300,7 +300,7 @@ def _streams_from_json(fields: Fields, record: TensorRecord) -> dict[str, Stream
 
 
 def _stream_from_json(fields: Fields, kind: str, record: TensorRecord) -> Stream:
-    """Check how a stream is laid out against the other fields of its record."""
+    """Read one stream's layout, and check it against its record."""
     fields.only(_STREAM_FIELDS)
     coding = fields.member("coding", Coding)
     if kind not in coding.kinds:
@@ -327,7 +327,7 @@ def _records_from_json(fields: Fields, is_newer: bool) -> Iterator[tuple[str, Te
 
 
 def _check_version(fields: Fields) -> bool:
-    """Refuse what another method or another format version has written; tell a newer minor one."""
+    """Refuse other methods and format versions; return whether the minor version is newer."""
     peft_type = fields.data.get("peft_type")
     if peft_type != PEFT_TYPE:
         raise FormatError(
@@ -372,7 +372,7 @@ def _check_complete(metadata: AdapterMetadata, fields: Fields) -> None:
 
 
 def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fields) -> None:
-    """Check what a compact record says of its streams against the adapter as a whole."""
+    """Check a compact record's streams against the adapter as a whole."""
     content = metadata.mode.content
     if record.streams.keys() != {"indices", content}:
         found = ", ".join(record.streams) or "none"
@@ -382,7 +382,7 @@ def _check_streams(metadata: AdapterMetadata, record: TensorRecord, fields: Fiel
         frames = len(record.frames(kind, plain))
         if len(stream.sizes) != frames:
             fields.refuse(f"streams: {kind}", f"bytes of {frames} frames", len(stream.sizes))
-        # Whoever loads by shape makes room for so many bytes before the first of them is seen.
+        # Loading by shape allocates this many bytes before it sees the first of them.
         most = record.count * plain.itemsize + _FRAME_OVERHEAD_BYTES * frames
         if stream.size_bytes > most:
             fields.refuse(f"streams: {kind}: bytes", f"at most {most} bytes", stream.size_bytes)

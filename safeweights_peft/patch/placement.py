@@ -10,14 +10,14 @@ import numpy as np
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CorruptAdapterError
 
-# Blocks that may interleave around an entry, on average: every one of them is searched for it, so
-# that a small file with many wide blocks would keep a reader busy for hours.
+# Blocks whose span may include an entry, on average. Each of them is searched for it, so that a
+# small file of many wide blocks could keep a reader busy for hours.
 _MAX_INTERLEAVED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One checkpoint tensor that holds entries of a parameter, as strided steps of its flat index.
+    """One checkpoint tensor that holds entries of a parameter: a strided view of its flat index.
 
     The tensor's entry at multi-index ``(i0, i1, ...)`` is the parameter's entry with flat index
     ``offset + strides[0] * i0 + strides[1] * i1 + ...``; see "Blocks" in ``docs/format.md``.
@@ -34,7 +34,7 @@ class Block:
         return cls(key=key, shape=tuple(shape), offset=0, strides=row_major_strides(shape))
 
     def locate(self, indices: Array) -> tuple[Array | slice, Array]:
-        """Find which of ascending indices this tensor holds, and at which flat index of its own."""
+        """Find which of some ascending indices this tensor holds, and their flat indices in it."""
         first, stop = self._reach(indices)
         if self._is_dense():
             part = slice(first, stop)
@@ -52,7 +52,7 @@ class Block:
         return first + np.flatnonzero(inside), local[inside]
 
     def spread(self, local: Array) -> Array:
-        """Find where entries of this tensor are in the parameter; undo :meth:`locate`."""
+        """Return the parameter's flat indices of this tensor's entries; undo :meth:`locate`."""
         rest = local.astype(np.int64, copy=False)
         if self._is_dense():
             return rest + self.offset
@@ -70,8 +70,8 @@ class Block:
         )
 
     def is_injective(self) -> bool:
-        """Check that each stride steps over everything that the smaller strides can reach."""
-        reach = 0
+        """Check that the tensor holds no entry of the parameter twice."""
+        reach = 0  # of the smaller strides, which each stride must exceed
         for dim in self._wide_dims():
             if self.strides[dim] <= reach:
                 return False
@@ -79,7 +79,7 @@ class Block:
         return True
 
     def count_searched(self, indices: Array) -> int:
-        """Count the indices that :meth:`locate` looks at one by one."""
+        """Count the indices that :meth:`locate` tests one by one."""
         first, stop = self._reach(indices)
         return 0 if self._is_dense() else stop - first
 
@@ -87,8 +87,8 @@ class Block:
         return self.strides == row_major_strides(self.shape)
 
     def _reach(self, indices: Array) -> tuple[int, int]:
-        """Find the stretch of ascending indices between the first entry and the last."""
-        # Bounds of the indices' own dtype: others would have numpy convert all indices first.
+        """Find the range of ascending indices from the tensor's first entry to its last."""
+        # Bounds in the indices' own dtype: with another, numpy would convert all indices first.
         first, last = np.array([self.offset, self.last], indices.dtype)
         return int(np.searchsorted(indices, first)), int(np.searchsorted(indices, last, "right"))
 
@@ -99,7 +99,7 @@ class Block:
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the steps in the flat row-major index, one per dimension."""
+    """Return the row-major strides of a shape, in entries."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
@@ -153,10 +153,10 @@ def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
 
 
 class Coding(StrEnum):
-    """How a stream is laid out; closed: a reader refuses any other name."""
+    """Layout of a stream; a reader refuses any other name."""
 
-    # A new coding is a member here, with what a reader must know before it decompresses a byte
-    # (`kinds`, `most_escapes`, and `Stream.frames`), and a pair of functions in `codec`.
+    # To add one: a member here, what readers must know before they decompress a byte (`kinds`,
+    # `most_escapes`, `Stream.frames`), and a pair of functions in `codec`.
 
     PLAIN = "plain"
     GAPS8 = "gaps8"
@@ -184,7 +184,7 @@ class Coding(StrEnum):
         return families.get(self.family, STREAMS)
 
     def most_escapes(self, count: int, itemsize: int) -> int:
-        """Return how many entries may be too large for the width."""
+        """Return how many entries may be too large for the width, and escape it."""
         is_narrow = self.family == "gaps" or 0 < self.width < itemsize
         return count if is_narrow else 0
 
@@ -208,7 +208,7 @@ class Stream:
         return sum(self.sizes)
 
     def frames(self, count: int, itemsize: int = 0) -> tuple[int, ...]:
-        """List the decompressed bytes of each frame, for entries of so many bytes."""
+        """List the decompressed size of each frame, for entries of ``itemsize`` bytes."""
         width = self.coding.width
         match self.coding.family:
             case "gaps":

@@ -1,4 +1,4 @@
-"""What an adapter records for one parameter, and the check of whose entries a model holds there."""
+"""What an adapter records about one parameter, and whose entries a model holds there."""
 
 import math
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from safeweights_peft.errors import (
 )
 from safeweights_peft.patch.placement import STEPS, Block, Stream
 
-# PEFT asks for `base_model.model.` before every tensor of an adapter.
+# PEFT expects it before the name of every tensor of an adapter.
 _PREFIX = "base_model.model."
 
 
 class State(Flag):
-    """Whose a model's entries are; ``&`` gives what several parameters have in common."""
+    """Whose entries a model holds; ``&`` combines parameters."""
 
     OTHER = 0
     BASE = 1
     MERGED = 2
-    EITHER = 3  # of a parameter whose entries no value moves
+    EITHER = 3  # where merging changes nothing
 
 
 class Mode(StrEnum):
@@ -38,22 +38,22 @@ class Mode(StrEnum):
 
     @property
     def artifact(self) -> str:
-        """The kind, as messages call it."""
+        """Name of the kind, for messages."""
         return "safety patch" if self is Mode.SET else "safety map"
 
     @property
     def content(self) -> str:
-        """The kind of stream that goes with the indices."""
+        """Kind of stream that goes with the indices."""
         return "values" if self is Mode.SET else "scores"
 
     @property
     def safe_state(self) -> State:
-        """The state of a model that has the safety of the artifact."""
+        """State of a model that has the artifact's safety."""
         return State.MERGED if self is Mode.SET else State.BASE
 
 
 class Encoding(StrEnum):
-    """How indices and values are laid out; closed: a reader refuses any other name."""
+    """Layout of indices and values; a reader refuses any other name."""
 
     PLAIN = "plain"
     COMPACT = "compact"
@@ -61,17 +61,17 @@ class Encoding(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRecord:
-    """What an adapter records for one parameter."""
+    """What an adapter records about one parameter."""
 
     shape: tuple[int, ...]  # in memory
     dtype: str  # in the checkpoint, a key of WEIGHT_DTYPES
     count: int = 0
     blocks: tuple[Block, ...]
-    tied_keys: tuple[str, ...] = ()  # checkpoint tensors that get the same edit, if they are there
+    tied_keys: tuple[str, ...] = ()  # tensors to edit alike, where a checkpoint has them
     encoding: Encoding = Encoding.PLAIN
     streams: Mapping[str, Stream] = field(default_factory=dict)  # empty if the encoding is plain
     digest: str | None = None  # of the stored bytes: indices, then values or scores
-    # Of plain indices, and plain scores in a map: the same in every encoding. None in format 1.0.
+    # Of plain indices, in a map with scores: the same in every encoding. None in format 1.0.
     content_digest: str | None = None
     base_digest: str | None = None  # of the base's entries at the indices, in `dtype`
     merged_digest: str | None = None  # of the merged entries at the adapter's scale; None in a map
@@ -96,15 +96,15 @@ class TensorRecord:
         return self.streams.get(kind, Stream())
 
     def frames(self, kind: str, plain: np.dtype[Any]) -> tuple[int, ...]:
-        """List the decompressed bytes of each frame; ``plain`` is the dtype of plain entries."""
+        """List the decompressed size of each frame; ``plain`` is the dtype of plain entries."""
         stream = self.stream(kind)
         coded = WEIGHT_DTYPES[self.dtype] if stream.coding in STEPS else plain
         return stream.frames(self.count, coded.itemsize)
 
 
 def state_of(entries: Array, record: TensorRecord) -> State:
-    """Tell by digest whose the entries at a record's indices are; ``(count,)``."""
-    # Another dtype may have the same bytes, as zeros do, and be another model.
+    """Tell by digest whose entries, at a record's indices, these are; ``(count,)``."""
+    # The same bytes in another dtype, as zeros are, belong to another model.
     if entries.dtype != WEIGHT_DTYPES[record.dtype]:
         return State.OTHER
     found, state = digest(entries), State.OTHER
@@ -124,7 +124,7 @@ def check_state(
     artifact: str = "adapter",
     hint: str = "give that one",
 ) -> State:
-    """Refuse entries in no expected state; return which of the expected ones they are in."""
+    """Return which of the expected states entries are in; refuse any other."""
     if expected is State.MERGED and record.merged_digest is None:
         raise FormatError(
             f"{name}: expected a merged_digest in the safety patch, found null; save the patch "
@@ -155,7 +155,7 @@ def check_state(
 def entries_by_block(
     record: TensorRecord, indices: Array
 ) -> dict[str, tuple[Array | slice, Array]]:
-    """Sort a parameter's entries by the checkpoint tensor that holds them."""
+    """Group a parameter's entries by the checkpoint tensor that holds them."""
     return {block.key: block.locate(indices) for block in record.blocks}
 
 
