@@ -45,8 +45,8 @@ def sum_rounded(base: Array, terms: Iterable[tuple[Any, Array, float]]) -> Array
     float32, each product and each sum rounded to float32 (never fused), then one rounding to
     nearest even to the base's dtype. Overflow gives infinity, or NaN where the dtype has none.
     """
-    # The torch twin is in `modeling/tensors.py`; a test holds the two bitwise equal. Not so for NaN:
-    # torch's own casts change its payload from processor to processor, so merging refuses NaN.
+    # The torch twin is in `modeling/tensors.py`; a test holds the two bitwise equal. Not so a NaN:
+    # torch changes its payload from processor to processor, so merging refuses it.
     if base.dtype not in WEIGHT_DTYPES.values():
         raise UnsupportedFeatureError(
             f"base: expected a dtype of {', '.join(WEIGHT_DTYPES)}, found {base.dtype.name}; "
