@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig
 
@@ -53,13 +53,12 @@ class SafeWeightsConfig(PeftConfig):
     selection: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
 
-    # False while a training saves states to resume from, which get no digests.
-    is_patch: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         """Set the method's name; refuse other versions and PEFT's usual way to target modules."""
         super().__post_init__()
         self.peft_type = SafeWeightsPeftType.SAFEWEIGHTS
+        # False while a training saves states to resume from; no field, so never in a file.
+        self.is_patch = True
         if self.format_version != FORMAT_VERSION:
             raise UnsupportedVersionError(
                 f"adapter_config.json: format_version: expected {FORMAT_VERSION}, found "
