@@ -1,4 +1,4 @@
-"""Blocks: where a parameter lives on disk."""
+"""Blocks and streams: where a parameter's entries lie."""
 
 import numpy as np
 import pytest
