@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import ml_dtypes
 import numpy as np
@@ -108,6 +108,13 @@ def index_dtype(numel: int) -> np.dtype[Any]:
     return np.dtype(np.int32 if numel < 2**31 else np.int64)
 
 
+def refuse(where: str, expected: str, found: object) -> NoReturn:
+    """Raise the error for content that breaks a rule of the format."""
+    raise CorruptAdapterError(
+        f"{where}: expected {expected}, found {found}; do not use this adapter"
+    )
+
+
 def check_indices(name: str, indices: Array, shape: Sequence[int], *, copy: bool = False) -> Array:
     """Check that flat indices are integers, ascending, unique and in range; return them."""
     if indices.ndim != 1 or indices.dtype.kind not in "iu":
@@ -125,10 +132,8 @@ def check_indices(name: str, indices: Array, shape: Sequence[int], *, copy: bool
         falls = np.flatnonzero(window[1:] <= window[:-1])
         if falls.size:
             at = int(falls[0])
-            raise CorruptAdapterError(
-                f"{name}: expected ascending indices without repeats, found {window[at]} before "
-                f"{window[at + 1]} at position {start - last.size + at}; do not use this adapter"
-            )
+            found = f"{window[at]} before {window[at + 1]} at position {start - last.size + at}"
+            refuse(name, "ascending indices without repeats", found)
         windows += [window[last.size :]] if copy else []
         last = window[-1:]
     if copy:
@@ -136,9 +141,7 @@ def check_indices(name: str, indices: Array, shape: Sequence[int], *, copy: bool
     numel = math.prod(shape)
     if int(indices[0]) < 0 or int(indices[-1]) >= numel:
         bad = indices[0] if int(indices[0]) < 0 else indices[-1]
-        raise CorruptAdapterError(
-            f"{name}: expected indices from 0 to {numel - 1}, found {bad}; do not use this adapter"
-        )
+        refuse(name, f"indices from 0 to {numel - 1}", bad)
     return indices
 
 
@@ -146,10 +149,7 @@ def check_finite(name: str, values: Array) -> None:
     """Check that floating values hold no NaN and no infinity."""
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        raise CorruptAdapterError(
-            f"{name}: expected finite values, found {values[bad[0]]} at position {bad[0]}; "
-            "do not use this adapter"
-        )
+        refuse(name, "finite values", f"{values[bad[0]]} at position {bad[0]}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from safeweights_peft.delta import (
     check_finite,
     check_indices,
     index_dtype,
+    refuse,
 )
 from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.patch.codec import (
@@ -175,23 +176,16 @@ def check_layout(metadata: AdapterMetadata, header: Mapping[str, Layout], source
         expected |= layouts
         size_bytes = sum(dtype.itemsize * size for dtype, (size,) in layouts.values())
         if record.count > _MAX_ENTRIES_PER_BYTE * size_bytes:
-            raise CorruptAdapterError(
-                f"{source}: {name}: expected at most {_MAX_ENTRIES_PER_BYTE} entries for each of "
-                f"{size_bytes} bytes, found {record.count}; do not use this adapter"
-            )
+            most = f"at most {_MAX_ENTRIES_PER_BYTE} entries for each of {size_bytes} bytes"
+            refuse(f"{source}: {name}", most, record.count)
     for key in header:
         if key not in expected:
-            raise CorruptAdapterError(
-                f"{source}: {key[:200]!r}: expected only tensors that adapter_config.json names, "
-                "found this one; do not use this adapter"
-            )
+            names = "only tensors that adapter_config.json names"
+            refuse(f"{source}: {key[:200]!r}", names, "this one")
     for key, (dtype, shape) in expected.items():
         if header.get(key) != (dtype, shape):
             found = f"{header[key][0]} {list(header[key][1])}" if key in header else "nothing"
-            raise CorruptAdapterError(
-                f"{source}: {key}: expected {dtype} {list(shape)}, found {found}; "
-                "do not use this adapter"
-            )
+            refuse(f"{source}: {key}", f"{dtype} {list(shape)}", found)
 
 
 def check_tensors(

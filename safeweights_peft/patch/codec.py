@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from safeweights_peft.delta import WEIGHT_DTYPES, Array, add_rounded, bits_differ, index_dtype
+from safeweights_peft.delta import (
+    WEIGHT_DTYPES,
+    Array,
+    add_rounded,
+    bits_differ,
+    index_dtype,
+    refuse,
+)
 from safeweights_peft.errors import CorruptAdapterError
 from safeweights_peft.patch.placement import GAPS, STEPS, Coding, Stream
 from safeweights_peft.patch.records import TensorRecord
@@ -83,16 +90,11 @@ def decode_gaps(source: str, planes: Sequence[Array], count: int, numel: int) ->
     found = int(np.count_nonzero(ends))
     if not ends[-1] or found != count:
         also = "" if ends[-1] else " and an escape at the end"
-        raise CorruptAdapterError(
-            f"{source}: expected {count} gaps, found {found}{also}; do not use this adapter"
-        )
+        refuse(source, f"{count} gaps", f"{found}{also}")
     moves = symbols + ends  # from one index to the next; an escape is as long as it says
     last = int(moves.sum(dtype=np.uint64)) - 1
     if last >= numel:
-        raise CorruptAdapterError(
-            f"{source}: expected indices from 0 to {numel - 1}, found {last}; "
-            "do not use this adapter"
-        )
+        refuse(source, f"indices from 0 to {numel - 1}", last)
     indices: Array = np.cumsum(moves, dtype=index_dtype(numel))[ends]
     indices -= 1
     return indices
@@ -108,9 +110,7 @@ def decode_steps(source: str, stream: Stream, planes: Sequence[Array], itemsize:
     escaped = signed == np.iinfo(signed.dtype).min
     found = int(np.count_nonzero(escaped))
     if found != stream.escapes:
-        raise CorruptAdapterError(
-            f"{source}: expected {stream.escapes} escapes, found {found}; do not use this adapter"
-        )
+        refuse(source, f"{stream.escapes} escapes", found)
     steps: Array = signed.astype(f"i{itemsize}").view(f"u{itemsize}")
     if stream.escapes:
         steps[escaped] = join(planes[width:])
@@ -234,15 +234,10 @@ def _decompress(
     try:
         header = zstandard.get_frame_parameters(frame.data)
         if header.content_size != length or header.dict_id:
-            raise CorruptAdapterError(
-                f"{source}: expected a zstd frame of {length} bytes, found one of "
-                f"{header.content_size}; do not use this adapter"
-            )
+            refuse(source, f"a zstd frame of {length} bytes", f"one of {header.content_size}")
         if header.window_size > _MAX_WINDOW_BYTES and header.window_size != length:
-            raise CorruptAdapterError(
-                f"{source}: expected a zstd window of at most {_MAX_WINDOW_BYTES} bytes, found "
-                f"{header.window_size}; do not use this adapter"
-            )
+            most = f"a zstd window of at most {_MAX_WINDOW_BYTES} bytes"
+            refuse(source, most, header.window_size)
         content = decompressor.decompress(frame.data, allow_extra_data=False)
     except zstandard.ZstdError as reason:
         raise CorruptAdapterError(
@@ -250,8 +245,5 @@ def _decompress(
             "fetch the adapter again"
         ) from reason
     if len(content) != length:
-        raise CorruptAdapterError(
-            f"{source}: expected a zstd frame of {length} bytes, found {len(content)}; "
-            "do not use this adapter"
-        )
+        refuse(source, f"a zstd frame of {length} bytes", len(content))
     return np.frombuffer(content, np.uint8)

@@ -12,9 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from safeweights_peft.delta import DTYPES, MAX_NUMEL, WEIGHT_DTYPES, index_dtype
+from safeweights_peft.delta import DTYPES, MAX_NUMEL, WEIGHT_DTYPES, index_dtype, refuse
 from safeweights_peft.errors import (
-    CorruptAdapterError,
     FormatError,
     SafeWeightsWarning,
     UnsupportedVersionError,
@@ -136,18 +135,12 @@ class Fields:
     def __post_init__(self) -> None:
         """Refuse anything but an object."""
         if not isinstance(self.data, Mapping):
-            raise CorruptAdapterError(
-                f"{self.where}: expected a JSON object, found {type(self.data).__name__}; "
-                "do not use this adapter"
-            )
+            refuse(self.where, "a JSON object", type(self.data).__name__)
 
     def refuse(self, key: str, expected: str, found: object) -> NoReturn:
         """Raise the error for one field."""
         # Cut, since an untrusted file can hold text of any length.
-        raise CorruptAdapterError(
-            f"{self.where}: {key}: expected {expected}, found {str(found)[:80]}; "
-            "do not use this adapter"
-        )
+        refuse(f"{self.where}: {key}", expected, str(found)[:80])
 
     def check(self, key: str, value: T, is_valid: bool, expected: str) -> T:
         """Return a field's value, if it is valid."""

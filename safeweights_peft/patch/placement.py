@@ -7,8 +7,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from safeweights_peft.delta import Array
-from safeweights_peft.errors import CorruptAdapterError
+from safeweights_peft.delta import Array, refuse
 
 # Blocks whose span may include an entry, on average. Each of them is searched for it, so that a
 # small file of many wide blocks could keep a reader busy for hours.
@@ -106,50 +105,34 @@ def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def check_blocks(name: str, blocks: Sequence[Block], numel: int) -> None:
     """Check that each block lies inside its parameter and holds no entry twice."""
     for block in blocks:
-        if len(block.shape) != len(block.strides):
-            found = f"{len(block.strides)} strides for {len(block.shape)} sizes"
-            problem = "one stride per size", found
-        elif block.last >= numel:
-            problem = f"entries below {numel}", f"one at {block.last}"
-        elif not block.is_injective():
-            problem = "strides that reach each entry once", "others"
-        else:
-            continue
-        expected, found = problem
-        raise CorruptAdapterError(
-            f"{name}: block {block.key[:80]!r}: expected {expected}, found {found}; "
-            "do not use this adapter"
-        )
-    size = sum(math.prod(block.shape) for block in blocks)
-    if size > numel:
-        raise CorruptAdapterError(
-            f"{name}: blocks: expected at most {numel} entries together, found {size}; "
-            "do not use this adapter"
-        )
+        where, sizes, strides = f"{name}: block {block.key[:80]!r}", block.shape, block.strides
+        if len(sizes) != len(strides):
+            found = f"{len(strides)} strides for {len(sizes)} sizes"
+            refuse(where, "one stride per size", found)
+        if block.last >= numel:
+            refuse(where, f"entries below {numel}", f"one at {block.last}")
+        if not block.is_injective():
+            refuse(where, "strides that reach each entry once", "others")
+    total = sum(math.prod(block.shape) for block in blocks)
+    if total > numel:
+        refuse(f"{name}: blocks", f"at most {numel} entries together", total)
 
 
 def check_coverage(name: str, blocks: Sequence[Block], indices: Array) -> None:
     """Check that each selected entry of a parameter lies in exactly one block."""
     searched = sum(block.count_searched(indices) for block in blocks)
     if searched > _MAX_INTERLEAVED * indices.size:
-        raise CorruptAdapterError(
-            f"{name}: blocks: expected an entry to be in the reach of {_MAX_INTERLEAVED} at most, "
-            f"found {searched / indices.size:.0f} on average; do not use this adapter"
-        )
+        most = f"an entry to be in the reach of {_MAX_INTERLEAVED} at most"
+        refuse(f"{name}: blocks", most, f"{searched / indices.size:.0f} on average")
     covered = np.zeros(indices.shape, bool)
     for block in blocks:
         positions, _ = block.locate(indices)
         if covered[positions].any():
-            raise CorruptAdapterError(
-                f"{name}: expected each entry in one block, found {block.key!r} overlapping "
-                "another; do not use this adapter"
-            )
+            refuse(name, "each entry in one block", f"{block.key!r} overlapping another")
         covered[positions] = True
     if not covered.all():
-        raise CorruptAdapterError(
-            f"{name}: expected blocks that hold every selected entry, found none for index "
-            f"{indices[np.argmin(covered)]}; do not use this adapter"
-        )
+        lonely = indices[np.argmin(covered)]
+        refuse(name, "blocks that hold every selected entry", f"none for index {lonely}")
 
 
 class Coding(StrEnum):
