@@ -41,11 +41,11 @@ from safeweights_peft.selection.objective import (
     ReferenceObjective,
     SafetyObjective,
 )
-from safeweights_peft.selection.safety_map import build_map
 from safeweights_peft.selection.scores import (
     SCORES,
     GradientSum,
     Score,
+    build_map,
     score_entries,
     split_by_layer,
     sum_gradients,

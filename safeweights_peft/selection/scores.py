@@ -1,4 +1,4 @@
-"""Scores that rank a model's entries, and the sums of gradients that they are computed from.
+"""Scores that rank entries, the gradients behind them, and maps of the selected entries."""
 
 Source: arXiv 2604.08297, ESI(theta_i) = |sigma(theta_i) * dS(theta)/dtheta_i|, with sigma the
 standard deviation of the tensor that holds theta_i.
@@ -9,21 +9,29 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from safeweights_peft.delta import Array
+from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.delta import DTYPES, Array, digest
 from safeweights_peft.errors import SelectionError
+from safeweights_peft.fetching import BaseModel
+from safeweights_peft.modeling.layout import describe
+from safeweights_peft.patch.artifacts import SafetyMap
+from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.records import Mode, entries_by_block
 from safeweights_peft.selection.objective import SafetyObjective
 from safeweights_peft.selection.pattern import find_place
-from safeweights_peft.selection.topk import Order
+from safeweights_peft.selection.topk import Order, Selected
 from safeweights_peft.settings import Aggregation, Method
 
 NO_GRADIENT = torch.empty(0)
@@ -179,3 +187,32 @@ def check_left(parameters: Mapping[str, nn.Parameter], excluded: Mapping[str, Ar
             f"map: expected at most as many entries as it leaves to compare with, found {count} "
             f"and {left} eligible ones left; use a map of lower density"
         )
+
+
+def build_map(
+    model: PreTrainedModel,
+    base: BaseModel,
+    selected: Mapping[str, Selected],
+    selection: dict[str, Any],
+) -> SafetyMap:
+    """Build a map that records where the entries are, on which base, and how they were chosen."""
+    reader = CheckpointReader(base.path)
+    records = describe(model, selected, base.path)
+    for name, entries in selected.items():
+        # From disk: the model in memory may hold the entries in a narrower dtype.
+        record, pieces = records[name], entries_by_block(records[name], entries.indices)
+        values = reader.gather_pieces(pieces, entries.indices.size, DTYPES[record.dtype])
+        records[name] = replace(record, count=values.size, base_digest=digest(values))
+    metadata = AdapterMetadata(
+        mode=Mode.SPA,
+        base_model_name_or_path=base.name,
+        revision=base.revision,
+        transformers_version=transformers.__version__,
+        selection=selection,
+        tensors=records,
+    )
+    return SafetyMap(
+        metadata,
+        {name: entries.indices for name, entries in selected.items()},
+        {name: entries.scores for name, entries in selected.items()},
+    )

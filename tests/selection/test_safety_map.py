@@ -15,8 +15,7 @@ from safeweights_peft.modeling.loading import load_model
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import read_map, write_map
 from safeweights_peft.patch.records import Mode, TensorRecord
-from safeweights_peft.selection.safety_map import build_map
-from safeweights_peft.selection.scores import SCORES, score_entries
+from safeweights_peft.selection.scores import SCORES, build_map, score_entries
 from safeweights_peft.selection.topk import select
 from safeweights_peft.settings import Method
 from tests.tiny_models import save_tiny_llama

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from safeweights_peft import Adapter, SafetyMap
 from safeweights_peft.fetching import BaseModel
-from safeweights_peft.selection.safety_map import build_map
+from safeweights_peft.selection.scores import build_map
 from safeweights_peft.selection.topk import Selected
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
