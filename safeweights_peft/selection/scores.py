@@ -1,4 +1,4 @@
-"""Scores that rank entries, the gradients behind them, and maps of the selected entries."""
+"""Scores that rank entries, the gradients behind them, and maps of the selected entries.
 
 Source: arXiv 2604.08297, ESI(theta_i) = |sigma(theta_i) * dS(theta)/dtheta_i|, with sigma the
 standard deviation of the tensor that holds theta_i.
