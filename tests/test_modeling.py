@@ -5,14 +5,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    MllamaForCausalLM,
+    MllamaTextConfig,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -186,6 +191,58 @@ def test_biases_and_position_embeddings_are_not_eligible() -> None:
     attention = {f"self_attn.{part}_proj.weight" for part in ("q", "k", "v", "out")}
     names = {name.split(".", 4)[-1] for name in eligible_parameters(OPTForCausalLM(config))}
     assert names == attention | {"fc1.weight", "fc2.weight"}
+
+
+MOE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 99}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+ZAMBA = {"model_type": "zamba", "attention_head_dim": 8, "num_hidden_layers": 13}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "image_size": 8}
+
+
+def build(model_type: str, **config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+
+
+def tiny_gemma3() -> PreTrainedModel:
+    vision = VISION | {"patch_size": 4, "num_attention_heads": 2}
+    return build("gemma3", text_config=MOE | HEADS, vision_config=vision, mm_tokens_per_image=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "excluded"),
+    [
+        ({"model_type": "hunyuan_v1_moe", "num_experts": 2, "head_dim": 8} | MOE | HEADS, ".wg."),
+        ({"model_type": "jetmoe", "kv_channels": 8, "num_local_experts": 2} | MOE, ".router."),
+        ({"model_type": "mamba", "state_size": 4} | MOE, "A_log"),
+        (MOE | ZAMBA, "mamba.D"),
+        ({"model_type": "rwkv", "attention_hidden_size": 16} | MOE, "time_mix"),
+        ({"model_type": "modernbert-decoder", "pad_token_id": 0} | MOE | HEADS, "lm_head"),
+    ],
+)
+def test_only_matrices_of_linear_maps_are_eligible(config: dict[str, Any], excluded: str) -> None:
+    model = build(**config)
+    assert any(excluded in f".{name}." for name in all_names(model))
+    names = eligible_parameters(model)
+    assert names
+    assert not [name for name in names if excluded in f".{name}."]
+
+
+def test_a_linear_map_that_is_no_module_is_eligible() -> None:
+    names = eligible_parameters(build(**MOE | ZAMBA))
+    assert "model.layers.0.mamba.x_proj_weight" in names
+
+
+def test_what_text_does_not_reach_is_not_eligible() -> None:
+    names = eligible_parameters(tiny_gemma3())
+    assert names
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+
+
+def test_layers_that_a_model_skips_without_images_are_not_eligible() -> None:
+    config = MllamaTextConfig(**MOE | HEADS, cross_attention_layers=[0], pad_token_id=0)
+    with torch.device("meta"):
+        assert not eligible_parameters(MllamaForCausalLM(config))
 
 
 def test_eligible_parameters_are_the_models_own(tiny_llama: Path) -> None:

@@ -18,7 +18,7 @@ from safeweights_peft.errors import BaseMismatchError, ModelError
 from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import TensorRecord
 
-ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+_ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def total_parameters(model: nn.Module) -> int:
@@ -28,9 +28,9 @@ def total_parameters(model: nn.Module) -> int:
 
 def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """List the parameters that may carry selected entries: matrices, but for a few kinds."""
-    # Moving embeddings, an untied output head or routers changes the model everywhere at once.
-    # Norms and biases are vectors, but for one a fused expert; biases go by their name.
-    head = model.get_output_embeddings()
+    # Moving embeddings, an output head or routers changes the model everywhere at once; what text
+    # never reaches, as a vision tower, would make a random control weaker than it says.
+    head, reached = model.get_output_embeddings(), _find_reached(model)
     excluded = {
         id(module.weight)
         for module in model.modules()
@@ -39,13 +39,46 @@ def eligible_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in excluded and not _is_excluded(name)
+        if id(parameter) in reached
+        and id(parameter) not in excluded
+        and _is_map(model, name, parameter)
     }
 
 
-def _is_excluded(name: str) -> bool:
-    module, _, own = name.rpartition(".")
-    return module.rpartition(".")[2] in ROUTER_NAMES or own.endswith("bias")
+def is_router(modules: Iterable[str]) -> bool:
+    """Return whether the names of a parameter's modules say that it chooses experts."""
+    # Many routers are modules of their own around a linear layer, so any name on the path counts.
+    return any(module in _ROUTER_NAMES or module.endswith("_router") for module in modules)
+
+
+def _find_reached(model: PreTrainedModel) -> set[int]:
+    """Identify the parameters of the language model that a text without images or sound uses."""
+    decoder = model.get_decoder()
+    if decoder is model.get_output_embeddings():  # ModernBERT calls its output layer so
+        decoder = model.base_model
+    # Mllama skips these layers where there is no image.
+    skipped = getattr(model.config.get_text_config(), "cross_attention_layers", None) or ()
+    layers = tuple(f".layers.{number}." for number in skipped)
+    return {
+        id(parameter)
+        for name, parameter in decoder.named_parameters()
+        if not any(layer in f".{name}" for layer in layers)
+    }
+
+
+def _is_map(model: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter holds linear maps, and is no bias, embedding or router."""
+    *modules, own = name.split(".")
+    # Biases of fused experts and vectors that are shaped to be broadcast have several dimensions.
+    if sum(size > 1 for size in parameter.shape) < 2 or own.endswith("bias"):
+        return False
+    if is_router(modules) or any(module.startswith("embed") for module in modules):
+        return False
+    # A table such as a state space's A_log stands beside the linear layers of its module.
+    children = model.get_submodule(".".join(modules)).children()
+    return own.endswith("weight") or not any(
+        matrix.ndim >= 2 for child in children for matrix in child.parameters()
+    )
 
 
 def describe(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.delta import Array
-from safeweights_peft.modeling.layout import ROUTER_NAMES
+from safeweights_peft.modeling.layout import is_router
 
 SHORT_NAMES = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 EMBEDDING_NAMES = frozenset({"wte", "wpe"})
@@ -48,7 +48,7 @@ def find_place(name: str) -> Place:
 
 def _component(modules: list[str], leaf: str) -> str:
     owner = leaf if not modules or modules[-1] == EXPERTS else modules[-1]
-    if owner in ROUTER_NAMES:
+    if is_router(modules):
         return "router"
     if "norm" in owner or owner.startswith("ln_"):
         return "norms"
