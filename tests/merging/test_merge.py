@@ -303,7 +303,7 @@ def test_a_plan_counts_the_patch_new_entries_and_the_largest_tensor_per_thread_a
     case: Case,
 ) -> None:
     deltas = case.adapter.deltas
-    delta_bytes = sum(delta.size_bytes for delta in deltas.values())
+    delta_bytes = sum(4 * delta.count + delta.values.nbytes for delta in deltas.values())
     head = deltas[EMBEDDINGS].count
     edit_bytes = 2 * (sum(delta.count for delta in deltas.values()) + head)
     largest = case.tensors[EMBEDDINGS].nbytes
