@@ -38,7 +38,14 @@ from safeweights_peft.patch.codec import (
 from safeweights_peft.patch.io import file_bytes, read_artifact, read_metadata
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Block
-from safeweights_peft.patch.records import Encoding, Mode, TensorRecord, indices_key, values_key
+from safeweights_peft.patch.records import (
+    Encoding,
+    Mode,
+    TensorRecord,
+    check_state,
+    indices_key,
+    values_key,
+)
 
 SIDE = 4096
 NAME = "model.up.weight"
@@ -94,7 +101,8 @@ class Stored:
     def read(self) -> tuple[Array, Array]:
         """Decode them with every check, as when a file is read."""
         entries = decode_entries(self.metadata, NAME, self.tensors, "benchmark")
-        return entries.indices, entries.values(self.base)
+        check_state(NAME, self.base, entries.record)
+        return entries.indices, entries.values_at(self.base)
 
     def check(self) -> int:
         """Count the merged entries that have other bits than those of the plain values."""
