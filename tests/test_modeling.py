@@ -30,9 +30,15 @@ from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
-from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from safeweights_peft.modeling.loading import (
+    build_empty,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 from safeweights_peft.patch.metadata import record_from_json, record_to_json
-from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
+from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer, save_tiny_vlm
 
 MODELS = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -120,6 +126,22 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
     with pytest.raises(ModelError, match=f"{tmp_path}: expected a causal language model"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "vit", "florence2"])
+def test_what_is_no_language_model_is_refused_in_one_line(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    for make in (load, lambda path: build_empty(resolve_base(str(path)))):
+        with pytest.raises(ModelError, match=f"a {model_type}, which is none; give") as caught:
+            make(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_text_tower_saved_by_itself_is_loaded_by_its_own_class(tmp_path: Path) -> None:
+    config = MllamaTextConfig(**COMMON, cross_attention_layers=[])
+    MllamaForCausalLM(config).save_pretrained(tmp_path)
+    assert type(load(tmp_path)) is type(build_empty(resolve_base(str(tmp_path))))
+    assert isinstance(load(tmp_path), MllamaForCausalLM)
 
 
 def test_a_tokenizers_own_padding_token_is_kept(tiny_llama: Path) -> None:
@@ -280,6 +302,23 @@ def test_each_checkpoint_tensor_is_the_strided_view_that_its_block_says(base: Pa
             on_disk = reader.read(block.key)
             assert on_disk.dtype == DTYPES[record.dtype]
             assert np.array_equal(on_disk.astype(np.float32), view.float().numpy()), block.key
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_5", "llama4"])
+def test_the_text_tower_of_a_model_with_eyes_is_found_in_its_published_checkpoint(
+    model_type: str, tmp_path: Path
+) -> None:
+    reader = CheckpointReader(save_tiny_vlm(tmp_path, model_type))
+    model = load(tmp_path)
+    empty = build_empty(resolve_base(str(tmp_path)), reader.keys())
+    names = list(eligible_parameters(model))
+    records = describe(model, names, tmp_path)
+    assert describe(empty, names, tmp_path) == records
+    for name, record in records.items():
+        flat = model.get_parameter(name).reshape(-1)
+        for block in record.blocks:
+            view = torch.as_strided(flat, block.shape, block.strides, block.offset)
+            assert np.array_equal(reader.read(block.key), view.numpy()), block.key
 
 
 def test_blocks_name_every_checkpoint_tensor_once_and_hold_every_entry(base: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -112,6 +114,33 @@ def save_tiny_qwen3_moe(
     return _save(Qwen3MoeForCausalLM, config, path, dtype, seed, max_shard_size)
 
 
+def save_tiny_vlm(path: Path | str, model_type: str) -> Path:
+    """Save a model with eyes as it is published: ``qwen2_vl``, ``qwen3_5`` or ``llama4``."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4}
+    vision = small | {"depth": 1, "out_hidden_size": 32, "num_position_embeddings": 16}
+    text = dict(COMMON)
+    if model_type == "qwen2_vl":
+        vision |= {"embed_dim": 32}
+        text["rope_parameters"] = {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2],
+        }  # fmt: skip
+    elif model_type == "qwen3_5":
+        linear = {f"linear_{what}_head_dim": 8 for what in ("key", "value")}
+        heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "head_dim": 8}
+        text |= {"layer_types": ["linear_attention", "full_attention"], **linear, **heads}
+    else:
+        vision = small | {
+            "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16,
+            "intermediate_size": 128, "projector_input_dim": 32, "projector_output_dim": 32,
+            "vision_output_dim": 32,
+        }  # fmt: skip
+        experts = {"num_local_experts": 2, "intermediate_size_mlp": 40, "head_dim": 8}
+        text |= {**experts, "interleave_moe_layer_step": 2, "attention_chunk_size": 128}
+    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision)
+    model_class = AutoModelForImageTextToText._model_mapping[type(config)]
+    return _save(model_class, config, path, torch.float32, 0, "5GB")
+
+
 def save_tiny_tokenizer(path: Path | str) -> Path:
     """Save a byte-level tokenizer (one token per byte, no merges) with a ChatML template.
 
@@ -144,6 +173,8 @@ def _save(
 ) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config).to(dtype)
+        model = model_class(config)
+    if dtype != model.dtype:  # a cast that does nothing warns of Llama 4's complex buffers
+        model.to(dtype)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return Path(path)

@@ -146,7 +146,7 @@ def _open_pair(job: Job, tuned: CheckpointReader, safety_map: SafetyMap | None) 
     """Find the tensors that have changed, and the parameters that they hold."""
     if safety_map is not None:
         find_state(job.reader, safety_map)
-    changed, model = set(changed_keys(job.reader, tuned)), build_empty(job.base)
+    changed, model = set(changed_keys(job.reader, tuned)), build_empty(job.base, job.reader.keys())
     # A parameter that goes by its own name on disk is looked up only if it has changed.
     names = [n for n, _ in model.named_parameters() if n in changed or n not in job.reader]
     records = {

@@ -22,7 +22,7 @@ from safeweights_peft.hub.pull import fetch_adapter
 from safeweights_peft.jobs.correction import CORRECTION
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.modeling.loading import load_model as load_base
-from safeweights_peft.modeling.loading import pick_device
+from safeweights_peft.modeling.loading import pick_device, pick_dtype
 from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_patch
@@ -72,6 +72,8 @@ def load_model(
         raise ModelError("adapters: expected at least one, found none; give a safety patch")
     folders = [Path(path) if Path(path).is_dir() else fetch_adapter(str(path)) for path in paths]
     source, place = find_base(base, folders), pick_device(device)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = pick_dtype(dtype, place)
     _warn_if_moved(source)
     if merge:
         return load_patched(source, folders, dtype, place)

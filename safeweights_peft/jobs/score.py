@@ -29,7 +29,7 @@ from safeweights_peft.evaluation.generate import find_end_tokens
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.jobs.job import Job, identify, load_arrays, save_arrays
-from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
+from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import load_classifier, load_model, load_tokenizer
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import SafetyMap
@@ -71,6 +71,8 @@ def score(
     check_apart(out, {"the base": job.base.path, **inputs}, FormatError)
     parameters, total = eligible_parameters(job.model), total_parameters(job.model)
     count, excluded_count = _count_entries(parameters, total, settings)
+    # A checkpoint that can't be patched on disk is refused before it is scored, not after.
+    described = describe(job.model, parameters, job.base.path)
     kind = SCORES[settings.method]
     selection = asdict(settings) | {
         "objective": _name_objective(settings) if kind.needs_gradient else None,
@@ -101,7 +103,7 @@ def score(
             scores = score_entries(kind, parameters, {}, settings.seed)
             selected = select(scores, count, kind.order)
         selection["seconds"] = round(time.perf_counter() - started, 1)
-        safety_map = build_map(job.model, job.base, selected, selection)
+        safety_map = build_map(job.model, job.base, selected, selection, described)
         write_map(out, safety_map, overwrite=overwrite)
     return safety_map
 

@@ -107,7 +107,7 @@ def describe(
             blocks = _convert(model, name, parameter)
         dtype = str(parameter.dtype).removeprefix("torch.")
         if reader is not None:
-            blocks = [_find_on_disk(name, block, reader) for block in blocks]
+            blocks = [_find_on_disk(model, name, block, reader) for block in blocks]
             dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
         tied_keys = tuple(other for other in names_by_parameter[parameter] if other != name)
         shape = tuple(parameter.shape)
@@ -162,8 +162,15 @@ def _make_block(name: str, key: str, positions: np.ndarray) -> Block:
     return Block(key=key, shape=positions.shape, offset=offset, strides=tuple(strides))
 
 
-def _find_on_disk(name: str, block: Block, reader: CheckpointReader) -> Block:
-    key = reader.find_key(block.key) or block.key
+def _find_on_disk(
+    model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader
+) -> Block:
+    # A text tower's class names the prefix that tells it from other towers of the checkpoint.
+    prefixed = f"{model.base_model_prefix}.{block.key}"
+    if block.key not in reader and prefixed in reader:
+        key = prefixed
+    else:
+        key = reader.find_key(block.key) or block.key
     hint = "give the model's own checkpoint, saved by this version of transformers"
     reader.check_tensor(key, block.shape, name=name, error=ModelError, hint=hint)
     return replace(block, key=key)

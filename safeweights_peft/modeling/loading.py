@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
@@ -47,21 +53,68 @@ def load_model(
     base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Load a causal language model for inference: evaluation mode, no gradients."""
-    return _load(AutoModelForCausalLM, "causal language model", base, dtype, device)
+    return _load(None, "causal language model", base, dtype, device)
 
 
-def build_empty(base: BaseModel) -> PreTrainedModel:
+def build_empty(base: BaseModel, keys: Iterable[str] = ()) -> PreTrainedModel:
     """Build a causal language model of the right names, shapes and ties without its weights."""
     try:
         config = AutoConfig.from_pretrained(base.path)
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = _build(_find_class(config), config)
     except Exception as error:  # a wrong number in a config makes models fail in any way
         raise ModelError(
             f"{base.name}: expected the config of a causal language model that transformers "
-            f"knows, found {type(error).__name__}: {error}; give the right base by --base"
+            f"knows, found {_first_line(error)}; give the right base by --base"
         ) from error
+    if keys := list(keys):
+        _note_conversions(model, keys)
     return model
+
+
+def _find_class(config: PreTrainedConfig) -> Any:
+    """Choose the class, of transformers or its Auto ones, that reads a checkpoint as text."""
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping and not _is_encoder_decoder(auto, config):
+            return auto
+    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return AutoModelForCausalLM
+    # A text tower that was saved by itself, as Mllama's, is in no Auto class.
+    for name in config.architectures or ():
+        model_class = getattr(transformers, name, None)
+        if name.endswith("ForCausalLM") and hasattr(model_class, "from_pretrained"):
+            return model_class
+    raise ValueError(f"a {config.model_type}, which is none")
+
+
+def _is_encoder_decoder(auto: Any, config: PreTrainedConfig) -> bool:
+    # As causal language models, such architectures leave their encoder out.
+    return auto is AutoModelForMultimodalLM and config.get_text_config(True).is_encoder_decoder
+
+
+def _build(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model by its class, or by an Auto class."""
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    model: PreTrainedModel = build(config)
+    return model
+
+
+def _note_conversions(model: PreTrainedModel, keys: Iterable[str]) -> None:
+    """Let a model know how a checkpoint's keys are converted, as loading it would."""
+    # Otherwise transformers takes a model with eyes, whose text tower alone is built, for one
+    # that was saved without them.
+    conversions = get_model_conversion_mapping(model)
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
+    converters = [item for item in conversions if isinstance(item, WeightConverter)]
+    for key in keys:
+        rename_source_key(key, renamings, converters)
+    model._weight_conversions = [item for item in conversions if item.was_used()]
+
+
+def _first_line(error: Exception) -> str:
+    """Shorten what transformers says: some messages list all classes that there are."""
+    line = str(error).split("\n")[0]
+    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:299] + '…'}"
 
 
 def load_classifier(
@@ -72,18 +125,19 @@ def load_classifier(
 
 
 def _load(
-    loader: Any,
+    model_class: Any | None,
     kind: str,
     base: BaseModel,
     dtype: torch.dtype | str,
     device: torch.device | str,
 ) -> PreTrainedModel:
     try:
+        loader = model_class or _find_class(AutoConfig.from_pretrained(base.path))
         model: PreTrainedModel = loader.from_pretrained(base.path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: expected a {kind} that transformers can load, "
-            f"found {type(error).__name__}: {error}; give a directory or Hub id of one"
+            f"found {_first_line(error)}; give a directory or Hub id of one"
         ) from error
     if getattr(model, "is_quantized", False):
         raise ModelError(

@@ -28,7 +28,7 @@ from safeweights_peft.fetching import BaseModel
 from safeweights_peft.modeling.layout import describe
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.metadata import AdapterMetadata
-from safeweights_peft.patch.records import Mode, entries_by_block
+from safeweights_peft.patch.records import Mode, TensorRecord, entries_by_block
 from safeweights_peft.selection.objective import SafetyObjective
 from safeweights_peft.selection.pattern import find_place
 from safeweights_peft.selection.topk import Order, Selected
@@ -194,10 +194,12 @@ def build_map(
     base: BaseModel,
     selected: Mapping[str, Selected],
     selection: dict[str, Any],
+    described: Mapping[str, TensorRecord] | None = None,
 ) -> SafetyMap:
     """Build a map that records where the entries are, on which base, and how they were chosen."""
     reader = CheckpointReader(base.path)
-    records = describe(model, selected, base.path)
+    described = described or describe(model, selected, base.path)
+    records = {name: described[name] for name in selected}
     for name, entries in selected.items():
         # From disk: the model in memory may hold the entries in a narrower dtype.
         record, pieces = records[name], entries_by_block(records[name], entries.indices)

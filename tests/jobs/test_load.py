@@ -173,6 +173,14 @@ def test_a_patch_that_names_no_base_asks_for_one(base: Path, patch: Path) -> Non
         load_model(None, patch)
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_dtype_may_be_named(merged: bool, base: Path, patch: Path) -> None:
+    by_name = load_model(base, patch, merged, dtype="float16")
+    assert same_weights(by_name, load_model(base, patch, merged, dtype=torch.float16))
+    with pytest.raises(ModelError, match="expected auto, float32, bfloat16, float16, found int8"):
+        load_model(base, patch, merged, dtype="int8")
+
+
 @pytest.mark.parametrize("dtype", ["auto", torch.float32, torch.bfloat16])
 def test_a_correction_is_merged_before_the_lora_that_it_stands_in(
     dtype: str | torch.dtype, base: Path, tmp_path: Path

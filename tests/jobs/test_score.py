@@ -1,6 +1,7 @@
 """The scoring job: the right number of entries, by the plain formula, of a base that is named."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import encode_example
-from safeweights_peft.errors import FormatError, SelectionError
+from safeweights_peft.errors import FormatError, ModelError, SelectionError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs import score as scoring
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
+from safeweights_peft.merging.gather import find_state
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import load_tokenizer
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import read_map
+from safeweights_peft.patch.records import State
 from safeweights_peft.selection import transfer
 from safeweights_peft.selection.objective import ReferenceObjective
 from safeweights_peft.selection.scores import SCORES, score_entries, sum_gradients
@@ -34,6 +39,7 @@ from tests.tiny_guards import (
     save_tiny_guard,
 )
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted, Recorder, Requests, content
+from tests.tiny_models import save_tiny_tokenizer, save_tiny_vlm
 
 
 def count(safety_map: SafetyMap) -> int:
@@ -77,6 +83,27 @@ def test_every_method_selects_the_same_number_of_entries(
     safety_map = score(Job(tiny_llama), tmp_path / "map", settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     assert count(safety_map) == round(0.03 * sum(each.numel() for each in model.parameters()))
+
+
+def test_a_base_that_cannot_be_patched_on_disk_is_refused_before_it_is_scored(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    key = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {key: tensors[key].double()}, base / "model.safetensors", {"format": "pt"})
+    monkeypatch.delattr("safeweights_peft.jobs.score.sum_gradients")
+    with pytest.raises(ModelError, match=f"{key}: expected one of the dtypes"):
+        score(Job(base), tmp_path / "map", requests.score())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llama4"])
+def test_a_map_of_a_model_with_eyes_lies_in_its_published_checkpoint(
+    model_type: str, requests: Requests, tmp_path: Path
+) -> None:
+    base = save_tiny_tokenizer(save_tiny_vlm(tmp_path / "base", model_type))
+    safety_map = score(Job(base), tmp_path / "map", requests.score(density=0.01))
+    assert find_state(CheckpointReader(base), safety_map) is State.BASE
 
 
 def test_the_bottom_control_scores_below_the_top(
