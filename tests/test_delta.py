@@ -292,11 +292,11 @@ def values_by_bisection(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
 
     The rule never falls as the value grows, so bisecting all floats misses none.
     """
-    wanted, most = in_order(tuned), in_order(np.array([np.finfo(np.float32).max]))
+    goal, most = in_order(tuned), in_order(np.array([np.finfo(np.float32).max]))
     low, high = np.repeat(-most - 1, base.size), np.repeat(most, base.size)
     for _ in range(33):
         middle = (low + high) // 2
-        reached = in_order(add_rounded(base, from_order(middle))) >= wanted
+        reached = in_order(add_rounded(base, from_order(middle))) >= goal
         low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
     return from_order(low)
 

@@ -131,9 +131,9 @@ def test_a_tensor_that_does_not_fit_is_not_written(
 
 def test_what_loading_needs_comes_along_and_nothing_else(tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "base", TENSORS, shards=2)
-    wanted = ["tokenizer.model.v3", "vocab.txt", "modeling_tiny.py", "preprocessor_config.json"]
-    wanted += ["additional_chat_templates/tool.jinja"]
-    unwanted = [
+    needed = ["tokenizer.model.v3", "vocab.txt", "modeling_tiny.py", "preprocessor_config.json"]
+    needed += ["additional_chat_templates/tool.jinja"]
+    stays = [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -148,14 +148,14 @@ def test_what_loading_needs_comes_along_and_nothing_else(tmp_path: Path) -> None
         "checkpoint-10/config.json",
         "onnx/model.onnx",
     ]
-    for name in wanted + unwanted:
+    for name in needed + stays:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(name)
     with draft_copy(CheckpointReader(base), tmp_path / "out"):
         pass
     shards = set(CheckpointReader(base).shards)
     index = {"model.safetensors.index.json"}
-    assert names_in(tmp_path / "out") == {*SIDE_FILES, *wanted} | shards | index
+    assert names_in(tmp_path / "out") == {*SIDE_FILES, *needed} | shards | index
 
 
 def test_links_are_copied_as_files(tmp_path: Path) -> None:
@@ -181,13 +181,13 @@ def test_a_read_only_base_can_be_copied_and_patched(tmp_path: Path) -> None:
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     base = save_checkpoint(tmp_path / "base", TENSORS, shards=3)
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     with draft_copy(
-        CheckpointReader(base), tmp_path / "out", progress=lambda *sizes: told.append(sizes)
+        CheckpointReader(base), tmp_path / "out", progress=lambda *sizes: calls.append(sizes)
     ):
         pass
-    assert told == sorted(told)
-    assert told[-1][0] == told[-1][1] == sum((base / n).stat().st_size for n in names_in(base))
+    assert calls == sorted(calls)
+    assert calls[-1][0] == calls[-1][1] == sum((base / n).stat().st_size for n in names_in(base))
 
 
 def test_an_abort_leaves_nothing(tmp_path: Path) -> None:

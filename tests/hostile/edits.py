@@ -277,7 +277,7 @@ def frame(content: bytes, **options: Any) -> bytes:
     return zstandard.ZstdCompressor(**(plain | options)).compress(content)
 
 
-def told(content: bytes, size: int) -> bytes:
+def sized(content: bytes, size: int) -> bytes:
     """Compress some bytes into a frame that says that they are more or fewer."""
     whole = frame(content)
     single = whole[4] >> 5 & 1  # then there is a content size, and no window descriptor
@@ -295,7 +295,7 @@ def gaps(indices: np.ndarray) -> bytes:
 def float_planes(values: np.ndarray) -> list[bytes]:
     """Split values into byte planes."""
     rows = values.view(np.uint8).reshape(values.size, values.itemsize)
-    return [rows[:, each].tobytes() for each in range(values.itemsize)]
+    return [rows[:, place].tobytes() for place in range(values.itemsize)]
 
 
 def coded(
@@ -314,7 +314,11 @@ def coded(
             return np.frombuffer(b"".join(made), np.uint8)
 
         put(key, change)(folder)
-        stream = {"coding": coding, "escapes": 0, "bytes": [len(each) for each in made]} | fields
+        stream = {
+            "coding": coding,
+            "escapes": 0,
+            "bytes": [len(content) for content in made],
+        } | fields
         mode = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["mode"]
         content_kind = "scores" if mode == "spa" else "values"
         kind, other = ("indices", content_kind)[:: 1 if key == INDICES else -1]
@@ -334,7 +338,7 @@ def bomb(entries: int) -> Edit:
     block = b"\0" * min(entries, 2**22)
 
     def zeros(_: np.ndarray) -> bytes:
-        return frame(block) if len(block) == entries else told(block, entries)
+        return frame(block) if len(block) == entries else sized(block, entries)
 
     def apply(folder: Path) -> None:
         coded(INDICES, lambda array: [zeros(array)], "gaps8")(folder)
@@ -347,7 +351,11 @@ def bomb(entries: int) -> Edit:
             stored[CONTENT] = np.frombuffer(b"".join(planes), np.uint8)
 
         tensors(store)(folder)
-        streams[kind] = {"coding": "planes", "escapes": 0, "bytes": [len(each) for each in planes]}
+        streams[kind] = {
+            "coding": "planes",
+            "escapes": 0,
+            "bytes": [len(plane) for plane in planes],
+        }
         shape = [entries]
         record(streams=streams, shape=shape, count=entries)(folder)
         block_fields = {"shape": shape, "strides": [1], "offset": 0, "key": VICTIM}

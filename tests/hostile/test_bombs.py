@@ -25,10 +25,10 @@ def cost(folder):
     before = peak_bytes()
     try:
         format.read_artifact(folder)
-        told = None
+        error_name = None
     except FormatError as error:
-        told = type(error).__name__
-    return peak_bytes() - before, told
+        error_name = type(error).__name__
+    return peak_bytes() - before, error_name
 
 
 for folder in json.load(sys.stdin):
@@ -51,15 +51,15 @@ def costs(folders: list[Path]) -> list[tuple[int, str | None]]:
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(folders), done.stderr
-    return [(size, told) for size, told in found]
+    return [(size, error_name) for size, error_name in found]
 
 
 @pytest.mark.parametrize("kind", ["patch", "map"])
 def test_no_attack_takes_much_memory(kind: str, broken: Broken) -> None:
     attacks = [attack for attack in ATTACKS if kind in attack.kinds]
     found = costs([broken(kind, attack) for attack in attacks])
-    for attack, (size, told) in zip(attacks, found, strict=True):
-        assert told is not None, attack.name
+    for attack, (size, error_name) in zip(attacks, found, strict=True):
+        assert error_name is not None, attack.name
         assert size < 30 * MB, attack.name
 
 
@@ -76,6 +76,6 @@ def test_a_config_of_many_lists_costs_memory_in_proportion(
         config = (sound["patch"] / CONFIG).read_bytes()
         (folder / CONFIG).write_bytes(config.replace(b'"selection": {}', many))
         folders.append(folder)
-    (small, told), (large, also) = costs(folders)
-    assert told is also is None
+    (small, error_name), (large, other_name) = costs(folders)
+    assert error_name is other_name is None
     assert large - small < 40 * (folders[1] / CONFIG).stat().st_size

@@ -45,19 +45,19 @@ def test_a_target_notices_another_error(
 def test_the_first_inputs_are_read_and_refused(
     targets: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = []
+    results = []
     read = targets.read_artifact
 
     def counted(folder: str) -> object:
         try:
             found = read(folder)
         except FormatError:
-            told.append("refused")
+            results.append("refused")
             raise
-        told.append("read")
+        results.append("read")
         return found
 
     monkeypatch.setattr(targets, "read_artifact", counted)
     for data in (*targets.seeds("artifact"), b"\0" * 9):
         targets.artifact(data)
-    assert {"read", "refused"} == set(told)
+    assert {"read", "refused"} == set(results)

@@ -88,8 +88,8 @@ def refusal(load: Load, base: nn.Module, folder: Path, attack: Attack) -> BaseEx
 def check_message(error: BaseException, attack: Attack) -> None:
     """A message of ours names the tensor or the file, as PEFT's loading or as the file has it."""
     if isinstance(error, FormatError):
-        _, _, asked = attack.message.partition(".*")
-        assert re.search(asked, str(error))
+        _, _, pattern = attack.message.partition(".*")
+        assert re.search(pattern, str(error))
         assert str(error).isprintable()
 
 
@@ -184,7 +184,7 @@ def test_what_comes_from_the_hub_is_checked_before_it_is_loaded(
     broken: Broken,
     tmp_path: Path,
 ) -> None:
-    (found,) = [each for each in ATTACKS if each.name == attack]
+    (found,) = [entry for entry in ATTACKS if entry.name == attack]
     name = put_on_the_hub(broken("patch", found), tmp_path)
     with pytest.raises(FormatError, match=r"expected (only tensors|adapter_model)"):
         load(base, name, tmp_path)

@@ -69,7 +69,7 @@ def patch(tmp_path: Path) -> Path:
     adapter = Adapter(in_encoding(PATCH.metadata, Encoding.COMPACT), PATCH.deltas)
     write_adapter(tmp_path / "patch", adapter, base=base_entries)
     streams = read_metadata(tmp_path / "patch").tensors[NAME].streams
-    assert [each.coding.value for each in streams.values()] == ["gaps8", "steps8"]
+    assert [stream.coding.value for stream in streams.values()] == ["gaps8", "steps8"]
     assert streams["values"].escapes > 0
     return tmp_path / "patch"
 
@@ -164,8 +164,8 @@ def replace_frames(path: Path, kind: str, frames: list[bytes], escapes: int) -> 
         tensors.update(stored)
 
     edit_tensors(path, edit)
-    set_streams = set_stream(kind, bytes=[len(each) for each in frames], escapes=escapes)
-    forged = digest(*(tensors[each] for each in sorted(tensors)))
+    set_streams = set_stream(kind, bytes=[len(content) for content in frames], escapes=escapes)
+    forged = digest(*(tensors[key] for key in sorted(tensors)))
     edit_config(path, set_streams)
     edit_config(path, set_record(digest=forged, content_digest=None))
 
@@ -236,8 +236,8 @@ FRAMES: list[tuple[str, list[bytes], int, str]] = [
 
 @pytest.mark.parametrize(
     ("frames", "escapes", "message"),
-    [each[1:] for each in FRAMES],
-    ids=[each[0] for each in FRAMES],
+    [lie[1:] for lie in FRAMES],
+    ids=[lie[0] for lie in FRAMES],
 )
 def test_frames_that_lie_are_refused_though_every_digest_is_forged(
     patch: Path, frames: list[bytes], escapes: int, message: str
@@ -297,14 +297,14 @@ def test_steps_to_what_is_no_number_are_refused(patch: Path) -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_planes_of_what_is_no_number_are_refused(tmp_path: Path, value: float) -> None:
     safety_map = as_map(PATCH)
-    asked = type(safety_map)(
+    compact = type(safety_map)(
         in_encoding(safety_map.metadata, Encoding.COMPACT), safety_map.indices, safety_map.scores
     )
-    write_map(tmp_path / "map", asked)
+    write_map(tmp_path / "map", compact)
     scores = safety_map.scores[NAME].copy()
     scores[5] = value
     planes = scores.view(np.uint8).reshape(-1, 4)
-    frames = [frame(np.ascontiguousarray(planes[:, each]).tobytes()) for each in range(4)]
+    frames = [frame(np.ascontiguousarray(planes[:, place]).tobytes()) for place in range(4)]
     replace_frames(tmp_path / "map", "scores", frames, 0)
     with pytest.raises(
         CorruptAdapterError, match=f"{tensor_key(NAME, 'scores')}: expected finite values"

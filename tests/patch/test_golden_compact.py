@@ -44,7 +44,7 @@ PARAMETERS: dict[str, tuple[TensorRecord, int, int]] = {
 
 def indices_of(record: TensorRecord, apart: int) -> np.ndarray:
     count = min(300, record.numel // apart)
-    found = [each * apart + each * each % apart for each in range(count)]
+    found = [n * apart + n * n % apart for n in range(count)]
     return np.array(found, np.int32 if record.numel < 2**31 else np.int64)
 
 
@@ -98,8 +98,8 @@ def test_the_map_reads_as_it_was_written() -> None:
 def test_the_files_hold_every_coding_but_the_widest_steps() -> None:
     found = set()
     for kind in ("patch", "map"):
-        told = inspect(GOLDEN / kind)
-        assert {each["encoding"] for each in told["tensors"].values()} == {"compact", "plain"}
+        facts = inspect(GOLDEN / kind)
+        assert {record["encoding"] for record in facts["tensors"].values()} == {"compact", "plain"}
     for read in (read_adapter(GOLDEN / "patch", base_of), read_map(GOLDEN / "map")):
         for record in read.metadata.tensors.values():
             found |= {stream.coding for stream in record.streams.values()}
@@ -136,7 +136,7 @@ def test_the_example_in_the_specification_decodes_to_what_it_says() -> None:
     base = np.array([1, -1, 0.5, 0], np.float32).astype(WEIGHT_DTYPES["bfloat16"])
     merged = take_steps(base, decode_steps("page", stream, planes, 2))
     bits = ["3f81", "bf81", "4000", "8001"]
-    assert [f"{each:04x}" for each in merged.view(np.uint16).tolist()] == bits
+    assert [f"{number:04x}" for number in merged.view(np.uint16).tolist()] == bits
     values = [0.0078125, -0.0078125, 1.5, -(2.0**-133)]
     assert value_of(base, merged).tolist() == values
 

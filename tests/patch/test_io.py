@@ -291,12 +291,12 @@ def test_inspect_tells_sizes_without_reading_a_tensor(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1  # a wrong value, which only a reader of tensors can notice
     file.write_bytes(content)
-    told = inspect(path)
-    assert json.loads(json.dumps(told)) == told
-    assert (told["parameters"], told["entries"], told["numel"]) == (3, 6 + 12 + 1, 24 + 48 + 7)
-    assert told["density"] == 19 / 79
-    assert told["size_bytes"] == len(content)
-    assert told["tensors"]["model.up.weight"]["keys"] == ["model.up.weight"]
+    facts = inspect(path)
+    assert json.loads(json.dumps(facts)) == facts
+    assert (facts["parameters"], facts["entries"], facts["numel"]) == (3, 6 + 12 + 1, 24 + 48 + 7)
+    assert facts["density"] == 19 / 79
+    assert facts["size_bytes"] == len(content)
+    assert facts["tensors"]["model.up.weight"]["keys"] == ["model.up.weight"]
     with pytest.raises(CorruptAdapterError, match=r"adapter_model.safetensors: "):
         validate(path)
 

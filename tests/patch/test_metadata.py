@@ -299,9 +299,9 @@ def test_a_newer_minor_version_is_read_with_a_warning_and_what_is_new_ignored() 
         record["importance"] = {"of": "the future"}
     with pytest.warns(
         SafeWeightsWarning, match="format_minor: expected at most 1, found 7"
-    ) as told:
+    ) as warned:
         found = AdapterMetadata.from_config(config, "here")
-    assert len(told) == 1
+    assert len(warned) == 1
     assert found == known
 
 

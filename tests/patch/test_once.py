@@ -26,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(first: Any, *arrays: Any, **options: Any) -> Any:
-            seen[name].update(each.tobytes() for each in arrays if isinstance(each, np.ndarray))
+            seen[name].update(array.tobytes() for array in arrays if isinstance(array, np.ndarray))
             return function(first, *arrays, **options)
 
         return call
@@ -56,7 +56,7 @@ def write(path: Path, kind: str, encoding: Encoding) -> Tensors:
 def test_each_array_is_checked_and_hashed_once(
     tmp_path: Path, calls: Calls, kind: str, encoding: Encoding
 ) -> None:
-    stored = [each.tobytes() for each in write(tmp_path / "a", kind, encoding).values()]
+    stored = [array.tobytes() for array in write(tmp_path / "a", kind, encoding).values()]
     for seen in calls.values():
         seen.clear()
     if kind == "patch":
