@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, read_artifact
 from safeweights_peft.settings import ComputeSettings, EvaluateSettings
 
 RECORD_FILE = "protecting.json"
+_SIZES = re.compile(r"mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")
 
 
 def protect_tuned(
@@ -117,7 +119,9 @@ def _write_protected(
     values = correct(adapted, artifact)
     if merged:
         with draft_copy(job.reader, out, overwrite=overwrite) as draft:
-            write_parameters(draft, adapted.merge_and_unload(), layout)
+            plain = adapted.merge_and_unload()
+            _check_ties(plain, layout)
+            write_parameters(draft, plain, layout)
             put_back(job.reader, draft, artifact)
     else:
         with publish(out, overwrite, CheckpointError) as draft_dir:
@@ -130,10 +134,24 @@ def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, str(folder))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names every tensor that doesn't fit
+        if mismatch := _SIZES.search(str(error)):
+            name, found, expected = mismatch.groups()
+            reason = f"{name.removeprefix('base_model.model.')} of {found}, not {expected}"
         raise ModelError(
             f"{folder}: expected a LoRA for {model.name_or_path}, found one that PEFT can't load "
-            f"into it ({reason}); give --base, the model that it was trained on"
+            f"into it ({reason}); give --base, the model that it was trained on, resized and saved "
+            "if tokens were added for it"
         ) from error
+
+
+def _check_ties(model: PreTrainedModel, layout: Collection[str]) -> None:
+    """Refuse a parameter that the base shares with another, and that was trained apart from it."""
+    for name, _ in model.named_parameters():
+        if name not in layout:
+            raise ModelError(
+                f"{name}: expected a parameter that is tied to another, as in the base, found it "
+                "trained apart, which a copy of the base's files can't hold; leave out --merged"
+            )
 
 
 def _find_lora(lora: str) -> Path:

@@ -212,3 +212,40 @@ def test_what_is_no_lora_for_the_base_is_refused_by_name(
         protect_lora(str(folder), map_dir, tmp_path / "out")
     assert "lora" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied")
+def test_a_head_that_was_trained_apart_from_the_embeddings_is_not_dropped(
+    requests: Requests, tmp_path: Path
+) -> None:
+    base = save_tiny_tokenizer(save_tiny_llama(tmp_path / "base", tied=True))
+    score(Job(base), tmp_path / "map", requests.score())
+    config = LoraConfig(r=2, target_modules=LINEAR, modules_to_save=["lm_head"])
+    model = get_peft_model(plain(base), config)
+    model.get_output_embeddings().modules_to_save["default"].weight.data += 1
+    model.save_pretrained(str(tmp_path / "lora"))
+    with pytest.raises(ModelError, match=r"lm_head.weight: .*tied.*found it trained apart"):
+        protect_lora(str(tmp_path / "lora"), tmp_path / "map", tmp_path / "out", merged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_with_added_tokens_goes_on_a_resized_base(
+    base: Path, map_dir: Path, tmp_path: Path
+) -> None:
+    model = plain(base)
+    tokens = model.config.vocab_size
+    model.resize_token_embeddings(tokens + 3, mean_resizing=False)
+    resized = shutil.copytree(base, tmp_path / "resized")
+    model.save_pretrained(resized)
+    config = LoraConfig(r=2, target_modules=LINEAR, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(str(tmp_path / "lora"), save_embedding_layers=True)
+    sizes = rf"\(.*weight of \[{tokens + 3}, 32\], not \[{tokens}, 32\]\); give --base"
+    with pytest.raises(ModelError, match=sizes) as caught:
+        protect_lora(str(tmp_path / "lora"), map_dir, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    out = tmp_path / "out"
+    protect_lora(str(tmp_path / "lora"), map_dir, out, str(resized), merged=True)
+    assert verify(map_dir, out).ok
