@@ -33,6 +33,7 @@ from safeweights_peft.data import (
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
+from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.patch.io import file_bytes
 from safeweights_peft.settings import EvaluateSettings, PreserveSettings, TrainSettings
@@ -134,8 +135,9 @@ def set_loss(
     model: PeftModel, refusals: list[Example], answers: list[Example], pad_token_id: int
 ) -> torch.Tensor:
     """Compute SET's loss of one step."""
-    settings = RECIPE
-    whole, benign = collate(refusals + answers, pad_token_id), collate(answers, pad_token_id)
+    settings, layout = RECIPE, find_layout(model)
+    whole = collate(refusals + answers, pad_token_id, layout)
+    benign = collate(answers, pad_token_id, layout)
     refusal, retain = compute_losses(model, whole, benign, settings.token_decay)
     return refusal + settings.retain_weight * retain
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Example, collate, read_rows
+from safeweights_peft.data import Batching, Example, Layout, collate, read_rows
 from safeweights_peft.evaluation.generate import find_end_tokens, generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.answers import answer_logits
@@ -77,8 +77,9 @@ class PublishedObjective:
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[Tensor]:
         """Yield one scalar per answer, whose gradient is the published code's."""
         for position, answered in enumerate(self._answers[start:], start):
-            batch = collate([answered.example], self._tokenizer.pad_token_id).to(model.device)
-            logits = answer_logits(model, batch)[0, :-1]
+            layout = Layout(Batching.ALONE)
+            batch = collate([answered.example], self._tokenizer.pad_token_id, layout)
+            logits = answer_logits(model, batch.to(model.device))[0, :-1]
             derivative = self._carry(self._derivative(answered)).to(logits.device)
             with torch.random.fork_rng():
                 torch.manual_seed(self._seed + position)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ BUILTIN = "builtin:"
 BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
 FILE_SUFFIXES = (".json", ".jsonl")
 IGNORED = -100
+OTHER_TEXT = "Another text."
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't assist with that request.",
@@ -45,28 +49,58 @@ class Example:
     answer_ids: tuple[int, ...]  # with the end of the turn, unless the answer was cut
 
 
+class Batching(StrEnum):
+    """Ways to run several rows so that each gets the logits that it gets alone."""
+
+    SHARED = "shared"  # the start that prompts share once for all; padding behind it
+    LEFT = "left"  # padding before everything, for what counts columns or keeps a state
+    ALONE = "alone"  # one row after another
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a model needs of a batch; `modeling.answers.find_layout` finds it."""
+
+    batching: Batching
+    positions: int | None = None  # tokens that a row may have; None if any number
+
+
 @dataclass(frozen=True)
 class Batch:
     """B examples side by side, so that all answers start in the same column."""
 
     # A row is: the tokens with which all prompts begin (the template's system prompt), padding,
     # the rest of the prompt (its last token at least), the answer, padding. So logits of answers
-    # are one slice, and the shared start can be computed once.
+    # are one slice, and the shared start can be computed once. In other layouts than the shared
+    # one that start is empty.
     input_ids: torch.Tensor  # (B, P + A)
     attention_mask: torch.Tensor  # (B, P + A), 0 at padding
     position_ids: torch.Tensor  # (B, P + A), counted over each row's own tokens
     answer_ids: torch.Tensor  # (B, A), `IGNORED` after an answer's end
     shared: int  # columns at the start that are the same in all rows
+    is_alone: bool = False  # whether each row must run by itself
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.position_ids.to(device),
-            self.answer_ids.to(device),
-            self.shared,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            position_ids=self.position_ids.to(device),
+            answer_ids=self.answer_ids.to(device),
         )
+
+    def split(self) -> Iterator[Batch]:
+        """Yield each row as a batch without padding."""
+        for row, mask in enumerate(self.attention_mask.bool()):
+            answer = self.answer_ids[row : row + 1]
+            yield Batch(
+                self.input_ids[row : row + 1, mask],
+                self.attention_mask[row : row + 1, mask],
+                self.position_ids[row : row + 1, mask],
+                answer[:, answer[0] != IGNORED],
+                shared=0,
+            )
 
 
 def read_rows(source: str, *, needs_output: bool = False) -> list[Row]:
@@ -152,12 +186,18 @@ def _read_datasets(source: str) -> list[tuple[int, Any]]:
 def _row(item: Any, where: str, needs_output: bool) -> Row:
     if not isinstance(item, dict):
         raise DataError(f"{where}: expected an object, found {type(item).__name__}; correct it")
-    for field in ("instruction", "output") if needs_output else ("instruction",):
-        value = item.get(field)
-        if not isinstance(value, str) or not value.strip():
+    for field in ("instruction", "output"):
+        value, is_needed = item.get(field), needs_output or field == "instruction"
+        if is_needed and (not isinstance(value, str) or not value.strip()):
             raise DataError(
                 f"{where}: expected a non-empty text in '{field}', found {value!r}; "
                 f"give every row the field '{field}'"
+            )
+        # JSON may hold half a character, which no tokenizer reads and no file takes.
+        if isinstance(value, str) and (half := LONE_SURROGATE.search(value)):
+            raise DataError(
+                f"{where}: expected whole characters in '{field}', found half of one, "
+                f"{half.group()!r}; correct the row"
             )
     output = item.get("output")
     has_output = isinstance(output, str) and output.strip()
@@ -185,8 +225,45 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
             f"{tokenizer.name_or_path}: expected a chat template, found none; set "
             "tokenizer.chat_template and save the tokenizer beside the model"
         )
-    messages = [{"role": "user", "content": instruction}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return _render(tokenizer, [("user", instruction)], add_generation_prompt=True)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[tuple[str, str]],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Apply the chat template to turns, of a role and a text each; refuse one that drops a text."""
+
+    def apply(texts: Sequence[str]) -> str:
+        messages = [
+            {"role": role, "content": text} for (role, _), text in zip(turns, texts, strict=True)
+        ]
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        # A template is a program: it may fail in any way, and may raise errors of its own.
+        except Exception as error:
+            raise DataError(
+                f"{tokenizer.name_or_path}: expected a chat template that renders a request, found "
+                f"{type(error).__name__}: {error}; use another template"
+            ) from error
+        return str(rendered)
+
+    texts = [text for _, text in turns]
+    rendered = apply(texts)
+    for position, (role, text) in enumerate(turns):
+        # A template may trim or rewrite a text. One that wants a list of parts renders nothing.
+        if not text.strip() or text.strip() in rendered:
+            continue
+        if apply([*texts[:position], OTHER_TEXT, *texts[position + 1 :]]) == rendered:
+            raise DataError(
+                f"{tokenizer.name_or_path}: expected a chat template that renders the text of "
+                f"'{role}', found one that drops it; use a template whose messages are texts"
+            )
+    return rendered
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> tuple[int, ...]:
@@ -214,11 +291,7 @@ def encode_example(
 ) -> Example:
     """Render a request and its answer, and encode them."""
     prompt = render_prompt(tokenizer, instruction)
-    messages = [
-        {"role": "user", "content": instruction},
-        {"role": "assistant", "content": answer},
-    ]
-    conversation = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    conversation = _render(tokenizer, [("user", instruction), ("assistant", answer)])
     if not conversation.startswith(prompt):
         raise DataError(
             f"{tokenizer.name_or_path}: expected a chat template whose conversation begins with "
@@ -236,9 +309,12 @@ def shuffle_endlessly(examples: Sequence[Example], generator: torch.Generator) -
             yield examples[position]
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+def collate(examples: Sequence[Example], pad_token_id: int, layout: Layout) -> Batch:
     """Lay examples side by side so that all answers start in the same column."""
-    shared = _shared_start([example.prompt_ids for example in examples])
+    _check_lengths(examples, layout.positions)
+    shared = 0
+    if layout.batching is Batching.SHARED:
+        shared = _shared_start([example.prompt_ids for example in examples])
     width = max(len(example.prompt_ids) for example in examples)
     length = max(len(example.answer_ids) for example in examples)
     input_ids = torch.full((len(examples), width + length), pad_token_id)
@@ -252,7 +328,22 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         mask[row, :shared] = mask[row, start:end] = 1
         answers[row, : len(example.answer_ids)] = torch.tensor(example.answer_ids)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return Batch(input_ids, mask, positions, answers, shared)
+    return Batch(
+        input_ids, mask, positions, answers, shared, is_alone=layout.batching is Batching.ALONE
+    )
+
+
+def _check_lengths(examples: Sequence[Example], positions: int | None) -> None:
+    """Refuse a row for which a model has too few positions."""
+    for example in examples:
+        prompt, answer = len(example.prompt_ids), len(example.answer_ids)
+        # Past the end of the table a CPU raises IndexError, and a GPU is lost to the process.
+        if positions is not None and prompt + answer > positions:
+            raise DataError(
+                f"a request: expected at most {positions} tokens with its answer, all the "
+                f"positions that the model has, found {prompt} + {answer}; shorten it, or leave "
+                "it out"
+            )
 
 
 def _shared_start(prompts: Sequence[Sequence[int]]) -> int:

@@ -14,7 +14,9 @@ from safeweights_peft.data import (
     BUILTIN_SETS,
     IGNORED,
     REFUSALS,
+    Batching,
     Example,
+    Layout,
     Row,
     collate,
     data_digest,
@@ -30,6 +32,7 @@ from safeweights_peft.modeling.loading import load_tokenizer
 from tests.tiny_models import END
 
 PAD = 256
+SHARED, LEFT, ALONE = (Layout(batching) for batching in Batching)
 ROWS = [Row("Bake a cake.", "Mix flour and eggs."), Row("Sew a hem."), Row("Sew a hem.")]
 OBJECTS = [
     {"instruction": "Bake a cake.", "output": "Mix flour and eggs.", "category": "kitchen"},
@@ -302,7 +305,7 @@ EXAMPLES = [
 
 
 def test_a_batch_is_laid_out_as_shared_start_padding_rest_answer_padding() -> None:
-    batch = collate(EXAMPLES, PAD)
+    batch = collate(EXAMPLES, PAD, SHARED)
     _ = PAD
     assert batch.input_ids.tolist() == [
         [1, 2, _, _, 3, 9, 4, 5, _],
@@ -313,19 +316,19 @@ def test_a_batch_is_laid_out_as_shared_start_padding_rest_answer_padding() -> No
 
 
 def test_a_batchs_mask_is_1_just_where_a_token_stands() -> None:
-    batch = collate(EXAMPLES, PAD)
+    batch = collate(EXAMPLES, PAD, SHARED)
     assert torch.equal(batch.attention_mask, (batch.input_ids != PAD).long())
 
 
 def test_positions_count_each_rows_tokens() -> None:
-    batch = collate(EXAMPLES, PAD)
+    batch = collate(EXAMPLES, PAD, SHARED)
     for row, mask in enumerate(batch.attention_mask.bool()):
         assert batch.position_ids[row][mask].tolist() == list(range(int(mask.sum())))
     assert batch.position_ids.min() >= 0
 
 
 def test_answers_stand_in_the_last_columns_and_are_ignored_where_they_have_ended() -> None:
-    batch = collate(EXAMPLES, PAD)
+    batch = collate(EXAMPLES, PAD, SHARED)
     assert batch.answer_ids.tolist() == [[4, 5, IGNORED], [3, IGNORED, IGNORED], [7, 7, 7]]
     said = batch.answer_ids != IGNORED
     assert torch.equal(batch.input_ids[:, -3:][said], batch.answer_ids[said])
@@ -334,7 +337,7 @@ def test_answers_stand_in_the_last_columns_and_are_ignored_where_they_have_ended
 def test_each_rows_tokens_are_its_own(tokenizer) -> None:
     texts = [("Hi", "Hello."), ("How are you today?", "Fine, thanks."), ("H", "?")]
     examples = [encode_example(tokenizer, *pair, 20) for pair in texts]
-    batch = collate(examples, PAD)
+    batch = collate(examples, PAD, SHARED)
     for row, example in enumerate(examples):
         tokens = batch.input_ids[row][batch.attention_mask[row].bool()]
         assert tuple(tokens.tolist()) == example.prompt_ids + example.answer_ids
@@ -342,31 +345,31 @@ def test_each_rows_tokens_are_its_own(tokenizer) -> None:
 
 def test_the_token_before_every_answer_is_its_prompts_last_even_where_prompts_are_equal() -> None:
     prompts = [(1, 2, 3), (1, 2), (1, 2, 3)]
-    batch = collate([Example(prompt, (7,)) for prompt in prompts], PAD)
+    batch = collate([Example(prompt, (7,)) for prompt in prompts], PAD, SHARED)
     assert batch.shared == 1
     assert batch.input_ids[:, -2:].tolist() == [[3, 7], [2, 7], [3, 7]]
 
 
 def test_prompts_with_nothing_in_common_are_padded_on_the_left() -> None:
-    batch = collate([Example((1, 2), (5,)), Example((3,), (6,))], PAD)
+    batch = collate([Example((1, 2), (5,)), Example((3,), (6,))], PAD, SHARED)
     assert batch.shared == 0
     assert batch.input_ids.tolist() == [[1, 2, 5], [PAD, 3, 6]]
 
 
 def test_a_single_example_is_a_batch_without_padding() -> None:
-    batch = collate([EXAMPLES[1]], PAD)
+    batch = collate([EXAMPLES[1]], PAD, SHARED)
     assert batch.input_ids.tolist() == [[1, 2, 6, 7, 8, 9, 3]]
     assert batch.attention_mask.all()
 
 
 def test_prompts_without_answers_are_a_batch_too() -> None:
-    batch = collate([Example((1, 2), ()), Example((1, 3, 4), ())], PAD)
+    batch = collate([Example((1, 2), ()), Example((1, 3, 4), ())], PAD, SHARED)
     assert batch.input_ids.tolist() == [[1, PAD, 2], [1, 3, 4]]
     assert batch.answer_ids.shape == (2, 0)
 
 
 def test_a_batch_moves_whole_to_another_device() -> None:
-    batch = collate(EXAMPLES, PAD).to("meta")
+    batch = collate(EXAMPLES, PAD, SHARED).to("meta")
     tensors = (batch.input_ids, batch.attention_mask, batch.position_ids, batch.answer_ids)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert batch.shared == 2

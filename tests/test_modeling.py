@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import Batch, Example, collate
+from safeweights_peft.data import Batch, Batching, Example, Layout, collate
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
@@ -442,10 +442,11 @@ def test_a_name_that_the_model_does_not_have_is_refused(tiny_tied_llama: Path, n
 
 START, REST = (257, 10, 11, 12), [(20, 21, 22, 13), (23, 13), (24, 25, 13)]
 ANSWERS = [(30, 31), (32, 33, 34, 258), (35,)]
+SHARED = Layout(Batching.SHARED)
 
 
 def batch_of(prompts: list[tuple[int, ...]]) -> Batch:
-    return collate([Example(*pair) for pair in zip(prompts, ANSWERS, strict=True)], 256)
+    return collate([Example(*pair) for pair in zip(prompts, ANSWERS, strict=True)], 256, SHARED)
 
 
 BATCHES = {
@@ -453,7 +454,7 @@ BATCHES = {
     "nothing in common": batch_of(REST),
     "one prompt begins another": batch_of([START[:3], START, START + REST[0]]),
     "the same prompt": batch_of([START] * 3),
-    "one row": collate([Example(START, ANSWERS[1])], 256),
+    "one row": collate([Example(START, ANSWERS[1])], 256, SHARED),
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Example, collate, encode_prompt
+from safeweights_peft.data import Batching, Example, Layout, collate, encode_prompt
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.modeling.answers import last_columns
+from safeweights_peft.modeling.answers import find_layout, last_columns
 
 
 def generate_answers(
@@ -24,7 +25,9 @@ def generate_answers(
     """Let a model answer requests greedily, each on its own."""
     if not instructions:
         raise EvaluationError("prompts: expected at least one request, found none")
+    layout = find_layout(model)
     prompts = [Example(encode_prompt(tokenizer, text), ()) for text in instructions]
+    _check_room(instructions, prompts, layout.positions, max_new_tokens)
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].prompt_ids))
     # From the model's end tokens alone: its own settings, such as sampling, stay out.
@@ -34,13 +37,29 @@ def generate_answers(
         eos_token_id=sorted(find_end_tokens(model, tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
     )
+    if layout.batching is Batching.ALONE:
+        batch_size = 1
     answers: dict[int, Example] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        examples = _answer([prompts[row] for row in rows], model, config)
+        examples = _answer([prompts[row] for row in rows], model, config, layout)
         answers.update(zip(rows, examples, strict=True))
         on_batch(len(rows))
     return [answers[row] for row in range(len(prompts))]
+
+
+def _check_room(
+    instructions: Sequence[str], prompts: Sequence[Example], positions: int | None, count: int
+) -> None:
+    """Refuse a request that leaves no room for its answer among a model's positions."""
+    for instruction, prompt in zip(instructions, prompts, strict=True):
+        if positions is not None and len(prompt.prompt_ids) + count > positions:
+            raise EvaluationError(
+                f"request {' '.join(instruction.split())[:40]!r}: expected at most "
+                f"{positions - count} tokens, as the model has {positions} positions and its "
+                f"answer may take {count}, found {len(prompt.prompt_ids)}; shorten it, or leave "
+                "it out"
+            )
 
 
 def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -52,14 +71,16 @@ def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 @torch.inference_mode()
 def _answer(
-    prompts: Sequence[Example], model: PreTrainedModel, config: GenerationConfig
+    prompts: Sequence[Example], model: PreTrainedModel, config: GenerationConfig, layout: Layout
 ) -> list[Example]:
-    batch = collate(prompts, config.pad_token_id).to(model.device)
+    batch = collate(prompts, config.pad_token_id, layout).to(model.device)
+    # `generate` refuses what a model doesn't know.
+    knows_columns = "logits_to_keep" in signature(model.forward).parameters
     output = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         generation_config=config,
-        logits_to_keep=last_columns(1),
+        **({"logits_to_keep": last_columns(1)} if knows_columns else {}),
     )
     width = batch.input_ids.shape[1]
     return [

@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import IGNORED, Batch, Example, collate
+from safeweights_peft.data import IGNORED, Batch, Example, Layout, collate
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.modeling.answers import answer_logits
+from safeweights_peft.modeling.answers import answer_logits, find_layout
 
 Patched = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Opens a patched model; it may be the base itself, patched while the context lasts."""
@@ -41,7 +41,7 @@ def measure_utility(
     """Score the base's answers under the base and under a patched model, or the base alone."""
     kl = loss = 0.0
     tokens = 0
-    for batch in _batches(answers, pad_token_id, batch_size):
+    for batch in _batches(answers, pad_token_id, find_layout(base), batch_size):
         batch = batch.to(base.device)
         scored = batch.answer_ids != IGNORED
         log_q = log_p = F.log_softmax(answer_logits(base, batch)[scored], -1)
@@ -64,7 +64,9 @@ def measure_utility(
     return Utility(kl / tokens, math.exp(loss / tokens), tokens)
 
 
-def _batches(answers: Sequence[Example], pad_token_id: int, size: int) -> Iterator[Batch]:
+def _batches(
+    answers: Sequence[Example], pad_token_id: int, layout: Layout, size: int
+) -> Iterator[Batch]:
     ordered = sorted(answers, key=lambda example: len(example.prompt_ids))
     for start in range(0, len(ordered), size):
-        yield collate(ordered[start : start + size], pad_token_id)
+        yield collate(ordered[start : start + size], pad_token_id, layout)

@@ -25,6 +25,7 @@ from safeweights_peft.evaluation.judges import (
 from safeweights_peft.evaluation.utility import Patched, measure_utility
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import MergedEntries, is_patch, load_patched
+from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.rates import Rate
@@ -97,7 +98,8 @@ class Evaluator:
     def describe(self) -> dict[str, str]:
         """Tell how answers are made and judged."""
         decoding = f"greedy, at most {self.settings.max_new_tokens} tokens"
-        return {"judge": self.judge, "decoding": decoding}
+        batching = find_layout(self.job.model).batching.value
+        return {"judge": self.judge, "decoding": decoding, "batching": batching}
 
     def _patched(self, adapter: Path | None, patch: AnyPatch | None) -> Patched | None:
         if adapter is None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.data import IGNORED, Example, collate
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.modeling.answers import answer_logits
+from safeweights_peft.modeling.answers import answer_logits, find_layout
 from safeweights_peft.selection.soft_judges import SoftJudge
 
 
@@ -56,7 +56,7 @@ class ReferenceObjective:
     def terms(self, model: PreTrainedModel, start: int = 0) -> Iterator[Tensor]:
         """Yield each batch's part of the mean log-likelihood."""
         for examples in self._batches[start:]:
-            batch = collate(examples, self._pad_token_id).to(model.device)
+            batch = collate(examples, self._pad_token_id, find_layout(model)).to(model.device)
             logits = answer_logits(model, batch)
             losses = F.cross_entropy(
                 logits.transpose(1, 2), batch.answer_ids, ignore_index=IGNORED, reduction="none"
@@ -109,7 +109,8 @@ class JudgedObjective:
         """Yield scalars whose gradients sum to the estimate of dS/dtheta."""
         for first in range(start * self._batch_size, len(self._answers), self._batch_size):
             answers = self._answers[first : first + self._batch_size]
-            batch = collate([answered.example for answered in answers], self._pad_token_id)
+            examples = [answered.example for answered in answers]
+            batch = collate(examples, self._pad_token_id, find_layout(model))
             logits = answer_logits(model, batch.to(model.device))
             rows = [
                 self._term(first + row, answered, logits[row])

@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from safeweights_peft.data import IGNORED, Batch, Example, collate, shuffle_endlessly
+from safeweights_peft.data import IGNORED, Batch, Example, Layout, collate, shuffle_endlessly
 from safeweights_peft.errors import TrainingError
-from safeweights_peft.modeling.answers import answer_logits
+from safeweights_peft.modeling.answers import answer_logits, find_layout
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.finetune import make_arguments, run_trainer
 from safeweights_peft.tuner.adapter import saving_checkpoints
@@ -57,6 +57,7 @@ def train_to_refuse(
         weight_decay=0.0,  # of differences, it would pull the model back to its base
         max_grad_norm=0.0,
     )
+    layout = find_layout(model)
     generator = torch.Generator().manual_seed(settings.seed)
     harmful_steps = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
     benign_steps = _deal(benign, settings.benign_batch_size, settings.steps, generator)
@@ -65,7 +66,7 @@ def train_to_refuse(
         model=model,
         args=arguments,
         train_dataset=list(zip(harmful_steps, benign_steps, strict=True)),
-        data_collator=lambda items: _collate_step(items, tokenizer.pad_token_id),
+        data_collator=lambda items: _collate_step(items, tokenizer.pad_token_id, layout),
     )
     with saving_checkpoints(model):
         log = run_trainer(trainer, on_step)
@@ -80,13 +81,13 @@ def _deal(
 
 
 def _collate_step(
-    items: list[tuple[list[Example], list[Example]]], pad_token_id: int
+    items: list[tuple[list[Example], list[Example]]], pad_token_id: int, layout: Layout
 ) -> dict[str, Batch]:
     ((harmful, benign),) = items
     # The benign rows come alone as well, because the base answers them alone.
     return {
-        "whole": collate(harmful + benign, pad_token_id),
-        "benign": collate(benign, pad_token_id),
+        "whole": collate(harmful + benign, pad_token_id, layout),
+        "benign": collate(benign, pad_token_id, layout),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from safeweights_peft.data import IGNORED, Example, collate, encode_example
+from safeweights_peft.data import IGNORED, Example, Layout, collate, encode_example
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.layout import describe
@@ -293,10 +293,10 @@ def test_no_example_comes_again_before_all_have_come(
 ) -> None:
     job, seen = Job(tiny_llama), []
 
-    def spy(examples: list[Example], pad_token_id: int) -> object:
+    def spy(examples: list[Example], pad_token_id: int, layout: Layout) -> object:
         if any(example in job.harmful for example in examples):  # the benign come alone as well
             seen.extend(examples)
-        return collate(examples, pad_token_id)
+        return collate(examples, pad_token_id, layout)
 
     monkeypatch.setattr(sys.modules[train_to_refuse.__module__], "collate", spy)
     job.run(tmp_path, steps=6, harmful_batch_size=4, benign_batch_size=4)
