@@ -17,10 +17,10 @@ from transformers.cache_utils import DynamicLayer
 
 from safeweights_peft.data import Batch, Batching, Example, Layout, collate
 
-# Three rows of one start, of which the first two are padded in any batch. A few tokens tell: what
-# a model gets wrong it gets wrong at the first column of padding. Only windows longer than these
-# rows stay unseen, so `_can_share` asks for those.
-PROBE_START, PROBE_RESTS, PROBE_ANSWERS = 4, (1, 1, 6), (2, 2, 3)
+# Two rows of one start, of which the first is padded in any batch. A few tokens tell: what a model
+# gets wrong it gets wrong at the first column of padding. Only windows longer than these rows stay
+# unseen, so `_can_share` asks for those.
+PROBE_START, PROBE_RESTS, PROBE_ANSWERS = 3, (1, 4), (3, 2)
 # The gap that is still rounding, in units of the noise of the model itself. Where padding is not
 # ignored, tiny models of 100 architectures show at least 0.04 in any dtype.
 NOISE_FACTOR, LEAST_NOISE = 4.0, 1e-6
@@ -107,18 +107,17 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 def _find_batching(model: PreTrainedModel) -> Batching:
     examples = _make_probe(model.config.get_text_config().vocab_size)
-    padded = examples[:2]
-    count = len(padded[0].answer_ids)
+    row, count = examples[0], PROBE_ANSWERS[0]
 
     def run(rows: list[Example], batching: Batching) -> torch.Tensor:
-        batch = collate(rows, rows[0].prompt_ids[0], Layout(batching)).to(model.device)
-        return answer_logits(model, batch)[: len(padded), :count]
+        batch = collate(rows, row.prompt_ids[0], Layout(batching)).to(model.device)
+        return answer_logits(model, batch)[0, :count]
 
-    alone = run(padded, Batching.ALONE)
-    # Rows of one length, so without padding, and longer than before: what stands behind a row
-    # changes nothing but the shape of the sums, in any causal model.
-    longer = [Example(row.prompt_ids, row.answer_ids + row.prompt_ids) for row in padded]
-    noise = float(_measure_gaps(run(longer, Batching.LEFT), alone).max())
+    alone = run([row], Batching.ALONE)
+    # The same row twice, and longer: without padding, so this changes nothing but how a causal
+    # model's sums are rounded.
+    longer = Example(row.prompt_ids, row.answer_ids * 2)
+    noise = float(_measure_gaps(run([longer, longer], Batching.LEFT), alone).max())
     limit = NOISE_FACTOR * max(noise, torch.finfo(model.dtype).eps, LEAST_NOISE)
     for batching in (Batching.SHARED, Batching.LEFT):
         if batching is Batching.SHARED and not _can_share(model, examples):
@@ -136,9 +135,9 @@ def _generates_alike(model: PreTrainedModel, examples: list[Example], limit: flo
     """Find whether the tokens after the first are predicted in a batch as they are alone."""
     prompts = [Example(example.prompt_ids, ()) for example in examples]
     pad_token_id = prompts[0].prompt_ids[0]
-    config = GenerationConfig(do_sample=False, max_new_tokens=2, pad_token_id=pad_token_id)
+    config = GenerationConfig(do_sample=False, max_new_tokens=3, pad_token_id=pad_token_id)
 
-    def run(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(rows: list[Example]) -> tuple[list[int], list[torch.Tensor]]:
         batch = collate(rows, pad_token_id, Layout(Batching.LEFT)).to(model.device)
         output = model.generate(
             input_ids=batch.input_ids,
@@ -147,14 +146,15 @@ def _generates_alike(model: PreTrainedModel, examples: list[Example], limit: flo
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return output.sequences[:, -2], output.logits[1].float()
+        tokens = output.sequences[0, batch.input_ids.shape[1] :].tolist()
+        return tokens, [logits[0].float() for logits in output.logits]
 
-    tokens, logits = run(prompts)
-    gaps = []
-    for row, prompt in enumerate(prompts[:2]):
-        token, expected = run([prompt])
-        if tokens[row] == token[0]:  # else rounding has chosen, and there is nothing to compare
-            gaps.append(float(_measure_gaps(logits[row], expected[0])))
+    (tokens, found), (own, expected) = run(prompts), run(prompts[:1])
+    gaps = [
+        float(_measure_gaps(found[step], expected[step]))
+        for step in range(1, len(found))
+        if tokens[:step] == own[:step]  # else rounding has chosen other tokens to go on from
+    ]
     return min(gaps, default=0.0) <= limit  # the least, for the same reason as the median above
 
 
