@@ -17,17 +17,20 @@ CODE := safeweights_peft tests examples benchmarks docs cli.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo style quality docs ci
+.PHONY: help test demo zoo style quality docs ci
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
 
 test: quality  ## set up .venv, then every check and every test but those on the real model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not real_model"  # a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not real_model and not zoo"  # a process for each core
 
 demo: .venv/.demo  ## set up .venv, then make, train and evaluate a safety patch for SmolLM2-135M
 	$(BIN)/python examples/prepare_smollm2.py demo/base
 	$(BIN)/safeweights enhance demo/base --out demo/run
+
+zoo: .venv/.dev  ## try every architecture of transformers: minutes, resumed from zoo/
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m zoo tests/zoo
 
 style: .venv/.dev  ## rewrite the code into the project's style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
@@ -40,9 +43,11 @@ quality: .venv/.dev  ## every check that runs no test
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/pydoclint --quiet safeweights_peft
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_models.py --check
 
 docs: .venv/.dev  ## write docs/cli.md from the commands' own --help
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_models.py $(wildcard zoo)
 
 ci:  ## what runs on every submission
 	bash .ci/run
