@@ -45,7 +45,7 @@ quality: .venv/.dev  ## every check that runs no test
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_models.py --check
 
-docs: .venv/.dev  ## write docs/cli.md from the commands' own --help
+docs: .venv/.dev  ## write docs/cli.md from --help, and docs/models.md from zoo/
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_models.py $(wildcard zoo)
 

@@ -23,14 +23,15 @@ Written by `docs/generate_models.py` from the results of `make zoo`, which sends
 model of every architecture in transformers through all that this package does, and compares bits:
 {versions}.
 
-Of {total} architectures, {works} go the whole way, and {refused} are refused somewhere in the one
-line shown.
-{faults}{unbuilt}
+Architectures tried: {total}. All works: {works}. Some of it is refused, in the line shown, and the
+rest works: {refused}. Wrong somewhere: {wrong}.
+{faults}{unbuilt}{not_run}
 The steps: {steps}.
 """
 NOTES = {
-    "faults": "{} {} wrong somewhere; don't rely on what the table marks with **fault**.",
-    "unbuilt": "{} {} not tried, as no small model of them could be built: {}.",
+    "faults": "{} {} wrong somewhere, where **fault** stands below: {}.",
+    "unbuilt": "{} {} not tried, as the zoo builds no small model: {}.",
+    "not_run": "{} {} not run: {}.",
 }
 
 Result = dict[str, Any]
@@ -41,7 +42,11 @@ def take(folder: Path) -> None:
     results = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     if not results:
         sys.exit(f"{folder}: expected results, found none; run `make zoo`")
+    sys.path.insert(0, str(PAGE.parents[1]))
+    from tests.zoo.architectures import list_architectures
+
     kept = {
+        "not_run": sorted(set(list_architectures()) - {each["name"] for each in results}),
         "versions": results[0]["versions"],
         "steps": max(([each["step"] for each in r["outcomes"]] for r in results), key=len),
         "architectures": [shorten(each) for each in sorted(results, key=lambda each: each["name"])],
@@ -70,21 +75,26 @@ def render() -> str:
 def render_header(kept: Result, tried: list[Result], unbuilt: list[Result]) -> str:
     """Say how many architectures there are of each outcome."""
     faults = [each for each in tried if has_fault(each)]
-    names = ", ".join(f"`{each['name']}`" for each in unbuilt)
+    not_built = [each["name"] for each in unbuilt]
     return HEADER.format(
         versions=", ".join(f"{name} {number}" for name, number in kept["versions"].items()),
         total=len(tried),
         works=sum(not each["outcomes"] for each in tried),
         refused=sum(bool(each["outcomes"]) and not has_fault(each) for each in tried),
-        faults=note("faults", faults) + "\n" if faults else "",
-        unbuilt=note("unbuilt", unbuilt, names) + "\n" if unbuilt else "",
+        wrong=len(faults),
+        faults=note("faults", [each["name"] for each in faults]),
+        unbuilt=note("unbuilt", not_built),
+        not_run=note("not_run", kept["not_run"]),
         steps=", ".join(f"`{step}`" for step in kept["steps"]),
     )
 
 
-def note(kind: str, found: list[Result], *names: str) -> str:
-    """Say of how many architectures something holds."""
-    return NOTES[kind].format(len(found), "is" if len(found) == 1 else "are", *names)
+def note(kind: str, names: list[str]) -> str:
+    """Say of which architectures something holds, if of any."""
+    if not names:
+        return ""
+    count, verb = len(names), "is" if len(names) == 1 else "are"
+    return "\n" + NOTES[kind].format(count, verb, ", ".join(f"`{name}`" for name in names)) + "\n"
 
 
 def render_tables(tried: list[Result]) -> Iterator[str]:

@@ -208,9 +208,8 @@ def patch_each_parameter(journey: Journey) -> None:
     for name, parameter in list(model.named_parameters()):
         saved = parameter.detach().clone()
         try:
-            faults += [
-                f"{name}: {fault}" for fault in try_parameter(journey, model, name, gradients)
-            ]
+            found = try_parameter(journey, model, name, gradients[name])
+            faults += [f"{name}: {fault}" for fault in found]
         except SafeWeightsError as error:
             refusals.append(str(error))
         with torch.no_grad():

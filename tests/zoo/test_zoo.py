@@ -5,6 +5,8 @@ its results in `zoo/` and resumes there: remove the folder to start over.
 """
 
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,8 @@ from tests.zoo.results import (
     write_result,
 )
 
-RESULTS = Path(__file__).parents[2] / "zoo"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "zoo"
 SECONDS = 600  # for an architecture
 
 SPREAD = [
@@ -50,6 +53,7 @@ EXPECTED_FAULTS: list[tuple[str, str]] = [
     ("mpt", "batch"),
     ("mamba", "batch"),
     ("mamba", "score"),
+    ("mamba", "train"),
     ("mamba", "patch_each_parameter"),
     ("mamba", "load_by_peft"),
     ("mamba", "load_by_other_routes"),
@@ -139,8 +143,9 @@ def test_only_one_line_of_the_package_is_a_refusal(
 
 def test_a_refusal_of_a_command_is_its_error(tmp_path: Path) -> None:
     journey = Journey("llama", tmp_path)
-    with pytest.raises(Refused, match=r"^.*/patch: expected "):
-        journey.call("verify", "./patch", "--base", "./base")
+    journey.path("base").mkdir()
+    with pytest.raises(Refused, match=r"^.*/base: expected [^\n]*$"):
+        journey.call("score", "./base", "--out", "./map")
 
 
 def test_a_result_is_read_as_it_was_kept(tmp_path: Path) -> None:
@@ -156,3 +161,11 @@ def test_a_mended_fault_has_to_leave_the_list(monkeypatch: pytest.MonkeyPatch) -
         assert_no_fault(Result("llama", outcomes=[Outcome("merge", OK)]))
     with pytest.raises(AssertionError, match="crash"):
         assert_no_fault(Result("llama", outcomes=[Outcome("score", FAULT, "crash")]))
+
+
+def test_the_page_on_models_is_that_of_the_kept_results_and_names_the_spread() -> None:
+    command = [sys.executable, "docs/generate_models.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert [name for name in SPREAD if f"| {name} |" not in page] == []
