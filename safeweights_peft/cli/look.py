@@ -101,7 +101,7 @@ def probe_command(
     if dry_run:
         return output.show_estimate(base, compute, score=score)
     with output.show_progress() as progress:
-        job = Job(base, compute, progress)
+        job = Job(base, compute, progress, [map_dir])
         result = probe(job, map_dir, out, settings, score, evaluate, overwrite=overwrite)
     output.show(result, probe_rows(result))
     if not click.get_current_context().meta["json"]:

@@ -117,7 +117,8 @@ def train_command(
     if dry_run:
         return output.show_estimate(base, compute, train=settings)
     with output.show_progress() as progress:
-        train(Job(base, compute, progress), map_dir, out, settings, overwrite=overwrite)
+        job = Job(base, compute, progress, [map_dir])
+        train(job, map_dir, out, settings, overwrite=overwrite)
     output.show_adapter(inspect(out), out)
 
 
@@ -157,7 +158,8 @@ def eval_command(
     if dry_run:
         return output.show_estimate(base, compute, adapter=adapter)
     with output.show_progress() as progress:
-        result = evaluate(Job(base, compute, progress), adapter, settings)
+        job = Job(base, compute, progress, [adapter] if adapter else [])
+        result = evaluate(job, adapter, settings)
     if out:
         write_json(out, result)
     output.show(result, evaluation_rows(result))
@@ -194,7 +196,7 @@ def preserve_command(
     if dry_run:
         return output.show_estimate(base, compute, preserve=settings)
     with output.show_progress() as progress:
-        job = Job(base, compute, progress)
+        job = Job(base, compute, progress, [map_dir])
         record = preserve_model(job, map_dir, data, out, settings, overwrite=overwrite)
     losses = record.pop("losses")
     rows = [
@@ -246,7 +248,7 @@ def protect_command(
     settings = evaluate if measure else None
     with output.show_progress() as progress:
         if tuned and base and not lora and not merged:
-            job = Job(base, compute, progress)
+            job = Job(base, compute, progress, [map_dir])
             record = protect_tuned(job, tuned, map_dir, out, settings, overwrite=overwrite)
         elif lora and not tuned:
             record = protect_lora(

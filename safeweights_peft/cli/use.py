@@ -211,4 +211,6 @@ def diff_command(base: str, tuned: str, out: Path, **values: Any) -> None:
     from safeweights_peft.jobs.job import Job
 
     with output.show_progress() as progress:
-        output.show(diff(Job(base, progress=progress), tuned, out, **values))
+        maps = [values["map_dir"]] if values["map_dir"] else []
+        job = Job(base, progress=progress, adapters=maps)
+        output.show(diff(job, tuned, out, **values))

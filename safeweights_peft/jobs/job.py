@@ -25,7 +25,7 @@ from safeweights_peft.data import Example
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import DataError
 from safeweights_peft.evaluation.generate import generate_answers
-from safeweights_peft.fetching import BaseModel, resolve_base
+from safeweights_peft.fetching import BaseModel, find_base
 from safeweights_peft.files import read_json, sync, write_json
 from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from safeweights_peft.patch.artifacts import Artifact
@@ -72,8 +72,9 @@ class Job:
         base: str | os.PathLike[str] | BaseModel,
         compute: ComputeSettings | None = None,
         progress: Progress | None = None,
+        adapters: Sequence[Path] = (),  # made for the base, and so recording its commit
     ) -> None:
-        self._source = base
+        self._source, self._adapters = base, adapters
         self.compute = compute or ComputeSettings()
         self.progress: Progress = progress or Quiet()
 
@@ -82,7 +83,7 @@ class Job:
         """The base on this disk, downloaded if need be."""
         if isinstance(self._source, BaseModel):
             return self._source
-        return resolve_base(os.fspath(self._source), self.compute.revision)
+        return find_base(self._source, self._adapters, self.compute.revision)
 
     @cached_property
     def reader(self) -> CheckpointReader:

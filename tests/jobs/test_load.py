@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import PeftModel
 
 from safeweights_peft import load_model
+from safeweights_peft.cli import main
 from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError, ModelError
 from safeweights_peft.fetching import resolve_base
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import load_patched
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.patch.io import read_adapter, write_adapter
@@ -122,6 +125,35 @@ def test_the_base_is_taken_at_the_commit_that_the_patch_records(
     name = cached(save_tiny_llama(tmp_path / "other", seed=1))
     edit_config(patch, base_model_name_or_path=name, revision=COMMIT)
     assert same_weights(load_model(given, patch), twin(base, patch))
+
+
+@pytest.mark.parametrize(
+    ("command", "job"),
+    [
+        ("eval BASE --adapter PATCH", "evaluate.evaluate"),
+        ("train BASE --map PATCH --out out", "train.train"),
+        ("preserve BASE --map PATCH --data rows.json --out out", "preserve.preserve_model"),
+        ("diff BASE tuned --map PATCH --out out", "diff.diff"),
+        ("protect --tuned . --base BASE --map PATCH --out out", "protect.protect_tuned"),
+    ],
+)
+def test_a_command_takes_the_commit_that_an_adapter_records(
+    *, command: str, job: str, patch: Path, cached: Callable[[Path], str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    name = cached(save_tiny_llama(tmp_path / "other", dtype=torch.bfloat16, seed=1))
+    edit_config(patch, base_model_name_or_path=name, revision=COMMIT)
+    jobs = []
+
+    def start(job: Job, *_: object, **__: object) -> None:
+        jobs.append(job)
+        raise ModelError("started")
+
+    monkeypatch.setattr(f"safeweights_peft.jobs.{job}", start)
+    monkeypatch.chdir(tmp_path)
+    arguments = [{"BASE": name, "PATCH": str(patch)}.get(part, part) for part in command.split()]
+    assert "started" in CliRunner().invoke(main, arguments).output
+    assert jobs[0].base.revision == COMMIT
 
 
 def test_the_main_branch_of_a_base_that_has_moved_on_is_refused(
