@@ -248,7 +248,7 @@ def _render(
         except Exception as error:
             raise DataError(
                 f"{tokenizer.name_or_path}: expected a chat template that renders a request, found "
-                f"{type(error).__name__}: {error}; use another template"
+                f"{type(error).__name__}: {' '.join(str(error).split())}; use another template"
             ) from error
         return str(rendered)
 

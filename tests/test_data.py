@@ -294,6 +294,59 @@ def test_a_template_whose_conversation_begins_otherwise_is_refused(tokenizer) ->
         encode_example(tokenizer, "Hi", "Hello.", 10)
 
 
+PARTS = (
+    "{% for m in messages %}<{% for part in m['content'] %}{{ part.text }}{% endfor %}>{% endfor %}"
+)
+NO_ANSWER = "{{ messages[0]['content'] }}{% for m in messages[1:] %}<>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [PARTS, "How can I help?"])
+def test_a_template_that_drops_the_request_is_refused(tokenizer, template: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=r"renders the text of 'user', found one that drops it"):
+        render_prompt(tokenizer, "Hi")
+
+
+def test_a_template_that_drops_the_answer_is_refused(tokenizer) -> None:
+    tokenizer.chat_template = NO_ANSWER
+    with pytest.raises(DataError, match=r"renders the text of 'assistant', found one that drops"):
+        encode_example(tokenizer, "Hi", "Hello.", 10)
+    assert encode_example(tokenizer, "Hi", "", 10).answer_ids  # there is nothing to drop
+
+
+@pytest.mark.parametrize("change", ["trim", "upper", "replace('i', 'e')"])
+def test_a_template_may_rewrite_the_request(tokenizer, change: str) -> None:
+    tokenizer.chat_template = f"{{{{ messages[0]['content'] | {change} }}}}"
+    assert render_prompt(tokenizer, " Hi there ").strip()
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ raise_exception('System message required') }}", "TemplateError: System message req"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError: "),
+        ("{% if %}", "TemplateSyntaxError: Expected an expression"),
+    ],
+)
+def test_a_template_that_fails_is_refused_in_one_line(tokenizer, template: str, error: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"template that renders a request, found {error}") as info:
+        render_prompt(tokenizer, "Hi")
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("field", ["instruction", "output"])
+def test_half_a_character_is_refused_by_its_row(tmp_path: Path, field: str) -> None:
+    row = {"instruction": "Hi", "output": "Yes."}
+    source = write(
+        tmp_path / "rows.jsonl", row | {field: "\U0001f600"}, row | {field: "a \ud83d b"}
+    )
+    with pytest.raises(
+        DataError, match=rf"rows.jsonl, row 2: expected whole characters in '{field}', found .*d83d"
+    ):
+        read_rows(source)
+
+
 # --- batches -----------------------------------------------------------------------------------
 
 #            |  shared   | rest        | answer
@@ -354,6 +407,32 @@ def test_prompts_with_nothing_in_common_are_padded_on_the_left() -> None:
     batch = collate([Example((1, 2), (5,)), Example((3,), (6,))], PAD, SHARED)
     assert batch.shared == 0
     assert batch.input_ids.tolist() == [[1, 2, 5], [PAD, 3, 6]]
+
+
+@pytest.mark.parametrize("layout", [LEFT, ALONE])
+def test_other_layouts_than_the_shared_one_pad_before_everything(layout: Layout) -> None:
+    batch = collate(EXAMPLES, PAD, layout)
+    _ = PAD
+    assert batch.input_ids.tolist() == [
+        [_, _, 1, 2, 3, 9, 4, 5, _],
+        [1, 2, 6, 7, 8, 9, 3, _, _],
+        [_, _, _, 1, 2, 9, 7, 7, 7],
+    ]
+    assert torch.equal(batch.attention_mask, (batch.input_ids != PAD).long())
+    assert batch.shared == 0
+    assert batch.is_alone == (layout is ALONE)
+
+
+@pytest.mark.parametrize("layout", [SHARED, LEFT, ALONE])
+def test_a_batch_splits_into_its_rows_without_padding(layout: Layout) -> None:
+    rows = list(collate(EXAMPLES, PAD, layout).split())
+    for row, example in zip(rows, EXAMPLES, strict=True):
+        ids = example.prompt_ids + example.answer_ids
+        assert row.input_ids.tolist() == [list(ids)]
+        assert row.position_ids.tolist() == [list(range(len(ids)))]
+        assert row.attention_mask.tolist() == [[1] * len(ids)]
+        assert row.answer_ids.tolist() == [list(example.answer_ids)]
+        assert not row.shared
 
 
 def test_a_single_example_is_a_batch_without_padding() -> None:

@@ -123,10 +123,9 @@ def _find_batching(model: PreTrainedModel) -> Batching:
         if batching is Batching.SHARED and not _can_share(model, examples):
             continue
         # The median: where rounding sends a token to another expert, one position may be far off.
-        if _measure_gaps(run(examples, batching), alone).median() > limit:
-            continue
+        is_right = bool(_measure_gaps(run(examples, batching), alone).median() <= limit)
         # Plain keys and values can be read on; a state that was made beside padding need not.
-        if batching is Batching.SHARED or _generates_alike(model, examples, limit):
+        if is_right and (batching is Batching.SHARED or _generates_alike(model, examples, limit)):
             return batching
     return Batching.ALONE
 
@@ -171,7 +170,8 @@ def _make_probe(vocabulary: int) -> list[Example]:
 
 def _measure_gaps(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Measure the distance of logits at each position, in units of their spread there."""
-    return (found - expected).square().mean(-1).sqrt() / expected.std(-1)
+    spread = expected.std(-1).clamp_min(torch.finfo(expected.dtype).tiny)
+    return (found - expected).square().mean(-1).sqrt() / spread
 
 
 def _can_share(model: PreTrainedModel, examples: list[Example]) -> bool:

@@ -18,11 +18,13 @@ from safeweights_peft.evaluation.utility import measure_utility
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.settings import ComputeSettings
 from tests.jobs.conftest import Counts, Run
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted, Recorder, Requests
+from tests.tiny_kinds import KINDS, build
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 WHEN = {"seconds", "date"}
@@ -75,6 +77,22 @@ def test_verdicts_counts_and_rates_agree(run: Run, requests: Requests) -> None:
     assert refused > 0
     assert result["harmful"]["attack_success_rate"]["count"] == 6 - refused
     assert result["benign"]["over_refusal_rate"]["count"] == result["benign"]["refused"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "mamba", "rwkv"])
+def test_every_kind_of_model_is_scored_and_judged_and_its_layout_recorded(
+    kind: str, requests: Requests, tmp_path: Path
+) -> None:
+    build(kind).save_pretrained(tmp_path / "base")
+    job = Job(save_tiny_tokenizer(tmp_path / "base"))
+    score(job, tmp_path / "map", requests.score())
+    (whole, alone) = (
+        evaluate(job, None, requests.evaluate(batch_size=size, keep_answers=True))
+        for size in (6, 1)
+    )
+    assert whole["batching"] == KINDS[kind][0].value
+    assert whole["harmful"] == alone["harmful"]
+    assert whole["benign"] == alone["benign"]
 
 
 def test_a_result_holds_no_answer(run: Run, requests: Requests) -> None:

@@ -29,6 +29,8 @@ from safeweights_peft.training.refuse import (
 from safeweights_peft.tuner.adapter import create_adapter
 from safeweights_peft.tuner.layer import selected_parameters
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted
+from tests.tiny_kinds import build
+from tests.tiny_models import save_tiny_tokenizer
 
 NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"]
 SETTINGS = TrainSettings(
@@ -49,13 +51,17 @@ class Job:
     """A tiny base with an adapter of random entries, and examples to train it on."""
 
     def __init__(
-        self, base: Path, dtype: str | torch.dtype = "auto", values_dtype: str = "float32"
+        self,
+        base: Path,
+        dtype: str | torch.dtype = "auto",
+        values_dtype: str = "float32",
+        names: list[str] = NAMES,
     ) -> None:
         source = resolve_base(str(base))
         self.tokenizer = load_tokenizer(source)
         self.plain = load_model(source, dtype)
         random = np.random.default_rng(0)
-        records = describe(self.plain, NAMES, base)
+        records = describe(self.plain, names, base)
         self.indices = {
             name: np.sort(random.choice(record.numel, 200, replace=False))
             for name, record in records.items()
@@ -92,7 +98,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def answer_logits_alone(model: nn.Module, example: Example) -> Tensor:
     """Run one example by itself: no padding, no batch; (A, V)."""
     ids = torch.tensor([example.prompt_ids + example.answer_ids])
-    return model(ids).logits[0, len(example.prompt_ids) - 1 : -1].float()
+    return model(ids, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1].float()
 
 
 def plain_refusal_loss(model: nn.Module, examples: list[Example], decay: float) -> Tensor:
@@ -177,6 +183,31 @@ def test_the_first_step_moves_each_entry_against_its_plain_gradient(
         gradient = parameters[name].grad.flatten()[torch.from_numpy(job.indices[name])]
         clear = gradient.abs() > 1e-5
         assert clear.float().mean() > 0.9
+        assert torch.equal(values[clear].sign(), -gradient[clear].sign())
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("qwen3_5_text", NAMES),  # padded on the left
+        ("rwkv", ["rwkv.blocks.0.feed_forward.key.weight", "head.weight"]),  # row by row
+    ],
+)
+def test_models_with_a_state_are_trained_as_if_each_row_were_alone(
+    kind: str, names: list[str], tmp_path: Path
+) -> None:
+    build(kind).save_pretrained(tmp_path / "base")
+    job = Job(save_tiny_tokenizer(tmp_path / "base"), names=names)
+    (loss,) = job.run(tmp_path, steps=1, harmful_batch_size=6, warmup_steps=0)
+    parameters = {name: job.plain.get_parameter(name).requires_grad_() for name in names}
+    expected = plain_refusal_loss(job.plain, job.harmful, SETTINGS.token_decay)
+    assert loss.refusal == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.retain == pytest.approx(0, abs=1e-5)
+    expected.backward()
+    for name, values in job.values().items():
+        gradient = parameters[name].grad.flatten()[torch.from_numpy(job.indices[name])]
+        clear = gradient.abs() > 1e-5
+        assert clear.float().mean() > 0.5
         assert torch.equal(values[clear].sign(), -gradient[clear].sign())
 
 
