@@ -206,6 +206,9 @@ def diff_command(base: str, tuned: str, out: Path, **values: Any) -> None:
     Merged into BASE, the patch gives the bits of TUNED; with --density or --map only some of them,
     and the report says how much of the change is lost. A change that no float32 value gives exactly
     is refused; with --density the nearest value is taken, and counts as lost.
+
+    Tensors that only BASE has, and that transformers doesn't load, stay as they are; the result
+    lists them.
     """
     from safeweights_peft.jobs.diff import diff
     from safeweights_peft.jobs.job import Job

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import transformers
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array
@@ -27,7 +28,7 @@ from safeweights_peft.merging.diff import (
     find_change,
     keep,
 )
-from safeweights_peft.merging.gather import find_state
+from safeweights_peft.merging.gather import find_copies, find_state
 from safeweights_peft.modeling.layout import describe, total_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.artifacts import Adapter, SafetyMap
@@ -90,6 +91,7 @@ def diff(
         "changed_entries": sum(part.changed for part in parts.values()),
         "lost_entries": sum(part.lost for part in parts.values()),
         "lost_share": lost_square / square if square else 0.0,
+        "only_in_base": pair.only_in_base,
         "size_bytes": inspect(out)["size_bytes"],
         "seconds": time.perf_counter() - started,
     }
@@ -104,6 +106,7 @@ class _Pair:
     records: Mapping[str, TensorRecord]  # of the parameters that have changed
     eligible: Mapping[str, Array] | None  # flat indices that may be kept; all if None
     total: int  # weights of the model, to which densities refer
+    only_in_base: list[str]  # tensors that no parameter holds, and that stay as they are
 
     def find_largest(self, density: float) -> dict[str, Array]:
         """Find the flat indices of the entries that have changed most, by parameter."""
@@ -146,7 +149,9 @@ def _open_pair(job: Job, tuned: CheckpointReader, safety_map: SafetyMap | None) 
     """Find the tensors that have changed, and the parameters that they hold."""
     if safety_map is not None:
         find_state(job.reader, safety_map)
-    changed, model = set(changed_keys(job.reader, tuned)), build_empty(job.base, job.reader.keys())
+    model = build_empty(job.base, job.reader.keys())
+    dropped, only_in_base = _find_dropped(job, tuned, model)
+    changed = set(changed_keys(job.reader, tuned, dropped))
     # A parameter that goes by its own name on disk is looked up only if it has changed.
     names = [n for n, _ in model.named_parameters() if n in changed or n not in job.reader]
     records = {
@@ -157,7 +162,23 @@ def _open_pair(job: Job, tuned: CheckpointReader, safety_map: SafetyMap | None) 
     for key in sorted(changed.difference(*(record.keys for record in records.values()))):
         raise MergeError(
             f"{key}: expected a parameter where the checkpoints differ, found a tensor of another "
-            "kind, such as a buffer, which no patch can hold; give models that agree in it"
+            "kind, such as a buffer or a part that transformers doesn't load, which no patch can "
+            "hold; give models that agree in it"
         )
     eligible = None if safety_map is None else safety_map.indices
-    return _Pair(job, tuned, records, eligible, total_parameters(model))
+    return _Pair(job, tuned, records, eligible, total_parameters(model), only_in_base)
+
+
+def _find_dropped(
+    job: Job, tuned: CheckpointReader, model: PreTrainedModel
+) -> tuple[set[str], list[str]]:
+    """Find the base's tensors that the tuned model may lack, and those of them that stay."""
+    # transformers doesn't save what it doesn't load, such as layers for multi-token prediction,
+    # nor copies of a tied tensor.
+    missing = {key for key in job.reader.keys() if key not in tuned}
+    if not missing:
+        return set(), []
+    parameters = describe(model, [name for name, _ in model.named_parameters()], job.base.path)
+    copies = [find_copies(job.reader, record) for record in parameters.values()]
+    dropped = missing.difference(*(own.keys for own, *_ in copies))
+    return dropped, sorted(dropped.difference(*(copy.keys for _, *tied in copies for copy in tied)))

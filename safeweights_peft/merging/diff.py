@@ -1,5 +1,6 @@
 """Compare two checkpoints of one architecture, and make the changed entries part of a patch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,10 +53,12 @@ class PatchPart:
         return self.changed - self.delta.count + self.inexact
 
 
-def changed_keys(base: CheckpointReader, tuned: CheckpointReader) -> list[str]:
-    """List the tensors that differ between two checkpoints of the same tensors."""
-    _check_comparable(base, tuned)
-    keys = base.keys()
+def changed_keys(
+    base: CheckpointReader, tuned: CheckpointReader, dropped: Collection[str] = ()
+) -> list[str]:
+    """List the tensors that differ between two checkpoints of the same tensors, but for some."""
+    _check_comparable(base, tuned, dropped)
+    keys = [key for key in base.keys() if key in tuned]
     differences = in_threads(lambda key: _differ(base, key, tuned, key), keys)
     return [key for key, differs in zip(keys, differences, strict=True) if differs]
 
@@ -119,17 +122,19 @@ def check_patch(
         )
 
 
-def _check_comparable(base: CheckpointReader, tuned: CheckpointReader) -> None:
+def _check_comparable(
+    base: CheckpointReader, tuned: CheckpointReader, dropped: Collection[str]
+) -> None:
     """Refuse checkpoints that don't hold the same tensors in the same dtypes and shapes."""
     for reader, other in ((base, tuned), (tuned, base)):
         for key in other.keys():
-            if key not in reader:
+            if key not in reader and key not in dropped:
                 raise MergeError(
                     f"{key}: expected it in {reader.directory} as in {other.directory}, found no "
                     "such tensor; give two checkpoints of one architecture"
                 )
     hint = "give a model that was tuned from this base, unresized, and saved in its dtype"
-    for key in base.keys():
+    for key in tuned.keys():
         info = base.info(key)
         tuned.check_tensor(key, info.shape, info.dtype, error=MergeError, hint=hint)
 

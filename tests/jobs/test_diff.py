@@ -101,6 +101,50 @@ def test_only_what_changed_is_in_it(base: Path, tmp_path: Path) -> None:
     assert adapter.metadata.selection["tuned"] == str(tuned)
 
 
+def with_extra(tensors: Tensors) -> None:
+    """Adds a layer for predicting several tokens, which transformers neither loads nor saves."""
+    tensors["mtp.fc.weight"] = tensors[UP].copy()
+
+
+def test_what_transformers_does_not_save_stays_as_it_is(base: Path, tmp_path: Path) -> None:
+    before = copy_checkpoint(base, tmp_path / "before", with_extra)
+    tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.1))
+    report = diff(Job(before), str(tuned), tmp_path / "patch")
+    assert report["only_in_base"] == ["mtp.fc.weight"]
+    merge(before, tmp_path / "patch", tmp_path / "merged")
+    merged = load_checkpoint(tmp_path / "merged")
+    assert np.array_equal(merged.pop("mtp.fc.weight"), load_checkpoint(base)[UP])
+    after = load_checkpoint(tuned)
+    assert merged.keys() == after.keys()
+    assert [key for key in after if not np.array_equal(merged[key], after[key])] == []
+
+
+def test_what_no_parameter_holds_may_not_have_changed(base: Path, tmp_path: Path) -> None:
+    before = copy_checkpoint(base, tmp_path / "before", with_extra)
+    tuned = copy_checkpoint(before, tmp_path / "tuned", put("mtp.fc.weight", {0: 9}))
+    with pytest.raises(MergeError, match=r"mtp.fc.weight: .* a part that transformers doesn't"):
+        diff(Job(before), str(tuned), tmp_path / "patch")
+
+
+def test_a_parameter_that_the_tuned_model_lacks_is_refused(base: Path, tmp_path: Path) -> None:
+    tuned = copy_checkpoint(base, tmp_path / "tuned", lambda tensors: tensors.pop(UP))
+    with pytest.raises(MergeError, match=f"{UP}: expected it in {tuned}"):
+        diff(Job(base), str(tuned), tmp_path / "patch")
+
+
+@pytest.mark.parametrize("base", ["tiny_tied_llama"], indirect=True)
+def test_a_saved_copy_of_a_tied_tensor_follows_it(base: Path, tmp_path: Path) -> None:
+    def copy_head(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    before = copy_checkpoint(base, tmp_path / "before", copy_head)
+    tuned = copy_checkpoint(base, tmp_path / "tuned", move(0.1))
+    assert diff(Job(before), str(tuned), tmp_path / "patch")["only_in_base"] == []
+    merge(before, tmp_path / "patch", tmp_path / "merged")
+    expected = copy_checkpoint(tuned, tmp_path / "expected", copy_head)
+    assert_same_checkpoint(tmp_path / "merged", expected)
+
+
 def test_a_zero_that_changed_its_sign_is_a_change(base: Path, tmp_path: Path) -> None:
     before = copy_checkpoint(base, tmp_path / "before", put(UP, {0: 0.0, 1: -0.0}))
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {0: -0.0, 1: 0.0}))
