@@ -134,7 +134,7 @@ class Aggregation(StrEnum):
 
 
 class PreserveMethod(StrEnum):
-    """What `preserve` trains: all weights but the frozen ones, or a LoRA on all linear layers."""
+    """What `preserve` trains: all weights but the frozen ones, or a LoRA on linear layers."""
 
     FULL = "full"
     LORA = "lora"
@@ -239,7 +239,8 @@ class PreserveSettings(Settings):
     heading = "Training"
 
     method: PreserveMethod = setting(
-        PreserveMethod.FULL, "Train all other weights, or a LoRA on all linear layers."
+        PreserveMethod.FULL,
+        "Train all other weights, or a LoRA on linear layers but routers and experts.",
     )
     rank: int = setting(16, "Rank of the LoRA.", least=1)
     steps: int = setting(1000, "Optimizer steps.", least=1)

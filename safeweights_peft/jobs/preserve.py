@@ -24,7 +24,7 @@ from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.settings import PreserveMethod, PreserveSettings
-from safeweights_peft.training.finetune import add_lora, fine_tune
+from safeweights_peft.training.finetune import add_lora, find_linear, fine_tune
 
 RECORD_FILE = "preserving.json"
 
@@ -61,6 +61,7 @@ def preserve_model(
     )
     by_lora = settings.method is PreserveMethod.LORA
     if by_lora:
+        record["lora_left_out"] = find_linear(model)[1]
         model = add_lora(model, settings)
         correct(model, artifact)  # refused now, not after the training
     with job.work(out, record) as work_dir:

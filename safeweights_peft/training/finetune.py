@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
@@ -20,11 +22,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from safeweights_peft.data import IGNORED, Example, shuffle_endlessly
-from safeweights_peft.errors import TrainingError
+from safeweights_peft.errors import TrainingError, UnsupportedFeatureError
+from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.settings import PreserveMethod, PreserveSettings, TrainSettings
 from safeweights_peft.training.preserve import ArtifactOrPath, preserve
 
@@ -127,17 +131,47 @@ def fine_tune(
         return [entry["loss"] for entry in run_trainer(trainer, on_step)]
 
 
+def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Find the linear layers that LoRA trains, and the parameters of other maps that it leaves."""
+    # PEFT's "all-linear" would also wrap fused experts and routers, whose weights no correction
+    # keeps from moving, and towers that text never reaches.
+    maps = eligible_parameters(model)
+    targets = [
+        module
+        for module, _, own in (name.rpartition(".") for name in maps)
+        if own == "weight" and isinstance(model.get_submodule(module), nn.Linear | Conv1D)
+    ]
+    head, weights = model.get_output_embeddings(), {f"{module}.weight" for module in targets}
+    others = maps.keys() | {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    # Of all layers together, as a name each would fill pages.
+    left = {re.sub(r"\.\d+(?=\.)", ".*", name) for name in others - weights}
+    return targets, sorted(left)
+
+
 def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
-    """Wrap a model in LoRA on all linear layers but the output."""
+    """Wrap a model's linear layers in LoRA, but not its output, routers and experts."""
+    targets, _ = find_linear(model)
+    is_turned = any(isinstance(model.get_submodule(name), Conv1D) for name in targets)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=2 * settings.rank,
-        target_modules="all-linear",
+        target_modules=targets,
+        fan_in_fan_out=is_turned,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return get_peft_model(model, config)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            return get_peft_model(model, config)
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedFeatureError(
+            f"model: expected one that PEFT can put LoRA on, found a {model.config.model_type}: "
+            f"{' '.join(str(error).split())[:200]}; choose --method full"
+        ) from error
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from safeweights_peft.errors import UnsupportedFeatureError
 from safeweights_peft.freeze import FrozenEntries
@@ -123,13 +124,17 @@ class FrozenLayer:
 
     name: str
     layer: LoraLinear
-    pattern: FrozenPattern  # shared by layers that share a weight
+    pattern: FrozenPattern  # of the product BA; shared by layers that share a weight
+    is_turned: bool = False  # whether the weight is stored as (inputs, outputs)
 
     def part_of(self, adapter: str) -> Tensor:
         """Compute what an adapter adds to the frozen entries, (n,) float32."""
         first, second = self.layer.lora_A[adapter], self.layer.lora_B[adapter]
         a, b = first.weight.detach().float(), second.weight.detach().float()
-        product = sampled_product(self.pattern.by_row.to(a.device), b, a.T)
+        if self.is_turned:
+            product = sampled_product(self.pattern.by_column.to(a.device), a.T, b)
+        else:
+            product = sampled_product(self.pattern.by_row.to(a.device), b, a.T)
         return product.values() * self.layer.scaling[adapter]
 
 
@@ -150,7 +155,10 @@ def find_frozen_layers(model: nn.Module, entries: Sequence[FrozenEntries]) -> li
             if weight not in patterns:
                 flat = torch.cat(indices[weight]).unique()
                 patterns[weight] = FrozenPattern.build(flat, tuple(weight.shape))
-            layers.append(FrozenLayer(name, layer, patterns[weight]))
+            pattern, is_turned = patterns[weight], isinstance(base, Conv1D)
+            if is_turned:
+                pattern = FrozenPattern(pattern.by_column, pattern.by_row)
+            layers.append(FrozenLayer(name, layer, pattern, is_turned))
     return layers
 
 
@@ -178,7 +186,7 @@ def _find_obstacle(layer: BaseTunerLayer, base: nn.Module, bias: bool) -> str | 
     # Only what is known to add s·B(A(dropout(x))) and nothing else can be corrected.
     if type(layer) is not LoraLinear:
         return f"{type(layer).__name__} on {type(base).__name__}"
-    if not isinstance(base, nn.Linear):
+    if not isinstance(base, nn.Linear | Conv1D):
         return f"LoRA on {type(base).__name__}"
     for adapter, variant in layer.lora_variant.items():
         return f"{type(variant).__name__.removesuffix('LinearVariant')} in adapter {adapter}"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from safeweights_peft import BaseMismatchError, read_map
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.errors import ModelError, SafeWeightsError
+from safeweights_peft.errors import ModelError, SafeWeightsError, UnsupportedFeatureError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.evaluate import evaluate
 from safeweights_peft.jobs.job import Job
@@ -23,9 +23,9 @@ from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.modeling.loading import load_model
-from safeweights_peft.settings import PreserveMethod, PreserveSettings
+from safeweights_peft.settings import Method, PreserveMethod, PreserveSettings
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
-from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
+from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
 
 LINEAR = r".*\.(q|k|v|o|up|down|gate)_proj"
 
@@ -249,3 +249,53 @@ def test_a_lora_with_added_tokens_goes_on_a_resized_base(
     out = tmp_path / "out"
     protect_lora(str(tmp_path / "lora"), map_dir, out, str(resized), merged=True)
     assert verify(map_dir, out).ok
+
+
+def save_tiny(path: Path, model_type: str) -> Path:
+    """Save a tiny model of any type that takes the usual sizes, with a tokenizer."""
+    torch.manual_seed(0)
+    small = {"n_layer": 2, "n_head": 4, "n_embd": 32} if model_type == "gpt2" else {}
+    config = AutoConfig.for_model(model_type, **COMMON | small)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return save_tiny_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left_out"),
+    [
+        ("gpt2", []),
+        (
+            "mixtral",
+            ["model.layers.*.mlp.experts.down_proj", "model.layers.*.mlp.experts.gate_up_proj"],
+        ),
+    ],
+)
+def test_lora_goes_on_the_linear_layers_that_can_be_protected(
+    model_type: str, left_out: list[str], requests: Requests, tmp_path: Path
+) -> None:
+    base = save_tiny(tmp_path / "base", model_type)
+    safety_map = score(Job(base), tmp_path / "map", requests.score(density=0.05))
+    out = tmp_path / "out"
+    record = preserve_model(Job(base), tmp_path / "map", requests.lessons, out, by_lora(requests))
+    assert record["lora_left_out"] == left_out
+    before, after = dict(plain(base).named_parameters()), assembled(base, out)
+    moved = 0
+    for name, parameter in after.named_parameters():
+        change = (parameter - before[name]).flatten().abs()
+        frozen = torch.from_numpy(safety_map.indices.get(name, np.empty(0, np.int64))).long()
+        assert change[frozen].sum() < 1e-5
+        moved += int((change > 1e-5).sum())
+    assert moved > 100
+
+
+def test_what_peft_can_put_no_lora_on_is_refused_in_one_line(
+    requests: Requests, tmp_path: Path
+) -> None:
+    base = save_tiny(tmp_path / "base", "mamba")
+    settings = requests.score(method=Method.RANDOM)
+    score(Job(base), tmp_path / "map", settings)
+    with pytest.raises(UnsupportedFeatureError, match=r"^model: .* a mamba: .*out_proj") as caught:
+        preserve_model(
+            Job(base), tmp_path / "map", requests.lessons, tmp_path / "out", by_lora(requests)
+        )
+    assert "\n" not in str(caught.value)

@@ -9,8 +9,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
-from safeweights_peft.training.lora import FrozenLayer, FrozenPattern, LoraCorrection
+from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.training.lora import (
+    FrozenLayer,
+    FrozenPattern,
+    LoraCorrection,
+    find_frozen_layers,
+)
 from tests.training.twins import config, masked_delta
 
 
@@ -46,6 +53,30 @@ def test_inputs_of_any_shape_and_rows_without_entries_are_no_exception(
     expected = layer.base_layer(input) + F.linear(input, masked_delta(layer, "default", mask))
     with corrected(layer, indices):
         torch.testing.assert_close(layer(input), expected)
+
+
+def test_a_weight_that_is_stored_the_other_way_round_is_corrected_alike(
+    indices: Tensor, layer: LoraLinear
+) -> None:
+    base = Conv1D(40, 60)  # as in GPT-2
+    base.weight.data, base.bias.data = layer.base_layer.weight.data.T, layer.base_layer.bias.data
+    turned = LoraLinear(base, "default", config(fan_in_fan_out=True), r=3, fan_in_fan_out=True)
+    turned.load_state_dict(
+        {name: tensor for name, tensor in layer.state_dict().items() if "lora" in name},
+        strict=False,
+    )
+    rows, columns = indices.long() // 60, indices.long() % 60
+    stored = (columns * 40 + rows).sort().values.to(indices.dtype)
+    model = nn.Sequential(turned)
+    (frozen,) = find_frozen_layers(model, [FrozenEntries("0.weight", base.weight, stored)])
+    with corrected(layer, indices):
+        expected = layer(torch.eye(60))
+    correction = LoraCorrection(frozen)
+    correction.attach()
+    torch.testing.assert_close(turned(torch.eye(60)), expected)
+    correction.detach()
+    moved = turned.get_delta_weight("default").reshape(-1)[stored.long()]
+    torch.testing.assert_close(frozen.part_of("default"), moved)
 
 
 class LargestResult(TorchDispatchMode):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from transformers.pytorch_utils import Conv1D
 
 from safeweights_peft import (
     BaseMismatchError,
@@ -210,17 +209,6 @@ def test_lora_on_fused_experts_that_hold_frozen_entries_is_refused(tiny_mixtral:
     model = peft.get_peft_model(load(tiny_mixtral), config)
     message = r"^model\.layers\.0\.mlp\.experts: .*found ParamWrapper on MixtralExperts; leave"
     refused(model, make_map(tiny_mixtral, [name]), UnsupportedFeatureError, message)
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-def test_lora_on_transformers_own_conv1d_is_refused_by_the_layers_name(tiny_llama: Path) -> None:
-    model = load(tiny_llama)
-    layer = Conv1D(32, 48)  # as in GPT-2; its weight lies the other way round
-    layer.weight = model.model.layers[0].mlp.up_proj.weight
-    model.model.layers[0].mlp.up_proj = layer
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["layers.0.mlp.up_proj"]))
-    message = f"^{UP[:-7]}: expected plain LoRA on a linear layer .*, found LoRA on Conv1D; leave"
-    refused(model, make_map(tiny_llama, [UP]), UnsupportedFeatureError, message)
 
 
 def test_lora_beside_a_map_of_other_layers_may_be_of_any_form(tiny_llama: Path) -> None:
