@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from safeweights_peft.delta import DTYPES, check_indices
@@ -99,8 +100,9 @@ class SafetyPreservingCallback(TrainerCallback):
     It works from the start of a training to its end, resumed ones included: their checkpoints
     hold the entries as they were. When an exception ends a training, the trainer calls no callback:
     the entries stay protected until the same callback sees another training begin, or until
-    `detach` is called. Under LoRA the model runs as plain LoRA again after training; to evaluate
-    what was trained, use `preserve`.
+    `detach` is called. Under LoRA the model runs as plain LoRA again after training, which moves
+    the entries, merged or saved alike: to evaluate what was trained, use `preserve`; to keep it,
+    call ``safeweights protect --lora`` on what was saved.
 
     Example:
         >>> from safeweights_peft import SafetyPreservingCallback
@@ -152,6 +154,13 @@ class SafetyPreservingCallback(TrainerCallback):
             control: Not used.
             **kwargs: Not used.
         """
+        if self._guard and self._guard.corrects_lora:
+            logger.warning(
+                "SafetyPreservingCallback: the training is over, and the model runs as plain LoRA "
+                "again, which moves frozen entries, merged or saved alike; take its part out with "
+                "safeweights_peft.training.preserve.compute_correction, or call `safeweights "
+                "protect --lora` on what you save"
+            )
         self.detach()
 
     def detach(self) -> None:
@@ -198,7 +207,16 @@ class _Guard:
                 if frozen.parameter.requires_grad or is_copy(frozen.name)
             ]
         self._corrections = [LoraCorrection(layer) for layer in layers]
-        self._hooks: list[LoraCorrection | FreezeGuard] = [*self._corrections, FreezeGuard(entries)]
+        self._hooks: list[LoraCorrection | FreezeGuard | _Watch] = [
+            *self._corrections,
+            FreezeGuard(entries),
+            _Watch(model, entries),
+        ]
+
+    @property
+    def corrects_lora(self) -> bool:
+        """Whether a LoRA is kept from moving entries only as long as the guard is attached."""
+        return bool(self._corrections)
 
     def attach(self) -> None:
         self._forget_compiled()
@@ -214,6 +232,41 @@ class _Guard:
         # Compiled code doesn't notice hooks on modules that come or go.
         if self._corrections:
             torch.compiler.reset()
+
+
+class _Watch:
+    """Refuse a forward pass once a model's protected parameters are no longer the model's."""
+
+    # Sharding replaces parameters, and the protection would stay with those that nobody trains.
+
+    def __init__(self, model: nn.Module, entries: Sequence[FrozenEntries]) -> None:
+        names = {frozen.parameter: frozen.name for frozen in entries}
+        self._model = model
+        self._places = [
+            (names[parameter], module, own, parameter)
+            for module in model.modules()
+            for own, parameter in module._parameters.items()
+            if parameter in names
+        ]
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        self._handles.append(self._model.register_forward_pre_hook(self._check))
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _check(self, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for name, module, own, parameter in self._places:
+            if module._parameters.get(own) is not parameter:
+                raise UnsupportedFeatureError(
+                    f"{name}: expected the parameter that is protected, found another in its "
+                    "place, as sharding a model leaves it; use preserve on the model as it is "
+                    f"trained, and {_WHOLE}"
+                )
 
 
 def _read(artifact: ArtifactOrPath) -> Artifact:

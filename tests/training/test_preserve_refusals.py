@@ -26,7 +26,7 @@ from safeweights_peft import (
 from safeweights_peft.freeze import FrozenEntries
 from safeweights_peft.training.lora import find_frozen_layers
 from safeweights_peft.training.preserve import compute_correction
-from tests.training.maps import DOWN, UP, hooks, kept, load, make_map, train
+from tests.training.maps import BATCHES, DOWN, UP, hooks, kept, load, make_map, train
 
 
 @pytest.fixture
@@ -101,6 +101,20 @@ def test_a_partition_of_zero_3_is_refused_by_the_parameters_name(tiny_llama: Pat
     weight.ds_id = 0
     message = f"^{UP}: .*found a partition of ZeRO-3; train it whole"
     refused(model, make_map(tiny_llama, [UP]), UnsupportedFeatureError, message)
+
+
+def test_a_model_that_is_sharded_once_it_is_protected_is_refused_at_the_first_forward(
+    tiny_llama: Path, alone: None
+) -> None:
+    model = load(tiny_llama)
+    with preserve(model, make_map(tiny_llama, [UP])):
+        model(BATCHES[0])
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        sharded = hooks(model)
+        with pytest.raises(UnsupportedFeatureError, match=f"{UP}: expected the parameter that is"):
+            model(BATCHES[0])
+    model(BATCHES[0])
+    assert hooks(model) < sharded
 
 
 def test_a_shard_of_fsdp2_is_refused_by_the_parameters_name(tiny_llama: Path, alone: None) -> None:

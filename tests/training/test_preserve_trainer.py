@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from safeweights_peft import BaseMismatchError, SafetyPreservingCallback, UnsupportedFeatureError
 from tests.training.maps import BATCHES, hooks, kept, load, make_map, make_sft_trainer, moved, same
+from tests.training.twins import adapted
 
 ROWS = [{"input_ids": row, "labels": row} for row in BATCHES.flatten(0, 1)]
 
@@ -49,6 +50,17 @@ def test_a_trainer_moves_no_entry_of_the_map(tiny_llama: Path, tmp_path: Path) -
     assert kept(load(tmp_path / "checkpoint-3"), tiny_llama, safety_map)
     assert moved(model, tiny_llama)
     assert hooks(model) == before
+
+
+def test_after_a_training_by_lora_a_warning_says_that_the_adapter_needs_a_correction(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = SafetyPreservingCallback(make_map(tiny_llama))
+    make_trainer(adapted(tiny_llama), callback, tmp_path).train()
+    assert "runs as plain LoRA again, which moves frozen entries" in caplog.text
+    caplog.clear()
+    make_trainer(load(tiny_llama), callback, tmp_path / "full").train()
+    assert "plain LoRA" not in caplog.text
 
 
 def test_a_resumed_training_ends_bitwise_like_a_straight_one(
