@@ -156,6 +156,21 @@ def test_a_model_whose_logits_are_all_alike_is_as_right_as_any() -> None:
     assert find_layout(model).batching is Batching.SHARED
 
 
+def test_a_model_that_fails_on_what_it_is_asked_to_cache_runs_row_by_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+    forward = model.forward
+
+    def fail(*arguments: Any, use_cache: bool = False, **options: Any) -> Any:
+        if use_cache:
+            raise IndexError
+        return forward(*arguments, use_cache=False, **options)
+
+    monkeypatch.setattr(model, "forward", fail)
+    assert find_layout(model).batching is Batching.ALONE
+
+
 def test_a_cache_of_another_class_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     class OtherCache(answers.DynamicCache):
         pass

@@ -21,9 +21,10 @@ from safeweights_peft.data import Batch, Batching, Example, Layout, collate
 # gets wrong it gets wrong at the first column of padding. Only windows longer than these rows stay
 # unseen, so `_can_share` asks for those.
 PROBE_START, PROBE_RESTS, PROBE_ANSWERS = 3, (1, 4), (3, 2)
-# The gap that is still rounding, in units of the noise of the model itself. Where padding is not
-# ignored, tiny models of 100 architectures show at least 0.04 in any dtype.
-NOISE_FACTOR, LEAST_NOISE = 4.0, 1e-6
+# The gap that is still rounding: this many times the noise of the model itself, but at most what
+# rounding ever makes, as the noise of a model that reads ahead has no bound. Where padding is not
+# ignored, tiny models of 100 architectures show at least 0.1, or a cache that tells.
+NOISE_FACTOR, LEAST_NOISE, LARGEST_GAP = 4.0, 1e-6, 0.1
 
 _layouts: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
@@ -118,15 +119,25 @@ def _find_batching(model: PreTrainedModel) -> Batching:
     # model's sums are rounded.
     longer = Example(row.prompt_ids, row.answer_ids * 2)
     noise = float(_measure_gaps(run([longer, longer], Batching.LEFT), alone).max())
-    limit = NOISE_FACTOR * max(noise, torch.finfo(model.dtype).eps, LEAST_NOISE)
-    for batching in (Batching.SHARED, Batching.LEFT):
-        if batching is Batching.SHARED and not _can_share(model, examples):
-            continue
+    noise = max(noise, torch.finfo(model.dtype).eps, LEAST_NOISE)
+    limit = min(NOISE_FACTOR * noise, LARGEST_GAP)
+
+    def is_right(batching: Batching) -> bool:
+        is_shared = batching is Batching.SHARED
+        if is_shared and not _can_share(model, examples):
+            return False
         # The median: where rounding sends a token to another expert, one position may be far off.
-        is_right = bool(_measure_gaps(run(examples, batching), alone).median() <= limit)
         # Plain keys and values can be read on; a state that was made beside padding need not.
-        if is_right and (batching is Batching.SHARED or _generates_alike(model, examples, limit)):
-            return batching
+        gap = _measure_gaps(run(examples, batching), alone).median()
+        return bool(gap <= limit) and (is_shared or _generates_alike(model, examples, limit))
+
+    for batching in (Batching.SHARED, Batching.LEFT):
+        try:
+            if is_right(batching):
+                return batching
+        # A model that has run the row alone, and fails now, has a cache or masks for no batch.
+        except Exception:
+            continue
     return Batching.ALONE
 
 
