@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile, zip_longest
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from safeweights_peft.modeling.layout import is_router
 
 SHORT_NAMES = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 EMBEDDING_NAMES = frozenset({"wte", "wpe"})
+# Components of many modules each.
+GROUPS = frozenset({"norms", "embeddings", "router"})
 # The module that owns fused parameters of all experts, [E, ...], or one module per expert.
 EXPERTS = "experts"
 
@@ -47,7 +51,8 @@ def find_place(name: str) -> Place:
 
 
 def _component(modules: list[str], leaf: str) -> str:
-    owner = leaf if not modules or modules[-1] == EXPERTS else modules[-1]
+    is_own = not modules or modules[-1] == EXPERTS or leaf not in ("weight", "bias")
+    owner = leaf if is_own else modules[-1]
     if is_router(modules):
         return "router"
     if "norm" in owner or owner.startswith("ln_"):
@@ -65,18 +70,53 @@ def count_parts(
     indices: Mapping[str, Array],
 ) -> list[Part]:
     """Count selected entries at every place of a model."""
-    nothing = np.empty(0, np.int64)
+    nothing, places = np.empty(0, np.int64), find_places(shapes, eligible)
     return [
         Part(place, size, size if name in eligible else 0, count)
         for name, shape in shapes.items()
-        for place, size, count in _split(name, shape, indices.get(name, nothing))
+        for place, size, count in _split(name, places[name], shape, indices.get(name, nothing))
     ]
 
 
-def _split(name: str, shape: tuple[int, ...], indices: Array) -> Iterator[tuple[Place, int, int]]:
+def find_places(names: Collection[str], eligible: Collection[str]) -> dict[str, Place]:
+    """Find the places of all parameters of a model, and tell apart those that names mix up."""
+    places = {name: find_place(name) for name in names}
+    # GPT-2 calls the outputs of attention and MLP alike.
+    parents: dict[str, set[str]] = {}
+    for name in eligible:
+        if places[name].component not in GROUPS:
+            parents.setdefault(places[name].component, set()).add(_parent(name))
+    # A vision tower numbers its layers too: those that count are where most may be selected.
+    stems = Counter(_stem(name) for name in eligible if places[name].layer is not None)
+    main = stems.most_common(1)[0][0] if stems else None
+    for name, place in places.items():
+        if main and place.layer is not None and _stem(name) != main:
+            pairs = zip_longest(_stem(name), main)
+            tower = next((own for own, other in pairs if own != other), None) or "other"
+            place = Place(None, f"{tower} {place.component}", place.expert)
+        elif len(parents.get(place.component, ())) > 1:
+            place = replace(place, component=f"{_parent(name)} {place.component}")
+        places[name] = place
+    return places
+
+
+def _parent(name: str) -> str:
+    """Return the module around the one that owns a parameter."""
+    modules = [module for module in name.split(".")[:-2] if not module.isdecimal()]
+    return modules[-1] if modules else ""
+
+
+def _stem(name: str) -> tuple[str, ...]:
+    """Return the path of a list of layers: all before the first number."""
+    return tuple(takewhile(lambda module: not module.isdecimal(), name.split(".")))
+
+
+def _split(
+    name: str, place: Place, shape: tuple[int, ...], indices: Array
+) -> Iterator[tuple[Place, int, int]]:
     """Yield place, entries and selected entries of a parameter, or of each expert's part of it."""
-    place, numel = find_place(name), math.prod(shape)
-    if name.split(".")[-2:-1] != [EXPERTS]:
+    numel = math.prod(shape)
+    if name.split(".")[-2:-1] != [EXPERTS] or len(shape) < 2:
         yield place, numel, indices.size
         return
     size = numel // shape[0]

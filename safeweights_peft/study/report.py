@@ -103,6 +103,8 @@ def _count(parts: list[Part]) -> dict[str, Any]:
     """Count selected weights by component, layer and expert."""
     (whole,) = tabulate(parts)
     experts = [row for row in tabulate(parts, "layer", "expert") if row["expert"] is not None]
+    if not any(row["eligible"] or row["selected"] for row in experts):
+        experts = []  # biases of experts alone
     return {
         **{key: whole[key] for key in ("parameters", "eligible", "selected")},
         "random_enrichment": whole["parameters"] / whole["eligible"],

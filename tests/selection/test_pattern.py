@@ -8,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Phi3Config, PreTrainedConfig
 
-from safeweights_peft.selection.pattern import Part, Place, count_parts, find_place, tabulate
+from safeweights_peft.selection.pattern import (
+    Part,
+    Place,
+    count_parts,
+    find_place,
+    find_places,
+    tabulate,
+)
 from tests.tiny_models import COMMON
 
 MODELS = ["tiny_llama", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
@@ -80,6 +87,9 @@ def masked_entries(masks: dict[str, np.ndarray], layer: int | None, component: s
         ("model.norm.weight", Place(None, "norms")),
         ("lm_head.weight", Place(None, "lm_head")),
         ("alpha", Place(None, "alpha")),
+        ("transformer.blocks.1.ffn.experts.mlp.w1", Place(1, "experts w1")),
+        ("model.layers.3.mlp.gate.wg.weight", Place(3, "router")),
+        ("backbone.layers.1.mixer.A_log", Place(1, "A_log")),
     ],
 )
 def test_a_parameter_is_placed_by_its_name(name: str, place: Place) -> None:
@@ -90,6 +100,38 @@ def test_fused_projections_of_a_dense_model_have_components_of_their_own() -> No
     places = [find_place(name) for name in shapes_of(Phi3Config(**COMMON))]
     actual = {place.component for place in places if place.layer == 1}
     assert actual == {"qkv_proj", "o", "gate_up_proj", "down", "norms"}
+
+
+def places_of(*names: str, also: tuple[str, ...] = ()) -> list[tuple[int | None, str]]:
+    places = find_places(names + also, names)
+    return [(place.layer, place.component) for place in places.values()]
+
+
+def test_modules_of_one_name_are_told_apart_by_what_they_are_in() -> None:
+    attention, mlp = "transformer.h.1.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"
+    bias = "transformer.h.1.mlp.c_proj.bias"
+    assert places_of(attention, mlp, also=(bias,)) == [
+        (1, "attn c_proj"), (1, "mlp c_proj"), (1, "mlp c_proj"),
+    ]  # fmt: skip
+    assert places_of(attention) == [(1, "c_proj")]
+
+
+def test_layers_of_other_towers_are_not_those_of_the_text() -> None:
+    names = [f"model.language_model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    vision = "model.vision_tower.encoder.layers.1.self_attn.q_proj.weight"
+    assert places_of(*names, also=(vision,))[1:] == [(1, "q"), (None, "vision_tower q")]
+
+
+def test_a_list_of_matrices_beside_the_layers_is_no_layer() -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    found = places_of(*names, "model.altup_projections.0.weight")
+    assert found[-1] == (None, "altup_projections 0")
+
+
+def test_a_vector_of_all_experts_is_of_no_expert() -> None:
+    name = "model.layers.0.self_attention.experts.bias"
+    (part,) = count_parts({name: (8,)}, [], {})
+    assert part.place.expert is None
 
 
 # --- counting ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, JetMoeConfig, PreTrainedModel
 
 from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
@@ -22,7 +22,7 @@ from tests.jobs.conftest import Run
 from tests.study.records import record_of
 from tests.tiny_files import edit_config
 from tests.tiny_jobs import content
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import COMMON, save_tiny_llama
 from tests.training.maps import UP, load, make_map
 
 MODELS = ["tiny_llama", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
@@ -53,6 +53,17 @@ def masks_of(model: PreTrainedModel, safety_map: SafetyMap) -> dict[str, torch.T
     for name, indices in safety_map.indices.items():
         masks[name].view(-1)[torch.from_numpy(indices).long()] = True
     return masks
+
+
+def test_experts_of_which_none_is_eligible_have_no_table(tmp_path: Path) -> None:
+    """JetMoE's attention has a bias of all experts, and its matrices go by other names."""
+    config = JetMoeConfig(**COMMON, kv_channels=8, num_local_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    matrix = "model.layers.0.mlp.input_linear.weight"
+    write_map(tmp_path / "map", make_map(tmp_path / "base", [matrix]))
+    record = report_map(tmp_path / "map", tmp_path / "report")
+    assert record["experts"] == []
+    assert "experts input_linear" in {row["component"] for row in record["components"]}
 
 
 # --- figures -----------------------------------------------------------------------------------
