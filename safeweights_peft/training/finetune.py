@@ -177,8 +177,8 @@ def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
 @contextmanager
 def _contiguous_logits(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Copy the hidden states of the last columns before the output layer reads them."""
-    # Of a view, torch copies the output matrix once per row; see `modeling.last_columns`, whose
-    # tensor won't do here: torch's DataParallel would split it over devices.
+    # Of a view, torch copies the output matrix once per row; see `modeling.answers.last_columns`,
+    # whose tensor won't do here: torch's DataParallel would split it over devices.
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
     hook = plain.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0].contiguous(),)

@@ -19,7 +19,7 @@ class SafeWeightsPeftType(str, enum.Enum):  # noqa: UP042 - PEFT prints "<class>
 
 @dataclass
 class SafeWeightsConfig(PeftConfig):
-    """Config of one adapter; :class:`~safeweights_peft.patch.AdapterMetadata` explains the fields.
+    """Config of one adapter: the fields of ``patch.metadata.AdapterMetadata``, as PEFT has them.
 
     Make one with :meth:`from_metadata`, or load it; :func:`~safeweights_peft.create_adapter` does
     both config and model.
