@@ -165,7 +165,8 @@ def _parse(content: bytes, source: str, *, lines: bool) -> list[tuple[int, Any]]
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    # Not only JSONDecodeError: a number may have too many digits, and lists too many lists inside.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected JSON, found {error}; correct the file") from error
 
 

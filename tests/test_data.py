@@ -149,6 +149,13 @@ def test_a_file_that_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
         read_rows(write(tmp_path / "rows.json", "[", "oops]"))
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '[{"instruction": ' + "1" * 5000 + "}]"])
+def test_json_beyond_what_python_reads_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "rows.json", text)
+    with pytest.raises(DataError, match=r"rows\.json: expected JSON, found .*; correct the file"):
+        read_rows(path)
+
+
 def test_a_line_that_is_no_json_is_refused_by_its_number(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", OBJECTS[0], "", '{"instruction": ')
     with pytest.raises(DataError, match=r"rows\.jsonl, row 3: expected JSON, found"):
