@@ -263,7 +263,8 @@ def _read(
     if mode not in (None, metadata.mode):
         other = "read_map" if mode is Mode.SET else "read_adapter"
         raise FormatError(
-            f"{path}: mode: expected {mode}, found {metadata.mode}; use {other} for it"
+            f"{path}: expected a {mode.artifact}, found a {metadata.mode.artifact}; give another, "
+            f"or use {other} for it"
         )
     header, entries = _check_header(file, metadata), {}
     for name in metadata.tensors:  # only one at a time is in memory as it is stored

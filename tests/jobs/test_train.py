@@ -169,7 +169,7 @@ def test_a_patch_in_place_of_a_map_is_refused(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     train(Job(tiny_llama), map_dir, tmp_path / "patch", requests.train(steps=1))
-    with pytest.raises(FormatError, match="expected spa, found set"):
+    with pytest.raises(FormatError, match="expected a safety map, found a safety patch"):
         train(Job(tiny_llama), tmp_path / "patch", tmp_path / "again", requests.train())
 
 

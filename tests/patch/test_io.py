@@ -198,9 +198,12 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_each_reader_refuses_the_other_kind(tmp_path: Path) -> None:
     write_adapter(tmp_path / "patch", tiny_patch())
     write_map(tmp_path / "map", as_map(tiny_patch()))
-    with pytest.raises(FormatError, match="mode: expected spa, found set; use read_adapter"):
+    with pytest.raises(
+        FormatError,
+        match=r"a safety map, found a safety patch; .* use read_adapter",
+    ):
         read_map(tmp_path / "patch")
-    with pytest.raises(FormatError, match="mode: expected set, found spa; use read_map"):
+    with pytest.raises(FormatError, match=r"a safety patch, found a safety map; .* use read_map"):
         read_adapter(tmp_path / "map")
 
 
