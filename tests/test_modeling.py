@@ -79,7 +79,7 @@ def test_without_a_name_the_accelerator_is_taken_or_the_cpu() -> None:
     assert pick_device() == (accelerator or torch.device("cpu"))
 
 
-@pytest.mark.parametrize("device", ["banana", "cpu:x", "cuda:63"])
+@pytest.mark.parametrize("device", ["banana", "cpu:x", "cuda:63", "meta"])
 def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
     with pytest.raises(ModelError, match=f"--device {device}: expected a torch device"):
         pick_device(device)

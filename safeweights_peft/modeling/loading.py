@@ -31,7 +31,10 @@ def pick_device(device: str | None = None) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        place = torch.empty(0, device=device).device
+        if place.type == "meta":
+            raise RuntimeError("meta holds shapes alone")
+        return place
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         raise ModelError(
             f"--device {device}: expected a torch device of this machine, found none: {error}; "

@@ -53,7 +53,8 @@ def check_entries(
     loaded = str(entries.dtype).removeprefix("torch.")
     # The digest is of the checkpoint's bits, which a cast to fewer digits has lost.
     if loaded not in ("float32", record.dtype):
-        hint += f" in {record.dtype} or float32, not {loaded}"
+        dtypes = dict.fromkeys((record.dtype, "float32"))
+        hint += f" in {' or '.join(dtypes)}, not {loaded}"
     stored = to_numpy(entries, record.dtype)
     check_state(name, stored, record, expected, artifact=artifact, hint=hint)
     return stored
