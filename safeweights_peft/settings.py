@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -83,7 +83,7 @@ def _judge(default: Any, help: str, **option: Any) -> Any:
 
 
 def _seed() -> Any:
-    # NumPy's generators take no larger one.
+    # Trainer gives it to numpy.random.seed, which takes no larger one.
     return setting(0, "Random seed.", least=0, most=2**32 - 1)
 
 
@@ -322,10 +322,8 @@ def restore(kind: type[Kind], values: Any, where: str, *, partial: bool = False)
     known = {item.name: item.default for item in fields(kind)}  # type: ignore[arg-type]
     needed = {name for name, default in known.items() if default is MISSING or not partial}
     if not isinstance(values, Mapping) or not needed <= values.keys() <= known.keys():
-        found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
-        raise SettingsError(
-            f"{where}: expected {', '.join(known)}, found {found[:200] or 'nothing'}; {fix}"
-        )
+        found = _compare_names(values, known, needed)
+        raise SettingsError(f"{where}: expected {', '.join(known)}, found {found}; {fix}")
 
     def build(hint: Any, value: Any, where: str) -> Any:
         if isinstance(hint, type) and is_dataclass(hint):
@@ -347,6 +345,16 @@ def restore(kind: type[Kind], values: Any, where: str, *, partial: bool = False)
     return kind(
         **{name: build(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     )
+
+
+def _compare_names(values: Any, known: Iterable[str], needed: Set[str]) -> str:
+    """Say which of the known names are missing, and which others are there."""
+    if not isinstance(values, Mapping):
+        return repr(values)[:200]
+    others = ", ".join(str(name) for name in values if name not in known)[:200]
+    missing = ", ".join(name for name in known if name in needed - values.keys())
+    parts = (others and f"{others} beside them", missing and f"no {missing}")
+    return " and ".join(filter(None, parts))
 
 
 def flatten(

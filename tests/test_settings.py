@@ -110,7 +110,7 @@ def test_a_settings_file_may_be_toml_and_leave_defaults_out(tmp_path: Path) -> N
     ("text", "message"),
     [
         ("[train]\nsteps = 0\n", "train.steps: expected a number at least 1, found 0"),
-        ("[train]\nstep = 1\n", "train: expected harmful, benign, .* found step"),
+        ("[train]\nstep = 1\n", "train: expected harmful, benign, .* found step beside them;"),
         ("[train]\nsteps = 1.5\n", "train.steps: expected int, found 1.5"),
         ("train = 1\n", "train: expected harmful, benign"),
         ("nothing", "expected settings in TOML or JSON"),
@@ -123,6 +123,13 @@ def test_a_settings_file_is_refused_by_the_name_of_what_is_wrong(
     path.write_text(text)
     with pytest.raises(SettingsError, match=message):
         RunSettings.read(path, base="base")
+
+
+def test_a_record_of_another_version_is_refused_by_what_differs() -> None:
+    record = asdict(RUN)
+    record["train"] = {"enhance": record["train"].pop("steps"), **record["train"]}
+    with pytest.raises(SettingsError, match="found enhance beside them and no steps; use the ver"):
+        restore(RunSettings, record, "here")
 
 
 def test_settings_of_parts_are_named_by_their_path() -> None:

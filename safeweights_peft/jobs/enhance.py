@@ -84,9 +84,10 @@ def _claim(out: Path, settings: RunSettings, job: Job) -> None:
             if recorded.get(key) != given.get(key)
         ]
         if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise DataError(
                 f"{out}: expected a run with these settings, found one with other "
-                f"{', '.join(changed)}; give another --out, or delete that directory"
+                f"{', '.join(changed[:5])}{more}; give another --out, or delete that directory"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(

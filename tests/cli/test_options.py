@@ -146,7 +146,7 @@ def test_a_step_takes_its_part_of_the_settings_of_a_run(run: Run, tmp_path: Path
     [
         ("train.steps = 0", "train.steps: expected a number at least 1, found 0"),
         ("train.step = 1", "train: expected harmful, benign, steps"),
-        ("steps = 1", "expected base, score, train, evaluate, compute, found steps, base"),
+        ("steps = 1", "expected base, score, train, evaluate, compute, found steps beside them"),
         ("steps", "expected settings in TOML or JSON"),
     ],
 )
