@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safeweights_peft.data import IGNORED, Example, shuffle_endlessly
 from safeweights_peft.errors import TrainingError, UnsupportedFeatureError
@@ -67,9 +69,23 @@ def run_trainer(trainer: Trainer, on_step: Callable[[int], None]) -> list[dict[s
     """Train from the last checkpoint, if there is one, to the end; return the log of each step."""
     trainer.remove_callback(PrinterCallback)  # added where progress bars are off
     trainer.add_callback(_StepWatch(on_step))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=_find_checkpoint(Path(trainer.args.output_dir)))
     trainer.model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _find_checkpoint(work_dir: Path) -> str | None:
+    """Find the last whole checkpoint."""
+    # A process that is killed while it saves leaves a part of one, which transformers' own search
+    # takes for the last. The trainer's state is written after all else.
+    folders = work_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((folder / TRAINER_STATE_NAME).read_bytes())
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    return None
 
 
 class _StepWatch(TrainerCallback):

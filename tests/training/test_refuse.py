@@ -284,6 +284,22 @@ def test_a_resumed_run_starts_after_its_last_checkpoint(tiny_llama: Path, tmp_pa
     assert resumed.steps == [3, 4, 5]
 
 
+@pytest.mark.parametrize("state", ["", '{"epoch": 0.'], ids=["no state", "half a state"])
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(
+    state: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    losses = Job(tiny_llama).run(tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        Job(tiny_llama).run(tmp_path / "broken", stop_at=4)
+    half = tmp_path / "broken" / "checkpoint-4"
+    half.mkdir()
+    if state:
+        (half / "trainer_state.json").write_text(state)
+    resumed = Job(tiny_llama)
+    assert resumed.run(tmp_path / "broken") == losses
+    assert resumed.steps == [3, 4, 5]
+
+
 def test_a_finished_run_is_not_trained_again(tiny_llama: Path, tmp_path: Path) -> None:
     first, second = Job(tiny_llama), Job(tiny_llama)
     losses = first.run(tmp_path)
