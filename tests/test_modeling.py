@@ -391,6 +391,16 @@ def test_a_checkpoint_without_the_models_prefix_is_found_under_its_own_keys(
     assert replace(bare, blocks=full.blocks) == full
 
 
+def test_parameters_that_share_a_tensor_on_disk_are_refused_by_what_they_are(
+    tmp_path: Path,
+) -> None:
+    config = AutoConfig.for_model("hrm_text", **COMMON, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    with pytest.raises(ModelError, match=r"gqkv_proj.weight: .* keeps several parameters in one"):
+        describe(model, eligible_parameters(model), tmp_path)
+
+
 def test_a_missing_key_is_refused_by_name(tmp_path: Path, tiny_llama: Path) -> None:
     path = tmp_path / "lacking"
     shutil.copytree(tiny_llama, path)

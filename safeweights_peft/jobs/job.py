@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Example
 from safeweights_peft.delta import Array
-from safeweights_peft.errors import DataError
+from safeweights_peft.errors import DataError, ModelError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import BaseModel, find_base
 from safeweights_peft.files import read_json, sync, write_json
@@ -74,6 +74,11 @@ class Job:
         progress: Progress | None = None,
         adapters: Sequence[Path] = (),  # made for the base, and so recording its commit
     ) -> None:
+        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ModelError(
+                f"WORLD_SIZE: expected a job in one process, found {processes}, which would all do "
+                "the same and write to one place; start it without torchrun, or unset WORLD_SIZE"
+            )
         self._source, self._adapters = base, adapters
         self.compute = compute or ComputeSettings()
         self.progress: Progress = progress or Quiet()

@@ -172,8 +172,19 @@ def _find_on_disk(
     else:
         key = reader.find_key(block.key) or block.key
     hint = "give the model's own checkpoint, saved by this version of transformers"
+    if block.key != name and key in reader and _is_part(block.shape, reader.info(key).shape):
+        hint = (
+            "on disk, this architecture keeps several parameters in one tensor, of which no part "
+            "can be patched yet"
+        )
     reader.check_tensor(key, block.shape, name=name, error=ModelError, hint=hint)
     return replace(block, key=key)
+
+
+def _is_part(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Return whether a shape could be that of a piece of a tensor along one axis."""
+    differing = [(own, all_) for own, all_ in zip(shape, whole, strict=False) if own != all_]
+    return len(shape) == len(whole) and len(differing) == 1 and differing[0][0] < differing[0][1]
 
 
 def _common_dtype(name: str, dtypes: set[str]) -> str:

@@ -43,6 +43,14 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
         _ = job.device
 
 
+def test_a_job_of_several_processes_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ModelError, match="expected a job in one process, found 2, which would"):
+        Job("no base is looked for")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Job("no base is looked for")
+
+
 def test_the_model_is_loaded_once_until_it_is_taken(tiny_llama: Path, loads: list[object]) -> None:
     job = Job(tiny_llama)
     assert not loads
