@@ -163,9 +163,16 @@ def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    # Of all layers together, as a name each would fill pages.
-    left = {re.sub(r"\.\d+(?=\.)", ".*", name) for name in others - weights}
+    # By layers together, as a name for each would fill pages, unless LoRA goes on some of them.
+    trained = {_without_numbers(name) for name in weights}
+    left = {
+        name if (short := _without_numbers(name)) in trained else short for name in others - weights
+    }
     return targets, sorted(left)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import MllamaForCausalLM, MllamaTextConfig
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, TrainingError
 from safeweights_peft.settings import PreserveSettings
-from safeweights_peft.training.finetune import collate_answers, deal, fine_tune
+from safeweights_peft.training.finetune import collate_answers, deal, find_linear, fine_tune
 from tests.tiny_jobs import Interrupted
+from tests.tiny_models import COMMON
 from tests.training.maps import entries, hooks, kept, load, make_map, moved, same, train
 
 PAD = 256
@@ -145,3 +147,12 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(BaseMismatchError, match="safety map was made for"):
         fine_tune(model, PAD, EXAMPLES, make_map(tiny_llama), SETTINGS, tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def test_what_lora_leaves_is_named_by_number_where_it_goes_on_other_layers() -> None:
+    config = MllamaTextConfig(**COMMON, cross_attention_layers=[1])
+    with torch.device("meta"):
+        targets, left = find_linear(MllamaForCausalLM(config))
+    assert {target.split(".")[2] for target in targets} == {"0"}
+    assert "model.layers.*.cross_attn.q_proj.weight" in left
+    assert "model.layers.1.mlp.up_proj.weight" in left
