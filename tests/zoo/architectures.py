@@ -160,6 +160,7 @@ VARIANTS: dict[str, Options] = {
     },
     "kimi_linear": {**LINEAR, **WHOLE_HEADS, "q_lora_rank": None},
     "olmo_hybrid": LINEAR,
+    "bailing_hybrid": {**LINEAR, **WHOLE_HEADS},
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "num_key_value_heads": 1},
     "rwkv": {"context_length": 512, "intermediate_size": 64},
     "zamba": {"layers_block_type": 2 * ["mamba", "hybrid"], "num_hidden_layers": 4},
@@ -228,7 +229,7 @@ def save_checkpoint(name: str, path: Path) -> PreTrainedModel:
     model.to(torch.bfloat16).save_pretrained(path)
     # Once more as loaded: what transformers keeps in float32, as routers' biases, is so on disk
     # where models are published.
-    model = type(model).from_pretrained(path, dtype="auto")
+    model = load_as_saved(path)
     for file in path.glob("*.safetensors*"):
         file.unlink()
     model.save_pretrained(path)
@@ -238,11 +239,15 @@ def save_checkpoint(name: str, path: Path) -> PreTrainedModel:
 
 def load_checkpoint_model(path: Path, **options: Any) -> PreTrainedModel:
     """Load a checkpoint as the package does: a causal LM, or else the class that saved it."""
-    config = AutoConfig.from_pretrained(path)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        loader: Any = AutoModelForCausalLM
-    else:
-        loader = getattr(transformers, config.architectures[0])
+    if type(AutoConfig.from_pretrained(path)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return load_as_saved(path, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, **{"dtype": "auto", **options})
+    return model.eval()
+
+
+def load_as_saved(path: Path, **options: Any) -> PreTrainedModel:
+    """Load a checkpoint into the class that saved it."""
+    loader = getattr(transformers, AutoConfig.from_pretrained(path).architectures[0])
     return loader.from_pretrained(path, **{"dtype": "auto", **options}).eval()
 
 

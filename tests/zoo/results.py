@@ -50,7 +50,10 @@ def run_architecture(name: str) -> Result:
         warnings.simplefilter("ignore")  # of architectures and libraries that aren't ours
         transformers.logging.disable_progress_bar()
         journey = Journey(name, Path(folder))
-        outcomes = [_try(step, journey) for step in STEPS]
+        first, *others = STEPS
+        outcomes = [_try(first, journey)]
+        if outcomes[0].status == OK:
+            outcomes += [_try(step, journey) for step in others]
     return Result(name, journey.kind, outcomes, {each: version(each) for each in PACKAGES})
 
 
