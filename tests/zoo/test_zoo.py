@@ -52,7 +52,6 @@ EXPECTED_FAULTS: list[tuple[str, str]] = [
     ("mamba", "load_by_peft"),
     ("mamba", "load_by_other_routes"),
     ("mamba", "compact"),
-    ("mamba", "preserve_lora"),
     ("qwen3_5_text", "train"),
     ("qwen3_5_text", "patch_each_parameter"),
     ("granitemoehybrid", "train"),
