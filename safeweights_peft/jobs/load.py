@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_patch
 from safeweights_peft.patch.metadata import PEFT_TYPE
 from safeweights_peft.tuner.loading import find_parameter
+
+_SIZES = re.compile(r"mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")
 
 
 def load_model(
@@ -86,6 +89,22 @@ def load_model(
     return wrapped.eval()
 
 
+def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Load a LoRA into the model that it was trained on; refuse others in one line."""
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]  # torch names every tensor that doesn't fit
+        if mismatch := _SIZES.search(str(error)):
+            name, found, expected = mismatch.groups()
+            reason = f"{name.removeprefix('base_model.model.')} of {found}, not {expected}"
+        raise ModelError(
+            f"{folder}: expected a LoRA for {model.name_or_path}, found one that PEFT can't load "
+            f"into it ({reason}); give --base, the model that it was trained on, resized and saved "
+            "if tokens were added for it"
+        ) from error
+
+
 def load_patched(
     base: BaseModel, adapters: Sequence[Path], dtype: torch.dtype | str, device: torch.device
 ) -> PreTrainedModel:
@@ -101,7 +120,7 @@ def load_patched(
     if merged:
         merged.write(model)
     for path in loras:
-        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+        model = load_lora(model, path).merge_and_unload()
     if loras and isinstance(dtype, torch.dtype):
         for parameter in model.parameters():
             # Not model.to(dtype), which would round buffers too, such as rotary frequencies,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint.writer import draft_copy
@@ -21,6 +19,7 @@ from safeweights_peft.files import check_apart, check_target, publish, write_jso
 from safeweights_peft.jobs.correction import correct, write_corrected
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
 from safeweights_peft.jobs.job import Job, Progress
+from safeweights_peft.jobs.load import load_lora
 from safeweights_peft.jobs.preserve import write_parameters
 from safeweights_peft.merging.protect import protect, put_back
 from safeweights_peft.modeling.layout import describe
@@ -30,7 +29,6 @@ from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, read_artifact
 from safeweights_peft.settings import ComputeSettings, EvaluateSettings
 
 RECORD_FILE = "protecting.json"
-_SIZES = re.compile(r"mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")
 
 
 def protect_tuned(
@@ -115,7 +113,7 @@ def _write_protected(
     # In float32: merged weights are rounded once, to the base's dtype.
     model = load_model(job.base, torch.float32, job.device)
     layout = describe(model, [name for name, _ in model.named_parameters()], job.base.path)
-    adapted = _load_lora(model, lora)
+    adapted = load_lora(model, lora)
     values = correct(adapted, artifact)
     if merged:
         with draft_copy(job.reader, out, overwrite=overwrite) as draft:
@@ -127,21 +125,6 @@ def _write_protected(
         with publish(out, overwrite, CheckpointError) as draft_dir:
             write_corrected(draft_dir, adapted, job, artifact, values)
     return values
-
-
-def _load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]  # torch names every tensor that doesn't fit
-        if mismatch := _SIZES.search(str(error)):
-            name, found, expected = mismatch.groups()
-            reason = f"{name.removeprefix('base_model.model.')} of {found}, not {expected}"
-        raise ModelError(
-            f"{folder}: expected a LoRA for {model.name_or_path}, found one that PEFT can't load "
-            f"into it ({reason}); give --base, the model that it was trained on, resized and saved "
-            "if tokens were added for it"
-        ) from error
 
 
 def _check_ties(model: PreTrainedModel, layout: Collection[str]) -> None:

@@ -17,6 +17,7 @@ from safeweights_peft.errors import ModelError, SafeWeightsError, UnsupportedFea
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.evaluate import evaluate
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.load import load_patched
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.protect import protect_lora
 from safeweights_peft.jobs.score import score
@@ -246,6 +247,8 @@ def test_a_lora_with_added_tokens_goes_on_a_resized_base(
     with pytest.raises(ModelError, match=sizes) as caught:
         protect_lora(str(tmp_path / "lora"), map_dir, tmp_path / "out")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=sizes):
+        load_patched(resolve_base(str(base)), [tmp_path / "lora"], "auto", torch.device("cpu"))
     out = tmp_path / "out"
     protect_lora(str(tmp_path / "lora"), map_dir, out, str(resized), merged=True)
     assert verify(map_dir, out).ok
