@@ -19,6 +19,10 @@ Patched = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Opens a patched model; it may be the base itself, patched while the context lasts."""
 
 
+MAX_LOSS = 700
+"""Of a larger one the exponential, which is the perplexity, is beyond Python's floats."""
+
+
 @dataclass(frozen=True)
 class Utility:
     """Closeness to the base on its own answers to harmless requests."""
@@ -60,6 +64,11 @@ def measure_utility(
         raise EvaluationError(
             "answers: expected finite likelihoods, found NaN or infinity; compute in float32 or "
             "bfloat16, and check the weights"
+        )
+    if loss / tokens > MAX_LOSS:
+        raise EvaluationError(
+            f"answers: expected a loss of at most {MAX_LOSS} nats/token, found "
+            f"{loss / tokens:.0f}; check the weights, such a model is broken"
         )
     return Utility(kl / tokens, math.exp(loss / tokens), tokens)
 

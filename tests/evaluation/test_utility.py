@@ -119,6 +119,14 @@ def test_no_answer_tokens_at_all_are_refused(tiny_llama: Path, empty: list[Examp
         measure_utility(base, empty, PAD)
 
 
+def test_a_perplexity_beyond_all_floats_is_refused(
+    tiny_llama: Path, other: PreTrainedModel, answers: list[Example]
+) -> None:
+    other.lm_head.weight.mul_(1e5)
+    with pytest.raises(EvaluationError, match=r"a loss of at most 700 nats/token, found .* broken"):
+        measure(other, load(tiny_llama), answers)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_that_gives_no_numbers_is_refused(
     tiny_llama: Path, other: PreTrainedModel, answers: list[Example], value: float
