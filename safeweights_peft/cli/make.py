@@ -160,9 +160,9 @@ def eval_command(
     with output.show_progress() as progress:
         job = Job(base, compute, progress, [adapter] if adapter else [])
         result = evaluate(job, adapter, settings)
-    if out:
-        write_json(out, result)
     output.show(result, evaluation_rows(result))
+    if out:  # after it is shown: a full disk loses no evaluation
+        write_json(out, result)
     if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:
         click.echo(f"ASR is above --max-asr {max_asr}", err=True)
         sys.exit(output.INCONCLUSIVE)

@@ -54,6 +54,7 @@ def test_a_full_disk_is_a_failure_of_one_line(
     monkeypatch.setattr("safeweights_peft.files.write_json", full)
     called = call("eval", run.base, *options["eval"], "--out", tmp_path / "result.json")
     assert called.exit_code == 1
+    assert called.stdout.startswith("ASR")  # what was measured is not lost
     assert error_lines(called.stderr)[-1] == "Error: [Errno 28] No space left on device"
 
 
