@@ -75,6 +75,10 @@ def convert(
         >>> report.content_id.startswith("sha256:")
         True
     """
+    if encoding not in tuple(Encoding):
+        raise FormatError(
+            f"encoding: expected one of {', '.join(Encoding)}, found {encoding!r}; choose one"
+        )
     check_target(Path(out_dir), overwrite, FormatError)
     inputs = {"adapter_dir": adapter_dir} | ({"base_dir": base_dir} if base_dir else {})
     check_apart(Path(out_dir), inputs, FormatError)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -128,6 +128,11 @@ def describe_patch(adapter: AnyPatch, source: str, scale: float = 1.0) -> Patch:
 
 def combine(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> PatchSet:
     """Check that patches can be added up, and find what they change together."""
+    if on_overlap not in get_args(OnOverlap):  # or a misspelt "error" would add
+        raise MergeError(
+            f"on_overlap: expected one of {', '.join(get_args(OnOverlap))}, found {on_overlap!r}; "
+            "choose one"
+        )
     for left, right in combinations(patches, 2):
         _check_pair(left, right)
     parts: dict[str, list[tuple[Patch, Array]]] = {}

@@ -119,6 +119,11 @@ def test_values_keep_their_bits_without_a_base_or_at_another_scale(
     assert report.after_bytes_per_entry < report.before_bytes_per_entry
 
 
+def test_an_unknown_encoding_is_refused_by_name(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="encoding: expected one of plain, compact, found 'zip'"):
+        convert(case.patch, "zip", tmp_path / "out", case.base)
+
+
 def test_a_map_survives_both_ways(case: Case, tmp_path: Path) -> None:
     safety_map = as_map(case.adapter)
     before = write_map(tmp_path / "map", safety_map)

@@ -101,6 +101,11 @@ def test_patches_without_an_overlap_pass_where_it_is_refused(case: Case, tmp_pat
     )
 
 
+def test_another_word_for_what_to_do_about_overlap_is_refused(case: Case) -> None:
+    with pytest.raises(MergeError, match="on_overlap: expected one of add, error, found 'Error'"):
+        merge(case.base, case.patch, case.out, on_overlap="Error")  # type: ignore[arg-type]
+
+
 def test_no_patch_is_refused(case: Case) -> None:
     with pytest.raises(MergeError, match=r"^adapters: expected at least one patch, found none"):
         merge(case.base, [], case.out)
