@@ -22,12 +22,15 @@ from safeweights_peft.patch.metadata import (
     record_to_json,
 )
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
+from safeweights_peft.tuner.beside import is_coded
 from safeweights_peft.tuner.config import SafeWeightsConfig
-from safeweights_peft.tuner.layer import is_coded, layers
+from safeweights_peft.tuner.layer import layers
 from safeweights_peft.tuner.loading import find_parameter
-from safeweights_peft.tuner.parameter import SelectedParameter, Term
+from safeweights_peft.tuner.parameter import Term
 
 Deltas = Mapping[str, SparseDelta]
+# Children by which FSDP, activation checkpointing and torch.compile wrap a module.
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 def create_adapter(
@@ -37,11 +40,11 @@ def create_adapter(
     adapter_name: str = "default",
     values: Mapping[str, Array] | None = None,
 ) -> PeftModel:
-    """Wrap a model with a new, trainable adapter, and activate it.
+    """Give a model a new, trainable adapter, and activate it.
 
     Args:
         model: A causal language model, or a PeftModel that gets one more adapter. It is changed in
-            place: the modules that own the parameters are wrapped.
+            place: the values stand beside the parameters, in the modules that own them.
         metadata: Description of the parameters, such as a safety map's; counts and digests are
             made here. Where it has a base digest already, the base must match.
         indices: Flat indices by in-memory parameter name; each ``(count,)``, ascending, unique.
@@ -90,16 +93,14 @@ def create_adapter(
 
 def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas) -> AdapterMetadata:
     """Describe deltas of a model, with the digests of its entries."""
-    wrapped = {
-        selected.name: selected for layer in layers(model) for selected in layer.selected.values()
-    }
+    found = {layer.name: layer for layer in layers(model)}
     records = {}
     for name, delta in deltas.items():
         record = metadata.tensors[name]
         parameter = find_parameter(model, name, record)
         indices = to_torch(delta.indices).to(parameter.device)
-        if name in wrapped:  # a forward may have overwritten it
-            entries = wrapped[name].originals(indices)
+        if name in found:  # the parameter may hold entries of adapters
+            entries = found[name].selection.gather(indices)
         else:
             entries = parameter.detach().flatten().index_select(0, indices)
         if record.base_digest:
@@ -111,11 +112,10 @@ def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas)
 def fill(model: nn.Module, adapter: str, deltas: Deltas) -> None:
     """Put indices and values into an adapter that has room for them."""
     with torch.no_grad():
-        for layer in layers(model):
-            for selected in layer.parameters_of(adapter):
-                delta = deltas[selected.name]
-                selected.indices[adapter].copy_(to_torch(delta.indices))
-                selected.values[adapter].copy_(to_torch(delta.values))
+        for layer in layers(model, adapter):
+            delta = deltas[layer.name]
+            layer.indices[adapter].copy_(to_torch(delta.indices))
+            layer[adapter].copy_(to_torch(delta.values))
             layer.accept(adapter)
 
 
@@ -133,11 +133,11 @@ def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "defaul
     """
     dtype = getattr(torch, model.peft_config[adapter_name].values_dtype)
     with torch.no_grad():
-        for layer in layers(model):
+        for layer in layers(model, adapter_name):
             layer.check([adapter_name])
-            for selected in layer.parameters_of(adapter_name):
-                values = selected.values[adapter_name]
-                values.copy_(values.to(dtype))
+            values = layer[adapter_name]
+            values.copy_(values.to(dtype))
+            layer.selection.sync()
 
 
 def weighted_sum(
@@ -147,16 +147,15 @@ def weighted_sum(
     records, deltas = {}, {}
     for layer in layers(model):
         layer.check(adapter for adapter, _ in weights)
-        for selected in layer.selected.values():
-            scaled = [
-                term._replace(scale=weight * term.scale)
-                for adapter, weight in weights
-                for term in layer.terms(selected, [adapter])
-            ]
-            if scaled:
-                name = selected.name
-                records[name] = _common_record(name, [configs[term.adapter] for term in scaled])
-                deltas[name] = _sum_terms(scaled, records[name].shape)
+        scaled = [
+            term._replace(scale=weight * term.scale)
+            for adapter, weight in weights
+            for term in layer.terms([adapter])
+        ]
+        if scaled:
+            name = layer.name
+            records[name] = _common_record(name, [configs[term.adapter] for term in scaled])
+            deltas[name] = _sum_terms(scaled, records[name].shape)
     first = configs[weights[0][0]].to_metadata(f"adapter {weights[0][0]!r}")
     adapters, factors = zip(*weights, strict=True)
     selection = {"method": "weighted_sum", "adapters": list(adapters), "weights": list(factors)}
@@ -188,41 +187,40 @@ def stored_tensors(
     stored: dict[str, Tensor] = {}
     records = dict(config.tensors)
     paths = {module: path for path, module in model.named_modules()}
-    for layer in layers(model):
+    for layer in layers(model, adapter):
         layer.check([adapter])
-        for selected in layer.parameters_of(adapter):
-            key = f"{paths[layer]}.safeweights_{{}}__{selected.own}.{adapter}".format
-            indices, values = state_dict[key("indices")], state_dict[key("values")]
-            if is_coded(indices) or is_coded(values):  # as before the check
-                indices, values = selected.indices[adapter], selected.values[adapter].detach()
-            values = values.to(getattr(torch, config.values_dtype))
-            if isinstance(values, DTensor):
-                raise UnsupportedFeatureError(
-                    f"{selected.name}: expected whole values to save, found sharded ones; pass the "
-                    "gathered state, as in save_pretrained(..., state_dict=full_state_dict)"
-                )
-            stored |= {key("indices"): indices, key("values"): values}
-            record = record_from_json(records[selected.name], selected.name)
-            delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
-            if config.is_patch:
-                base_key = f"{paths[layer]}.base_layer.{selected.own}"
-                entries = _base_entries(selected, adapter, state_dict, base_key)
-                record = _with_digests(record, delta, entries, config.scale)
-            else:
-                record = _without_digests(record)
-            records[selected.name] = record_to_json(record)
+        indices, values = (
+            _find_stored(state_dict, f"{paths[module]}.{adapter}")
+            for module in (layer.indices, layer)
+        )
+        if is_coded(indices) or is_coded(values):  # as before the check
+            indices, values = layer.indices[adapter], layer[adapter].detach()
+        values = values.to(getattr(torch, config.values_dtype))
+        if isinstance(values, DTensor):
+            raise UnsupportedFeatureError(
+                f"{layer.name}: expected whole values to save, found sharded ones; pass the "
+                "gathered state, as in save_pretrained(..., state_dict=full_state_dict)"
+            )
+        for module, tensor in ((layer.indices, indices), (layer, values)):
+            stored[f"{_without_wrappers(paths[module])}.{adapter}"] = tensor
+        record = record_from_json(records[layer.name], layer.name)
+        delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
+        if config.is_patch:
+            record = _with_digests(record, delta, layer.base_entries(adapter), config.scale)
+        else:
+            record = _without_digests(record)
+        records[layer.name] = record_to_json(record)
     config.tensors, config.format_minor = records, FORMAT_MINOR
     return stored
 
 
-def _base_entries(
-    selected: SelectedParameter, adapter: str, state_dict: Mapping[str, Tensor], key: str
-) -> Tensor:
-    indices = selected.indices[adapter]
-    if not isinstance(selected.parameter, DTensor):
-        return selected.originals(indices)
-    base = state_dict[key]  # gathered; a sharded parameter is never overwritten
-    return base.flatten().index_select(0, indices.to(base.device))
+def _find_stored(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    """Find a tensor by its name in the model; some wrappers take their own names out of keys."""
+    return state_dict[key if key in state_dict else _without_wrappers(key)]
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _with_digests(

@@ -7,7 +7,7 @@ this room relies on.
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -37,17 +37,18 @@ from safeweights_peft.patch.records import Mode
 from safeweights_peft.tuner.adapter import describe_deltas, fill, stored_tensors, weighted_sum
 from safeweights_peft.tuner.config import SafeWeightsConfig, SafeWeightsPeftType
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
-from safeweights_peft.tuner.loading import check_fit, check_loaded, make_rooms, take_in
+from safeweights_peft.tuner.loading import check_fit, check_loaded, make_room, take_in
 from safeweights_peft.tuner.protection import hold_back, protect
+from safeweights_peft.tuner.root import Root
 
 _FILE_PREFIX = "base_model.model."
 
 
 class SafeWeightsModel(BaseTuner):
-    """Wraps the modules that own an adapter's parameters; PEFT puts it into a PeftModel."""
+    """Puts layers beside the selected parameters; PEFT puts it into a PeftModel."""
 
     prefix = "safeweights_"
-    tuner_layer_cls = SafeWeightsLayer
+    tuner_layer_cls = BaseTunerLayer  # not the layers alone: PEFT deletes by way of the root
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,12 +93,12 @@ class SafeWeightsModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         fill(self.model, adapter_name, deltas)
 
-    # Wrapping.
+    # Injecting.
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Wrap a model's modules for an adapter, those with tied parameters too."""
+        """Put layers for an adapter beside the parameters that it selects from."""
         configs = self.peft_config.values()
         if len({config.mode for config in configs if isinstance(config, SafeWeightsConfig)}) > 1:
             raise UnsupportedFeatureError(
@@ -105,11 +106,15 @@ class SafeWeightsModel(BaseTuner):
                 "found both; merge the patch first, and use a map of the merged model"
             )
         if self.peft_config[adapter_name].mode == Mode.SPA:
-            # A map wraps nothing. It freezes entries once its tensors are loaded.
+            # A map needs no layers. It freezes entries once its tensors are loaded.
             self._held_back[adapter_name] = hold_back(model, self.peft_config[adapter_name])
             return
+        config = self.peft_config[adapter_name]
+        self._incoming = config.to_metadata(CONFIG_FILE)
+        check_fit(model, adapter_name, self._incoming)
+        self._holders = _find_holders(model, config.tensors)
+        self.__dict__["_injected"] = model
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        _wrap_tied(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, as in PEFT; the entries of a safety map are free from then on."""
@@ -118,7 +123,7 @@ class SafeWeightsModel(BaseTuner):
 
     def _take_out(self, adapter_name: str) -> None:
         """Leave the model as it was before a broken adapter came; one that is in use stays."""
-        owners = [layer for layer in layers(self.model) if adapter_name in layer.metadata]
+        owners = layers(self.model, adapter_name)
         is_used = bool(owners) and all(layer.is_accepted(adapter_name) for layer in owners)
         if not is_used and adapter_name not in self._end_protection:
             self.delete_adapter(adapter_name)
@@ -129,11 +134,6 @@ class SafeWeightsModel(BaseTuner):
         self, peft_config: SafeWeightsConfig, model_config: dict[str, Any]
     ) -> SafeWeightsConfig:
         return peft_config
-
-    def _prepare_model(self, peft_config: SafeWeightsConfig, model: nn.Module) -> None:
-        metadata = peft_config.to_metadata(CONFIG_FILE)
-        check_fit(model, metadata, peft_config.parameters_by_module)
-        self._incoming = metadata
 
     @staticmethod
     def _check_target_module_exists(peft_config: SafeWeightsConfig, key: str) -> bool:
@@ -149,18 +149,15 @@ class SafeWeightsModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target
-        if not isinstance(layer, SafeWeightsLayer):
-            layer = SafeWeightsLayer(target, current_key, check_loaded)
-            setattr(parent, target_name, layer)
-        names = peft_config.parameters_by_module[current_key]
-        rooms = make_rooms(layer, self._incoming, names)
-        layer.add_adapter(adapter_name, self._incoming, rooms)
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        setattr(parent, child_name, new_module)
+        for own in peft_config.parameters_by_module[current_key]:
+            layer = target._modules.get(f"safeweights_values__{own}")
+            if not isinstance(layer, SafeWeightsLayer):
+                name = f"{current_key}.{own}"
+                layer = SafeWeightsLayer(target, own, name, check_loaded)
+                layer.attach(self._holders[name])
+                # Not before: PEFT would take it for an earlier adapter, and not freeze the base.
+                Root.of(self.__dict__["_injected"]).add(layer)
+            layer.add_adapter(adapter_name, self._incoming, *make_room(layer, self._incoming))
 
     def _protect(
         self, adapter_name: str, config: SafeWeightsConfig, arrays: dict[str, Array]
@@ -194,18 +191,18 @@ class SafeWeightsModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        for layer in layers(self.model):
-            layer.restore_base()
+            for layer in layers(self.model):
+                layer.merge(adapter_names=adapter_names)
+        if layers(self.model):
+            Root.of(self.model).detach()
         for adapter_name in self.peft_config:
             self._release(adapter_name)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, adapter_names=adapter_names
-        )
+        return super()._unload_and_optionally_merge(merge=merge, progressbar=progressbar)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Check all layers before the first is written: a merge happens whole or not at all."""
         for layer in layers(self.model):
-            layer.check(layer.active_adapters if adapter_names is None else adapter_names)
+            layer.check(layer.active if adapter_names is None else adapter_names)
             if safe_merge:
                 layer.check_merge(adapter_names)
 
@@ -294,24 +291,13 @@ def _tuner(model: nn.Module) -> SafeWeightsModel:
     return tuner
 
 
-def _wrap_tied(model: nn.Module) -> None:
-    """Wrap the modules whose parameter is tied to a selected one, such as lm_head."""
-    wrappers = {id(layer.base_layer): layer for layer in layers(model)}
-    owners = {
-        id(selected.parameter): (layer, selected)
-        for layer in wrappers.values()
-        for selected in layer.selected.values()
-    }
-    for path, module in list(model.named_modules()):
+def _find_holders(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Find the modules that hold each parameter: its own, and those that are tied to it."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
         for own, parameter in module._parameters.items():
-            if id(parameter) not in owners or owners[id(parameter)][0].base_layer is module:
-                continue
-            layer = wrappers.get(id(module))
-            if layer is None:
-                layer = wrappers[id(module)] = SafeWeightsLayer(module, path, check_loaded)
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, layer)
-            layer.tie(own, *owners[id(parameter)])
+            holders.setdefault(id(parameter), []).append((module, own))
+    return {name: holders[id(model.get_parameter(name))] for name in names}
 
 
 def register() -> None:

@@ -1,34 +1,32 @@
-"""The selected entries of one parameter, and how a forward pass sees adapters' values there.
+"""The selected entries of one parameter: what the parameter holds, and who sees what of it.
 
-A forward pass sees the base's entries plus the active adapters' values, in one of two ways:
+The entries of the active adapters stand in the base's own parameter, so that whoever reads it, by
+calling its module or not, sees them. The base's own entries are set aside as ``originals`` and put
+back, bit by bit, wherever the base must be seen: disabled, saved, unloaded.
 
-* *In place*: the entries are written into the base's own parameter and the originals set aside.
-  No weight is copied. The module runs on an alias of the parameter, whose backward gathers the
-  selected gradient and drops the dense one at once, so memory is that of LoRA.
-* *Functional*: the module runs on a changed copy of the parameter. Needed where the parameter may
-  not be written: under ``torch.compile``, or where it is replaced around each forward (FSDP2).
-
-An overwritten parameter stays so until something needs the base: another adapter, none, merging,
-``state_dict``, copying or moving the model. A graph that still waits for its backward holds on to
-what it saw: until then, whatever wants other entries runs on a copy. Only reading a parameter
-directly between two forwards shows the overwritten entries.
+* While values are trained, the parameter's class is :class:`Patched`, which hands out aliases.
+* A graph that waits for its backward keeps what it saw: until then nothing is written, and whoever
+  is to see other entries gets a copy.
+* *Functional*: an operation gets a changed copy. Needed under ``torch.compile``, where the base is
+  trained as well, and where the parameter is replaced around each forward (FSDP2).
 """
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from safeweights_peft.errors import MergeError, ModelError, UnsupportedFeatureError
+from safeweights_peft.errors import MergeError
 from safeweights_peft.modeling.tensors import add_rounded
-from safeweights_peft.tuner.sampled import SampledWeight, can_sample
+from safeweights_peft.tuner.patched import Patched, Reading
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # by item size, to compare floats bit by bit
-_writing = threading.Lock()  # two threads must not both set the originals aside
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size: to compare bits
+_writing = threading.RLock()  # two threads must not both set the originals aside
 
 
 class Term(NamedTuple):
@@ -37,256 +35,394 @@ class Term(NamedTuple):
     adapter: str
     indices: Tensor  # (count,), flat, ascending
     values: Tensor  # (count,), float32
+    originals: Tensor  # (count,), the base's entries, in the checkpoint's dtype
     scale: float
 
 
-class _Graph:
-    """Lives as long as an autograd graph waits for its backward."""
+class Union(NamedTuple):
+    """The entries that terms change together, and where each term's own are among them."""
 
-    __slots__ = ("__weakref__",)
-
-
-class _Overwritten(torch.autograd.Function):
-    """An alias of an overwritten parameter; its gradient goes to the entries."""
-
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, parameter: Tensor, indices: Tensor, graph: _Graph):
-        # Plain attributes, not saved tensors: DDP writes the (same) buffers before each forward.
-        ctx.indices, ctx.graph = indices, graph
-        return parameter.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor):
-        ctx.graph = None
-        return gradient.flatten().index_select(0, ctx.indices), None, None, None
-
-
-@dataclass
-class _Patch:
-    """What was overwritten: where, and what stood there."""
-
-    parameter: Tensor
+    parts: tuple[Tensor, ...]  # the terms' originals: new ones make a new union
     indices: Tensor  # (count,), ascending
-    originals: Tensor  # (count,), in the parameter's dtype
-    state: tuple[Any, ...] | None = None  # of frozen values, when they were last written
-    graphs: "weakref.WeakSet[_Graph]" = field(default_factory=weakref.WeakSet)
-
-
-class _Union(NamedTuple):
-    """The entries that several terms change together, and where each term's own are among them."""
-
-    parts: tuple[Tensor, ...]
-    indices: Tensor  # (count,), ascending
+    originals: Tensor  # (count,)
     positions: tuple[Tensor, ...]  # a term's (count of the term,)
 
 
-class SelectedParameter:
-    """The selected entries of one parameter: indices and values by adapter, and the base's own."""
+class Owner(Protocol):
+    """The layer of a parameter: it says which entries are to be seen there."""
 
-    def __init__(
-        self, module: nn.Module, own: str, name: str, values: nn.ParameterDict, indices: Any
-    ) -> None:
-        # The module, because whoever moves or shards a model replaces the parameter in it.
-        self.module = module
-        self.own = own
-        self.name = name
-        self.values = values
-        self.indices = indices
-        self._patch: _Patch | None = None
-        self.settle()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_union": None, "_home": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.settle()
+    name: str
+    is_trained: bool  # whether an adapter that is seen has values that require a gradient
+    is_merged: bool
 
     @property
-    def parameter(self) -> Tensor:
-        """The base's parameter."""
-        return getattr(self.module, self.own)
+    def module(self) -> nn.Module:
+        """The module that owns the parameter."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that stands in the module now."""
+
+    def terms(self) -> list[Term]:
+        """List what the adapters that are to be seen add."""
+
+    def check_active(self) -> None:
+        """Check active adapters that were loaded but not checked yet."""
+
+    def take_originals(self) -> None:
+        """Set the base's entries aside anew."""
+
+
+def _nothing() -> None:
+    """Stand in for a reference to no parameter."""
+
+
+class Selection:
+    """What a parameter holds, and what whoever reads it is to see."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+        self._held: Union | None = None  # whose entries stand in the parameter; None: the base's
+        self._union: Union | None = None  # of the terms that were asked for last
+        self._state: tuple | None = None  # of frozen values, when they were last written
+        self._marks: list[weakref.ref[Tensor]] = []
+        self._trained_base = False  # the base's entries may have changed since they were set aside
+        self._known: Callable[[], nn.Parameter | None] = weakref.ref(owner.parameter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_marks": [], "_state": None, "_known": self.known}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        parameter = state["_known"]
+        self.__dict__.update(state, _known=_nothing)
+        if parameter is None:
+            return
+        self._known = weakref.ref(parameter)
+        # The owner may not be whole yet: ask it nothing here, and let the next reader do so.
+        parameter.__class__ = Patched
+        parameter.__dict__["selection"] = self
+
+    def give_up(self, write: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Write the parameter no more, but for the base's entries by other means."""
+        if self._held is not None and write is not None:
+            write(self._held.indices, self._held.originals)
+        self._held = self._state = None
+        self._known = _nothing
+
+    def changed(self, parameter: Tensor, needs_copy: bool = False) -> Tensor | None:
+        """Return a changed copy of a parameter; None if there is nothing to change."""
+        self.owner.check_active()
+        terms = self.owner.terms()
+        if not terms and not needs_copy:
+            return None
+        return self._copy(parameter, *self._wanted(parameter, terms))
+
+    @property
+    def known(self) -> nn.Parameter | None:
+        """The parameter that may be written: the one that stood there outside of any forward."""
+        return self._known()
 
     def settle(self) -> None:
-        """Note which tensor may be overwritten: the one that is here outside of any forward."""
-        self._home = weakref.ref(self.parameter)
-        self._union: _Union | None = None  # indices may have changed, too
+        """Know the parameter that stands there now, and that it holds the base's own entries."""
+        self._known = weakref.ref(self.owner.parameter)
+        self._held, self._marks, self._state = None, [], None
 
-    def weight(self, terms: Sequence[Term], may_write: bool) -> Tensor | None:
-        """Return what the module is to use in place of its parameter; None if that is right."""
-        if not terms:
-            return self._base_weight()
-        if may_write and self._is_writable():
-            return self._overwrite_for_forward(terms)
-        return self._copy(terms)
+    def forget(self) -> None:
+        """Compare entries at the next chance, though nothing seems to have changed."""
+        self._state = None
 
-    def originals(self, indices: Tensor) -> Tensor:
-        """Gather the base's entries, whether they are overwritten or not."""
-        entries, patch = self._gather(indices), self._patch
-        if patch is None or not patch.indices.numel():
+    def gather(self, indices: Tensor) -> Tensor:
+        """Gather the base's entries, in the parameter's dtype, whatever stands there now."""
+        parameter, held = self.owner.parameter, self._held
+        entries = _gather(_whole(parameter), indices)
+        if held is None or not held.indices.numel():
             return entries
-        at = torch.searchsorted(patch.indices, indices).clamp_(max=patch.indices.numel() - 1)
-        covered = patch.indices[at] == indices
-        return torch.where(covered, patch.originals[at], entries)
+        at = torch.searchsorted(held.indices, indices).clamp_(max=held.indices.numel() - 1)
+        covered = held.indices[at] == indices
+        return torch.where(covered, held.originals[at].to(entries.dtype), entries)
 
     def check_finite(self, terms: Sequence[Term]) -> None:
         """Refuse terms that don't merge to finite entries."""
-        entries = self._add(terms, self.originals(self._indices(terms)))
+        _, entries = self._wanted(self.owner.parameter, terms)
+        assert entries is not None
         bad = int(entries.numel() - entries.isfinite().sum())
         if bad:
+            hint = "use a smaller scale or a base in float32"
+            if not all(bool(term.values.isfinite().all()) for term in terms):
+                hint = "correct the adapter's values, some of which are not finite"
             raise MergeError(
-                f"{self.name}: expected finite merged entries, found {bad} that are not; "
-                "use a smaller scale or a base in float32; nothing was merged"
+                f"{self.owner.name}: expected finite merged entries, found {bad} that are not; "
+                f"{hint}; nothing was merged"
             )
 
-    def overwrite(self, terms: Sequence[Term]) -> None:
-        """Write the terms' entries, to stay until :meth:`restore`."""
-        self.restore()
-        indices = self._indices(terms)
-        originals = self._gather(indices)
-        entries = self._add(terms, originals)
-        self._patch = _Patch(self.parameter, indices, originals)
-        self._write(indices, entries)
+    # Writing.
 
     @torch.compiler.disable
-    def restore(self) -> None:
-        """Put the base's own entries back, bit by bit."""
-        patch = self._patch
-        if patch is None:
+    def sync(self, force: bool = False) -> None:
+        """Make the parameter hold what is to be seen; under a waiting graph only by ``force``."""
+        parameter = self.known
+        if parameter is None or parameter is not self.owner.parameter or parameter.is_meta:
             return
-        if patch.parameter is not self.parameter:
-            raise ModelError(
-                f"{self.name}: expected the parameter that a forward has changed, found another; "
-                "disable adapters (disable_adapter) while replacing or sharding parameters"
-            )
-        self._write(patch.indices, patch.originals)
-        self._patch = None
+        with _writing, _raw():
+            terms = self.owner.terms()
+            state = _describe(parameter, terms)
+            if state is None or state != self._state or self._held is not self._unite(terms):
+                self._update(parameter, terms, force)
+                self._state = state
+            self._dress_as_needed(parameter, terms)
 
-    def release(self) -> None:
-        """Put the base's own entries back, unless a graph still needs the others."""
-        if self._patch is not None and not self._patch.graphs:
-            self.restore()
+    @torch.compiler.disable
+    def show_base(self, force: bool = False) -> None:
+        """Put the base's own entries back; under a waiting graph only by ``force``."""
+        parameter = self.known
+        if parameter is not None and self._held is not None:
+            with _writing, _raw():
+                if force or not self.is_waited_for():
+                    self._restore(parameter)
+                self._dress_as_needed(parameter, self.owner.terms())
+
+    def hidden_base(self) -> Tensor | None:
+        """Copy the base's weight where entries of adapters had to stay in its place."""
+        parameter = self.known
+        if parameter is None or self._held is None:
+            return None
+        with _raw():
+            return self._copy(parameter)
+
+    def let_go(self) -> None:
+        """Make the parameter a plain one, with what it holds."""
+        if self.known is not None:
+            _undress(self.owner.module, self.known)
+
+    def prepare_to_move(self) -> None:
+        """Hold what is to be seen, in memory of its own if a graph needs what is held."""
+        parameter = self.known
+        if parameter is not None and not parameter.is_meta and self.is_waited_for():
+            with _writing, _raw():
+                terms = self.owner.terms()
+                union, entries = self._wanted(parameter, terms)
+                if not self._holds(parameter, union, entries):
+                    parameter.data = self._copy(parameter, union, entries)
+                    self._held, self._state, self._marks = union, None, []
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow ``model.to(...)`` and the like."""
-        self.settle()
-        if self._patch is not None:
-            self._patch.parameter = self.parameter
-            self._patch.indices = fn(self._patch.indices)
-            self._patch.originals = fn(self._patch.originals)
-
-    def _is_writable(self) -> bool:
-        parameter = self.parameter
-        return (
-            not torch.compiler.is_compiling()
-            and parameter is self._home()
-            and parameter.is_contiguous()
-            and not parameter.requires_grad
-            and not parameter.is_meta
-            and not parameter.is_inference()
-        )
-
-    def _base_weight(self) -> Tensor | None:
-        """Return the base's own weight; None if the parameter holds it."""
-        self.release()
-        if self._patch is None:
-            return None
-        flat = self.parameter.detach().flatten()
-        base = flat.index_copy(0, self._patch.indices.long(), self._patch.originals)
-        return base.view_as(self.parameter)
-
-    def _copy(self, terms: Sequence[Term]) -> Tensor:
-        """Copy the base's weight and put the terms' entries into it (functional mode)."""
-        if self.parameter.is_meta and hasattr(self.module, "_hf_hook"):
-            raise UnsupportedFeatureError(
-                f"{self.name}: expected a parameter in memory, found one that is offloaded; "
-                "load the model without offloading, or merge the adapter into the checkpoint"
+        """Follow ``model.to(...)`` and the like to another device."""
+        self._state = None
+        if self._held is not None:
+            parts, indices, originals, positions = self._held
+            self._held = Union(
+                tuple(move(part, fn) for part in parts),
+                move(indices, fn),
+                move(originals, fn),
+                tuple(move(position, fn) for position in positions),
             )
-        base = self._base_weight()
-        flat = (self.parameter if base is None else base).flatten()
-        indices = self._indices(terms)
-        entries = self._add(terms, flat.index_select(0, indices))
-        return flat.index_copy(0, indices.long(), entries).view_as(self.parameter)
+            self._union = self._held
 
-    def _overwrite_for_forward(self, terms: Sequence[Term]) -> Tensor | None:
-        """Write the terms' entries in place; None if no gradient is needed."""
-        state, patch = _frozen_state(terms), self._patch
-        if patch is not None and patch.indices is self._indices(terms):
-            if state is not None and patch.state == state:
-                return None
+    def is_waited_for(self) -> bool:
+        """Tell whether an autograd graph still needs what the parameter holds."""
+        self._marks = [mark for mark in self._marks if mark() is not None]
+        return bool(self._marks)
+
+    def _update(self, parameter: nn.Parameter, terms: Sequence[Term], force: bool) -> None:
+        if self._trained_base and not parameter.requires_grad:
+            self._trained_base = False
+            self.owner.take_originals()
+            terms = self.owner.terms()
+        if parameter.requires_grad:
+            terms = ()  # the base is trained: an optimizer must find its own entries
+        union, entries = self._wanted(parameter, terms)
+        if not self._holds(parameter, union, entries) and (force or not self.is_waited_for()):
+            self._put(parameter, union, entries)
+
+    def _put(self, parameter: Tensor, union: Union | None, entries: Tensor | None) -> None:
+        if self._held is not None and self._held is not union:
+            self._restore(parameter)
+        if union is not None and entries is not None:
+            _write(parameter, union.indices, entries)
+            self._held = union
+
+    def _restore(self, parameter: Tensor) -> None:
+        assert self._held is not None
+        _write(parameter, self._held.indices, self._held.originals)
+        self._held = self._state = None
+
+    def _holds(self, parameter: Tensor, union: Union | None, entries: Tensor | None) -> bool:
+        if self._held is not union:
+            return False
+        if union is None or entries is None:
+            return True
+        return same_bits(_gather(parameter, union.indices), entries)
+
+    def _dress_as_needed(self, parameter: nn.Parameter, terms: Sequence[Term]) -> None:
+        is_other = (self._held is None) != (not terms) or self.is_waited_for()
+        if is_other or self.owner.is_trained:
+            _dress(self, parameter)
+        else:
+            _undress(self.owner.module, parameter)
+
+    # Reading.
+
+    @torch.compiler.disable
+    def read(self, parameter: nn.Parameter) -> Reading:
+        """Return what an operation is to use in place of the parameter."""
+        self.owner.check_active()
+        if parameter is not self.known:  # while it is being sharded
+            return Reading(parameter)
         with _writing:
-            return self._bring_up_to_date(terms, state)
+            terms = self.owner.terms()
+            if parameter.requires_grad and terms:
+                return Reading(self._read_trained_base(parameter, terms))
+            union, entries = self._wanted(parameter, terms)
+            if not self._holds(parameter, union, entries):
+                if self.is_waited_for():
+                    return Reading(self._copy(parameter, union, entries))
+                self._put(parameter, union, entries)
+            if union is None or entries is None or not entries.requires_grad:
+                return Reading(parameter)
+            mark = torch.empty(0)
+            self._marks.append(weakref.ref(mark))
+            return Reading(parameter, entries, union.indices, mark)
 
-    def _bring_up_to_date(self, terms: Sequence[Term], state: tuple | None) -> Tensor | None:
-        indices = self._indices(terms)
-        # By identity: an adapter may have been replaced by another of its name.
-        if self._patch is not None and self._patch.indices is not indices:
-            self.release()
-            if self._patch is not None:
-                return self._copy(terms)
-        patch = self._patch or _Patch(self.parameter, indices, self._gather(indices))
-        entries = self._add(terms, patch.originals)
-        if self._patch is None or not _same_bits(self._gather(indices), entries):
-            if patch.graphs:
-                return self._copy(terms)
-            self._patch = patch
-            self._write(indices, entries)
-        patch.state = state
-        if not entries.requires_grad:
+    def _read_trained_base(self, parameter: nn.Parameter, terms: Sequence[Term]) -> Tensor:
+        """Change a copy of a base that is trained beside its adapters; both get their gradient."""
+        if self._held is not None:
+            self._restore(parameter)
+        self._trained_base = True
+        flat = parameter.flatten()
+        for term in terms:
+            entries = add_rounded(flat.index_select(0, term.indices), term.values, term.scale)
+            flat = flat.index_copy(0, term.indices.long(), entries)
+        return flat.view(parameter.shape)
+
+    def _wanted(
+        self, parameter: Tensor, terms: Sequence[Term]
+    ) -> tuple[Union | None, Tensor | None]:
+        union = self._unite(terms)
+        return union, None if union is None else self._add(parameter, union, terms)
+
+    def _copy(
+        self, parameter: Tensor, union: Union | None = None, entries: Tensor | None = None
+    ) -> Tensor:
+        """Copy the base's weight, and put entries into the copy."""
+        flat, held = parameter.detach().flatten(), self._held
+        if held is not None and held is not union:
+            flat = flat.index_copy(0, held.indices.long(), held.originals.to(flat.dtype))
+        if union is not None and entries is not None:
+            flat = flat.index_copy(0, union.indices.long(), entries)
+        return flat.view(parameter.shape)
+
+    def _unite(self, terms: Sequence[Term]) -> Union | None:
+        parts, union = tuple(term.originals for term in terms), self._union
+        if not parts:
             return None
-        graph = _Graph()
-        patch.graphs.add(graph)
-        weight = _Overwritten.apply(entries, self.parameter, indices, graph)
-        if can_sample(weight, len(entries)):
-            return SampledWeight.of(weight, entries, indices, graph)
-        return weight
-
-    def _indices(self, terms: Sequence[Term]) -> Tensor:
-        """Return the indices of all terms together."""
-        return terms[0].indices if len(terms) == 1 else self._unite(terms).indices
-
-    def _unite(self, terms: Sequence[Term]) -> _Union:
-        parts, union = tuple(term.indices for term in terms), self._union
-        if union is None or not _are_same(union.parts, parts):
-            indices = torch.cat(parts).unique()
-            positions = tuple(torch.searchsorted(indices, part) for part in parts)
-            union = self._union = _Union(parts, indices, positions)
-        return union
-
-    def _add(self, terms: Sequence[Term], originals: Tensor) -> Tensor:
-        """Add the terms' values one after the other in float32, and round once."""
+        # By identity: an adapter may have been replaced by another of its name.
+        if union is not None and _are_same(union.parts, parts):
+            return union
         if len(terms) == 1:
-            (term,) = terms
-            return add_rounded(originals, term.values, term.scale)
-        total = originals.float()
-        for term, positions in zip(terms, self._unite(terms).positions, strict=True):
-            total = total.index_add(0, positions, term.values.float() * term.scale)
-        return total.to(originals.dtype)
-
-    def _gather(self, indices: Tensor) -> Tensor:
-        # A tensor made in inference mode could not be used in training later.
+            self._union = Union(parts, terms[0].indices, parts[0], ())
+            return self._union
         with torch.inference_mode(False), torch.no_grad():
-            return self.parameter.detach().flatten().index_select(0, indices)
+            indices = torch.cat([term.indices for term in terms]).unique()
+            positions = tuple(torch.searchsorted(indices, term.indices) for term in terms)
+            originals = torch.empty(indices.shape, dtype=parts[0].dtype, device=indices.device)
+            for position, part in zip(positions, parts, strict=True):
+                originals[position] = part.to(originals.dtype)
+        self._union = Union(parts, indices, originals, positions)
+        return self._union
 
-    def _write(self, indices: Tensor, entries: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self.parameter.detach().view(-1).index_copy_(0, indices.long(), entries.detach())
+    def _add(self, parameter: Tensor, union: Union, terms: Sequence[Term]) -> Tensor:
+        """Add the terms' values one after the other in float32, and round once."""
+        total = union.originals.float()
+        if len(terms) == 1:
+            total = total + terms[0].values.float() * terms[0].scale
+        else:
+            for term, positions in zip(terms, union.positions, strict=True):
+                total = total.index_add(0, positions, term.values.float() * term.scale)
+        # Frozen entries are those of the merged checkpoint, whatever dtype the base is loaded in.
+        # Trained ones are not rounded to it: updates below half a unit would be lost.
+        if not any(term.values.requires_grad for term in terms):
+            total = total.to(union.originals.dtype)
+        return total.to(parameter.dtype)
 
 
-def _frozen_state(terms: Sequence[Term]) -> tuple | None:
+@contextmanager
+def _raw() -> Iterator[None]:
+    """See parameters themselves, without gradients."""
+    # A tensor made in inference mode could not be used in training later.
+    with (
+        torch._C.DisableTorchFunctionSubclass(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _gather(parameter: Tensor, indices: Tensor) -> Tensor:
+    with _raw():
+        return parameter.detach().flatten().index_select(0, indices)
+
+
+def _write(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
+    # A parameter that was made in inference mode can be written only there.
+    with _raw(), torch.inference_mode(parameter.is_inference()):
+        target, entries = parameter.detach(), entries.detach().to(parameter.dtype)
+        if target.is_contiguous():
+            target.view(-1).index_copy_(0, indices.long(), entries)
+        else:
+            target[torch.unravel_index(indices.long(), target.shape)] = entries
+
+
+def _dress(selection: Selection, parameter: nn.Parameter) -> None:
+    """Have whatever reads a parameter ask its selection first."""
+    if type(parameter) is not Patched:
+        parameter.__class__ = Patched
+        parameter.__dict__["selection"] = selection
+        _renew(selection.owner.module)
+    parameter.__dict__["selection"] = selection
+
+
+def _undress(module: nn.Module, parameter: nn.Parameter) -> None:
+    if type(parameter) is Patched:
+        del parameter.__dict__["selection"]
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        _renew(module)
+
+
+def _renew(module: nn.Module) -> None:
+    # torch.compile looks at a module's parameters again only if their dictionary changes.
+    names = module.__dict__.get("_parameters", {})  # none yet while unpickling
+    places = list(names.items())
+    names.clear()
+    names.update(places)
+
+
+def _describe(parameter: Tensor, terms: Sequence[Term]) -> tuple | None:
     """Describe frozen values; None where only comparing entries tells if they changed."""
     # Optimizers may write values behind autograd's back (fused kernels, ``.data``), so of values
     # that are being trained the version counters say too little.
-    values = [term.values for term in terms]
-    if any(value.requires_grad or value.is_inference() for value in values):
+    if any(term.values.requires_grad or term.values.is_inference() for term in terms):
         return None
-    return tuple((term.scale, term.values.data_ptr(), term.values._version) for term in terms)
+    values = [(term.scale, term.values.data_ptr(), term.values._version) for term in terms]
+    return parameter.dtype, parameter.data_ptr(), parameter.requires_grad, *values
+
+
+def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Move a tensor as ``fn`` does, but keep its dtype."""
+    moved = fn(tensor)
+    if moved.dtype == tensor.dtype:
+        return moved
+    return tensor if moved.device == tensor.device else tensor.to(moved.device)
 
 
 def _are_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def _same_bits(left: Tensor, right: Tensor) -> bool:
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors of one dtype hold the same bits."""
     integers = _INTEGERS[left.element_size()]
     return torch.equal(left.view(integers), right.detach().view(integers))

@@ -1,12 +1,11 @@
-"""Matrix products at selected entries alone, and a weight whose gradient is computed by them.
+"""Matrix products at selected entries alone, and a linear layer trained by them.
 
 Autograd multiplies whole matrices, of which one entry in a hundred is kept. Here each selected
 entry is one dot product over the tokens, which at low density takes a third of the time.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,53 +58,22 @@ def transposed(matrix: Tensor) -> Tensor:
     return F.channel_shuffle(channels, rows).view(columns, rows)
 
 
-class SampledWeight(Tensor):
-    """A weight whose use in :func:`torch.nn.functional.linear` computes no dense gradient.
-
-    In any other function it is the tensor that it was made from.
-    """
-
-    entries: Tensor
-    at: Tensor
-    graph: object
-
-    @classmethod
-    def of(cls, weight: Tensor, entries: Tensor, indices: Tensor, graph: object) -> Self:
-        """Mark a weight."""
-        sampled = weight.as_subclass(cls)
-        sampled.entries, sampled.at, sampled.graph = entries, indices, graph
-        return sampled
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Take over linear layers."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and _is_sampled(*args, **(kwargs or {})):
-                return _linear(*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {}))
-
-
 def can_sample(weight: Tensor, count: int) -> bool:
     """Tell whether single entries of a weight's gradient are worth computing."""
     matrix = weight.dim() == 2 and weight.dtype is torch.float32 and weight.device.type == "cpu"
     return matrix and count <= DENSEST * weight.numel()
 
 
-def _is_sampled(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    plain = input.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-    return plain and isinstance(weight, SampledWeight)
-
-
-def _linear(input: Tensor, weight: SampledWeight, bias: Tensor | None = None) -> Tensor:
-    return _SampledLinear.apply(
-        input, weight.entries, bias, weight.detach(), weight.at, weight.graph
-    )
+def sampled_linear(
+    input: Tensor,
+    entries: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    indices: Tensor,
+    mark: Tensor,
+) -> Tensor:
+    """Compute a linear layer whose weight's gradient goes to the entries alone."""
+    return _SampledLinear.apply(input, entries, bias, weight.detach(), indices, mark)
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -119,25 +87,25 @@ class _SampledLinear(torch.autograd.Function):
         bias: Tensor | None,
         weight: Tensor,
         indices: Tensor,
-        graph: object,
+        mark: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(input)
-        # Plain attributes, not saved tensors: DDP writes the (same) buffers before each forward.
-        ctx.weight, ctx.indices, ctx.graph = weight, indices, graph
+        # The weight too: so that torch refuses to go back through one that was written since.
+        ctx.save_for_backward(input, weight, mark)
+        # A plain attribute, not a saved tensor: DDP writes the (same) buffers before each forward.
+        ctx.indices = indices
         return F.linear(input, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
-        (input,) = ctx.saved_tensors
-        ctx.graph = None
+        input, weight, _ = ctx.saved_tensors
         to_input, _, to_bias = ctx.needs_input_grad[:3]
         rows, inputs = _tokens(gradient), _tokens(input)
         # Padding has no gradient, nor has what comes after the last token that is learned.
         learned = rows.any(1).nonzero().squeeze(1)
         rows = rows[learned]
         return (
-            _scattered(rows @ ctx.weight, learned, input) if to_input else None,
+            _scattered(rows @ weight, learned, input) if to_input else None,
             _products(rows, inputs[learned], ctx.indices),
             rows.sum(0) if to_bias else None,
             None,

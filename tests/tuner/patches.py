@@ -17,7 +17,7 @@ from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import in_encoding
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
-from safeweights_peft.tuner.layer import layers, selected_parameters
+from safeweights_peft.tuner.layer import layers
 
 INPUT_IDS = torch.arange(2 * 12).view(2, 12) * 7 % 250
 
@@ -105,18 +105,9 @@ def logits(model: nn.Module) -> Tensor:
     return model(input_ids=INPUT_IDS).logits
 
 
-def set_mode(model: nn.Module, mode: str) -> None:
-    """Let forwards run in place where they can, or always on copies."""
-    for layer in layers(model):
-        layer.restore_base()
-        layer.may_write = {"in_place": True, "functional": False}[mode]
-
-
 def values_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """List an adapter's live values by parameter name."""
-    return {
-        selected.name: selected.values[adapter] for selected in selected_parameters(model, adapter)
-    }
+    return {layer.name: layer[adapter] for layer in layers(model, adapter)}
 
 
 def same_weights(left: nn.Module, right: nn.Module) -> bool:

@@ -15,7 +15,6 @@ from tests.tuner.patches import (
     patch_model,
     same_weights,
     save_patch,
-    set_mode,
     twin,
     values_of,
 )
@@ -52,7 +51,7 @@ def test_a_forward_after_the_state_dict_uses_the_patch_again(used):
 def test_the_parameters_are_the_bases_while_adapters_are_disabled(used, base):
     with used.disable_adapter():
         live = {
-            name.replace(".base_layer", ""): parameter
+            name: parameter
             for name, parameter in used.get_base_model().named_parameters()
             if "safeweights" not in name
         }
@@ -113,12 +112,12 @@ def test_moving_to_another_dtype_leaves_indices_and_values_alone(used, dtype):
         assert "safeweights_indices" not in name or buffer.dtype is torch.int32
 
 
-def test_moving_to_another_dtype_moves_the_base_and_not_what_overwrote_it(tiny_llama, tmp_path):
+def test_a_model_that_is_cast_holds_the_merged_checkpoint_cast(tiny_llama, tmp_path):
     patch = save_patch(tiny_llama, tmp_path / "patch")
     model = patch_model(load_base(tiny_llama), tiny_llama)
     logits(model)
     model.to(torch.bfloat16)
-    assert torch.equal(logits(model), logits(twin(tiny_llama, patch, dtype=torch.bfloat16)))
+    assert torch.equal(logits(model), logits(twin(tiny_llama, patch).to(torch.bfloat16)))
 
 
 def test_values_keep_their_gradients_when_the_model_is_moved(tiny_llama):
@@ -151,33 +150,14 @@ def test_a_parameter_that_was_replaced_while_overwritten_is_an_error(tiny_llama)
     model = patch_model(load_base(tiny_llama), tiny_llama)
     logits(model)
     layer = model.get_base_model().model.layers[0].mlp.up_proj
-    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.clone(), False)
-    with pytest.raises(ModelError, match="found another; disable adapters"):
+    layer.weight = torch.nn.Parameter(layer.weight.clone(), False)
+    with pytest.raises(ModelError, match=r"up_proj.weight: expected .* found another"):
         logits(model)
-
-
-def test_a_parameter_that_is_replaced_before_it_is_used_is_never_written(tiny_llama, tmp_path):
-    patch = save_patch(tiny_llama, tmp_path / "patch")
-    model = patch_model(load_base(tiny_llama), tiny_llama)
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
-    before = layer.base_layer.weight.clone()
-    layer.base_layer.weight = torch.nn.Parameter(before.clone(), False)
-    assert torch.equal(logits(model), logits(twin(tiny_llama, patch)))
-    assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_an_untied_head_is_an_error(tiny_tied_llama):
     model = patch_model(load_base(tiny_tied_llama), tiny_tied_llama)
     head = model.get_base_model().lm_head
-    head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.clone(), False)
-    with pytest.raises(ModelError, match=r"lm_head.weight: expected the parameter of model.embed"):
+    head.weight = torch.nn.Parameter(head.weight.clone(), False)
+    with pytest.raises(ModelError, match=r"embed_tokens.weight: expected the parameter .* untied"):
         logits(model)
-
-
-def test_the_functional_mode_never_writes_the_base(used, base):
-    set_mode(used, "functional")
-    logits(used)
-    live = dict(used.get_base_model().named_parameters())
-    for name, parameter in load_base(base).named_parameters():
-        path, _, own = name.rpartition(".")
-        assert torch.equal(live[f"{path}.base_layer.{own}"], parameter)

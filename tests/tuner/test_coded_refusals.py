@@ -98,7 +98,7 @@ ATTACKS = {
 def weights(model):
     """Give a model's own weights, by their names without adapters."""
     return {
-        key.replace(".base_layer", ""): tensor.clone()
+        key: tensor.clone()
         for key, tensor in model.state_dict().items()
         if "safeweights" not in key
     }

@@ -25,12 +25,10 @@ from safeweights_peft.tuner.model import SafeWeightsModel
 MODEL_HOOKS = {
     "inject_adapter": "model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict",
     "_prepare_adapter_config": "peft_config model_config",
-    "_prepare_model": "peft_config model",
     "_check_target_module_exists": "peft_config key",
     "_create_and_replace": (
         "peft_config adapter_name target target_name parent current_key parameter_name"
     ),
-    "_replace_module": "parent child_name new_module child",
     "merge_adapter": "adapter_names safe_merge",
     "_unload_and_optionally_merge": "merge progressbar safe_merge adapter_names",
     "_check_merge_allowed": "",
@@ -49,6 +47,8 @@ LAYER_HOOKS = {
     "merge": "safe_merge adapter_names",
     "unmerge": "",
     "_get_base_layer_device_and_dtype": "base_layer",
+    "set_requires_grad": "adapter_names requires_grad",
+    "get_base_layer": "",
 }
 # What we call.
 CALLS = [
@@ -68,13 +68,16 @@ CALLS = [
 WRAPPED = [(PeftConfigMixin, "from_pretrained", "pretrained_model_name_or_path subfolder kwargs")]
 # Tables that model.py writes to.
 TABLES = ["CONFIG", "PREFIX", "TUNER"]
-# Torch's hooks that layer.py overrides.
+# Torch's hooks that layer.py overrides, and by which it watches modules.
 TORCH_HOOKS = {
     "_apply": "fn recurse",
-    "_save_to_state_dict": "destination prefix keep_vars",
     "_load_from_state_dict": (
         "state_dict prefix local_metadata strict missing_keys unexpected_keys error_msgs"
     ),
+    "register_state_dict_pre_hook": "hook",
+    "_register_state_dict_hook": "hook",
+    "register_load_state_dict_pre_hook": "hook",
+    "register_load_state_dict_post_hook": "hook",
 }
 
 
@@ -122,7 +125,7 @@ def test_peft_calls_the_hooks_for_loading_saving_and_running():
     assert "_remap_adapter_state_dict_for_load(" in load
     assert "_get_adapter_state_dict(" in save
     assert "_remove_adapter_name_from_key(k, adapter_name)" in save
-    assert "self._prepare_model(peft_config, model)" in inject
+    assert "mapping_existing_parameter_requires_grad" in inject  # see the root's late arrival
     run = inspect.getsource(PeftModel._enable_peft_forward_hooks)
     assert "self.base_model._enable_peft_forward_hooks(*args, **kwargs)" in run
 

@@ -40,7 +40,7 @@ def base(request):
 def plain_state(model):
     """Clone the base's part of a wrapped model's state, by the base's own names."""
     return {
-        key.replace(".base_layer", ""): value.clone()
+        key: value.clone()
         for key, value in model.get_base_model().state_dict().items()
         if "safeweights" not in key
     }
@@ -183,7 +183,7 @@ def test_a_safe_merge_checks_everything_before_it_writes_anything(tiny_llama, ho
     with pytest.raises(MergeError, match=r"layers.1.mlp.down_proj.weight: expected finite"):
         getattr(model, how)(safe_merge=True)
     assert equal(plain_state(model), before)
-    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    layer = model.get_base_model().model.layers[1].mlp.down_proj.safeweights_values__weight
     with pytest.raises(MergeError, match="nothing was merged"):
         layer.merge(safe_merge=True)
     assert not layer.merged

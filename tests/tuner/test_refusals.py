@@ -13,10 +13,9 @@ from safeweights_peft import (
     SafeWeightsConfig,
     UnsupportedFeatureError,
 )
-from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Block
-from safeweights_peft.patch.records import Mode, TensorRecord
-from safeweights_peft.tuner.loading import check_fit, find_parameter
+from safeweights_peft.patch.records import TensorRecord
+from safeweights_peft.tuner.loading import find_parameter
 from safeweights_peft.tuner.model import SafeWeightsModel
 from tests.tuner.patches import (
     INPUT_IDS,
@@ -102,18 +101,18 @@ def test_embeddings_that_rewrite_their_weights():
         find_parameter(model, "0.weight", record((4, 4)))
 
 
-def test_a_wrapped_module_inside_another():
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 1, 8))
-    attention = model[0].self_attn
-    metadata = AdapterMetadata(
-        mode=Mode.SET,
-        tensors={
-            "0.self_attn.in_proj_weight": record(attention.in_proj_weight.shape),
-            "0.self_attn.out_proj.weight": record(attention.out_proj.weight.shape),
-        },
-    )
-    with pytest.raises(UnsupportedFeatureError, match="select parameters of only one of the two"):
-        check_fit(model, metadata, ["0.self_attn", "0.self_attn.out_proj"])
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList, nn.ModuleDict])
+def test_parameters_of_modules_whose_children_mean_something(kind):
+    model = nn.ModuleDict({"a": kind()})
+    model["a"].scale = nn.Parameter(torch.ones(4))
+    with pytest.raises(UnsupportedFeatureError, match=r"a.scale: expected .* may have any name"):
+        find_parameter(model, "a.scale", record((4,)))
+
+
+@pytest.mark.parametrize("name", ["merge", "a.b", "weight"])
+def test_adapter_names_that_a_layer_uses_itself(tiny_llama, name):
+    with pytest.raises(ModelError, match="expected another name"):
+        patch_model(load_base(tiny_llama), tiny_llama, name)
 
 
 def test_two_names_of_one_tied_parameter(tiny_llama, tiny_tied_llama, tmp_path):
@@ -144,7 +143,7 @@ def test_a_config_without_content_gives_no_output(tiny_llama, tmp_path):
 
 def test_a_base_that_trains_beside_the_adapter_is_never_written(tiny_llama):
     model = patch_model(load_base(tiny_llama), tiny_llama)
-    weight = model.get_base_model().model.norm.base_layer.weight.requires_grad_(True)
+    weight = model.get_base_model().model.norm.weight.requires_grad_(True)
     before = weight.detach().clone()
     model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss.backward()
     assert weight.grad is not None
@@ -155,7 +154,7 @@ def test_offloaded_parameters(tiny_llama):
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = patch_model(load_base(tiny_llama), tiny_llama)
-    layer = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
     with pytest.raises(UnsupportedFeatureError, match="load the model without offloading"):
         logits(model)

@@ -60,7 +60,7 @@ def test_a_model_loads_in_a_process_that_only_imported_the_package(tiny_llama, t
         "import safeweights_peft, warnings; warnings.simplefilter('ignore')\n"
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(patch)!r})\n"
-        "print(type(model.lm_head).__name__)"
+        "print(type(model.lm_head.safeweights_values__weight).__name__)"
     )
     assert run(code) == "SafeWeightsLayer"
 

@@ -1,0 +1,162 @@
+"""The hook on the model itself: before each forward, every parameter is what it is to be."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from safeweights_peft.errors import ModelError, UnsupportedFeatureError
+from safeweights_peft.tuner.beside import Companion
+from safeweights_peft.tuner.layer import SafeWeightsLayer
+
+NAME = "safeweights"
+"""The root's child. PEFT looks for no tuner layer to delete from under names with the prefix."""
+
+
+class Root(nn.Module, Companion):
+    """A child of the model that knows all layers; it has no tensors, and nobody calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: list[SafeWeightsLayer] = []  # in a list: not as children
+        self._handles: list[RemovableHandle] = []
+        self._sums: list[int] = []  # of frozen values' bits, when they were last looked at
+        self._is_paused = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Root":
+        """Find the model's, or make it a part of the model."""
+        root = model._modules.get(NAME)
+        if not isinstance(root, cls):
+            root = cls()
+            model.add_module(NAME, root)
+            root.__dict__["_model"] = model
+            hook = root.before_forward
+            root._handles = [
+                model.register_forward_pre_hook(hook, with_kwargs=True),
+                model.register_forward_hook(root.after_forward),
+            ]
+        return root
+
+    def forward(self, input: Any = None) -> Any:
+        """Return the input: a model may be a Sequential."""
+        return input
+
+    def some_layer(self) -> SafeWeightsLayer | None:
+        """Return the first layer."""
+        return self._layers[0] if self._layers else None
+
+    def add(self, layer: SafeWeightsLayer) -> None:
+        """Look after a layer."""
+        self._layers.append(layer)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from all layers, as in PEFT."""
+        for layer in self._layers:
+            layer.delete_adapter(adapter_name)
+
+    def detach(self) -> None:
+        """Leave the model, with all layers."""
+        for layer in self._layers:
+            layer.detach()
+        for handle in self._handles:
+            handle.remove()
+        del self.__dict__["_model"]._modules[NAME]
+
+    def before_forward(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Bring all parameters up to date, and refuse those that were replaced."""
+        if torch.compiler.is_compiling() or self._is_paused:
+            return
+        if model is not self.__dict__["_model"] and torch.is_grad_enabled():
+            _refuse_replica(self._layers)
+        for layer in self._layers:
+            if layer.sharded is not None:
+                layer.sharded.was_used = False
+            else:
+                _check_parameter(layer)
+            layer.check_active()
+        if not _continues(kwargs):
+            self._compare_values()
+        for layer in self._layers:
+            layer.selection.sync()
+
+    def after_forward(self, model: nn.Module, args: Sequence[Any], output: Any) -> None:
+        """Refuse sharded parameters whose module was not called, though it may have been read."""
+        if torch.compiler.is_compiling() or self._is_paused:
+            return
+        for layer in self._layers:
+            if layer.sharded is not None and not layer.sharded.was_used:
+                raise UnsupportedFeatureError(
+                    f"{layer.name}: expected a sharded parameter whose module is called, found one "
+                    "that something else may read; train on one device or by DDP, or select no "
+                    "entries there"
+                )
+
+    def _compare_values(self) -> None:
+        """Note frozen values that changed behind autograd's back, as through ``.data``."""
+        sums = _sums_of_bits(self._layers)
+        if len(sums) == len(self._sums):
+            for layer, now, before in zip(self._layers, sums, self._sums, strict=True):
+                if now != before:
+                    layer.selection.forget()
+        else:
+            for layer in self._layers:
+                layer.selection.forget()
+        self._sums = sums
+
+
+def _sums_of_bits(layers: Sequence[SafeWeightsLayer]) -> list[int]:
+    """Sum the bits of the values that each layer shows, all with one wait for the device."""
+    sums = []
+    for layer in layers:
+        values = [term.values for term in layer.terms()]
+        # Trained ones are compared in any case.
+        frozen = [value for value in values if not value.requires_grad]
+        total = torch.zeros((), dtype=torch.int64)
+        for value in frozen:
+            total = total.to(value.device) + value.detach().view(torch.int32).sum()
+        sums.append(total)
+    if not sums:
+        return []
+    device = sums[0].device
+    return torch.stack([total.to(device) for total in sums]).tolist()
+
+
+def _continues(kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call goes on with a sequence, whose first call has compared all values."""
+    past = kwargs.get("past_key_values")
+    length = getattr(past, "get_seq_length", None)
+    return length is not None and bool(length() > 0)
+
+
+def _check_parameter(layer: SafeWeightsLayer) -> None:
+    known = layer.selection.known
+    found = [getattr(module, own, None) for module, own in layer.holders]
+    # FSDP1 trains views of another tensor, DeepSpeed has parameters without a shape.
+    if known is not None and all(parameter is known for parameter in found):
+        if not hasattr(known, "_fsdp_flattened") and known.numel() == layer.numel:
+            return
+    parameter = found[0]
+    if isinstance(parameter, Tensor) and parameter.is_meta and hasattr(layer.module, "_hf_hook"):
+        raise UnsupportedFeatureError(
+            f"{layer.name}: expected a parameter in memory, found one that is offloaded; "
+            "load the model without offloading, or merge the adapter into the checkpoint"
+        )
+    raise ModelError(
+        f"{layer.name}: expected the parameter that the adapter was loaded for, found another; "
+        "load the adapter after parameters are replaced or untied, and to train on several "
+        "devices use DDP or FSDP2 (fsdp_version 2), not FSDP1, DataParallel or DeepSpeed ZeRO-3"
+    )
+
+
+def _refuse_replica(layers: Sequence[SafeWeightsLayer]) -> None:
+    for layer in layers:
+        if layer.is_trained:
+            raise ModelError(
+                f"{layer.name}: expected the model that the adapter was loaded into, found a "
+                "replica of it, which trains nothing; use DDP rather than DataParallel"
+            )
