@@ -16,7 +16,7 @@ from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_adapter, read_map
-from safeweights_peft.tuner.layer import selected_parameters
+from safeweights_peft.tuner.layer import layers
 from tests.killing import Ending, end_at_every_write
 from tests.patch.test_interruptions import PREPARE, is_old
 from tests.tiny_jobs import HARMFUL, Interrupted, Recorder, Requests, content
@@ -72,9 +72,9 @@ def test_peft_loads_the_patch_with_the_values_on_disk(
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model = PeftModel.from_pretrained(base, tmp_path / "patch")
     deltas = read_adapter(tmp_path / "patch").deltas
-    for each in selected_parameters(model, "default"):
-        values = each.values["default"].detach().numpy()
-        assert np.array_equal(values, deltas[each.name].values)
+    for layer in layers(model, "default"):
+        values = layer["default"].detach().numpy()
+        assert np.array_equal(values, deltas[layer.name].values)
         assert values.any()
 
 

@@ -27,7 +27,7 @@ from safeweights_peft.training.refuse import (
     weigh_tokens,
 )
 from safeweights_peft.tuner.adapter import create_adapter
-from safeweights_peft.tuner.layer import selected_parameters
+from safeweights_peft.tuner.layer import layers
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted
 from tests.tiny_kinds import build
 from tests.tiny_models import save_tiny_tokenizer
@@ -85,10 +85,7 @@ class Job:
         return train_to_refuse(self.model, self.tokenizer, *examples, settings, work_dir, on_step)
 
     def values(self) -> dict[str, Tensor]:
-        return {
-            parameter.name: parameter.values["default"].detach()
-            for parameter in selected_parameters(self.model, "default")
-        }
+        return {layer.name: layer["default"].detach() for layer in layers(self.model, "default")}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

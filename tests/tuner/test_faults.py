@@ -126,7 +126,7 @@ def test_fsdp1_is_refused_by_name(tiny_llama, tmp_path):
         wrapped = FullyShardedDataParallel(
             model, use_orig_params=True, device_id=torch.device("cpu")
         )
-        with pytest.raises(ModelError, match="DDP or FSDP2 .*, not FSDP1"):
+        with pytest.raises(ModelError, match=r"DDP or FSDP2 .*, not FSDP1"):
             wrapped(input_ids=INPUT_IDS)
         saved = get_peft_model_state_dict(wrapped)
         assert not [key for key in saved if "_fsdp_wrapped_module" in key]
