@@ -268,7 +268,7 @@ class Selection:
         self.owner.check_active()
         if parameter is not self.known:  # while it is being sharded
             return Reading(parameter)
-        with _writing:
+        with _writing, untraced():
             terms = self.owner.terms()
             if parameter.requires_grad and terms:
                 return Reading(self._read_trained_base(parameter, terms))
@@ -343,6 +343,17 @@ class Selection:
         if not any(term.values.requires_grad for term in terms):
             total = total.to(union.originals.dtype)
         return total.to(parameter.dtype)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Keep what is compared and written here out of a graph that ``torch.jit`` records."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.tuner.beside import Companion
 from safeweights_peft.tuner.layer import SafeWeightsLayer
+from safeweights_peft.tuner.parameter import untraced
 
 NAME = "safeweights"
 """The root's child. PEFT looks for no tuner layer to delete from under names with the prefix."""
@@ -71,6 +72,10 @@ class Root(nn.Module, Companion):
         """Bring all parameters up to date, and refuse those that were replaced."""
         if torch.compiler.is_compiling() or self._is_paused:
             return
+        with untraced():
+            self._refresh(model, kwargs)
+
+    def _refresh(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         if model is not self.__dict__["_model"] and torch.is_grad_enabled():
             _refuse_replica(self._layers)
         for layer in self._layers:
