@@ -349,11 +349,11 @@ class Selection:
 def untraced() -> Iterator[None]:
     """Keep what is compared and written here out of a graph that ``torch.jit`` records."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 @contextmanager
