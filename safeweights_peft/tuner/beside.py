@@ -56,13 +56,16 @@ class Companion(BaseTunerLayer):
         return [] if layer is None else layer.merged_adapters
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Leave it to the layers, as all that follows."""
+        """Leave it to the layers."""
 
-    def enable_adapters(self, enabled: bool) -> None: ...
+    def enable_adapters(self, enabled: bool) -> None:
+        """Leave it to the layers."""
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None: ...
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Leave it to the layers."""
 
-    def unmerge(self) -> None: ...
+    def unmerge(self) -> None:
+        """Leave it to the layers."""
 
     def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -104,6 +107,7 @@ class Door:
         self._is_loading = False
 
     def before_save(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Let the module hold the base, or what a forward uses where that is asked for."""
         if keep_vars:  # an exporter or tracer wants the parameters that a forward uses
             self._layer.selection.sync()
         elif not self._layer.is_merged:
@@ -112,6 +116,7 @@ class Door:
     def after_save(
         self, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any
     ) -> None:
+        """Give a copy of the base where a graph needs what the parameter holds."""
         found = state.get(prefix + self._own)
         is_variable = found is None or found is self._layer.selection.known
         if not is_variable and not self._layer.is_merged:
@@ -122,6 +127,7 @@ class Door:
     def before_load(
         self, module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
     ) -> None:
+        """Let the module hold the base, unless adapters are merged into it."""
         self._is_loading = prefix + self._own in state
         if not self._is_loading:
             return
@@ -134,6 +140,7 @@ class Door:
         self._layer.selection.show_base(force=True)
 
     def after_load(self, module: nn.Module, _keys: Any) -> None:
+        """Take what was loaded for the base."""
         if self._is_loading:
             self._is_loading = False
             if self._layer.sharded is None:
