@@ -148,7 +148,7 @@ def test_a_patch_of_another_base_is_refused_before_the_base_is_asked_anything(
 
 
 def test_a_map_in_place_of_a_patch_is_refused(run: Run, requests: Requests) -> None:
-    with pytest.raises(SafeWeightsError, match="spa"):
+    with pytest.raises(SafeWeightsError, match="expected a safety patch, found a safety map"):
         evaluate(Job(run.base), run.out / "map", requests.evaluate())
 
 
