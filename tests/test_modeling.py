@@ -499,3 +499,29 @@ def test_gradients_flow_through_the_common_start(tiny_llama: Path) -> None:
     (expected,) = torch.autograd.grad(full.square().sum(), embeddings)
     assert gradient[list(START)].abs().sum() > 0
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "a type that transformers doesn't know"])
+@pytest.mark.parametrize("load", [load_model, build_empty, load_tokenizer])
+def test_a_checkpoints_own_code_never_runs(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    load: Callable[[BaseModel], object],
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    mark = tmp_path / "ran"
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    for file in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / file).read_text())
+        content |= {"model_type": model_type, "auto_map": {name: "own.Own" for name in names}}
+        (folder / file).write_text(json.dumps(content))
+    # Whoever asks gets a yes, as in `yes | safeweights eval`.
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    try:
+        load(resolve_base(str(folder)))
+    except ModelError as error:
+        assert "\n" not in str(error)
+    assert not mark.exists()

@@ -24,6 +24,9 @@ from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel
 
+# Without a word, transformers asks on stdout whether to run a checkpoint's own code, and waits.
+_OWN_CODE = {"trust_remote_code": False}
+
 
 def pick_device(device: str | None = None) -> torch.device:
     """Choose where to compute: as named, else an accelerator where there is one."""
@@ -62,7 +65,7 @@ def load_model(
 def build_empty(base: BaseModel, keys: Iterable[str] = ()) -> PreTrainedModel:
     """Build a causal language model of the right names, shapes and ties without its weights."""
     try:
-        config = AutoConfig.from_pretrained(base.path)
+        config = AutoConfig.from_pretrained(base.path, **_OWN_CODE)
         with torch.device("meta"):
             model: PreTrainedModel = _build(_find_class(config), config)
     except Exception as error:  # a wrong number in a config makes models fail in any way
@@ -80,8 +83,6 @@ def _find_class(config: PreTrainedConfig) -> Any:
     for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
         if type(config) in auto._model_mapping and not _is_encoder_decoder(auto, config):
             return auto
-    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
-        return AutoModelForCausalLM
     # A text tower that was saved by itself, as Mllama's, is in no Auto class.
     for name in config.architectures or ():
         model_class = getattr(transformers, name, None)
@@ -135,8 +136,8 @@ def _load(
     device: torch.device | str,
 ) -> PreTrainedModel:
     try:
-        loader = model_class or _find_class(AutoConfig.from_pretrained(base.path))
-        model: PreTrainedModel = loader.from_pretrained(base.path, dtype=dtype)
+        loader = model_class or _find_class(AutoConfig.from_pretrained(base.path, **_OWN_CODE))
+        model: PreTrainedModel = loader.from_pretrained(base.path, dtype=dtype, **_OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: expected a {kind} that transformers can load, "
@@ -152,7 +153,7 @@ def _load(
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, and make sure that it can pad."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
+        tokenizer = AutoTokenizer.from_pretrained(base.path, **_OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: expected a tokenizer, found none: {error}; save it beside the model"
