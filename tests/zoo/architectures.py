@@ -152,6 +152,7 @@ VARIANTS: dict[str, Options] = {
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "nemotron_h": {
         **{"layers_block_type": ["mamba", "attention", "moe", "mlp"], "num_hidden_layers": 4},
@@ -193,6 +194,10 @@ VARIANTS: dict[str, Options] = {
     "llama4": {
         **{**IMAGE_TOKENS, "text_config": LLAMA4},
         "vision_config": {"intermediate_size": 128, "pixel_shuffle_ratio": 0.5},
+    },
+    "got_ocr2": {
+        **{**IMAGE_TOKENS, "text_config": {}},
+        "vision_config": {"output_channels": 32, "mlp_dim": 48, "global_attn_indexes": [1]},
     },
     "mllama": {"text_config": {"cross_attention_layers": [1]}, **IMAGE_TOKENS},
     "qwen2_vl": {**IMAGE_TOKENS, "text_config": MROPE},
