@@ -63,6 +63,7 @@ class Layout:
 
     batching: Batching
     positions: int | None = None  # tokens that a row may have; None if any number
+    generates: bool = True  # whether the model's own `generate` predicts what its forward does
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Batch:
                 self.position_ids[row : row + 1, mask],
                 answer[:, answer[0] != IGNORED],
                 shared=0,
+                is_alone=True,
             )
 
 

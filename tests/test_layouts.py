@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation import utils as generation_utils
 
 from safeweights_peft.data import Batching, Example, Layout, collate
-from safeweights_peft.errors import DataError, EvaluationError
+from safeweights_peft.errors import DataError, EvaluationError, ModelError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.utility import measure_utility
 from safeweights_peft.fetching import resolve_base
@@ -87,7 +88,7 @@ def test_generated_answers_are_those_of_each_request_alone(kind: str, tiny_llama
         assert example.answer_ids == answer
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "mamba", "rwkv"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3_5_text", "mamba", "gemma3n_text", "rwkv"])
 def test_objectives_and_their_gradients_are_those_of_a_loop_over_rows(kind: str) -> None:
     model = build(kind)
     objective = ReferenceObjective(EXAMPLES, PAD, batch_size=3)
@@ -171,6 +172,62 @@ def test_a_model_that_fails_on_what_it_is_asked_to_cache_runs_row_by_row(
     assert find_layout(model).batching is Batching.ALONE
 
 
+def test_a_cache_without_gradients_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "_compute_past", torch.no_grad()(answers._compute_past))
+    assert find_layout(build("llama")).batching is Batching.LEFT
+
+
+def test_a_model_without_gradients_is_judged_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    monkeypatch.setattr(model, "forward", torch.no_grad()(model.forward))
+    assert find_layout(model).batching is Batching.SHARED
+
+
+def test_the_check_leaves_no_gradients_and_needs_none() -> None:
+    model = build("mpt").requires_grad_(False)
+    with torch.inference_mode():
+        assert find_layout(model).batching is Batching.LEFT
+    model = build("gemma3n_text")
+    assert find_layout(model).batching is Batching.ALONE
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_fails_on_one_row_is_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+
+    def fail(**options: Any) -> Any:
+        raise ValueError("rows of 64\ntokens alone")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(
+        ModelError, match="^LlamaForCausalLM: expected .*, found ValueError: rows of 64 tokens"
+    ):
+        find_layout(model)
+
+
+def test_a_model_that_fails_to_generate_answers_by_its_forward(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = build("minimax"), load_tokenizer(resolve_base(str(tiny_llama)))
+    expected = generate_answers(model, tokenizer, ["Sew.", "Mend it"], max_new_tokens=4)
+    model = build("minimax")
+    monkeypatch.setattr(model, "generate", None)
+    assert not find_layout(model).generates
+    found = generate_answers(model, tokenizer, ["Sew.", "Mend it"], max_new_tokens=4)
+    assert found == expected
+
+
+def test_transformers_has_nothing_to_say_of_how_it_is_called(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It logs by a logger of its own, whose records are no warnings.
+    monkeypatch.setattr(generation_utils.logger, "warning_once", pytest.fail)
+    tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
+    generate_answers(build("mpt"), tokenizer, ["Sew."], max_new_tokens=2)
+
+
 def test_a_cache_of_another_class_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     class OtherCache(answers.DynamicCache):
         pass
@@ -189,6 +246,7 @@ def test_a_cache_of_another_class_is_not_shared(monkeypatch: pytest.MonkeyPatch)
         ("llama", {}, None),
         ("llama", {"max_position_embeddings": COMMON["vocab_size"]}, None),
         ("gpt2", {}, 64),
+        ("roberta", {"pad_token_id": 1}, 510),
         ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, 512),
         ("gptj", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}, 512),
     ],

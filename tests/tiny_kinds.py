@@ -17,6 +17,10 @@ LINEAR = {
     "linear_num_value_heads": 4,
 }
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+GEMMA3N = {
+    **{"vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8, "laurel_rank": 4},
+    **{"activation_sparsity_pattern": [0.95, 0.0], "num_kv_shared_layers": 0},
+}
 MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 512}
 KINDS: dict[str, tuple[Batching, dict[str, Any]]] = {
     "llama": (Batching.SHARED, {}),
@@ -43,6 +47,10 @@ KINDS: dict[str, tuple[Batching, dict[str, Any]]] = {
     "mamba": (Batching.LEFT, {"state_size": 8, "time_step_rank": 4}),
     # a state that is right after a padded prompt, but is read on wrongly
     "minimax": (Batching.ALONE, HYBRID | {"block_size": 16, "num_local_experts": 4}),
+    # padding of which the gradient is not finite
+    "gemma3n_text": (Batching.ALONE, SLIDING | GEMMA3N),
+    # positions that start after that of padding, but for `generate`
+    "roberta": (Batching.ALONE, {"is_decoder": True}),
     # ignores masks altogether
     "rwkv": (Batching.ALONE, {"context_length": 512}),
 }

@@ -10,7 +10,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from safeweights_peft.data import Batching, Example, Layout, collate, encode_prompt
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.modeling.answers import find_layout, last_columns
+from safeweights_peft.modeling.answers import (
+    answer_logits,
+    find_layout,
+    last_columns,
+    refuse_failures,
+)
 
 
 def generate_answers(
@@ -73,20 +78,35 @@ def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def _answer(
     prompts: Sequence[Example], model: PreTrainedModel, config: GenerationConfig, layout: Layout
 ) -> list[Example]:
+    if not layout.generates:
+        return [_answer_without_cache(prompt, model, config, layout) for prompt in prompts]
     batch = collate(prompts, config.pad_token_id, layout).to(model.device)
     # `generate` refuses what a model doesn't know.
     knows_columns = "logits_to_keep" in signature(model.forward).parameters
-    output = model.generate(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        generation_config=config,
-        **({"logits_to_keep": last_columns(1)} if knows_columns else {}),
-    )
+    with refuse_failures(model):
+        output = model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=config,
+            **({"logits_to_keep": last_columns(1)} if knows_columns else {}),
+        )
     width = batch.input_ids.shape[1]
     return [
         Example(prompt.prompt_ids, _cut(tuple(row), config.eos_token_id))
         for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True)
     ]
+
+
+def _answer_without_cache(
+    prompt: Example, model: PreTrainedModel, config: GenerationConfig, layout: Layout
+) -> Example:
+    """Predict each token from all before it, where `generate` fails or counts other positions."""
+    answer: tuple[int, ...] = ()
+    while len(answer) < config.max_new_tokens and not {*answer[-1:]} & {*config.eos_token_id}:
+        row = Example(prompt.prompt_ids, (*answer, config.pad_token_id))
+        batch = collate([row], config.pad_token_id, layout).to(model.device)
+        answer += (int(answer_logits(model, batch)[0, -1].argmax()),)
+    return Example(prompt.prompt_ids, answer)
 
 
 def _cut(ids: tuple[int, ...], ends: Sequence[int]) -> tuple[int, ...]:

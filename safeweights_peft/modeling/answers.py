@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -16,15 +16,16 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from safeweights_peft.data import Batch, Batching, Example, Layout, collate
+from safeweights_peft.errors import ModelError, SafeWeightsError
 
 # Two rows of one start, of which the first is padded in any batch. A few tokens tell: what a model
 # gets wrong it gets wrong at the first column of padding. Only windows longer than these rows stay
 # unseen, so `_can_share` asks for those.
 PROBE_START, PROBE_RESTS, PROBE_ANSWERS = 3, (1, 4), (3, 2)
-# The gap that is still rounding: this many times the noise of the model itself, but at most what
-# rounding ever makes, as the noise of a model that reads ahead has no bound. Where padding is not
-# ignored, tiny models of 100 architectures show at least 0.1, or a cache that tells.
-NOISE_FACTOR, LEAST_NOISE, LARGEST_GAP = 4.0, 1e-6, 0.1
+# The gap that is still rounding: this many times the noise of the model itself, but at most the
+# root of the dtype's precision: 3e-4, 0.03 or 0.09. Where padding is not ignored, tiny models of
+# 200 architectures show at least 0.03, or a cache that tells.
+NOISE_FACTOR, LEAST_NOISE = 4.0, 1e-6
 
 _layouts: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
@@ -55,16 +56,34 @@ def _stack_rows(model: nn.Module, batch: Batch) -> torch.Tensor:
 def _forward(model: nn.Module, batch: Batch, past: DynamicCache | None = None) -> torch.Tensor:
     start, count = batch.shared if past else 0, batch.answer_ids.shape[1]
     columns = last_columns(count + 1)[:-1]
-    logits = model(
-        input_ids=batch.input_ids[:, start:],
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids[:, start:],
-        past_key_values=past,
-        use_cache=past is not None,
-        logits_to_keep=columns,
-    ).logits
+    # RoBERTa and its kin don't count positions from 0: a row alone gets those of the model.
+    positions = None if batch.is_alone else batch.position_ids[:, start:]
+    with refuse_failures(model):
+        logits = model(
+            input_ids=batch.input_ids[:, start:],
+            attention_mask=batch.attention_mask,
+            position_ids=positions,
+            past_key_values=past,
+            use_cache=past is not None,
+            logits_to_keep=columns,
+        ).logits
     # Some models don't know `logits_to_keep`, and compute the logits of all columns.
     return (logits if logits.shape[1] == count else logits[:, columns]).float()
+
+
+@contextmanager
+def refuse_failures(model: nn.Module) -> Iterator[None]:
+    """Refuse in one line a model whose own code fails."""
+    try:
+        yield
+    except (SafeWeightsError, torch.OutOfMemoryError):
+        raise
+    # An architecture may want rows of certain lengths, or a cache of its own making.
+    except Exception as error:
+        raise ModelError(
+            f"{type(_find_base(model)).__name__}: expected a model that runs rows of any length, "
+            f"found {type(error).__name__}: {' '.join(str(error).split())}; use another model"
+        ) from error
 
 
 def last_columns(count: int) -> torch.Tensor:
@@ -88,11 +107,15 @@ def _compute_past(model: nn.Module, batch: Batch) -> Any:
 
 def find_layout(model: nn.Module) -> Layout:
     """Find how a model takes several rows at once; a check that runs it, once per model."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _find_base(model)
     if base not in _layouts:
-        with torch.no_grad(), _without_dropout(base):
-            _layouts[base] = Layout(_find_batching(base), _find_positions(base))
+        with torch.inference_mode(False), torch.no_grad(), _without_dropout(base):
+            _layouts[base] = _Check(base).find_layout()
     return _layouts[base]
+
+
+def _find_base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextmanager
@@ -106,66 +129,118 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _find_batching(model: PreTrainedModel) -> Batching:
-    examples = _make_probe(model.config.get_text_config().vocab_size)
-    row, count = examples[0], PROBE_ANSWERS[0]
+class _Check:
+    """A comparison of a model's batches with each row alone."""
 
-    def run(rows: list[Example], batching: Batching) -> torch.Tensor:
-        batch = collate(rows, row.prompt_ids[0], Layout(batching)).to(model.device)
-        return answer_logits(model, batch)[0, :count]
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.examples = _make_probe(model.config.get_text_config().vocab_size)
+        row = self.examples[0]
+        # The embedding of padding may be 0, of which the gradient of a norm need not be finite.
+        padding = getattr(model.get_input_embeddings(), "padding_idx", None)
+        self.pad_token_id = row.prompt_ids[0] if padding is None else padding
+        self.alone = self._run([row], Batching.ALONE)
+        # The same row twice, and longer: without padding, so this changes nothing but how a
+        # causal model's sums are rounded.
+        longer = Example(row.prompt_ids, row.answer_ids * 2)
+        gaps = _measure_gaps(self._run([longer, longer], Batching.LEFT), self.alone)
+        epsilon = torch.finfo(model.dtype).eps
+        self.bound = epsilon**0.5
+        # Then the model reads ahead, or counts positions in its own way, and noise says nothing.
+        self.is_like_no_batch = bool(gaps.median() > self.bound)
+        noise = max(float(gaps.max()), epsilon, LEAST_NOISE)
+        self.limit = min(NOISE_FACTOR * noise, self.bound)
 
-    alone = run([row], Batching.ALONE)
-    # The same row twice, and longer: without padding, so this changes nothing but how a causal
-    # model's sums are rounded.
-    longer = Example(row.prompt_ids, row.answer_ids * 2)
-    noise = float(_measure_gaps(run([longer, longer], Batching.LEFT), alone).max())
-    noise = max(noise, torch.finfo(model.dtype).eps, LEAST_NOISE)
-    limit = min(NOISE_FACTOR * noise, LARGEST_GAP)
+    def find_layout(self) -> Layout:
+        positions = _find_positions(self.model)
+        for batching in (Batching.SHARED, Batching.LEFT):
+            if not self.is_like_no_batch and self._holds(self._is_right, batching):
+                return Layout(batching, positions)
+        generates = self._holds(self._generates_alike, self.examples[:1])
+        return Layout(Batching.ALONE, positions, generates)
 
-    def is_right(batching: Batching) -> bool:
-        is_shared = batching is Batching.SHARED
-        if is_shared and not _can_share(model, examples):
-            return False
-        # The median: where rounding sends a token to another expert, one position may be far off.
-        # Plain keys and values can be read on; a state that was made beside padding need not.
-        gap = _measure_gaps(run(examples, batching), alone).median()
-        return bool(gap <= limit) and (is_shared or _generates_alike(model, examples, limit))
-
-    for batching in (Batching.SHARED, Batching.LEFT):
+    def _holds(self, check: Callable[[Any], bool], argument: Any) -> bool:
         try:
-            if is_right(batching):
-                return batching
+            return check(argument)
         # A model that has run the row alone, and fails now, has a cache or masks for no batch.
         except Exception:
-            continue
-    return Batching.ALONE
+            return False
 
+    def _run(self, rows: list[Example], batching: Batching) -> torch.Tensor:
+        return answer_logits(self.model, self._collate(rows, batching))[0, : PROBE_ANSWERS[0]]
 
-def _generates_alike(model: PreTrainedModel, examples: list[Example], limit: float) -> bool:
-    """Find whether the tokens after the first are predicted in a batch as they are alone."""
-    prompts = [Example(example.prompt_ids, ()) for example in examples]
-    pad_token_id = prompts[0].prompt_ids[0]
-    config = GenerationConfig(do_sample=False, max_new_tokens=3, pad_token_id=pad_token_id)
+    def _collate(self, rows: list[Example], batching: Batching) -> Batch:
+        return collate(rows, self.pad_token_id, Layout(batching)).to(self.model.device)
 
-    def run(rows: list[Example]) -> tuple[list[int], list[torch.Tensor]]:
-        batch = collate(rows, pad_token_id, Layout(Batching.LEFT)).to(model.device)
-        output = model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            generation_config=config,
+    def _is_right(self, batching: Batching) -> bool:
+        is_shared = batching is Batching.SHARED
+        if is_shared and not _can_share(self.model, self.examples):
+            return False
+        # The median: where rounding sends a token to another expert, one position may be far off.
+        gap = _measure_gaps(self._run(self.examples, batching), self.alone).median()
+        return (
+            bool(gap <= self.limit)
+            # Plain keys and values can be read on; a state that was made beside padding need not.
+            and (is_shared or self._generates_alike(self.examples))
+            and self._has_right_gradients(batching)
+        )
+
+    def _generates_alike(self, examples: list[Example]) -> bool:
+        """Find whether `generate` predicts the tokens after the first as a row alone does."""
+        prompts = [Example(example.prompt_ids, ()) for example in examples]
+        batch = self._collate(prompts, Batching.LEFT)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=3,
+            pad_token_id=self.pad_token_id,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        tokens = output.sequences[0, batch.input_ids.shape[1] :].tolist()
-        return tokens, [logits[0].float() for logits in output.logits]
+        output = self.model.generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            generation_config=config,
+        )
+        answer = tuple(output.sequences[0, batch.input_ids.shape[1] :].tolist())
+        expected = self._run([Example(prompts[0].prompt_ids, answer)], Batching.ALONE)
+        found = torch.stack([logits[0].float() for logits in output.logits])
+        # The least, for the same reason as the median above.
+        return bool(_measure_gaps(found, expected)[1:].min() <= self.limit)
 
-    (tokens, found), (own, expected) = run(prompts), run(prompts[:1])
-    gaps = [
-        float(_measure_gaps(found[step], expected[step]))
-        for step in range(1, len(found))
-        if tokens[:step] == own[:step]  # else rounding has chosen other tokens to go on from
-    ]
-    return min(gaps, default=0.0) <= limit  # the least, for the same reason as the median above
+    def _has_right_gradients(self, batching: Batching) -> bool:
+        """Find whether a row's gradient is the one that it has alone, and finite in all columns."""
+        try:
+            (expected,) = self._compute_gradients(self.examples[:1], Batching.ALONE)
+        except Exception:  # no gradient at all, as of some quantized weights
+            return True
+        found = self._compute_gradients(self.examples, batching)
+        if not expected.isfinite().all():
+            return True
+        # Padding may overflow where nothing reads it, and its gradient, 0 times infinity, spoils
+        # that of all weights.
+        if not all(gradient.isfinite().all() for gradient in found):
+            return False
+        is_own = self._collate(self.examples, batching).attention_mask[0].bool()
+        own = torch.cat([gradient[0] for gradient in found])[is_own]
+        gap = (own - expected[0]).norm() / expected.norm().clamp_min(torch.finfo().tiny)
+        return bool(gap <= NOISE_FACTOR * self.bound)
+
+    def _compute_gradients(self, rows: list[Example], batching: Batching) -> list[torch.Tensor]:
+        """Compute the first row's gradients of the embedded tokens, of each call of the model."""
+        embedded: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output if output.requires_grad else output.requires_grad_()
+            embedded.append(output)
+            return output
+
+        handle = self.model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with torch.enable_grad():
+                loss = self._run(rows, batching).square().mean()
+                return [gradient.float() for gradient in torch.autograd.grad(loss, embedded)]
+        finally:
+            handle.remove()
 
 
 def _make_probe(vocabulary: int) -> list[Example]:
@@ -208,10 +283,15 @@ def _find_positions(model: PreTrainedModel) -> int | None:
         return None
     tokens = set(model.get_input_embeddings().modules())
     tables = [
-        module.weight
+        module
         for module in model.modules()
         if isinstance(module, nn.Embedding) and module not in tokens
     ]
+    # RoBERTa and its kin count from the row after that of padding.
+    for table in tables:
+        if len(table.weight) == count and table.padding_idx is not None:
+            return count - table.padding_idx - 1
     # GPT-J and its kin keep sines in a buffer. OPT and its kin have two rows more than positions.
-    tables += [buffer for buffer in model.buffers() if buffer.ndim == 2]
-    return count if any(count <= len(table) <= count + 2 for table in tables) else None
+    lengths = [len(table.weight) for table in tables]
+    lengths += [len(buffer) for buffer in model.buffers() if buffer.ndim == 2]
+    return count if any(count <= length <= count + 2 for length in lengths) else None
