@@ -202,7 +202,7 @@ def test_a_model_that_fails_on_one_row_is_refused_in_a_line(
 
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(
-        ModelError, match="^LlamaForCausalLM: expected .*, found ValueError: rows of 64 tokens"
+        ModelError, match=r"^LlamaForCausalLM: expected .*, found ValueError: rows of 64 tokens"
     ):
         find_layout(model)
 
