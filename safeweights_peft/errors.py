@@ -57,7 +57,7 @@ class EvaluationError(SafeWeightsError):
     """Answers cannot be generated or judged."""
 
 
-class MergeError(SafeWeightsError):
+class MergeError(SafeWeightsError, ValueError):
     """Patches cannot be merged into this base, or not in this way."""
 
 

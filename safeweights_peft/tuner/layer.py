@@ -165,6 +165,16 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         if is_coded(values) or is_coded(indices):
             self._awaited[adapter] = {"values", "indices"}
 
+    def copy_adapter(self, source: str, adapter: str) -> None:
+        """Take another adapter's content; one that wasn't loaded yet stays to be loaded."""
+        if source in self._originals and adapter in self._unchecked:
+            with torch.inference_mode(False), torch.no_grad():
+                self.indices[adapter] = self.indices[source].clone()
+                is_trained = self[adapter].requires_grad
+                self[adapter] = nn.Parameter(self[source].detach().clone(), is_trained)
+            self._scaling[adapter] = self._scaling[source]
+            self.accept(adapter)
+
     def check(self, adapters: Iterable[str]) -> None:
         """Check adapters that were loaded but not checked yet, and that the base is theirs."""
         if self._unchecked:

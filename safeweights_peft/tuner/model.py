@@ -14,6 +14,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
 from peft.config import PeftConfigMixin
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -115,6 +116,12 @@ class SafeWeightsModel(BaseTuner):
         self._holders = _find_holders(model, config.tensors)
         self.__dict__["_injected"] = model
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # With a config that is in use already, TRL asks for a copy of that adapter to refer to.
+        for other, known in self.peft_config.items():
+            if other != adapter_name and known is config:
+                for layer in layers(model, adapter_name):
+                    layer.copy_adapter(other, adapter_name)
+                break
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, as in PEFT; the entries of a safety map are free from then on."""
@@ -315,6 +322,33 @@ def register() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[name] = SafeWeightsModel
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = SafeWeightsModel.prefix
     _check_files_with_config()
+    _refuse_pickles()
+
+
+def _refuse_pickles() -> None:
+    """Have PEFT refuse to write a safety patch as a pickle, which no route would read."""
+    plain = PeftModel.save_pretrained
+    if getattr(plain, "refuses_pickles", False):
+        return
+
+    @functools.wraps(plain)
+    def save_pretrained(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        is_ours = any(isinstance(own, SafeWeightsConfig) for own in self.peft_config.values())
+        if is_ours and not safe_serialization:
+            raise UnsupportedFeatureError(
+                "safe_serialization: expected True, found False: a pickle can run code, so no "
+                "route loads a safety patch from one; leave the option out"
+            )
+        plain(self, save_directory, safe_serialization, *args, **kwargs)
+
+    vars(save_pretrained)["refuses_pickles"] = True
+    PeftModel.save_pretrained = save_pretrained
 
 
 def _check_files_with_config() -> None:

@@ -65,7 +65,15 @@ CALLS = [
     (PeftConfigMixin, "_split_kwargs", "kwargs"),
 ]
 # What model.py wraps.
-WRAPPED = [(PeftConfigMixin, "from_pretrained", "pretrained_model_name_or_path subfolder kwargs")]
+WRAPPED = [
+    (PeftConfigMixin, "from_pretrained", "pretrained_model_name_or_path subfolder kwargs"),
+    (
+        PeftModel,
+        "save_pretrained",
+        "save_directory safe_serialization selected_adapters save_embedding_layers "
+        "is_main_process path_initial_model_for_weight_conversion kwargs",
+    ),
+]
 # Tables that model.py writes to.
 TABLES = ["CONFIG", "PREFIX", "TUNER"]
 # Torch's hooks that layer.py overrides, and by which it watches modules.

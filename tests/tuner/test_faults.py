@@ -298,3 +298,30 @@ def test_a_tensor_that_stands_for_a_quantized_one_is_refused(tiny_llama, tmp_pat
     base.lm_head.weight = nn.Parameter(weight, requires_grad=False)
     with pytest.raises(UnsupportedFeatureError, match="float32 in a Quantized; load the base unqu"):
         PeftModel.from_pretrained(base, patch)
+
+
+def test_an_adapter_of_another_ones_config_is_a_copy_of_it(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    expected = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL does for DPO, GRPO and KTO
+    with torch.no_grad():
+        for values in values_of(model).values():
+            values.mul_(3)
+    assert not torch.equal(logits(model), expected)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_pickle_that_nobody_could_load_is_not_written(tiny_llama, tmp_path):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    with pytest.raises(UnsupportedFeatureError, match="safe_serialization: expected True"):
+        model.save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_numbers_are_named_in_a_safe_merge(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    with torch.no_grad():
+        values_of(model)["lm_head.weight"][0] = float("nan")
+    with pytest.raises(ValueError, match=r"lm_head.weight: .*correct the adapter's values"):
+        model.merge_and_unload(safe_merge=True)
