@@ -17,13 +17,13 @@ CODE := safeweights_peft tests examples benchmarks docs cli.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test demo zoo style quality docs ci
+.PHONY: help test demo zoo peer style quality docs ci
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' $(MAKEFILE_LIST)
 
 test: quality  ## set up .venv, then every check and every test but those on the real model
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not real_model and not zoo"  # a process for each core
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not real_model and not zoo and not peer"  # a process for each core
 
 demo: .venv/.demo  ## set up .venv, then make, train and evaluate a safety patch for SmolLM2-135M
 	$(BIN)/python examples/prepare_smollm2.py demo/base
@@ -31,6 +31,9 @@ demo: .venv/.demo  ## set up .venv, then make, train and evaluate a safety patch
 
 zoo: .venv/.dev  ## try every architecture of transformers: minutes, resumed from zoo/
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m zoo tests/zoo
+
+peer: .venv/.dev  ## run PEFT's own tests on our method: minutes; PEFT_SOURCE=DIR is its source
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m peer --log-cli-level=INFO tests/peer
 
 style: .venv/.dev  ## rewrite the code into the project's style
 	$(BIN)/ruff check --fix $(wildcard $(CODE))
