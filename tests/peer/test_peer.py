@@ -44,15 +44,17 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = [
-    Refusal("_pickle", "expected adapter_model.safetensors, found adapter_model.bin", "no pickles"),
-    Refusal("test_merge_layers_nan", "MergeError: .* not finite", "an error of our own"),
+    Refusal("_pickle", "safe_serialization: expected True, found False", "no pickles"),
+    Refusal("test_merge_layers_nan", "NaNs detected in the merged", "an error in our own words"),
     Refusal(
         r"test_adapter_dtype_autocast\[\w+-False-dtype[01]|test_add_adapter_no_autocast",
         "[Aa]ssert",
         "values stay in float32, whatever the base's dtype",
     ),
     Refusal(
-        r"test_prepare_for_training.*config_kwargs1-", "AssertionError", "embeddings are trained"
+        r"test_prepare_for_training.*(config_kwargs1-|config_kwargs[89]\])",
+        "AssertionError",
+        "embeddings are trained",
     ),
     Refusal("test_in_features_out", "assert False", "layers stand for parameters of any kind"),
     Refusal(
