@@ -7,6 +7,7 @@ python docs/generate_models.py --check   exit with 1 if the page isn't that of t
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def render_row(result: Result) -> str:
     outcomes = result["outcomes"]
     reasons = [
         f"{'**fault** ' if each['status'] == 'fault' else ''}`{each['step']}`: "
-        + " ".join(each["message"].split()).replace("|", "\\|")
+        + html.escape(" ".join(each["message"].split()), quote=False).replace("|", "\\|")
         for each in outcomes
     ]
     works = "in part" if outcomes else "yes"

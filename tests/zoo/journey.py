@@ -53,13 +53,13 @@ class Journey:
 
     name: str
     folder: Path
+    kind: str = ""
 
     def __post_init__(self) -> None:
         for kind, rows in (("harmful", HARMFUL), ("benign", BENIGN)):
             text = json.dumps([{"instruction": row} for row in rows])
             (self.folder / f"{kind}.json").write_text(text, encoding="utf-8")
         (self.folder / "lessons.json").write_text(json.dumps(LESSONS), encoding="utf-8")
-        self.kind = ""
 
     def path(self, name: str) -> Path:
         """Name a file or directory of the journey."""
