@@ -31,7 +31,7 @@ The steps: {steps}.
 """
 NOTES = {
     "faults": "{} {} wrong somewhere, where **fault** stands below: {}.",
-    "unbuilt": "{} {} not tried, as the zoo builds no small model: {}.",
+    "unbuilt": "{} {} not tried, as the zoo builds no small model (the last table says why): {}.",
     "not_run": "{} {} not run: {}.",
 }
 
@@ -70,7 +70,7 @@ def render() -> str:
     kept = json.loads(KEPT.read_text(encoding="utf-8"))
     unbuilt = [each for each in kept["architectures"] if not each["kind"]]
     tried = [each for each in kept["architectures"] if each["kind"]]
-    return "\n".join([render_header(kept, tried, unbuilt), *render_tables(tried)])
+    return "\n".join([render_header(kept, tried, unbuilt), *render_tables(tried, unbuilt)])
 
 
 def render_header(kept: Result, tried: list[Result], unbuilt: list[Result]) -> str:
@@ -98,24 +98,30 @@ def note(kind: str, names: list[str]) -> str:
     return "\n" + NOTES[kind].format(count, verb, ", ".join(f"`{name}`" for name in names)) + "\n"
 
 
-def render_tables(tried: list[Result]) -> Iterator[str]:
-    """Render a table for each kind of architecture."""
+def render_tables(tried: list[Result], unbuilt: list[Result]) -> Iterator[str]:
+    """Render a table for each kind of architecture, and one of those without a model."""
     for kind in KINDS:
         yield f"## {kind}\n\n| architecture | works | what doesn't, and why |\n|---|---|---|"
         yield from (render_row(each) for each in tried if each["kind"] == kind)
         yield ""
+    if unbuilt:
+        yield "## Not tried\n\n| architecture | why |\n|---|---|"
+        yield from (f"| {each['name']} | {render_reasons(each)} |" for each in unbuilt)
 
 
 def render_row(result: Result) -> str:
     """Render what works of an architecture, and the message of each step that doesn't."""
-    outcomes = result["outcomes"]
-    reasons = [
+    works = "in part" if result["outcomes"] else "yes"
+    return f"| {result['name']} | {works} | {render_reasons(result)} |"
+
+
+def render_reasons(result: Result) -> str:
+    """Render the message of each step that didn't work, on one line of a table."""
+    return "<br>".join(
         f"{'**fault** ' if each['status'] == 'fault' else ''}`{each['step']}`: "
         + html.escape(" ".join(each["message"].split()), quote=False).replace("|", "\\|")
-        for each in outcomes
-    ]
-    works = "in part" if outcomes else "yes"
-    return f"| {result['name']} | {works} | {'<br>'.join(reasons)} |"
+        for each in result["outcomes"]
+    )
 
 
 def has_fault(result: Result) -> bool:

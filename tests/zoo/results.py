@@ -5,7 +5,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import transformers
 from safeweights_peft.errors import SafeWeightsError
 from tests.zoo.journey import STEPS, Journey, Step
 
-OK, REFUSED, FAULT, NOT_REACHED = "ok", "refused", "fault", "not reached"
+OK, REFUSED, FAULT = "ok", "refused", "fault"
+NOT_BUILT, NOT_REACHED = "not built", "not reached"
 LONGEST_LINE = 500  # of a refusal: more is no line
 PACKAGES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended: `ok`, `refused` by the package, a `fault`, or `not reached`."""
+    """How a step ended: one of the words above."""
 
     step: str
     status: str
@@ -54,6 +55,8 @@ def run_architecture(name: str) -> Result:
         outcomes = [_try(first, journey)]
         if outcomes[0].status == OK:
             outcomes += [_try(step, journey) for step in others]
+        else:  # no fault of the package's
+            outcomes = [replace(outcomes[0], status=NOT_BUILT)]
     return Result(name, journey.kind, outcomes, {each: version(each) for each in PACKAGES})
 
 

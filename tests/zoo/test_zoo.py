@@ -18,6 +18,7 @@ from tests.zoo.journey import Journey, Refused
 from tests.zoo.results import (
     FAULT,
     LONGEST_LINE,
+    NOT_BUILT,
     OK,
     REFUSED,
     Outcome,
@@ -70,7 +71,9 @@ def assert_no_fault(result: Result) -> None:
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_an_architecture_of_the_spread_works_or_is_refused(name: str) -> None:
-    assert_no_fault(run_architecture(name))
+    result = run_architecture(name)
+    assert result.having(NOT_BUILT) == {}
+    assert_no_fault(result)
 
 
 @pytest.mark.zoo
@@ -100,7 +103,7 @@ def run_apart(name: str, path: Path) -> None:
         process.join()
     if process.exitcode:
         fault = f"the process ended with {process.exitcode} within {SECONDS} s"
-        write_result(Result(name, outcomes=[Outcome("build", FAULT, fault)]), path)
+        write_result(Result(name, "Dense", [Outcome("build", FAULT, fault)]), path)
 
 
 def test_the_spread_and_the_expected_faults_name_architectures() -> None:
@@ -138,6 +141,12 @@ def test_a_result_is_read_as_it_was_kept(tmp_path: Path) -> None:
     result = Result("llama", "Dense", [Outcome("build", OK, "", 0.1)], {"torch": "2"})
     write_result(result, tmp_path / "zoo" / "llama.json")
     assert read_result(tmp_path / "zoo" / "llama.json") == result
+
+
+def test_an_architecture_that_no_model_is_built_of_is_no_fault() -> None:
+    result = run_architecture("no such model type")
+    assert set(result.having(NOT_BUILT)) == {"build"}
+    assert_no_fault(result)
 
 
 def test_a_mended_fault_has_to_leave_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
