@@ -203,6 +203,7 @@ VARIANTS: dict[str, Options] = {
     "qwen2_vl": {**IMAGE_TOKENS, "text_config": MROPE},
     "qwen2_5_vl": {**IMAGE_TOKENS, "text_config": MROPE, "vision_config": {"window_size": 16}},
     "qwen3_vl": {**IMAGE_TOKENS, "text_config": MROPE},
+    "qwen3_5_moe": {**IMAGE_TOKENS, "text_config": LINEAR},
     "qwen3_5": {**IMAGE_TOKENS, "text_config": LINEAR},
 }
 # Saved with their vision towers, as they are published; AutoModelForCausalLM may leave those out.

@@ -378,8 +378,11 @@ def generate(journey: Journey) -> None:
     """Generate with the patch: the merged model's tokens."""
     ids = torch.tensor([[257, 65, 66, 67, 68]])
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    try:
+        expected = journey.load("merged").generate(input_ids=ids, **options)
+    except Exception as error:  # a checkpoint like any other: nothing of ours runs here
+        raise Refused(f"transformers itself can't generate: {error}") from error
     found = journey.load_patched().generate(input_ids=ids, **options)
-    expected = journey.load("merged").generate(input_ids=ids, **options)
     assert torch.equal(found, expected), "the tokens are others"
 
 
