@@ -16,6 +16,7 @@ from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import Adapter, Artifact
 from safeweights_peft.patch.io import write_adapter
+from safeweights_peft.patch.metadata import CORRECTION_OF
 from safeweights_peft.patch.records import Mode
 from safeweights_peft.training.preserve import compute_correction
 
@@ -66,7 +67,7 @@ def _build_correction(job: Job, artifact: Artifact, values: Mapping[str, Array])
         mode=Mode.SET,
         values_dtype="float32",
         scale=1.0,
-        selection=artifact.metadata.selection | {"correction_of": "a LoRA beside it"},
+        selection=artifact.metadata.selection | {CORRECTION_OF: "a LoRA beside it"},
         tensors=records,
     )
     return Adapter(metadata, deltas)

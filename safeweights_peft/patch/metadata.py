@@ -25,6 +25,8 @@ from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 T = TypeVar("T")
 Choice = TypeVar("Choice", bound=StrEnum)
 
+CORRECTION_OF = "correction_of"
+"""In `selection`, what a correction is beside."""
 FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 PEFT_TYPE = "SAFEWEIGHTS"
@@ -70,6 +72,11 @@ class AdapterMetadata:
             # Only the name may hold spaces, and all that follows it has a fixed form.
             lines.append(f"{name} {shape} {record.dtype} {digests}\n")
         return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+    @property
+    def is_correction(self) -> bool:
+        """Whether the values cancel a part of a LoRA beside the patch."""
+        return CORRECTION_OF in self.selection
 
     @property
     def needs_base(self) -> bool:

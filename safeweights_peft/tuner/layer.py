@@ -231,9 +231,11 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         dtype = getattr(torch, self._metadata[adapter].tensors[self._name].dtype)
         with torch.inference_mode(False):
             stored = entries.to(dtype)
-            # A base in a dtype that the checkpoint's can't hold is put back as it is.
+            # A base in a dtype that the checkpoint's can't hold is put back as it is. What corrects
+            # a LoRA beside it stays as wide as the LoRA, or it would not cancel the LoRA's part.
             exact = same_bits(stored.to(entries.dtype), entries)
-        self._originals[adapter] = stored if exact else entries
+            is_rounded = exact and not self._metadata[adapter].is_correction
+        self._originals[adapter] = stored if is_rounded else entries
 
     def terms(self, adapters: Iterable[str] | None = None) -> list[Term]:
         """List what adapters add; by default those that are to be seen."""
