@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.errors import UnsupportedFeatureError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class FrozenEntries:
@@ -54,6 +57,24 @@ class FrozenEntries:
             tensor.view(-1)[self.indices] = values
         else:
             tensor[torch.unravel_index(self.indices, tensor.shape)] = values
+
+
+def make_switch(
+    model: Model, replacements: Sequence[tuple[FrozenEntries, Tensor]]
+) -> Callable[[], AbstractContextManager[Model]]:
+    """Make a context of a model with other entries, which restores the original ones at its end."""
+
+    @contextmanager
+    def switch_on() -> Iterator[Model]:
+        try:
+            for entries, values in replacements:
+                entries.write(values)
+            yield model
+        finally:
+            for entries, _ in replacements:
+                entries.restore()
+
+    return switch_on
 
 
 class FreezeGuard:

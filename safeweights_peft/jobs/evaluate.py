@@ -108,8 +108,7 @@ class Evaluator:
             # A LoRA can't be unmerged bit for bit, so a second model holds it.
             model = load_patched(self.job.base, [adapter], self.job.dtype, self.job.device)
             return lambda: nullcontext(model)
-        merged = MergedEntries(self.job.reader, [patch])
-        return lambda: merged.switch_on(self.job.model)
+        return MergedEntries(self.job.reader, [patch]).make_switch(self.job.model)
 
     def _ask(self, who: str, rows: Sequence[Row], model: PreTrainedModel) -> list[Example]:
         requests, settings = [row.instruction for row in rows], self.settings

@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
+from safeweights_peft.evaluation.utility import Patched
 from safeweights_peft.fetching import BaseModel, find_base, latest_commit
 from safeweights_peft.files import PathLike, read_json
-from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.freeze import FrozenEntries, make_switch
 from safeweights_peft.hub.pull import fetch_adapter
 from safeweights_peft.jobs.correction import CORRECTION
 from safeweights_peft.merging.sums import merged_entries
@@ -148,17 +148,9 @@ class MergedEntries:
         for entries, merged in self._locate(model):
             entries.write(merged)
 
-    @contextmanager
-    def switch_on(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """Write the merged entries, and restore the base's bit for bit when the context ends."""
-        located = list(self._locate(model))
-        try:
-            for entries, merged in located:
-                entries.write(merged)
-            yield model
-        finally:
-            for entries, _ in located:
-                entries.restore()
+    def make_switch(self, model: PreTrainedModel) -> Patched:
+        """Make a context in which a base holds the merged entries; they are found once."""
+        return make_switch(model, list(self._locate(model)))
 
     def _locate(self, model: PreTrainedModel) -> Iterator[tuple[FrozenEntries, Tensor]]:
         for name, (indices, merged) in self._entries.items():

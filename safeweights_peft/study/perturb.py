@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.delta import Array
 from safeweights_peft.evaluation.utility import Patched
-from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.freeze import FrozenEntries, make_switch
 from safeweights_peft.modeling.tensors import add_rounded, to_torch
 from safeweights_peft.selection.scores import compute_sigma
 
@@ -28,18 +27,7 @@ def perturb(model: PreTrainedModel, indices: Mapping[str, Array], change: Change
         parameter = model.get_parameter(name)
         entries = FrozenEntries(name, parameter, to_torch(positions))
         replaced.append((entries, change(name, parameter, entries.originals)))
-
-    @contextmanager
-    def switch_on() -> Iterator[PreTrainedModel]:
-        try:
-            for entries, values in replaced:
-                entries.write(values)
-            yield model
-        finally:
-            for entries, _ in replaced:
-                entries.restore()
-
-    return switch_on
+    return make_switch(model, replaced)
 
 
 def noise(factor: float, *seed: int) -> Change:
