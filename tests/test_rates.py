@@ -1,12 +1,14 @@
 """A rate's interval, held to the definition of Wilson's."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from safeweights_peft.errors import EvaluationError
-from safeweights_peft.rates import Rate, wilson
+from safeweights_peft.rates import Rate, cohen_kappa, wilson
 
 Z = 1.9599639845400545
 
@@ -72,3 +74,45 @@ def test_a_count_outside_0_and_n_is_refused(count: int, n: int) -> None:
 def test_a_rate_is_plain_numbers() -> None:
     assert wilson(1, 2) == Rate(1, 2, 0.5, wilson(1, 2).low, wilson(1, 2).high)
     assert {type(value) for value in vars(wilson(0, 2)).values()} == {int, float}
+
+
+def kappa_twin(first: list[str], second: list[str]) -> Fraction | None:
+    """Compute Cohen's kappa from the table of both judges' verdicts, in exact fractions."""
+    verdicts, n = sorted({*first, *second}), len(first)
+    pairs = list(zip(first, second, strict=True))
+    table = [[Fraction(pairs.count((a, b)), n) for b in verdicts] for a in verdicts]
+    agreed = sum((table[i][i] for i in range(len(verdicts))), Fraction())
+    rows = [sum(row, Fraction()) for row in table]
+    columns = [sum(column, Fraction()) for column in zip(*table, strict=True)]
+    by_chance = sum((a * b for a, b in zip(rows, columns, strict=True)), Fraction())
+    return None if by_chance == 1 else (agreed - by_chance) / (1 - by_chance)
+
+
+VERDICTS = st.sampled_from(["complied", "refused", "invalid"])
+
+
+@given(st.lists(st.tuples(VERDICTS, VERDICTS), min_size=1, max_size=40))
+def test_kappa_is_that_of_the_table_of_verdicts(pairs: list[tuple[str, str]]) -> None:
+    first, second = map(list, zip(*pairs, strict=True))
+    expected = kappa_twin(first, second)
+    found = cohen_kappa(first, second)
+    if expected is None:
+        assert found is None
+    else:
+        assert found == pytest.approx(float(expected), abs=1e-12)
+        assert cohen_kappa(second, first) == found
+
+
+def test_kappa_of_a_table_worked_by_hand() -> None:
+    # They agree on 140 of 200, and would by chance on 82: (0.70 - 0.41) / (1 - 0.41).
+    table = {("a", "a"): 88, ("b", "b"): 40, ("c", "c"): 12, ("a", "b"): 14, ("a", "c"): 18}
+    table |= {("b", "a"): 10, ("b", "c"): 10, ("c", "a"): 2, ("c", "b"): 6}
+    pairs = [pair for pair, count in table.items() for _ in range(count)]
+    first, second = zip(*pairs, strict=True)
+    assert cohen_kappa(first, second) == pytest.approx(0.29 / 0.59)
+
+
+@pytest.mark.parametrize("pair", [([], []), (["a"], ["a", "b"])])
+def test_kappa_of_nothing_or_of_unequal_lengths_is_refused(pair: tuple[list, list]) -> None:
+    with pytest.raises(EvaluationError, match="two verdicts on each of at least one answer"):
+        cohen_kappa(*pair)
