@@ -1,4 +1,4 @@
-from safeweights_peft.cli import main
+from safeweights_peft.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -47,6 +47,9 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {
 """Safetensors dtypes that this package can read; a file may hold others, which stay untouched."""
 
 _DTYPE = re.compile("[A-Z0-9_]{1,32}")
+_ANOTHER = "give another path"
+_FETCH_AGAIN = "fetch the file again, or do not use it"
+_LFS_POINTER = b"version https://git-lfs"
 _HERE, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -67,19 +70,24 @@ class StoredTensor(NamedTuple):
         return raw.view(np.ndarray).view(dtype)
 
 
-def read_json(path: Path, error: type[SafeWeightsError]) -> dict[str, Any]:
+def read_json(
+    path: Path, error: type[SafeWeightsError], hint: str = _FETCH_AGAIN
+) -> dict[str, Any]:
     """Read a JSON object strictly: whole UTF-8, no repeated keys, no NaN or infinity."""
     _check_is_file(path, error)
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            _refuse(error, path, f"at most {MAX_JSON_BYTES} bytes", f"{path.stat().st_size}")
+            found = str(path.stat().st_size)
+            _refuse(error, path, f"at most {MAX_JSON_BYTES} bytes", found, hint=hint)
         content = path.read_bytes()
     except OSError as reason:
         _refuse(error, path, "a readable file", str(reason), reason)
-    return parse_json(content, str(path), error)
+    return parse_json(content, str(path), error, hint)
 
 
-def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> dict[str, Any]:
+def parse_json(
+    content: bytes, source: str, error: type[SafeWeightsError], hint: str = _FETCH_AGAIN
+) -> dict[str, Any]:
     """Parse a JSON object as :func:`read_json` does."""
     try:
         parsed = json.loads(
@@ -88,9 +96,9 @@ def parse_json(content: bytes, source: str, error: type[SafeWeightsError]) -> di
         if b"\\u" in content:
             json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate cannot be printed
     except (ValueError, RecursionError) as reason:
-        _refuse(error, source, "JSON", str(reason), reason)
+        _refuse(error, source, "JSON", str(reason), reason, hint)
     if not isinstance(parsed, dict):
-        _refuse(error, source, "a JSON object", type(parsed).__name__)
+        _refuse(error, source, "a JSON object", type(parsed).__name__, hint=hint)
     return parsed
 
 
@@ -102,7 +110,13 @@ def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTe
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            opening = file.read(len(_LFS_POINTER))
+            if opening == _LFS_POINTER:
+                hint = "run `git lfs pull` where it was cloned, or fetch it from the Hub"
+                found = "a git-lfs pointer, which stands for the file"
+                _refuse(error, path, "a safetensors file", found, hint=hint)
+            length = int.from_bytes(opening[:8], "little")
+            file.seek(8)
             if size < 8 or length > min(size - 8, MAX_JSON_BYTES):
                 _refuse(error, path, "a safetensors header", f"{length} bytes of it in {size}")
             content = file.read(length)
@@ -126,6 +140,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         sync(draft)
         draft.replace(path)
+    except OSError as error:  # the system names the draft, or nothing at all
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -134,17 +150,72 @@ def check_target(path: Path, overwrite: bool, error: type[SafeWeightsError]) -> 
     """Check that a directory may be published at a path."""
     target = Path(os.path.realpath(path))
     _recover(target)
+    check_new(path, error)
     if not target.exists():
         return target
     if not target.is_dir():
-        _refuse(error, path, "a directory or nothing", "a file", hint="give another path")
+        _refuse(error, path, "a directory or nothing", "a file", hint=_ANOTHER)
     if Path.cwd().is_relative_to(target):
-        _refuse(error, path, "another directory", "the current one", hint="give another path")
+        _refuse(error, path, "another directory", "the current one", hint=_ANOTHER)
     if not overwrite and any(target.iterdir()):
         _refuse(
-            error, path, "an empty directory or none", "files", hint="set overwrite to replace it"
+            error,
+            path,
+            "an empty directory or none",
+            "files",
+            hint="give --overwrite to replace it",
         )
     return target
+
+
+def check_new_file(path: Path, error: type[SafeWeightsError]) -> None:
+    """Check that a file may be written at a path where there is none."""
+    if os.path.lexists(path):
+        _refuse(error, path, "no file there", "one", hint="give another name")
+    check_new(path, error)
+
+
+def check_new(path: Path, error: type[SafeWeightsError]) -> None:
+    """Check that something may be made at a path, with the directories that lead to it."""
+    parent = Path(os.path.realpath(path)).parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    if not parent.is_dir():
+        _refuse(error, path, "a path below directories", f"the file {parent}", hint=_ANOTHER)
+    # The system's own answer, which knows file systems that are mounted read-only.
+    if not os.access(parent, os.W_OK | os.X_OK):
+        found = f"that {parent} takes no new files (read-only, or no permission)"
+        _refuse(error, path, "a writable place", found, hint=_ANOTHER)
+
+
+@contextmanager
+def lock(path: Path, error: type[SafeWeightsError]) -> Iterator[None]:
+    """Keep other processes from writing a result; refuse at once if one is writing it."""
+    try:
+        import fcntl
+    except ImportError:  # as on Windows; two writers are found out when the second publishes
+        yield
+        return
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place = target.with_name(f".{target.name}.lock")
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(place.open("w"))
+            try:
+                # The system lets go of it when the process ends, however that happens.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as reason:
+                found = "another process at work on it"
+                hint = "wait until it has ended, or give another path"
+                _refuse(error, path, "no other process at work on it", found, reason, hint)
+            except OSError:  # some network file systems lock nothing
+                break
+            # Whoever held it may have deleted the file between its opening and its locking.
+            if place.exists() and os.path.samestat(os.fstat(file.fileno()), place.stat()):
+                stack.callback(place.unlink, missing_ok=True)
+                break
+        yield
 
 
 def check_apart(path: Path, inputs: Mapping[str, PathLike], error: type[SafeWeightsError]) -> None:
@@ -154,7 +225,7 @@ def check_apart(path: Path, inputs: Mapping[str, PathLike], error: type[SafeWeig
         source = Path(os.path.realpath(input_path))
         if source.is_relative_to(target) or target.is_relative_to(source):
             found = f"one that shares {source}"
-            _refuse(error, path, f"a directory apart from {role}", found, hint="give another path")
+            _refuse(error, path, f"a directory apart from {role}", found, hint=_ANOTHER)
 
 
 @contextmanager
@@ -191,7 +262,7 @@ def _refuse(
     expected: str,
     found: str,
     reason: BaseException | None = None,
-    hint: str = "fetch the file again, or do not use it",
+    hint: str = _FETCH_AGAIN,
 ) -> NoReturn:
     raise error(f"{source}: expected {expected}, found {found[:200]}; {hint}") from reason
 

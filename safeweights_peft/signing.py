@@ -48,7 +48,7 @@ def sign(
     target = folder / SIGNATURE_FILE if out is None else Path(out)
     if target.exists() and not overwrite:
         raise SignatureError(
-            f"{target}: expected no signature yet, found a file; set overwrite to replace it"
+            f"{target}: expected no signature yet, found a file; give --overwrite to replace it"
         )
     content_id = read_artifact(folder).metadata.content_id
     config = _import().signing.Config()

@@ -229,7 +229,7 @@ def test_an_old_directory_is_replaced_whole_only_when_asked(tmp_path: Path) -> N
     out = tmp_path / "out"
     out.mkdir()
     fill(out, "old")
-    with pytest.raises(FormatError, match="found files; set overwrite"):
+    with pytest.raises(FormatError, match="found files; give --overwrite"):
         check_target(out, False, FormatError)
     with publish(out, True, FormatError) as draft:
         fill(draft)
@@ -281,7 +281,7 @@ def test_the_current_directory_is_never_replaced(
 def test_a_directory_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with (
-        pytest.raises(FormatError, match="expected a writable directory"),
+        pytest.raises(FormatError, match="expected a path below directories, found the file"),
         publish(tmp_path / "file" / "out", False, FormatError),
     ):
         pass

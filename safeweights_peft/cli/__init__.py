@@ -6,11 +6,15 @@ that ``--help`` and what needs no torch (inspecting, verifying, signing, merging
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from safeweights_peft.cli import look, make, share, use
+from safeweights_peft.cli import look, make, options, share, use
+from safeweights_peft.cli.failures import describe_failure
 from safeweights_peft.cli.output import printable
 from safeweights_peft.errors import SafeWeightsError
 
@@ -36,6 +40,9 @@ Examples:
   safeweights push run USER/NAME --base MODEL
 """
 
+INTERRUPTED = 130  # as a shell says of a command that Ctrl-C has ended
+_GOES_ON = ": the same command goes on from where it stopped."
+
 
 class _Group(click.Group):
     """Lists commands by section, and turns errors into one line and exit code 1."""
@@ -55,13 +62,42 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        # OSError is the system's: a full disk, no permission. Anything else is a bug, so its
-        # traceback is shown.
-        except (SafeWeightsError, OSError) as error:
+        except KeyboardInterrupt:
+            command = ctx.meta["command"].command if "command" in ctx.meta else None
+            resumes = isinstance(command, options.Command) and command.resumes
+            click.echo(f"Interrupted{_GOES_ON if resumes else '.'}", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
             # click ends quietly on a broken pipe, as `| head` leaves it.
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
-            raise click.ClickException(printable(str(error))) from error
+            line = str(error) if isinstance(error, SafeWeightsError) else _describe(ctx, error)
+            if line is None:  # a bug, so its traceback is shown
+                raise
+            raise click.ClickException(printable(line)) from error
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **extra: Any) -> Any:
+        try:
+            try:
+                return super().main(args, *others, **extra)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # what was printed may not have been written yet
+        except OSError as error:  # such as `--help > /dev/full`
+            if "--debug" in (sys.argv if args is None else args):
+                raise
+            click.echo(f"Error: {describe_failure(error, 'stdout', ())}", err=True)
+            # What is left in the buffer would fail once more when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+def _describe(ctx: click.Context, error: Exception) -> str | None:
+    running: click.Context = ctx.meta.get("command", ctx)
+    flags = [flag for parameter in running.command.params for flag in parameter.opts]
+    return describe_failure(error, running.params.get("out") or "stdout", flags)
 
 
 @click.group(cls=_Group, epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,7 +107,7 @@ def main(debug: bool) -> None:
     """Safety patches for language models: find, train, merge and share the weights that matter.
 
     Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
-    3 inconclusive, or a threshold was missed.
+    3 inconclusive, or a threshold was missed, 130 interrupted.
     """
 
 

@@ -72,7 +72,7 @@ def compare_command(map_dir: Path, others: tuple[Path, ...]) -> None:
         click.echo("Note: they name different bases, though no shape differs.", err=True)
 
 
-@options.command("probe")
+@options.command("probe", resumes=True)
 @options.base
 @options.settings(ProbeSettings)
 @options.settings(EvaluateSettings, ComputeSettings, without="--task")

@@ -30,7 +30,7 @@ Examples:
 """
 
 
-@options.command("enhance", epilog=_ENHANCE_EXAMPLES)
+@options.command("enhance", resumes=True, epilog=_ENHANCE_EXAMPLES)
 @options.base
 @options.settings(ScoreSettings, TrainSettings, EvaluateSettings, only=_DATA, group="Data")
 @options.settings(
@@ -70,7 +70,7 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
     click.echo(f"  model = safeweights_peft.load_model({base!r}, {str(patch)!r})", err=True)
 
 
-@options.command("score")
+@options.command("score", resumes=True)
 @options.base
 @options.settings(ScoreSettings, ComputeSettings)
 @options.out
@@ -94,7 +94,7 @@ def score_command(base: str, out: Path, overwrite: bool, dry_run: bool, **values
     output.show_adapter(inspect(out), out)
 
 
-@options.command("train")
+@options.command("train", resumes=True)
 @options.base
 @options.settings(TrainSettings, ComputeSettings)
 @options.safety_map("Safety map of BASE, as `score` writes it: directory or Hub id.")
@@ -147,14 +147,14 @@ def eval_command(
     ASR, the attack success rate, is the fraction of harmful requests that BASE, or BASE with a
     patch, complies with; over-refusal is the fraction of benign ones that it refuses.
     """
-    from safeweights_peft.files import write_json
+    from safeweights_peft.files import check_new_file, write_json
     from safeweights_peft.jobs.evaluate import evaluate
     from safeweights_peft.jobs.job import Job
     from safeweights_peft.tables import evaluation_rows
 
     settings, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
-    if out and out.exists():  # said now, not after the evaluation
-        raise EvaluationError(f"{out}: expected no file there, found one; give --out another name")
+    if out:  # said now, not after the evaluation
+        check_new_file(out, EvaluationError)
     if dry_run:
         return output.show_estimate(base, compute, adapter=adapter)
     with output.show_progress() as progress:
@@ -168,7 +168,7 @@ def eval_command(
         sys.exit(output.INCONCLUSIVE)
 
 
-@options.command("preserve")
+@options.command("preserve", resumes=True)
 @options.base
 @options.settings(PreserveSettings, ComputeSettings)
 @options.map_of_base

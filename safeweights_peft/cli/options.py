@@ -20,6 +20,16 @@ Decorator = Callable[[Function], Function]
 class Command(click.Command):
     """A command whose help lists options by group."""
 
+    def __init__(self, *args: Any, resumes: bool = False, **kwargs: Any) -> None:
+        """Make a command; `resumes` if the same call goes on after an interruption."""
+        super().__init__(*args, **kwargs)
+        self.resumes = resumes
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and let the group know which it is, should it fail."""
+        ctx.meta["command"] = ctx
+        return super().invoke(ctx)
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group."""
         groups: dict[str, list[tuple[str, str]]] = {}

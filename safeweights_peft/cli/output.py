@@ -58,9 +58,10 @@ def _quiet_transformers() -> None:
     """Keep transformers' own bars out of ours."""
     # Not imported for that: what needs no torch shows progress too.
     if "transformers" in sys.modules:
-        from transformers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         disable_progress_bar()
+        set_verbosity_error()  # what it warns of, such as missing tensors, is refused in one line
         # PEFT 0.21 asks transformers for a name that it calls old; no user can help that.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 

@@ -17,7 +17,7 @@ _EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": output.IN
 _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unknown": "UNKNOWN"}
 
 
-@options.command("push")
+@options.command("push", resumes=True)
 @click.argument("directory", type=options.DIRECTORY, help="Run of `enhance`, patch or map.")
 @click.argument("repo", help="Repository on the Hub, USER/NAME; it is created if missing.")
 @click.option("--base", help="Hub id[@REVISION] of the base, if DIRECTORY names a local one.")
@@ -176,7 +176,7 @@ def verify_signature_command(adapter: Path, key: Path, signature: Path | None) -
     output.show(record)
 
 
-@options.command("reproduce")
+@options.command("reproduce", resumes=True)
 @click.argument(
     "run",
     type=click.Path(exists=True, path_type=Path),

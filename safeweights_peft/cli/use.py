@@ -104,6 +104,8 @@ def merge_command(
             report = plan(directory, adapters, out, on_overlap=on_overlap)
         elif out is None:
             report = asdict(merge_in_place(directory, adapters, on_overlap=on_overlap))
+            if report["was_merged"]:
+                click.echo(f"{base} was merged already: nothing changed", err=True)
         else:
             done = merge(
                 *(directory, adapters, out),

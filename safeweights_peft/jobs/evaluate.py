@@ -42,7 +42,10 @@ def evaluate(
     job: Job, adapter: Path | None = None, settings: EvaluateSettings | None = None
 ) -> dict[str, Any]:
     """Measure ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given."""
-    return Evaluator(job, settings or EvaluateSettings()).evaluate(adapter)
+    evaluator = Evaluator(job, settings or EvaluateSettings())
+    patch = read_patch(adapter) if adapter and is_patch(adapter) else None
+    evaluator.check()
+    return evaluator.evaluate(adapter, patch)
 
 
 class Evaluator:
@@ -56,6 +59,11 @@ class Evaluator:
         self.harmful = read_rows(settings.harmful)[: settings.limit]
         self.benign = read_rows(settings.benign)[: settings.limit]
         self.task = read_rows(settings.task, needs_output=True) if settings.task else []
+
+    def check(self, **target: Any) -> None:
+        """Check what measuring needs, and a target, as `Job.check` does."""
+        requests = [row.instruction for row in (*self.harmful, *self.benign)]
+        self.job.check(requests, self.task, **target)
 
     @cached_property
     def base_answers(self) -> list[Example]:
@@ -108,7 +116,7 @@ class Evaluator:
             # A LoRA can't be unmerged bit for bit, so a second model holds it.
             model = load_patched(self.job.base, [adapter], self.job.dtype, self.job.device)
             return lambda: nullcontext(model)
-        return MergedEntries(self.job.reader, [patch]).make_switch(self.job.model)
+        return MergedEntries(self.job.reader, [patch], [adapter]).make_switch(self.job.model)
 
     def _ask(self, who: str, rows: Sequence[Row], model: PreTrainedModel) -> list[Example]:
         requests, settings = [row.instruction for row in rows], self.settings

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import Example
-from safeweights_peft.delta import Array
-from safeweights_peft.errors import DataError, ModelError
+from safeweights_peft.data import Example, Row, encode_prompt, encode_rows
+from safeweights_peft.delta import WEIGHT_DTYPES, Array
+from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import BaseModel, find_base
-from safeweights_peft.files import read_json, sync, write_json
-from safeweights_peft.modeling.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from safeweights_peft.files import (
+    PathLike,
+    check_apart,
+    check_target,
+    lock,
+    read_json,
+    sync,
+    write_json,
+)
+from safeweights_peft.modeling.layout import describe, eligible_parameters
+from safeweights_peft.modeling.loading import (
+    build_empty,
+    find_memory,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 from safeweights_peft.patch.artifacts import Artifact
+from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.settings import ComputeSettings, Settings
+from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")
 
@@ -111,9 +132,76 @@ class Job:
         return load_tokenizer(self.base)
 
     @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The base without its weights, which takes neither memory nor time."""
+        return build_empty(self.base, self.reader.keys())
+
+    @cached_property
+    def layout(self) -> dict[str, TensorRecord]:
+        """Where the parameters that may be selected from are in the base's files."""
+        return describe(self.empty, eligible_parameters(self.empty), self.base.path)
+
+    @cached_property
     def model(self) -> PreTrainedModel:
         """The base, loaded once; whoever changes its weights restores them, or takes the model."""
         return load_model(self.base, self.dtype, self.device)
+
+    def check(
+        self,
+        requests: Iterable[str] = (),
+        answered: Iterable[Row] = (),
+        *,
+        out: Path | None = None,
+        inputs: Mapping[str, PathLike] = MappingProxyType({}),
+        overwrite: bool = False,
+        error: type[SafeWeightsError] = ModelError,
+    ) -> None:
+        """Refuse now what would fail later: the target, the base's files, a request's template."""
+        # From what takes no time to what takes a second. Before it, a job reads its requests and
+        # adapters; after it, it may compute.
+        if out is not None:
+            check_target(out, overwrite, error)
+            check_apart(out, {"the base": self.base.path, **inputs}, error)
+        self.reader.unlisted()  # reads all headers
+        self._check_memory()
+        for request in requests:
+            encode_prompt(self.tokenizer, request)
+        encode_rows(self.tokenizer, list(answered), 1)
+
+    def _check_memory(self) -> None:
+        """Refuse a base whose weights alone don't fit: without swap, the system would kill us."""
+        infos = [self.reader.info(key) for key in self.reader.keys()]
+        if isinstance(self.dtype, torch.dtype):
+            needed = sum(math.prod(info.shape) for info in infos) * self.dtype.itemsize
+        else:
+            needed = sum(info.size_bytes for info in infos)
+        limit = find_memory(self.device)
+        if limit is not None and needed > limit:
+            raise ModelError(
+                f"{self.base.name}: expected weights of at most {size_text(limit)}, the memory of "
+                f"{self.device}, found {size_text(needed)}; give --dtype bfloat16 if it isn't "
+                "given, or a larger machine"
+            )
+
+    def check_exact(self, records: Iterable[TensorRecord]) -> None:
+        """Refuse a dtype that rounds weights to be trained, whose bits a patch starts from."""
+        if not isinstance(self.dtype, torch.dtype):
+            return
+        dtype = WEIGHT_DTYPES[str(self.dtype).removeprefix("torch.")]
+        for block in (block for record in records for block in record.blocks):
+            key = self.reader.find_key(block.key) or block.key
+            stored = WEIGHT_DTYPES[self.reader.info(key).dtype]
+            if dtype in (stored, np.float32):
+                continue
+            # The values decide: weights in float32 may have been tuned in bfloat16.
+            for window in self.reader.read_windows(key):
+                values = window.view(stored)
+                if not np.array_equal(values.astype(dtype).astype(stored), values, equal_nan=True):
+                    raise ModelError(
+                        f"--dtype {dtype}: expected one that holds the weights of "
+                        f"{self.base.name} exactly, as training needs, found {stored} in {key}; "
+                        "leave --dtype out, or give --dtype float32"
+                    )
 
     def take_model(self) -> PreTrainedModel:
         """Hand the model over to be changed for good; the next job loads another."""
@@ -180,8 +268,9 @@ class Job:
         # The name is made of all that the result depends on: a change of it starts afresh.
         content = {**identity, "base": identify(self.base), **_find_versions()}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        yield out.with_name(f".{out.name}.{digest[:12]}.work")
-        _clear_work(out)
+        with lock(out, DataError):
+            yield out.with_name(f".{out.name}.{digest[:12]}.work")
+            _clear_work(out)
 
 
 def identify(model: BaseModel) -> str | list[list[Any]]:
@@ -208,7 +297,7 @@ def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Do a step unless its result is there."""
     if not path.exists():
         write_json(path, measure())
-    return read_json(path, DataError)
+    return read_json(path, DataError, "delete it, and it is made again")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

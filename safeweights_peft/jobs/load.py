@@ -114,7 +114,7 @@ def load_patched(
     folders += [path / CORRECTION for path in loras if (path / CORRECTION).is_dir()]
     patches = [read_patch(path) for path in folders]
     # Checked before a model is loaded, which can take minutes.
-    merged = MergedEntries(CheckpointReader(base.path), patches) if patches else None
+    merged = MergedEntries(CheckpointReader(base.path), patches, folders) if patches else None
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
     if merged:
@@ -136,9 +136,11 @@ class MergedEntries:
     # bits are those of a merged checkpoint in whatever dtype the base is loaded, and no weight is
     # in memory twice.
 
-    def __init__(self, reader: CheckpointReader, patches: Sequence[AnyPatch]) -> None:
+    def __init__(
+        self, reader: CheckpointReader, patches: Sequence[AnyPatch], names: Sequence[PathLike] = ()
+    ) -> None:
         """Merge, and check that the patches fit the base."""
-        self._entries = merged_entries(reader, patches)
+        self._entries = merged_entries(reader, patches, names)
         self._records = {
             name: record for patch in patches for name, record in patch.metadata.tensors.items()
         }

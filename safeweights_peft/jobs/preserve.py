@@ -12,8 +12,8 @@ from torch import nn
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
 from safeweights_peft.data import data_digest, encode_rows, read_rows
-from safeweights_peft.errors import CheckpointError, ModelError
-from safeweights_peft.files import check_apart, check_target, publish, write_json
+from safeweights_peft.errors import CheckpointError, ModelError, SettingsError
+from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import check_safety, find_copies
@@ -40,9 +40,15 @@ def preserve_model(
 ) -> dict[str, Any]:
     """Fine-tune a base, except the entries of a safety map or patch; write a model or a LoRA."""
     settings = settings or PreserveSettings()
-    check_target(out, overwrite, CheckpointError)
+    _check_settings(settings)
     rows, artifact = read_rows(data, needs_output=True), read_artifact(map_dir)
-    check_apart(out, {"the base": job.base.path, "the map": map_dir}, CheckpointError)
+    job.check(
+        *((), rows),
+        out=out,
+        inputs={"the map": map_dir},
+        overwrite=overwrite,
+        error=CheckpointError,
+    )
     examples = encode_rows(job.tokenizer, rows, settings.max_answer_tokens)
     # Trained in float32, whatever the products are computed in: steps are smaller than what
     # bfloat16 resolves. Written in the dtypes of the base's checkpoint.
@@ -83,6 +89,15 @@ def preserve_model(
         else:
             _write_model(out, model, job, layout, artifact, record, overwrite)
     return record
+
+
+def _check_settings(settings: PreserveSettings) -> None:
+    """Refuse settings that don't go together."""
+    if settings.method is PreserveMethod.FULL and settings.rank != PreserveSettings.rank:
+        raise SettingsError(
+            f"--rank: expected --method {PreserveMethod.LORA} with it, found {settings.method}; "
+            "leave one out"
+        )
 
 
 def _pick_matrix_dtype(job: Job, layout: Mapping[str, TensorRecord]) -> torch.dtype:

@@ -15,7 +15,7 @@ from safeweights_peft.checkpoint.writer import draft_copy
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import CheckpointError, ModelError
 from safeweights_peft.fetching import download, find_base
-from safeweights_peft.files import check_apart, check_target, publish, write_json
+from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
 from safeweights_peft.jobs.job import Job, Progress
@@ -42,6 +42,8 @@ def protect_tuned(
 ) -> dict[str, Any]:
     """Write a tuned checkpoint with its base's safety weights; measure both if settings say how."""
     evaluator = Evaluator(_beside(job, tuned), settings) if settings else None
+    if evaluator:
+        evaluator.check()
     with job.steps("Copying the tuned model", 100) as reach:
         report = protect(
             tuned,
@@ -73,13 +75,13 @@ def protect_lora(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a LoRA with a correction, or its base with it merged in around the safety weights."""
-    check_target(out, overwrite, CheckpointError)
     artifact, folder = read_artifact(map_dir), _find_lora(lora)
     compute = compute or ComputeSettings()
     job = Job(find_base(base, [folder], compute.revision), compute, progress)
     evaluator = Evaluator(job, settings) if settings else None
-    inputs = {"the base": job.base.path, "the map": map_dir, "the LoRA": folder}
-    check_apart(out, inputs, CheckpointError)
+    inputs = {"the map": map_dir, "the LoRA": folder}
+    check = evaluator.check if evaluator else job.check
+    check(out=out, inputs=inputs, overwrite=overwrite, error=CheckpointError)
     values = _write_protected(job, folder, artifact, out, merged, overwrite)
     record = job.record(
         "protection",

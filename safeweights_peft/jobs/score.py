@@ -10,10 +10,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from safeweights_peft.data import (
     Example,
@@ -27,10 +27,14 @@ from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.evaluation.generate import find_end_tokens
 from safeweights_peft.fetching import BaseModel, resolve_base
-from safeweights_peft.files import check_apart, check_target
 from safeweights_peft.jobs.job import Job, identify, load_arrays, save_arrays
-from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
-from safeweights_peft.modeling.loading import load_classifier, load_model, load_tokenizer
+from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
+from safeweights_peft.modeling.loading import (
+    build_empty,
+    load_classifier,
+    load_model,
+    load_tokenizer,
+)
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import write_map
@@ -62,21 +66,21 @@ def score(
 ) -> SafetyMap:
     """Select the entries that carry safety, and write them as a safety map."""
     settings, started = settings or ScoreSettings(), time.perf_counter()
-    check_target(out, overwrite, FormatError)
-    check_judges(settings)
-    harmful = sample_rows(settings)
-    benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
-    judges = find_judges(settings)
-    inputs = {f"the judge {judge.name}": judge.path for judge in judges}
-    check_apart(out, {"the base": job.base.path, **inputs}, FormatError)
-    parameters, total = eligible_parameters(job.model), total_parameters(job.model)
-    count, excluded_count = _count_entries(parameters, total, settings)
-    # A checkpoint that can't be patched on disk is refused before it is scored, not after.
-    described = describe(job.model, parameters, job.base.path)
+    inputs = read_inputs(settings)
+    harmful, benign, judges = inputs
+    places = {f"the judge {judge.name}": judge.path for judge in judges}
+    job.check(
+        *requests_of(settings, inputs),
+        out=out,
+        inputs=places,
+        overwrite=overwrite,
+        error=FormatError,
+    )
+    count, excluded_count = check_base(job, settings)
     kind = SCORES[settings.method]
     selection = asdict(settings) | {
         "objective": _name_objective(settings) if kind.needs_gradient else None,
-        "total_parameters": total,
+        "total_parameters": total_parameters(job.empty),
         "data_digest": data_digest(harmful),
         "safeweights_peft_version": version("safeweights-peft"),
     }
@@ -100,12 +104,46 @@ def score(
             if isinstance(safety, JudgedObjective):
                 selection["mean_safety"] = safety.mean_safety
         else:
+            parameters = eligible_parameters(job.model)
             scores = score_entries(kind, parameters, {}, settings.seed)
             selected = select(scores, count, kind.order)
         selection["seconds"] = round(time.perf_counter() - started, 1)
-        safety_map = build_map(job.model, job.base, selected, selection, described)
+        safety_map = build_map(job.model, job.base, selected, selection, job.layout)
         write_map(out, safety_map, overwrite=overwrite)
     return safety_map
+
+
+class Inputs(NamedTuple):
+    """What scoring reads beside the base."""
+
+    harmful: list[Row]
+    benign: list[Row]
+    judges: list[BaseModel]
+
+
+def read_inputs(settings: ScoreSettings) -> Inputs:
+    """Refuse settings that don't go together; read requests, and find the judges."""
+    _check_settings(settings)
+    benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
+    return Inputs(sample_rows(settings), benign, find_judges(settings))
+
+
+def requests_of(settings: ScoreSettings, inputs: Inputs) -> tuple[list[str], list[Row]]:
+    """List the requests that the base is to answer, and those that it reads with an answer."""
+    has_judge = bool(inputs.judges)
+    asked = inputs.benign + (inputs.harmful if has_judge else [])
+    return [row.instruction for row in asked], [] if has_judge else inputs.harmful
+
+
+def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
+    """Check that a base can be scored so; count the entries to select, and to exclude before."""
+    # All from headers: a base that can't be patched on disk, a density of nothing, or a judge
+    # without the label are refused before weights are loaded.
+    sizes = [record.numel for record in job.layout.values()]
+    counts = _count_entries(sum(sizes), total_parameters(job.empty), settings)
+    if settings.guard or settings.classifier:
+        _load_judge(job, settings, without_weights=True)
+    return counts
 
 
 def sample_rows(settings: ScoreSettings) -> list[Row]:
@@ -123,11 +161,7 @@ def _name_objective(settings: ScoreSettings) -> str:
     return "classifier" if settings.classifier else "reference"
 
 
-def _count_entries(
-    parameters: Mapping[str, nn.Parameter], total: int, settings: ScoreSettings
-) -> tuple[int, int]:
-    """Count the entries to select, and the useful ones to exclude before."""
-    eligible = sum(parameter.numel() for parameter in parameters.values())
+def _count_entries(eligible: int, total: int, settings: ScoreSettings) -> tuple[int, int]:
     excluded = round(settings.contrast_density * total) if settings.contrast else 0
     if settings.contrast and (settings.method is not Method.ESI or excluded < 1):
         raise SelectionError(
@@ -137,7 +171,7 @@ def _count_entries(
     count, most = round(settings.density * total), eligible - excluded
     if not 1 <= count <= most:
         raise SelectionError(
-            f"density: expected 1 to {most} entries of {total} (the eligible ones), "
+            f"--density: expected 1 to {most} entries of {total} (the eligible ones), "
             f"found {count}; choose a density of at most {most / total:.3f}"
         )
     return count, excluded
@@ -187,7 +221,7 @@ class Scoring:
 
     def _sum_gradients(
         self,
-        group: Mapping[str, nn.Parameter],
+        group: Mapping[str, torch.nn.Parameter],
         objective: SafetyObjective,
         path: Path,
         reach: Callable[[int], None],
@@ -251,8 +285,12 @@ def _term_size(settings: ScoreSettings) -> int:
     return 1 if settings.aggregation is Aggregation.MEAN_OF_ABS else settings.batch_size
 
 
-def check_judges(settings: ScoreSettings) -> None:
-    """Refuse settings of judges that don't go together."""
+def _check_settings(settings: ScoreSettings) -> None:
+    """Refuse settings that don't go together."""
+    if not settings.contrast and settings.contrast_density != ScoreSettings.contrast_density:
+        raise SelectionError(
+            "--contrast-density: expected --contrast with it, found none; give benign requests"
+        )
     if settings.guard and settings.classifier:
         raise SelectionError("--guard: expected one judge, found --classifier too; choose one")
     for judge, name, detail in (
@@ -286,12 +324,16 @@ def find_judges(settings: ScoreSettings) -> list[BaseModel]:
 
 
 def _load_judge(
-    job: Job, settings: ScoreSettings
+    job: Job, settings: ScoreSettings, *, without_weights: bool = False
 ) -> Callable[[Sequence[Answered]], SafetyObjective]:
     """Load the guard or the classifier; what it returns makes an objective of answers."""
     (source,) = find_judges(settings)
-    load = load_model if settings.guard else load_classifier
-    model, tokenizer = load(source, job.dtype, job.device), load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    if without_weights:
+        model = build_empty(source, is_classifier=not settings.guard)
+    else:
+        load = load_model if settings.guard else load_classifier
+        model = load(source, job.dtype, job.device)
     judge: SoftJudge
     if settings.guard:
         judge = GuardJudge(model, tokenizer, job.tokenizer, read_profile(settings.profile or ""))

@@ -9,9 +9,9 @@ from typing import Any
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.data import data_digest, encode_rows, read_rows, with_refusals
+from safeweights_peft.data import Row, data_digest, encode_rows, read_rows, with_refusals
 from safeweights_peft.errors import FormatError
-from safeweights_peft.files import check_apart, check_target, publish, write_json
+from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import find_state
 from safeweights_peft.patch.io import read_map
@@ -33,15 +33,18 @@ def train(
 ) -> dict[str, Any]:
     """Train the entries of a safety map, and write them as a safety patch."""
     settings = settings or TrainSettings()
-    check_target(out, overwrite, FormatError)
-    harmful_rows = with_refusals(read_rows(settings.harmful))
-    benign_rows = read_rows(settings.benign)
-    safety_map = read_map(map_dir)
-    check_apart(out, {"the base": job.base.path, "the map": map_dir}, FormatError)
+    harmful_rows, benign_rows = read_requests(settings)
+    requests, safety_map = [row.instruction for row in benign_rows], read_map(map_dir)
+    job.check(
+        *(requests, harmful_rows),
+        out=out,
+        inputs={"the map": map_dir},
+        overwrite=overwrite,
+        error=FormatError,
+    )
     find_state(job.reader, safety_map)  # another base is refused before it is loaded
+    job.check_exact(safety_map.metadata.tensors.values())
     harmful = encode_rows(job.tokenizer, harmful_rows, settings.refusal_tokens)
-    requests = [row.instruction for row in benign_rows]
-    benign = job.ask("the base benign", requests, settings.answer_tokens)
     record = job.record(
         "training",
         safety_map,
@@ -53,8 +56,9 @@ def train(
     metadata = replace(
         safety_map.metadata, base_model_name_or_path=job.base.name, revision=job.base.revision
     )
-    model = create_adapter(job.take_model(), metadata, safety_map.indices)
     with job.work(out, record) as work_dir:
+        benign = job.ask("the base benign", requests, settings.answer_tokens)
+        model = create_adapter(job.take_model(), metadata, safety_map.indices)
         with job.steps("Training", settings.steps) as reach:
             losses = train_to_refuse(
                 model, job.tokenizer, harmful, benign, settings, work_dir, reach
@@ -62,6 +66,11 @@ def train(
         record["losses"] = [asdict(loss) for loss in losses]
         _save(model, metadata, out, record, overwrite)
     return record
+
+
+def read_requests(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
+    """Read the harmful requests, with refusals, and the benign ones."""
+    return with_refusals(read_rows(settings.harmful)), read_rows(settings.benign)
 
 
 def _save(

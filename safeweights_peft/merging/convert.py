@@ -80,7 +80,7 @@ def convert(
             f"encoding: expected one of {', '.join(Encoding)}, found {encoding!r}; choose one"
         )
     check_target(Path(out_dir), overwrite, FormatError)
-    inputs = {"adapter_dir": adapter_dir} | ({"base_dir": base_dir} if base_dir else {})
+    inputs = {"the adapter": adapter_dir} | ({"the base": base_dir} if base_dir else {})
     check_apart(Path(out_dir), inputs, FormatError)
     reader = None if base_dir is None else CheckpointReader(base_dir)
     before = read_artifact(adapter_dir)

@@ -68,7 +68,7 @@ def merge_in_place(
     """
     started = time.perf_counter()
     patches = read_patches(adapters, on_overlap)
-    journal = _find_same_merge(CheckpointReader(base_dir), patches)
+    journal, state = _find_same_merge(CheckpointReader(base_dir), patches)
     if journal is None:
         reader = open_base(base_dir)
         check_own_files(reader)
@@ -85,6 +85,7 @@ def merge_in_place(
         entries=patches.entries,
         size_bytes=journal.reader.size_bytes,
         seconds=time.perf_counter() - started,
+        was_merged=State.MERGED in state,
     )
 
 
@@ -127,11 +128,13 @@ def unmerge(directory: PathLike) -> UnmergeReport:
     return UnmergeReport(str(directory), journal.tensors, journal.entries, seconds)
 
 
-def _find_same_merge(reader: CheckpointReader, patches: PatchSet) -> UndoJournal | None:
+def _find_same_merge(
+    reader: CheckpointReader, patches: PatchSet
+) -> tuple[UndoJournal | None, State]:
     """Find the journal of the same merge, interrupted or done; refuse any other."""
     journal = find_journal(reader)
     if journal is None:
-        return None
+        return None, State.OTHER
     state = journal.state()
     expected = [(patch.content_id, patch.scale) for patch in patches.summaries]
     if expected != [(patch.get("content_id"), patch.get("scale")) for patch in journal.patches]:
@@ -142,4 +145,4 @@ def _find_same_merge(reader: CheckpointReader, patches: PatchSet) -> UndoJournal
             "unmerge it first, then merge all patches at once"
         )
     check_own_files(reader)
-    return journal
+    return journal, state

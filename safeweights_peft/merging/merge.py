@@ -42,6 +42,7 @@ class MergeReport:
     entries: int  # changed, each counted once
     size_bytes: int  # of all shards
     seconds: float
+    was_merged: bool = False  # in place, by an earlier call: nothing changed
 
 
 def merge(
@@ -88,7 +89,7 @@ def merge(
     check_target(Path(out_dir), overwrite, MergeError)
     patches = read_patches(adapters, on_overlap)
     for patch in patches.summaries:
-        check_apart(Path(out_dir), {"base_dir": base_dir, "adapter_dir": patch.adapter}, MergeError)
+        check_apart(Path(out_dir), {"the base": base_dir, "the patch": patch.adapter}, MergeError)
     reader = open_base(base_dir)
     # All sums come first, so that nothing is written for a base that is refused. What the base
     # holds is let go: memory stays at the patches and what their entries become.

@@ -69,7 +69,7 @@ def protect(
     """
     started = time.perf_counter()
     check_target(Path(out_dir), overwrite, MergeError)
-    inputs = {"tuned_dir": tuned_dir, "base_dir": base_dir, "artifact_dir": artifact_dir}
+    inputs = {"the tuned model": tuned_dir, "the base": base_dir, "the map": artifact_dir}
     check_apart(Path(out_dir), inputs, MergeError)
     artifact = read_artifact(artifact_dir)
     base, tuned = CheckpointReader(base_dir), CheckpointReader(tuned_dir)

@@ -152,10 +152,13 @@ def combine(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> PatchSet
 
 
 def merged_entries(
-    reader: CheckpointReader, adapters: Sequence[AnyPatch]
+    reader: CheckpointReader, adapters: Sequence[AnyPatch], names: Sequence[PathLike] = ()
 ) -> dict[str, tuple[Array, Array]]:
     """Compute what patches make of their base's entries: by parameter, indices and new entries."""
-    patches = [describe_patch(adapter, f"adapter {n}") for n, adapter in enumerate(adapters, 1)]
+    names = names or [f"adapter {number}" for number in range(1, len(adapters) + 1)]
+    patches = [
+        describe_patch(adapter, str(name)) for adapter, name in zip(adapters, names, strict=True)
+    ]
     parameters = gather_base(reader, combine(patches))
     return {entries.name: (entries.indices, merged) for entries, merged in add_up(parameters)}
 

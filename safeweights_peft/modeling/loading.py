@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers import (
@@ -20,12 +23,17 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel
 
 # Without a word, transformers asks on stdout whether to run a checkpoint's own code, and waits.
 _OWN_CODE = {"trust_remote_code": False}
+
+
+_LANGUAGE_MODEL, _CLASSIFIER = "causal language model", "sequence classifier"
+_OLD_LIMIT = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -55,23 +63,41 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return getattr(torch, dtype)
 
 
+def find_memory(device: torch.device) -> int | None:
+    """Find how many bytes of memory a device, or this process, may have; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return None
+    limits = [psutil.virtual_memory().total + psutil.swap_memory().total]
+    # A container's limit: whoever passes it is killed without a word.
+    for path in (Path("/sys/fs/cgroup/memory.max"), _OLD_LIMIT):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
 def load_model(
     base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Load a causal language model for inference: evaluation mode, no gradients."""
-    return _load(None, "causal language model", base, dtype, device)
+    return _load(None, _LANGUAGE_MODEL, base, dtype, device)
 
 
-def build_empty(base: BaseModel, keys: Iterable[str] = ()) -> PreTrainedModel:
-    """Build a causal language model of the right names, shapes and ties without its weights."""
+def build_empty(
+    base: BaseModel, keys: Iterable[str] = (), *, is_classifier: bool = False
+) -> PreTrainedModel:
+    """Build a model of the right names, shapes and ties without its weights."""
+    kind = _CLASSIFIER if is_classifier else _LANGUAGE_MODEL
     try:
         config = AutoConfig.from_pretrained(base.path, **_OWN_CODE)
+        auto = AutoModelForSequenceClassification if is_classifier else _find_class(config)
         with torch.device("meta"):
-            model: PreTrainedModel = _build(_find_class(config), config)
+            model: PreTrainedModel = _build(auto, config)
     except Exception as error:  # a wrong number in a config makes models fail in any way
         raise ModelError(
-            f"{base.name}: expected the config of a causal language model that transformers "
-            f"knows, found {_first_line(error)}; give the right base by --base"
+            f"{base.name}: expected the config of a {kind} that transformers "
+            f"knows, found {_first_line(error)}; give the right base"
         ) from error
     if keys := list(keys):
         _note_conversions(model, keys)
@@ -125,7 +151,7 @@ def load_classifier(
     base: BaseModel, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """Load a sequence classifier for inference: evaluation mode, no gradients."""
-    return _load(AutoModelForSequenceClassification, "sequence classifier", base, dtype, device)
+    return _load(AutoModelForSequenceClassification, _CLASSIFIER, base, dtype, device)
 
 
 def _load(
@@ -135,14 +161,26 @@ def _load(
     dtype: torch.dtype | str,
     device: torch.device | str,
 ) -> PreTrainedModel:
+    if any(base.path.glob("*.safetensors")):
+        # Broken files are named here; transformers says neither which nor what to do.
+        CheckpointReader(base.path).unlisted()
     try:
         loader = model_class or _find_class(AutoConfig.from_pretrained(base.path, **_OWN_CODE))
-        model: PreTrainedModel = loader.from_pretrained(base.path, dtype=dtype, **_OWN_CODE)
+        model: PreTrainedModel
+        model, report = loader.from_pretrained(
+            base.path, dtype=dtype, output_loading_info=True, **_OWN_CODE
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: expected a {kind} that transformers can load, "
             f"found {_first_line(error)}; give a directory or Hub id of one"
         ) from error
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ModelError(
+            f"{base.name}: expected all tensors of a {kind}, found none for {missing[0]}{others}; "
+            "fetch the checkpoint again"
+        )
     if getattr(model, "is_quantized", False):
         raise ModelError(
             f"{base.name}: expected float weights, found a quantized model; use its original"
@@ -156,7 +194,8 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(base.path, **_OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{base.name}: expected a tokenizer, found none: {error}; save it beside the model"
+            f"{base.name}: expected a tokenizer, found none ({_first_line(error).rstrip(': ')}); "
+            "save it beside the model"
         ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

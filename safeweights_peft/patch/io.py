@@ -226,10 +226,7 @@ def read_metadata(path: PathLike) -> AdapterMetadata:
     folder = Path(path)
     config, tensors = folder / CONFIG_FILE, folder / TENSORS_FILE
     if not config.is_file():
-        raise FormatError(
-            f"{folder}: expected a directory with {CONFIG_FILE}, found none; "
-            "give the directory of a safety patch or a safety map"
-        )
+        raise FormatError(f"{folder}: expected a directory with {CONFIG_FILE}, {_explain(folder)}")
     metadata = AdapterMetadata.from_config(read_json(config, CorruptAdapterError), str(config))
     if not tensors.is_file():
         pickled = (folder / "adapter_model.bin").exists()
@@ -238,6 +235,16 @@ def read_metadata(path: PathLike) -> AdapterMetadata:
             f"{folder}: expected {TENSORS_FILE}, found {found}; ask the author for {TENSORS_FILE}"
         )
     return metadata
+
+
+def _explain(folder: Path) -> str:
+    """Say what a directory holds instead of an adapter, and what to give."""
+    if (folder / "map").is_dir() or (folder / "patch").is_dir():  # of a run of `enhance`
+        return f"found a run; give {folder / 'patch'} or {folder / 'map'}"
+    hint = "give the directory of a safety patch or a safety map"
+    if (folder / "config.json").is_file():
+        return f"found a model; {hint}, and the model before it"
+    return f"found none; {hint}"
 
 
 def _as_map(metadata: AdapterMetadata, entries: dict[str, StoredEntries]) -> SafetyMap:
@@ -261,10 +268,9 @@ def _read(
 ) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
     metadata, file = read_metadata(path), Path(path) / TENSORS_FILE
     if mode not in (None, metadata.mode):
-        other = "read_map" if mode is Mode.SET else "read_adapter"
         raise FormatError(
-            f"{path}: expected a {mode.artifact}, found a {metadata.mode.artifact}; give another, "
-            f"or use {other} for it"
+            f"{path}: expected a {mode.artifact}, found a {metadata.mode.artifact}; give the "
+            f"directory of a {mode.artifact}"
         )
     header, entries = _check_header(file, metadata), {}
     for name in metadata.tensors:  # only one at a time is in memory as it is stored

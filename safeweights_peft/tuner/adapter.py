@@ -126,12 +126,21 @@ def round_values(model: PeftModel | PreTrainedModel, adapter_name: str = "defaul
         model: The PeftModel, or a model into which the adapter was loaded.
         adapter_name: The adapter.
 
+    Raises:
+        ModelError: The model has no such adapter.
+
     Example:
         >>> from safeweights_peft import load_model, round_values
         >>> model = load_model("demo/base", "demo/run/patch", merge=False)
         >>> round_values(model)  # after training, before evaluating
     """
-    dtype = getattr(torch, model.peft_config[adapter_name].values_dtype)
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ModelError(
+            f"adapter {adapter_name!r}: expected an adapter of the model "
+            f"({', '.join(configs) or 'it has none'}), found none; name one, or load it first"
+        )
+    dtype = getattr(torch, configs[adapter_name].values_dtype)
     with torch.no_grad():
         for layer in layers(model, adapter_name):
             layer.check([adapter_name])

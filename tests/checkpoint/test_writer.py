@@ -215,7 +215,7 @@ def test_an_existing_directory_is_kept_unless_asked(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with (
-        pytest.raises(CheckpointError, match="set overwrite"),
+        pytest.raises(CheckpointError, match="give --overwrite"),
         draft_copy(reader, tmp_path / "out"),
     ):
         pass

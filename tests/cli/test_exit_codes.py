@@ -55,7 +55,9 @@ def test_a_full_disk_is_a_failure_of_one_line(
     called = call("eval", run.base, *options["eval"], "--out", tmp_path / "result.json")
     assert called.exit_code == 1
     assert called.stdout.startswith("ASR")  # what was measured is not lost
-    assert error_lines(called.stderr)[-1] == "Error: [Errno 28] No space left on device"
+    line = error_lines(called.stderr)[-1]
+    assert line.startswith(f"Error: {tmp_path / 'result.json'}: ")
+    assert line.endswith("No space left on device; free some space, and call again")
 
 
 def test_eval_never_writes_over_a_file(

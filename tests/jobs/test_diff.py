@@ -327,7 +327,7 @@ def test_an_existing_result_is_replaced_only_when_asked(base: Path, tmp_path: Pa
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {3: 1}))
     (tmp_path / "patch").mkdir()
     (tmp_path / "patch" / "old").write_text("old")
-    with pytest.raises(MergeError, match="set overwrite to replace it"):
+    with pytest.raises(MergeError, match="give --overwrite to replace it"):
         diff(Job(base), str(tuned), tmp_path / "patch")
     diff(Job(base), str(tuned), tmp_path / "patch", overwrite=True)
     assert not (tmp_path / "patch" / "old").exists()

@@ -238,7 +238,7 @@ def test_a_patch_without_entries_is_refused(tiny_llama: Path, tmp_path: Path) ->
 def test_an_existing_result_is_replaced_only_when_asked(patch: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(MergeError, match="set overwrite to replace it"):
+    with pytest.raises(MergeError, match="give --overwrite to replace it"):
         export_supertuning(patch, tmp_path / "out")
     export_supertuning(patch, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "old").exists()

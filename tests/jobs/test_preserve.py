@@ -294,12 +294,12 @@ def test_rows_without_answers_are_refused(
         call(*job)
 
 
-def test_an_existing_result_is_refused_before_anything_else(
-    requests: Requests, tmp_path: Path
+def test_an_existing_result_is_refused_before_a_base_is_looked_for(
+    map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"set overwrite to replace it$"):
-        call("no base is looked for", Path("nor a map"), "nor data", tmp_path)
+    with pytest.raises(CheckpointError, match=r"give --overwrite to replace it$"):
+        call("no base is looked for", map_dir, requests.lessons, tmp_path)
 
 
 def test_an_existing_result_is_replaced_when_asked(

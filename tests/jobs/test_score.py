@@ -180,7 +180,7 @@ def test_an_existing_result_is_refused_before_anything_else(
     requests: Requests, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FormatError, match=r"set overwrite to replace it$"):
+    with pytest.raises(FormatError, match=r"give --overwrite to replace it$"):
         score(Job("no base is looked for"), tmp_path, requests.score())
 
 
@@ -206,7 +206,7 @@ def test_a_failed_score_leaves_the_old_map(
 def test_a_density_that_cannot_be_met_is_refused_with_the_largest_that_can(
     density: float, tiny_llama: Path, requests: Requests, tmp_path: Path
 ) -> None:
-    with pytest.raises(SelectionError, match=r"^density: expected 1 to \d+ .*at most 0\.\d+"):
+    with pytest.raises(SelectionError, match=r"^--density: expected 1 to \d+ .*at most 0\.\d+"):
         score(Job(tiny_llama), tmp_path / "map", requests.score(density=density))
 
 

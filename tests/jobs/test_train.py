@@ -173,12 +173,12 @@ def test_a_patch_in_place_of_a_map_is_refused(
         train(Job(tiny_llama), tmp_path / "patch", tmp_path / "again", requests.train())
 
 
-def test_an_existing_result_is_refused_before_anything_else(
-    requests: Requests, tmp_path: Path
+def test_an_existing_result_is_refused_before_a_base_is_looked_for(
+    map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FormatError, match=r"set overwrite to replace it$"):
-        train(Job("no base is looked for"), Path("nor a map"), tmp_path, requests.train())
+    with pytest.raises(FormatError, match=r"give --overwrite to replace it$"):
+        train(Job("no base is looked for"), map_dir, tmp_path, requests.train())
 
 
 def test_an_existing_result_is_replaced_when_asked(

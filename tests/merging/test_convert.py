@@ -207,7 +207,7 @@ def test_a_failed_conversion_leaves_the_old_directory(case: Case, compact: Path)
         convert(case.patch, "compact", compact, case.base, overwrite=True)
     for file in kept.iterdir():
         assert (compact / file.name).read_bytes() == file.read_bytes()
-    with pytest.raises(FormatError, match="set overwrite to replace it"):
+    with pytest.raises(FormatError, match="give --overwrite to replace it"):
         convert(case.patch, "compact", compact, case.base)
     with pytest.raises(FormatError, match="a directory apart from"):
         convert(compact, "plain", compact, case.base, overwrite=True)

@@ -216,7 +216,7 @@ def test_the_inputs_are_never_replaced(case: Case, out: str) -> None:
 def test_an_existing_directory_is_replaced_only_when_asked(case: Case) -> None:
     case.out.mkdir()
     (case.out / "old").write_text("old")
-    with pytest.raises(MergeError, match="set overwrite to replace it"):
+    with pytest.raises(MergeError, match="give --overwrite to replace it"):
         merge(case.base, case.patch, case.out)
     merge(case.base, case.patch, case.out, overwrite=True)
     assert not (case.out / "old").exists()

@@ -77,7 +77,7 @@ def test_without_an_exchange_of_names_the_next_writer_finds_the_old_patch(tmp_pa
     lost = [folder for folder in folders if not (folder / "patch").exists()]
     assert lost
     for folder in folders:
-        with pytest.raises(FormatError, match="found files; set overwrite to replace it"):
+        with pytest.raises(FormatError, match="found files; give --overwrite to replace it"):
             check_target(folder / "patch", False, FormatError)
         assert is_old(folder) or folder not in lost
 

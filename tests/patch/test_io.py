@@ -134,7 +134,7 @@ def test_an_existing_directory_is_replaced_only_when_asked(tmp_path: Path) -> No
     write_adapter(tmp_path / "patch", tiny_patch())
     (tmp_path / "patch" / "README.md").write_text("a card of the old patch")
     second = tiny_patch(seed=5)
-    with pytest.raises(FormatError, match="set overwrite to replace it"):
+    with pytest.raises(FormatError, match="give --overwrite to replace it"):
         write_adapter(tmp_path / "patch", second)
     written = write_adapter(tmp_path / "patch", second, overwrite=True)
     assert read_adapter(tmp_path / "patch").metadata == written
@@ -200,10 +200,10 @@ def test_each_reader_refuses_the_other_kind(tmp_path: Path) -> None:
     write_map(tmp_path / "map", as_map(tiny_patch()))
     with pytest.raises(
         FormatError,
-        match=r"a safety map, found a safety patch; .* use read_adapter",
+        match=r"a safety map, found a safety patch; give the directory of a safety map",
     ):
         read_map(tmp_path / "patch")
-    with pytest.raises(FormatError, match=r"a safety patch, found a safety map; .* use read_map"):
+    with pytest.raises(FormatError, match=r"a safety patch, found a safety map; give the dir"):
         read_adapter(tmp_path / "map")
 
 

@@ -427,7 +427,7 @@ def test_a_missing_source_of_requests_is_refused(
 
 def test_an_existing_result_is_refused(probed: Probed, requests: Requests) -> None:
     job = probed.base, probed.patch, requests
-    refused(EvaluationError, "set overwrite to replace it$", probed.out, *job)
+    refused(EvaluationError, "give --overwrite to replace it$", probed.out, *job)
 
 
 def test_a_result_inside_the_base_is_refused(probed: Probed, requests: Requests) -> None:
