@@ -104,7 +104,8 @@ def merge_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     for overlap in result["overlap"]:  # one a tensor
         shared[overlap["left"], overlap["right"]] += overlap["entries"]
     rows += [("overlap", f"{n:,} entries of {a} and {b}") for (a, b), n in shared.items()]
-    return rows + rows_of({k: v for k, v in result.items() if k not in ("patches", "overlap")})
+    others = ("patches", "overlap", "was_merged")
+    return rows + rows_of({k: v for k, v in result.items() if k not in others})
 
 
 def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:

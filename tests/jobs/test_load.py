@@ -187,7 +187,7 @@ def test_patches_that_place_a_parameter_differently_are_not_merged_together(
     name = next(name for name, record in tensors.items() if len(record["blocks"]) > 1)
     tensors[name]["blocks"].reverse()
     edit_config(patches[1], tensors=tensors)
-    message = f"one parameter and layout in all patches, found {name} in adapter 1 and {name} in"
+    message = f"one parameter and layout in all patches, found {name} in {patches[0]} and {name} in"
     with pytest.raises(MergeError, match=message):
         load_model(tiny_mixtral, patches)
 
