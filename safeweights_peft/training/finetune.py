@@ -155,7 +155,7 @@ def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     targets = [
         module
         for module, _, own in (name.rpartition(".") for name in maps)
-        if own == "weight" and isinstance(model.get_submodule(module), nn.Linear | Conv1D)
+        if own == "weight" and _is_linear(model.get_submodule(module))
     ]
     head, weights = model.get_output_embeddings(), {f"{module}.weight" for module in targets}
     others = maps.keys() | {
@@ -169,6 +169,21 @@ def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         name if (short := _without_numbers(name)) in trained else short for name in others - weights
     }
     return targets, sorted(left)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether LoRA can stand beside a module: whether it multiplies by its weight."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return isinstance(module, nn.Linear | Conv1D)
+    # A subclass may do the same in its own words, as Falcon's, or multiply in groups, as DeepSeek
+    # V4's, where PEFT takes any for a plain one.
+    row = torch.linspace(-1, 1, module.in_features).to(module.weight)[None, None]
+    try:
+        with torch.no_grad():
+            expected = nn.functional.linear(row, module.weight, module.bias)
+            return bool((module(row) - expected).norm() <= 1e-3 * expected.norm())
+    except Exception:
+        return False
 
 
 def _without_numbers(name: str) -> str:

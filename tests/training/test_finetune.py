@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import MllamaForCausalLM, MllamaTextConfig
+from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, TrainingError
@@ -15,6 +16,7 @@ from safeweights_peft.training.finetune import collate_answers, deal, find_linea
 from tests.tiny_jobs import Interrupted
 from tests.tiny_models import COMMON
 from tests.training.maps import entries, hooks, kept, load, make_map, moved, same, train
+from tests.zoo.architectures import build_config
 
 PAD = 256
 LENGTHS = ((5, 3), (9, 1), (4, 6), (7, 7), (6, 2))
@@ -156,3 +158,18 @@ def test_what_lora_leaves_is_named_by_number_where_it_goes_on_other_layers() -> 
     assert {target.split(".")[2] for target in targets} == {"0"}
     assert "model.layers.*.cross_attn.q_proj.weight" in left
     assert "model.layers.1.mlp.up_proj.weight" in left
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "is_trained"),
+    [("falcon", "query_key_value", True), ("deepseek_v4", "o_a_proj", False)],
+)
+def test_lora_goes_beside_what_multiplies_by_its_weight_whatever_its_class(
+    architecture: str, layer: str, is_trained: bool
+) -> None:
+    model = AutoModelForCausalLM.from_config(build_config(architecture))
+    kinds = {type(module) for name, module in model.named_modules() if name.endswith(f".{layer}")}
+    assert nn.Linear not in kinds
+    targets, left = find_linear(model)
+    assert any(name.endswith(f".{layer}") for name in targets) is is_trained
+    assert any(name.endswith(f".{layer}.weight") for name in left) is not is_trained
