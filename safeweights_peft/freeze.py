@@ -53,10 +53,15 @@ class FrozenEntries:
 
     def _write(self, tensor: Tensor, values: Tensor) -> None:
         self.indices = self.indices.to(tensor.device)
-        if tensor.is_contiguous():
-            tensor.view(-1)[self.indices] = values
-        else:
-            tensor[torch.unravel_index(self.indices, tensor.shape)] = values
+        write_entries(tensor, self.indices, values)
+
+
+def write_entries(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write values, or one value, at flat indices of a tensor."""
+    if tensor.is_contiguous():
+        tensor.view(-1)[indices] = values
+    else:
+        tensor[torch.unravel_index(indices, tensor.shape)] = values
 
 
 def make_switch(

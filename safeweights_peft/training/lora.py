@@ -3,26 +3,31 @@
 LoRA turns a weight W into W + s·BA. At the frozen entries each adapter's part is taken out again:
 B(Ax) becomes B(Ax) − Cx, with C equal to BA there and zero elsewhere, so the effective weight stays
 W. That is exact at any scale, with any number of adapters, and with dropout, since x is its output.
+Where LoRA is on a parameter (fused experts), PEFT computes W + s·BA in full: W's entries are put
+back into it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from safeweights_peft.errors import UnsupportedFeatureError
-from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.freeze import FrozenEntries, write_entries
 from safeweights_peft.tuner.sampled import (
     columns_of_tokens,
     csr_pattern,
@@ -127,6 +132,11 @@ class FrozenLayer:
     pattern: FrozenPattern  # of the product BA; shared by layers that share a weight
     is_turned: bool = False  # whether the weight is stored as (inputs, outputs)
 
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The weight of the base."""
+        return self.layer.get_base_layer().weight
+
     def part_of(self, adapter: str) -> Tensor:
         """Compute what an adapter adds to the frozen entries, (n,) float32."""
         first, second = self.layer.lora_A[adapter], self.layer.lora_B[adapter]
@@ -137,15 +147,50 @@ class FrozenLayer:
             product = sampled_product(self.pattern.by_row.to(a.device), b, a.T)
         return product.values() * self.layer.scaling[adapter]
 
+    def make_correction(self) -> LoraCorrection:
+        """Make the hooks that keep the layer's effective weight at its frozen entries."""
+        return LoraCorrection(self)
 
-def find_frozen_layers(model: nn.Module, entries: Sequence[FrozenEntries]) -> list[FrozenLayer]:
+
+@dataclass(frozen=True, eq=False)
+class FrozenParameter:
+    """A LoRA on a parameter itself that would move frozen entries."""
+
+    name: str
+    layer: ParamWrapper
+    indices: Tensor  # flat and sorted
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter, which may be any of its module's."""
+        return self.layer.get_param()
+
+    def part_of(self, adapter: str) -> Tensor:
+        """Compute what an adapter adds to the frozen entries, (n,) float32."""
+        with torch.no_grad():
+            delta = self.layer.get_delta_weight(adapter)
+        return delta.take(self.indices.to(delta.device).long()).float()
+
+    def make_correction(self) -> ParameterCorrection:
+        """Make the hooks that keep the effective parameter at its frozen entries."""
+        return ParameterCorrection(self)
+
+
+def find_frozen_layers(
+    model: nn.Module, entries: Sequence[FrozenEntries]
+) -> list[FrozenLayer | FrozenParameter]:
     """Find the LoRA layers that would move frozen entries."""
     indices: dict[nn.Parameter, list[Tensor]] = {}
     for frozen in entries:
         indices.setdefault(frozen.parameter, []).append(frozen.indices)
     patterns: dict[nn.Parameter, FrozenPattern] = {}
-    layers = []
+    layers: list[FrozenLayer | FrozenParameter] = []
     for name, layer in _tuner_layers(model):
+        if type(layer) is ParamWrapper:  # it changes its own parameter alone
+            if (parameter := layer.get_param()) in indices:
+                flat = torch.cat(indices[parameter]).unique()
+                layers.append(FrozenParameter(name, layer, flat))
+            continue
         base = layer.get_base_layer()
         if indices.keys().isdisjoint(base.parameters()):
             continue
@@ -195,31 +240,43 @@ def _find_obstacle(layer: BaseTunerLayer, base: nn.Module, bias: bool) -> str | 
     return None
 
 
-class LoraCorrection:
+class Correction:
     """The hooks that keep one layer's effective weight at its frozen entries."""
 
-    def __init__(self, frozen: FrozenLayer) -> None:
-        self._layer = frozen.layer
-        self._patterns = {frozen.pattern.by_row.device: frozen.pattern}
+    def __init__(self, name: str, modules: Iterable[nn.Module]) -> None:
+        # Under two corrections a part would be taken out twice.
+        for module in modules:
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                if isinstance(getattr(hook, "__self__", None), Correction):
+                    raise UnsupportedFeatureError(
+                        f"{name}: expected a LoRA layer that no other map or patch protects, found "
+                        "one; end that protection first, a callback's with detach()"
+                    )
         self._handles: list[RemovableHandle] = []
-        hooks = [hook for b in self._layer.lora_B.values() for hook in b._forward_hooks.values()]
-        if any(isinstance(getattr(hook, "__self__", None), LoraCorrection) for hook in hooks):
-            raise UnsupportedFeatureError(
-                f"{frozen.name}: expected a LoRA layer that no other map or patch protects, found "
-                "one; end that protection first, a callback's with detach()"
-            )
 
     def attach(self) -> None:
         """Correct every adapter of the layer from now on."""
-        for adapter, first in self._layer.lora_A.items():
-            second = self._layer.lora_B[adapter]
-            self._handles.append(first.register_forward_hook(_note_input))
-            self._handles.append(second.register_forward_hook(self._correct))
+        raise NotImplementedError
 
     def detach(self) -> None:
         """Remove every hook."""
         while self._handles:
             self._handles.pop().remove()
+
+
+class LoraCorrection(Correction):
+    """The hooks on a linear layer's adapters."""
+
+    def __init__(self, frozen: FrozenLayer) -> None:
+        super().__init__(frozen.name, frozen.layer.lora_B.values())
+        self._layer = frozen.layer
+        self._patterns = {frozen.pattern.by_row.device: frozen.pattern}
+
+    def attach(self) -> None:
+        for adapter, first in self._layer.lora_A.items():
+            second = self._layer.lora_B[adapter]
+            self._handles.append(first.register_forward_hook(_note_input))
+            self._handles.append(second.register_forward_hook(self._correct))
 
     @torch.compiler.disable  # compiled code knows no sparse tensors
     def _correct(self, second: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -229,6 +286,45 @@ class LoraCorrection:
             pattern = next(iter(self._patterns.values())).to(output.device)
             self._patterns[output.device] = pattern
         return _Corrected.apply(output, input, first.weight, second.weight, pattern)
+
+
+class ParameterCorrection(Correction):
+    """The hooks on a parameter's parametrization, which PEFT makes for each forward pass anew."""
+
+    def __init__(self, frozen: FrozenParameter) -> None:
+        # What the wrapper calls: wrappers of one module's parameters are nested.
+        self._inner = frozen.layer.base_layer
+        super().__init__(frozen.name, [self._inner])
+        self._own = frozen.layer.parameter_name
+        self._indices = {frozen.indices.device: frozen.indices}
+
+    def attach(self) -> None:
+        self._handles.append(self._inner.register_forward_pre_hook(self._follow))
+
+    @torch.compiler.disable
+    def _follow(self, inner: nn.Module, _inputs: Any) -> None:
+        base = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
+        if parametrize.is_parametrized(base, self._own):  # not where the adapter is disabled
+            base.parametrizations[self._own][-1].register_forward_hook(self._restore)
+
+    @torch.compiler.disable
+    def _restore(self, _proxy: nn.Module, inputs: tuple[Tensor], effective: Tensor) -> None:
+        """Put the base's entries into W + s·BA, which PEFT has just made; return no gradient."""
+        indices = self._indices.get(effective.device)
+        if indices is None:  # the model was moved, or this is one of `DataParallel`'s copies
+            indices = next(iter(self._indices.values())).to(effective.device)
+            self._indices[effective.device] = indices
+        with torch.no_grad():
+            write_entries(effective, indices, inputs[0].take(indices.long()))
+        if effective.requires_grad:
+            effective.register_hook(partial(_clear_entries, indices=indices))
+
+
+def _clear_entries(gradient: Tensor, indices: Tensor) -> Tensor:
+    """Copy a gradient, with zeros at frozen entries."""
+    cleared = gradient.clone(memory_format=torch.contiguous_format)
+    write_entries(cleared, indices, cleared.new_zeros(()))
+    return cleared
 
 
 @torch.compiler.disable

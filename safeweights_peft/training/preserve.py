@@ -27,7 +27,7 @@ from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import State
 from safeweights_peft.training.lora import (
-    LoraCorrection,
+    Correction,
     check_adapters,
     find_frozen_layers,
     find_parameters,
@@ -198,7 +198,7 @@ class _Guard:
         artifact, model = _read(artifact), _unwrap(model)
         entries, is_adapted = _find_entries(model, artifact), has_adapters(model)
         layers = find_frozen_layers(model, entries) if is_adapted else []
-        corrected = {layer.layer.get_base_layer().weight for layer in layers}
+        corrected = {layer.parameter for layer in layers}
         _warn_of_untrained(entries, corrected, artifact.metadata.mode.artifact)
         if is_adapted:  # no optimizer holds the rest of the base
             entries = [
@@ -206,8 +206,8 @@ class _Guard:
                 for frozen in entries
                 if frozen.parameter.requires_grad or is_copy(frozen.name)
             ]
-        self._corrections = [LoraCorrection(layer) for layer in layers]
-        self._hooks: list[LoraCorrection | FreezeGuard | _Watch] = [
+        self._corrections = [layer.make_correction() for layer in layers]
+        self._hooks: list[Correction | FreezeGuard | _Watch] = [
             *self._corrections,
             FreezeGuard(entries),
             _Watch(model, entries),
