@@ -38,7 +38,7 @@ def facts(text: str) -> dict[str, dict[str, Any]]:
     merged = {"name": text, "content_id": "sha256:0", "scale": 0.5, "entries": 1}
     return {
         "patch": counts,
-        "lora": counts | {"artifact": text},
+        "lora": counts | {"artifact": text, "is_corrected": True},
         "preserved": counts | {"artifact": text},
         "merged": {"patches": [merged, merged], "shared": 1000},
         "shared": counts

@@ -10,7 +10,6 @@ from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.delta import Array, SparseDelta, add_rounded, digest
-from safeweights_peft.errors import ModelError
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.tensors import to_numpy
@@ -25,31 +24,26 @@ CORRECTION = "correction"
 
 
 def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
-    """Compute what cancels a LoRA's part at an artifact's entries."""
-    values = compute_correction(model, artifact)
-    if not values:
-        raise ModelError(
-            f"model: expected a LoRA on tensors of the {artifact.metadata.mode.artifact}, found "
-            "one that changes none of them; it needs no protection"
-        )
-    return {name: to_numpy(tensor) for name, tensor in values.items()}
+    """Compute what cancels a LoRA's part at an artifact's entries: at those that it moves."""
+    return {name: to_numpy(tensor) for name, tensor in compute_correction(model, artifact).items()}
 
 
 def write_corrected(
     folder: Path, model: PeftModel, job: Job, artifact: Artifact, values: Mapping[str, Array]
 ) -> None:
-    """Write a LoRA, its correction and a card into a folder."""
+    """Write a LoRA, its correction (unless it needs none) and a card into a folder."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = job.base.name, job.base.revision
     model.save_pretrained(str(folder))
-    # A safety patch like any other: base, correction and LoRA add up to what was trained.
-    write_adapter(folder / CORRECTION, _build_correction(job, artifact, values))
+    if values:  # a safety patch like any other: it, base and LoRA add up to what was trained
+        write_adapter(folder / CORRECTION, _build_correction(job, artifact, values))
     card = render_card(
         "lora",
         *(job.base.name, job.base.revision),
         entries=sum(indices.size for indices in artifact.indices.values()),
         tensors=len(artifact.indices),
         artifact=artifact.metadata.mode.artifact,
+        is_corrected=bool(values),
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 

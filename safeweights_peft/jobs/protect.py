@@ -117,6 +117,11 @@ def _write_protected(
     layout = describe(model, [name for name, _ in model.named_parameters()], job.base.path)
     adapted = load_lora(model, lora)
     values = correct(adapted, artifact)
+    if not values:
+        raise ModelError(
+            f"model: expected a LoRA on tensors of the {artifact.metadata.mode.artifact}, found "
+            "one that changes none of them; it needs no protection"
+        )
     if merged:
         with draft_copy(job.reader, out, overwrite=overwrite) as draft:
             plain = adapted.merge_and_unload()

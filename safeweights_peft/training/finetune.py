@@ -13,6 +13,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -149,14 +153,15 @@ def fine_tune(
 
 def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Find the linear layers that LoRA trains, and the parameters of other maps that it leaves."""
-    # PEFT's "all-linear" would also wrap fused experts and routers, whose weights no correction
-    # keeps from moving, and towers that text never reaches.
+    # PEFT's "all-linear" would also wrap fused experts, each of which takes a whole rank, routers,
+    # and towers that text never reaches.
     maps = eligible_parameters(model)
     targets = [
         module
         for module, _, own in (name.rpartition(".") for name in maps)
         if own == "weight" and _is_linear(model.get_submodule(module))
     ]
+    targets = _find_again(model, targets)
     head, weights = model.get_output_embeddings(), {f"{module}.weight" for module in targets}
     others = maps.keys() | {
         f"{name}.weight"
@@ -184,6 +189,24 @@ def _is_linear(module: nn.Module) -> bool:
             return bool((module(row) - expected).norm() <= 1e-3 * expected.norm())
     except Exception:
         return False
+
+
+def _find_again(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """List the layers that PEFT knows by their names, when it trains and when it loads."""
+    # It reads names as those of transformers 4, and takes them for others: in a mixture of experts
+    # any gate_proj, be it a shared expert's or a dense layer's, for a part of the fused experts.
+    meant = {}
+    for own in {name.rpartition(".")[2] for name in targets}:
+        config = LoraConfig(target_modules=[own])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # fused with another, which isn't given
+            config.target_modules = set()
+        meant[own] = own in config.target_modules
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in targets}
+    saved = dict.fromkeys(keys, torch.empty(1, 1))
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), saved)
+    return [name for key, name in keys.items() if key in found and meant[name.rpartition(".")[2]]]
 
 
 def _without_numbers(name: str) -> str:

@@ -299,11 +299,13 @@ class ParameterCorrection(Correction):
         self._indices = {frozen.indices.device: frozen.indices}
 
     def attach(self) -> None:
-        self._handles.append(self._inner.register_forward_pre_hook(self._follow))
+        # Before all hooks that read the parameter: what it gives first is what it gives again.
+        handle = self._inner.register_forward_pre_hook(self._follow, prepend=True)
+        self._handles.append(handle)
 
     @torch.compiler.disable
     def _follow(self, inner: nn.Module, _inputs: Any) -> None:
-        base = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
+        base: Any = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
         if parametrize.is_parametrized(base, self._own):  # not where the adapter is disabled
             base.parametrizations[self._own][-1].register_forward_hook(self._restore)
 

@@ -52,12 +52,12 @@ def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
     the end, also after an exception. Everything is checked before anything is changed. Maps may be
     nested. Each entry takes at most 12 bytes of memory.
 
-    Under LoRA on linear layers, with any number of adapters, the effective weight W + s·BA stays W
-    at the frozen entries whenever the model runs: what each adapter adds there is removed from its
-    output. What is trained beside LoRA, `modules_to_save` included, is protected as in full
-    training. A LoRA layer can be protected by one map at a time. Add adapters before, and merge
-    none inside: hooks are set on entry. The adapter is saved as plain LoRA, which moves the entries
-    wherever it runs without `preserve`; `training.preserve.compute_correction` says by how much.
+    Under LoRA on linear layers and on parameters (fused experts), with any number of adapters, the
+    effective weight W + s·BA stays W at the frozen entries whenever the model runs. What is trained
+    beside LoRA, `modules_to_save` included, is protected as in full training. A LoRA layer can be
+    protected by one map at a time. Add adapters before, and merge none inside: hooks are set on
+    entry. The adapter is saved as plain LoRA, which moves the entries wherever it runs without
+    `preserve`; `training.preserve.compute_correction` says by how much.
 
     Pass the parameters that the optimizer trains: an optimizer that works on copies, as DeepSpeed's
     do, moves entries unseen until they are restored at the end.
@@ -73,8 +73,8 @@ def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
     Raises:
         BaseMismatchError: The model's entries are not those that the map was made for, or not the
             patch's merged ones; or a parameter is missing or has another shape.
-        UnsupportedFeatureError: The model has adapters other than plain LoRA on linear layers, or
-            merged ones, or a parameter is sharded, quantized, or without data.
+        UnsupportedFeatureError: The model has adapters other than plain LoRA on linear layers or
+            parameters, or merged ones, or a parameter is sharded, quantized, or without data.
 
     Example:
         >>> import torch, safeweights_peft

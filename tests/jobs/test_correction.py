@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from safeweights_peft import BaseMismatchError, read_map
 from safeweights_peft.checkpoint.reader import CheckpointReader
@@ -24,9 +24,12 @@ from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.modeling.loading import load_model
+from safeweights_peft.patch.io import write_map
 from safeweights_peft.settings import Method, PreserveMethod, PreserveSettings
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
-from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
+from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
+from tests.training.maps import make_map
+from tests.zoo.architectures import save_checkpoint
 
 LINEAR = r".*\.(q|k|v|o|up|down|gate)_proj"
 
@@ -255,12 +258,9 @@ def test_a_lora_with_added_tokens_goes_on_a_resized_base(
 
 
 def save_tiny(path: Path, model_type: str) -> Path:
-    """Save a tiny model of any type that takes the usual sizes, with a tokenizer."""
-    torch.manual_seed(0)
-    small = {"n_layer": 2, "n_head": 4, "n_embd": 32} if model_type == "gpt2" else {}
-    config = AutoConfig.for_model(model_type, **COMMON | small)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return save_tiny_tokenizer(path)
+    """Save a tiny model of any type, with a tokenizer."""
+    save_checkpoint(model_type, path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,17 @@ def save_tiny(path: Path, model_type: str) -> Path:
             "mixtral",
             ["model.layers.*.mlp.experts.down_proj", "model.layers.*.mlp.experts.gate_up_proj"],
         ),
+        (
+            "deepseek_v2",  # where PEFT takes any gate_proj for that of the experts
+            [
+                *(f"model.layers.*.mlp.{own}_proj.weight" for own in ("down", "gate", "up")),
+                *(f"model.layers.*.mlp.experts.{own}_proj" for own in ("down", "gate_up")),
+                *(
+                    f"model.layers.*.mlp.shared_experts.{own}_proj.weight"
+                    for own in ("down", "gate", "up")
+                ),
+            ],
+        ),
     ],
 )
 def test_lora_goes_on_the_linear_layers_that_can_be_protected(
@@ -280,7 +291,7 @@ def test_lora_goes_on_the_linear_layers_that_can_be_protected(
     safety_map = score(Job(base), tmp_path / "map", requests.score(density=0.05))
     out = tmp_path / "out"
     record = preserve_model(Job(base), tmp_path / "map", requests.lessons, out, by_lora(requests))
-    assert record["lora_left_out"] == left_out
+    assert record["lora_left_out"] == sorted(left_out)
     before, after = dict(plain(base).named_parameters()), assembled(base, out)
     moved = 0
     for name, parameter in after.named_parameters():
@@ -289,6 +300,52 @@ def test_lora_goes_on_the_linear_layers_that_can_be_protected(
         assert change[frozen].sum() < 1e-5
         moved += int((change > 1e-5).sum())
     assert moved > 100
+
+
+def save_lora(base: Path, names: list[str], folder: Path) -> Path:
+    """Save a LoRA on parameters, which has moved each of them."""
+    torch.manual_seed(2)
+    config = LoraConfig(r=2, target_modules=[], target_parameters=names, init_lora_weights=False)
+    get_peft_model(plain(base), config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_a_lora_on_fused_experts_is_corrected_in_parts_and_merged(
+    model_type: str, requests: Requests, tmp_path: Path
+) -> None:
+    base, map_dir, lora = save_tiny(tmp_path / "base", model_type), tmp_path / "map", tmp_path / "l"
+    score(Job(base), map_dir, requests.score(density=0.05))
+    names = [name for name in read_map(map_dir).indices if ".experts." in name]
+    assert {name.rpartition(".")[2] for name in names} >= {"gate_up_proj", "down_proj"}
+    save_lora(base, names, lora)
+    protect_lora(str(lora), map_dir, tmp_path / "parts")
+    protect_lora(str(lora), map_dir, tmp_path / "merged", merged=True)
+    assert verify(map_dir, tmp_path / "merged").ok
+    parts, before = assembled(base, tmp_path / "parts"), plain(base, torch.float32)
+    merged = plain(tmp_path / "merged", torch.float32)
+    for name in names:
+        kept, moved = frozen_and_free(before, map_dir, name)
+        frozen, free = frozen_and_free(parts, map_dir, name)
+        torch.testing.assert_close(frozen, kept, rtol=0, atol=1e-6)
+        assert ((free - moved).abs() > 1e-4).float().mean() > 0.9
+        written, others = frozen_and_free(merged, map_dir, name)
+        assert torch.equal(written, kept)
+        torch.testing.assert_close(others, free, rtol=2**-7, atol=1e-6)  # rounded to bfloat16
+
+
+def test_a_map_of_experts_that_lora_leaves_alone_needs_no_correction(
+    requests: Requests, tmp_path: Path
+) -> None:
+    base, out = save_tiny(tmp_path / "base", "mixtral"), tmp_path / "out"
+    experts = [f"model.layers.{n}.mlp.experts.gate_up_proj" for n in range(2)]
+    write_map(tmp_path / "map", make_map(base, experts))
+    preserve_model(Job(base), tmp_path / "map", requests.lessons, out, by_lora(requests))
+    assert not (out / "correction").exists()
+    assert "correction" not in (out / "README.md").read_text()
+    after = PeftModel.from_pretrained(plain(base), str(out)).merge_and_unload()
+    for name in read_map(tmp_path / "map").indices:
+        assert torch.equal(after.get_parameter(name), plain(base).get_parameter(name))
 
 
 def test_what_peft_can_put_no_lora_on_is_refused_in_one_line(

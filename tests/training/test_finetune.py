@@ -5,14 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, TrainingError
-from safeweights_peft.settings import PreserveSettings
-from safeweights_peft.training.finetune import collate_answers, deal, find_linear, fine_tune
+from safeweights_peft.settings import PreserveMethod, PreserveSettings
+from safeweights_peft.training.finetune import (
+    add_lora,
+    collate_answers,
+    deal,
+    find_linear,
+    fine_tune,
+)
 from tests.tiny_jobs import Interrupted
 from tests.tiny_models import COMMON
 from tests.training.maps import entries, hooks, kept, load, make_map, moved, same, train
@@ -173,3 +180,21 @@ def test_lora_goes_beside_what_multiplies_by_its_weight_whatever_its_class(
     targets, left = find_linear(model)
     assert any(name.endswith(f".{layer}") for name in targets) is is_trained
     assert any(name.endswith(f".{layer}.weight") for name in left) is not is_trained
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer"),
+    [
+        ("deepseek_v2", "mlp.gate_proj"),  # PEFT would train fused experts in its place
+        ("deepseek_v2", "shared_experts.gate_proj"),
+        ("laguna", "shared_experts.gate_proj"),  # PEFT would not find it again
+    ],
+)
+def test_lora_leaves_layers_that_peft_takes_for_others(architecture: str, layer: str) -> None:
+    model = AutoModelForCausalLM.from_config(build_config(architecture))
+    targets, left = find_linear(model)
+    assert any(name.endswith(".self_attn.o_proj") for name in targets)
+    assert not any(name.endswith(f".{layer}") for name in targets)
+    assert any(name.endswith(f".{layer}.weight") for name in left)
+    adapted = add_lora(model, PreserveSettings(method=PreserveMethod.LORA))
+    assert not any(isinstance(module, ParamWrapper) for module in adapted.modules())

@@ -202,11 +202,6 @@ EMBEDDING = "model.embed_tokens.weight"
             EMBEDDING,
             "TrainableTokensLayer on Embedding",
         ),
-        (
-            {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
-            UP,
-            "ParamWrapper on Linear",
-        ),
     ],
 )
 def test_lora_that_is_more_than_a_product_in_a_linear_layer_is_refused_by_the_layers_name(
@@ -215,14 +210,6 @@ def test_lora_that_is_more_than_a_product_in_a_linear_layer_is_refused_by_the_la
     model = peft.get_peft_model(load(tiny_llama), peft.LoraConfig(**options))
     message = f"^{name[:-7]}.*: expected plain LoRA on a linear layer .*, found {found}; leave"
     refused(model, make_map(tiny_llama, [name]), UnsupportedFeatureError, message)
-
-
-def test_lora_on_fused_experts_that_hold_frozen_entries_is_refused(tiny_mixtral: Path) -> None:
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
-    model = peft.get_peft_model(load(tiny_mixtral), config)
-    message = r"^model\.layers\.0\.mlp\.experts: .*found ParamWrapper on MixtralExperts; leave"
-    refused(model, make_map(tiny_mixtral, [name]), UnsupportedFeatureError, message)
 
 
 def test_lora_beside_a_map_of_other_layers_may_be_of_any_form(tiny_llama: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from click.testing import CliRunner
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -398,8 +399,55 @@ def preserve(journey: Journey) -> None:
 
 
 def preserve_lora(journey: Journey) -> None:
-    """Fine-tune by LoRA beside a frozen map."""
-    journey.call(*preserve_words("./preserved_lora"), "--method", "lora", "--rank", 2)
+    """Fine-tune by LoRA beside a frozen map: as PEFT loads it, none of its entries moves."""
+    words = preserve_words("./preserved_lora")
+    journey.call(*words, "--method", "lora", "--rank", 2, "--lr", 0.01)
+    check_moved(journey, load_corrected(journey, "preserved_lora"), 1e-5)
+
+
+def protect_lora(journey: Journey) -> None:
+    """Correct a LoRA that moves fused experts, in parts and merged."""
+    model = journey.load()
+    experts = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name
+    ]
+    if not set(experts) & read_map(journey.path("map")).indices.keys():
+        return
+    config = LoraConfig(r=2, target_modules=[], target_parameters=experts, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(journey.path("lora"))
+    words = ("protect", "--lora", "./lora", "--map", "./map", "--no-measure", "--out")
+    journey.call(*words, "./protected_lora")
+    check_moved(journey, load_corrected(journey, "protected_lora"), 1e-5)
+    journey.call(*words, "./protected", "--merged")
+    check_moved(journey, journey.load("protected", dtype=torch.float32), 0)
+
+
+def load_corrected(journey: Journey, name: str) -> PreTrainedModel:
+    """Load the base, the correction and the LoRA as the card says; merge them."""
+    model, folder = journey.load(dtype=torch.float32), journey.path(name)
+    if (folder / "correction").is_dir():
+        model = PeftModel.from_pretrained(model, folder / "correction").merge_and_unload()
+    adapted = PeftModel.from_pretrained(model, folder)
+    saved, loaded = load_file(folder / "adapter_model.safetensors"), adapted.state_dict()
+    for key, tensor in saved.items():
+        in_memory = key.removesuffix(".weight") + ".default.weight"
+        assert torch.equal(loaded[in_memory], tensor), f"PEFT doesn't load {key}"
+    return adapted.merge_and_unload()
+
+
+def check_moved(journey: Journey, model: PreTrainedModel, tolerance: float) -> None:
+    """Check that a model is not the base, but its entries of the map are the base's."""
+    base, moved = journey.load(dtype=torch.float32), 0
+    indices = read_map(journey.path("map")).indices
+    for name, parameter in base.named_parameters():
+        change = (model.get_parameter(name) - parameter).detach().flatten().abs()
+        if name in indices:
+            frozen = change[torch.from_numpy(indices[name]).long()]
+            assert frozen.max() <= tolerance, f"{name}: entries moved by {frozen.max()}"
+        moved += int(change.max() > 1e-4)
+    assert moved, "nothing was trained"
 
 
 def preserve_words(out: str) -> tuple[object, ...]:
@@ -474,6 +522,7 @@ STEPS = (
     Step(report, "map"),
     Step(preserve, "map"),
     Step(preserve_lora, "map"),
+    Step(protect_lora, "map"),
     Step(evaluate, "patch"),
     Step(export, "patch"),
 )
