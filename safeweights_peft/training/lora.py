@@ -273,6 +273,7 @@ class LoraCorrection(Correction):
         self._patterns = {frozen.pattern.by_row.device: frozen.pattern}
 
     def attach(self) -> None:
+        """Correct every adapter from now on."""
         for adapter, first in self._layer.lora_A.items():
             second = self._layer.lora_B[adapter]
             self._handles.append(first.register_forward_hook(_note_input))
@@ -299,6 +300,7 @@ class ParameterCorrection(Correction):
         self._indices = {frozen.indices.device: frozen.indices}
 
     def attach(self) -> None:
+        """Correct whatever adapters are active from now on."""
         # Before all hooks that read the parameter: what it gives first is what it gives again.
         handle = self._inner.register_forward_pre_hook(self._follow, prepend=True)
         self._handles.append(handle)
