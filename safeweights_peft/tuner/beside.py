@@ -4,7 +4,6 @@ from typing import Any, Self
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safeweights_peft.errors import MergeError
@@ -25,61 +24,12 @@ class CodedValues(nn.Parameter):
         return self
 
 
-class Companion(BaseTunerLayer):
-    """What PEFT is to count as part of adapters, though the layers do all the work."""
-
-    def some_layer(self) -> Any:
-        """Return a layer whose state is this one's."""
-        raise NotImplementedError
-
-    def get_base_layer(self) -> nn.Module:
-        """Return the layer's; PEFT's own would look for this one's attributes without end."""
-        layer = self.some_layer()
-        return nn.Identity() if layer is None else layer.module
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The layer's."""
-        layer = self.some_layer()
-        return [] if layer is None else layer.active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """The layer's."""
-        layer = self.some_layer()
-        return layer is not None and bool(layer._disable_adapters)
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """The layer's."""
-        layer = self.some_layer()
-        return [] if layer is None else layer.merged_adapters
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Leave it to the layers."""
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Leave it to the layers."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Leave it to the layers."""
-
-    def unmerge(self) -> None:
-        """Leave it to the layers."""
-
-    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-class Indices(BufferDict, Companion):
+class Indices(BufferDict):
     """The flat indices of one parameter, by adapter."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__(persistent=True)
         self.__dict__["_layer"] = layer  # not as a child
-
-    def some_layer(self) -> Any:
-        """Return the layer of the same parameter."""
-        return self._layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Report tensors."""

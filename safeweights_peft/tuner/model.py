@@ -14,14 +14,16 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftModel
+from peft import PeftModel, functional
 from peft.config import PeftConfigMixin
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import save_and_load
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,6 +38,7 @@ from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, inspect
 from safeweights_peft.patch.records import Mode
 from safeweights_peft.tuner.adapter import describe_deltas, fill, stored_tensors, weighted_sum
+from safeweights_peft.tuner.beside import Indices
 from safeweights_peft.tuner.config import SafeWeightsConfig, SafeWeightsPeftType
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
 from safeweights_peft.tuner.loading import check_fit, check_loaded, make_room, take_in
@@ -49,7 +52,7 @@ class SafeWeightsModel(BaseTuner):
     """Puts layers beside the selected parameters; PEFT puts it into a PeftModel."""
 
     prefix = "safeweights_"
-    tuner_layer_cls = BaseTunerLayer  # not the layers alone: PEFT deletes by way of the root
+    tuner_layer_cls = SafeWeightsLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name and type
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -162,7 +165,6 @@ class SafeWeightsModel(BaseTuner):
                 name = f"{current_key}.{own}"
                 layer = SafeWeightsLayer(target, own, name, check_loaded)
                 layer.attach(self._holders[name])
-                # Not before: PEFT would take it for an earlier adapter, and not freeze the base.
                 Root.of(self.__dict__["_injected"]).add(layer)
             layer.add_adapter(adapter_name, self._incoming, *make_room(layer, self._incoming))
 
@@ -318,18 +320,19 @@ def register() -> None:
             f"{name.value}: expected a free name among PEFT's methods, found "
             f"{holder.__module__}.{holder.__qualname__}; remove that package or use another peft"
         )
+    if PEFT_TYPE_TO_TUNER_MAPPING.get(name) is SafeWeightsModel:
+        return
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = SafeWeightsConfig
     PEFT_TYPE_TO_TUNER_MAPPING[name] = SafeWeightsModel
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = SafeWeightsModel.prefix
     _check_files_with_config()
     _refuse_pickles()
+    _show_layers_beside_parameters()
 
 
 def _refuse_pickles() -> None:
     """Have PEFT refuse to write a safety patch as a pickle, which no route would read."""
     plain = PeftModel.save_pretrained
-    if getattr(plain, "refuses_pickles", False):
-        return
 
     @functools.wraps(plain)
     def save_pretrained(
@@ -347,8 +350,31 @@ def _refuse_pickles() -> None:
             )
         plain(self, save_directory, safe_serialization, *args, **kwargs)
 
-    vars(save_pretrained)["refuses_pickles"] = True
     PeftModel.save_pretrained = save_pretrained
+
+
+def _show_layers_beside_parameters() -> None:
+    """Have PEFT delete from our layers, and tell their tensors from the base's."""
+    plain = functional.delete_adapter
+    plain_prefixes = save_and_load._get_adapter_state_dict_key_prefixes
+
+    @functools.wraps(plain)
+    def delete_adapter(
+        model: nn.Module, adapter_name: str, prefix: str, *args: Any, **kwargs: Any
+    ) -> list[str] | None:
+        # PEFT skips modules with the prefix in their name, for it takes them for parts of layers.
+        # Ours are layers; none has this in its name.
+        prefix = ".." if prefix == SafeWeightsModel.prefix else prefix
+        return plain(model, adapter_name, prefix, *args, **kwargs)
+
+    @functools.wraps(plain_prefixes)
+    def find_prefixes(model: PeftModel) -> set[str]:
+        modules = model.base_model.model.named_modules()
+        indices = {name for name, module in modules if isinstance(module, Indices)}
+        return plain_prefixes(model) | indices
+
+    functional.delete_adapter = tuners_utils.delete_adapter = delete_adapter
+    save_and_load._get_adapter_state_dict_key_prefixes = find_prefixes
 
 
 def _check_files_with_config() -> None:
@@ -356,8 +382,6 @@ def _check_files_with_config() -> None:
     # PEFT and transformers read files as they come, and transformers puts whatever a file holds
     # into the model, the base's own weights too. All routes read a config.
     plain = PeftConfigMixin.from_pretrained.__func__
-    if getattr(plain, "checks_safeweights", False):
-        return
 
     @functools.wraps(plain)
     def from_pretrained(
@@ -372,7 +396,6 @@ def _check_files_with_config() -> None:
             inspect(_find_files(pretrained_model_name_or_path, subfolder, options))
         return config
 
-    vars(from_pretrained)["checks_safeweights"] = True
     PeftConfigMixin.from_pretrained = classmethod(from_pretrained)
 
 

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
-from safeweights_peft.tuner.beside import Companion
 from safeweights_peft.tuner.layer import SafeWeightsLayer
 from safeweights_peft.tuner.parameter import untraced
 
 NAME = "safeweights"
-"""The root's child. PEFT looks for no tuner layer to delete from under names with the prefix."""
+"""The name of the root among the model's children."""
 
 
-class Root(nn.Module, Companion):
+class Root(nn.Module):
     """A child of the model that knows all layers; it has no tensors, and nobody calls it."""
 
     def __init__(self) -> None:
@@ -45,18 +44,9 @@ class Root(nn.Module, Companion):
         """Return the input: a model may be a Sequential."""
         return input
 
-    def some_layer(self) -> SafeWeightsLayer | None:
-        """Return the first layer."""
-        return self._layers[0] if self._layers else None
-
     def add(self, layer: SafeWeightsLayer) -> None:
         """Look after a layer."""
         self._layers.append(layer)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from all layers, as in PEFT."""
-        for layer in self._layers:
-            layer.delete_adapter(adapter_name)
 
     def detach(self) -> None:
         """Leave the model, with all layers."""

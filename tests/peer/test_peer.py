@@ -3,8 +3,7 @@
 None of PEFT's code is kept here. `make peer PEFT_SOURCE=DIR` takes its tests from a checkout, or an
 unpacked source distribution, of the release that is installed, and runs each file in a process of
 its own: with our rows in place of all others (`rows.py`), on tiny models built from configs, and
-without a network (`plugin.py`). What must fail is declared in `REFUSALS`, what must be mended in
-`FAULTS`; all else must pass.
+without a network (`plugin.py`). What must fail is declared in `REFUSALS`; all else must pass.
 """
 
 import json
@@ -80,20 +79,6 @@ REFUSALS = [
     Refusal("LayerStatus::test_layer_names", "AssertionError", "layers are named by parameter"),
     Refusal("test_loading_model_requires_grad", "BaseMismatchError", "the test's base changes"),
 ]
-# To be mended: a fault that is gone fails the test until it leaves the list.
-FAULTS = [
-    Refusal(
-        r"LayerStatus::test_(active|available|merge)_adapters_|LayerStatus::test_(enabled|devices|"
-        "num_adapter_layers|quantization_backend|requires_grad)_",
-        "assert",
-        "PEFT counts a layer's companions as layers",
-    ),
-    Refusal(
-        r"irregular_state\[(Conv1d|Conv2d Groups2?|MLP 1 using nn.Parameter) LoRA-",
-        "assert {True} == {False, True}",
-        "PEFT counts a layer's companions as layers",
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +108,7 @@ def test_our_method_does_what_peft_asks_of_every_method(tests: Path, file: str) 
     assert counts["passed"], f"{file}: expected tests of our method, found none"
     wrong = []
     for name, (outcome, message) in outcomes.items():
-        refusals = [refusal for refusal in REFUSALS + FAULTS if re.search(refusal.test, name)]
+        refusals = [refusal for refusal in REFUSALS if re.search(refusal.test, name)]
         is_expected = any(re.search(refusal.message, message) for refusal in refusals)
         if outcome == "failed" and not is_expected:
             wrong.append(f"{name}: {message.splitlines()[0]}")

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_base_model_state_dict
 from safetensors.numpy import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -34,6 +34,7 @@ from tests.tuner.patches import (
     load_by_peft,
     load_by_transformers,
     logits,
+    patch_model,
     save_patch,
     twin,
     values_of,
@@ -373,6 +374,24 @@ def test_the_methods_that_transformers_adds_work(tiny_llama, good, tmp_path):
     assert torch.equal(logits(load_by_peft(tiny_llama, tmp_path / "again")), logits(model))
     model.delete_adapter("default")
     assert torch.equal(logits(model), logits(load_base(tiny_llama)))
+
+
+def test_peft_counts_a_layer_for_each_parameter(tiny_llama):
+    names = ["lm_head.weight", "model.norm.weight"]
+    model = patch_model(load_base(tiny_llama), tiny_llama, names=names)
+    assert model.get_model_status().num_adapter_layers == 2
+    for status in model.get_layer_status():
+        assert (status.available_adapters, status.active_adapters) == (["default"], ["default"])
+        assert status.devices == {"default": ["cpu"]}
+    model.disable_adapter_layers()
+    assert model.get_model_status().enabled is False
+
+
+def test_peft_tells_the_bases_tensors_from_the_adapters(tiny_llama, good):
+    state = get_base_model_state_dict(load_by_peft(tiny_llama, good))
+    expected = load_base(tiny_llama).state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 def test_a_bad_second_adapter_leaves_the_first_in_use(tiny_llama, good, patch):
