@@ -52,6 +52,16 @@ class CheckpointReader:
         other._stamps = {}
         return other
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Open this checkpoint with other keys for some of its own."""
+        other = copy.copy(self)
+        other.weight_map = {names.get(key, key): shard for key, shard in self.weight_map.items()}
+        other._headers = {
+            shard: {names.get(key, key): stored for key, stored in self._header(shard).items()}
+            for shard in self.shards
+        }
+        return other
+
     def check_unchanged(self, shard: str) -> None:
         """Check that a shard is still the file whose header was read."""
         if self._stamp(shard) != self._stamps[shard]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array
-from safeweights_peft.errors import MergeError
-from safeweights_peft.fetching import resolve_base
+from safeweights_peft.errors import MergeError, ModelError
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.files import check_apart, check_target, publish
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.diff import (
@@ -53,7 +53,7 @@ def diff(
     other = resolve_base(tuned)
     inputs = {"the base": job.base.path, "the tuned model": other.path}
     check_apart(out, inputs | ({"the map": map_dir} if map_dir else {}), MergeError)
-    pair = _open_pair(job, CheckpointReader(other.path), read_map(map_dir) if map_dir else None)
+    pair = _open_pair(job, other, read_map(map_dir) if map_dir else None)
     chosen = None if density is None else pair.find_largest(density)
     parts = dict(pair.keep(chosen))
     kept = {name: part for name, part in parts.items() if part.delta.count}
@@ -145,11 +145,14 @@ def _among(change: Change, name: str, indices: Mapping[str, Array] | None) -> Ar
     return np.isin(change.indices, indices.get(name, ()), assume_unique=True)
 
 
-def _open_pair(job: Job, tuned: CheckpointReader, safety_map: SafetyMap | None) -> _Pair:
+def _open_pair(job: Job, other: BaseModel, safety_map: SafetyMap | None) -> _Pair:
     """Find the tensors that have changed, and the parameters that they hold."""
     if safety_map is not None:
         find_state(job.reader, safety_map)
     model = build_empty(job.base, job.reader.keys())
+    tuned = CheckpointReader(other.path)
+    if any(key not in job.reader for key in tuned.keys()):
+        tuned = tuned.renamed(_find_keys(job, other, model, tuned.keys()))
     dropped, only_in_base = _find_dropped(job, tuned, model)
     changed = set(changed_keys(job.reader, tuned, dropped))
     # A parameter that goes by its own name on disk is looked up only if it has changed.
@@ -167,6 +170,29 @@ def _open_pair(job: Job, tuned: CheckpointReader, safety_map: SafetyMap | None) 
         )
     eligible = None if safety_map is None else safety_map.indices
     return _Pair(job, tuned, records, eligible, total_parameters(model), only_in_base)
+
+
+def _find_keys(
+    job: Job, other: BaseModel, model: PreTrainedModel, keys: list[str]
+) -> dict[str, str]:
+    """Find the base's keys for those of its text tower that was saved by itself; or none."""
+    # By the parameters that both are loaded into, not by what keys end in: a tower that sees may
+    # hold layers of the same names.
+    names = [name for name, _ in model.named_parameters()]
+    try:
+        tower = build_empty(other, keys)
+        if [name for name, _ in tower.named_parameters()] != names:
+            return {}
+        theirs = describe(tower, names, other.path)
+        ours = describe(model, names, job.base.path)
+    except ModelError:  # what is missing is named when all keys are compared
+        return {}
+    return {
+        block.key: own.key
+        for name in names
+        for block, own in zip(theirs[name].blocks, ours[name].blocks, strict=False)
+        if replace(block, key=own.key) == own
+    }
 
 
 def _find_dropped(

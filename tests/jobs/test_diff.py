@@ -5,18 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import BaseMismatchError, MergeError
+from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.diff import diff
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import Verdict, verify
+from safeweights_peft.modeling.loading import load_model
 from safeweights_peft.patch.io import read_adapter, write_adapter, write_map
 from tests.tiny_files import Tensors, as_map, copy_checkpoint, load_checkpoint
 from tests.tiny_jobs import Recorder
 from tests.tuner.patches import load_base, same_weights, save_patch
+from tests.zoo.architectures import save_checkpoint
 
 BASES = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -130,6 +134,32 @@ def test_a_parameter_that_the_tuned_model_lacks_is_refused(base: Path, tmp_path:
     tuned = copy_checkpoint(base, tmp_path / "tuned", lambda tensors: tensors.pop(UP))
     with pytest.raises(MergeError, match=f"{UP}: expected it in {tuned}"):
         diff(Job(base), str(tuned), tmp_path / "patch")
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")  # of Llama 4's eyes
+@pytest.mark.parametrize("architecture", ["llama4", "mllama"])
+def test_a_text_tower_that_was_saved_by_itself_is_compared_with_that_of_the_model(
+    architecture: str, tmp_path: Path
+) -> None:
+    base, tuned, patch = (tmp_path / name for name in ("base", "tuned", "patch"))
+    save_checkpoint(architecture, base)
+    model = load_model(resolve_base(str(base)))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.view(-1)[:3] = torch.randn(min(3, parameter.numel()))
+    model.save_pretrained(tuned)
+    stored, saved = load_checkpoint(base), load_checkpoint(tuned)
+    eyes = {key for key in stored if "vision" in key or "projector" in key}
+    assert eyes
+    assert not stored.keys() & saved.keys()
+    report = diff(Job(str(base)), str(tuned), patch)
+    assert set(report["only_in_base"]) == eyes
+    assert report["parameters"] == len(stored) - len(eyes)
+    merge(base, patch, tmp_path / "merged")
+    merged = load_model(resolve_base(str(tmp_path / "merged")))
+    assert same_weights(merged, model)
+    after = load_checkpoint(tmp_path / "merged")
+    assert all(np.array_equal(after[key], stored[key]) for key in eyes)
 
 
 @pytest.mark.parametrize("base", ["tiny_tied_llama"], indirect=True)
