@@ -204,11 +204,11 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         self._unchecked[adapter] = None
 
     @torch.compiler.disable
-    def accept(self, adapter: str) -> None:
-        """Allow an adapter's indices and values to be used: they are decoded and checked."""
+    def accept(self, adapter: str, entries: Tensor | None = None) -> None:
+        """Allow checked indices and values to be used; entries are the base's, if known."""
         self._awaited.pop(adapter, None)
         self._unchecked.pop(adapter, None)
-        self._take_originals(adapter)
+        self._take_originals(adapter, entries)
         self._selection.sync()
 
     def is_accepted(self, adapter: str) -> bool:
@@ -226,8 +226,9 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         for adapter in [*self._originals]:
             self._take_originals(adapter)
 
-    def _take_originals(self, adapter: str) -> None:
-        entries = self._selection.gather(self.indices[adapter])
+    def _take_originals(self, adapter: str, entries: Tensor | None = None) -> None:
+        if entries is None:
+            entries = self._selection.gather(self.indices[adapter])
         dtype = getattr(torch, self._metadata[adapter].tensors[self._name].dtype)
         with torch.inference_mode(False):
             stored = entries.to(dtype)
@@ -265,7 +266,8 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters, as in PEFT."""
         super().set_adapter(adapter_names, inference_mode)
-        self._selection.sync()
+        if not self._disable_adapters:  # enable_adapters begins with this
+            self._selection.sync()
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         """Choose whether adapters are trained, as in PEFT."""
@@ -326,6 +328,9 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep coded values what they are when loaded ones take their place."""
+        if not isinstance(value, Tensor | nn.Module | None):
+            object.__setattr__(self, name, value)  # torch's own is slow
+            return
         present = self.__dict__.get("_parameters", {}).get(name)
         if isinstance(present, CodedValues) and isinstance(value, Tensor) and is_coded(value):
             value = CodedValues(value).requires_grad_(present.is_trained)

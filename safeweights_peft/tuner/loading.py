@@ -139,9 +139,10 @@ def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:
     stored = {indices_key(name): to_numpy(indices), values_key(name): to_numpy(values, dtype)}
     metadata = replace(metadata, tensors={name: metadata.tensors[name]})
     content = _decode([layer], metadata, stored, source)
+    *decoded, entries = content[name]
     if is_coded(indices) or is_coded(values):
-        _put(layer, adapter, *content[name])
-    layer.accept(adapter)
+        _put(layer, adapter, *decoded)
+    layer.accept(adapter, entries)
 
 
 def take_in(model: nn.Module, adapter: str, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -150,20 +151,20 @@ def take_in(model: nn.Module, adapter: str, stored: Mapping[str, Tensor]) -> dic
     # What selects from parameters without data is decoded and checked at its first use.
     ready = [layer for layer in owners if not layer.lacks_data()]
     is_in_use = all(layer.is_accepted(adapter) for layer in owners)
-    loaded = dict(stored)
+    loaded, entries = dict(stored), {}
     if not is_in_use or any(map(is_coded, stored.values())):
         arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
         metadata = owners[0].metadata_of(adapter)
         assert metadata is not None
         content = _decode(ready, metadata, arrays, f"adapter {adapter!r}")
-        for name, (indices, values) in content.items():
+        for name, (indices, values, entries[name]) in content.items():
             loaded |= {indices_key(name): indices, values_key(name): values}
     if is_in_use:
         _check_again(owners, adapter, loaded)
     for layer in ready:
         first, second = indices_key(layer.name), values_key(layer.name)
         _put(layer, adapter, loaded[first], loaded[second])
-        layer.accept(adapter)
+        layer.accept(adapter, entries.get(layer.name))
         # PEFT copies these into the model's own: the same tensors, so nothing is copied.
         loaded[first], loaded[second] = layer.indices[adapter], layer[adapter]
     return {
@@ -177,16 +178,17 @@ def _decode(
     metadata: AdapterMetadata,
     stored: Mapping[str, Array],
     source: str,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Check stored tensors, and that the base is theirs; decode indices and values."""
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Check stored tensors, and that the base is theirs; return indices, values, base entries."""
     layout = {key: (array.dtype, array.shape) for key, array in stored.items()}
     check_layout(metadata, layout, source)
     content = {}
     for layer in owners:
         entries = decode_entries(metadata, layer.name, stored, source)
         indices = to_torch(entries.indices).to(layer.parameter.device)
-        base = check_entries(layer.name, layer.selection.gather(indices), entries.record)
-        content[layer.name] = indices, to_torch(entries.values_at(base))
+        base = layer.selection.gather(indices)
+        stored_base = check_entries(layer.name, base, entries.record)
+        content[layer.name] = indices, to_torch(entries.values_at(stored_base)), base
     return content
 
 
