@@ -314,7 +314,7 @@ def shuffle_endlessly(examples: Sequence[Example], generator: torch.Generator) -
 
 def collate(examples: Sequence[Example], pad_token_id: int, layout: Layout) -> Batch:
     """Lay examples side by side so that all answers start in the same column."""
-    _check_lengths(examples, layout.positions)
+    check_lengths(examples, layout.positions)
     shared = 0
     if layout.batching is Batching.SHARED:
         shared = _shared_start([example.prompt_ids for example in examples])
@@ -336,7 +336,7 @@ def collate(examples: Sequence[Example], pad_token_id: int, layout: Layout) -> B
     )
 
 
-def _check_lengths(examples: Sequence[Example], positions: int | None) -> None:
+def check_lengths(examples: Sequence[Example], positions: int | None) -> None:
     """Refuse a row for which a model has too few positions."""
     for example in examples:
         prompt, answer = len(example.prompt_ids), len(example.answer_ids)

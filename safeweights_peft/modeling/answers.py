@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -114,6 +115,15 @@ def find_layout(model: nn.Module) -> Layout:
     return _layouts[base]
 
 
+def pads_behind(model: nn.Module) -> bool:
+    """Find whether rows padded behind their ends are run as each is alone, as training may."""
+    # What comes later changes nothing in a causal model, whatever state it keeps and however it
+    # counts positions: this holds where no layout for answers does, and leaves less padding.
+    base = _find_base(model)
+    with torch.inference_mode(False), torch.no_grad(), _without_dropout(base):
+        return _Check(base).pads_behind()
+
+
 def _find_base(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
@@ -152,12 +162,15 @@ class _Check:
         self.limit = min(NOISE_FACTOR * noise, self.bound)
 
     def find_layout(self) -> Layout:
-        positions = _find_positions(self.model)
+        positions = find_positions(self.model)
         for batching in (Batching.SHARED, Batching.LEFT):
             if not self.is_like_no_batch and self._holds(self._is_right, batching):
                 return Layout(batching, positions)
         generates = self._holds(self._generates_alike, self.examples[:1])
         return Layout(Batching.ALONE, positions, generates)
+
+    def pads_behind(self) -> bool:
+        return self._holds(self._is_right, None)
 
     def _holds(self, check: Callable[[Any], bool], argument: Any) -> bool:
         try:
@@ -166,13 +179,22 @@ class _Check:
         except Exception:
             return False
 
-    def _run(self, rows: list[Example], batching: Batching) -> torch.Tensor:
-        return answer_logits(self.model, self._collate(rows, batching))[0, : PROBE_ANSWERS[0]]
+    def _run(self, rows: list[Example], batching: Batching | None) -> torch.Tensor:
+        """Compute the logits of the first row's answer; None pads behind the rows."""
+        batch = self._collate(rows, batching)
+        if batching is not None:
+            return answer_logits(self.model, batch)[0, : PROBE_ANSWERS[0]]
+        first = len(rows[0].prompt_ids) - 1
+        return _forward(self.model, batch)[0, first : first + PROBE_ANSWERS[0]]
 
-    def _collate(self, rows: list[Example], batching: Batching) -> Batch:
-        return collate(rows, self.pad_token_id, Layout(batching)).to(self.model.device)
+    def _collate(self, rows: list[Example], batching: Batching | None) -> Batch:
+        if batching is not None:
+            return collate(rows, self.pad_token_id, Layout(batching)).to(self.model.device)
+        # Where all prompts are one token, rows begin together; and the model counts positions.
+        rows = [Example(row.prompt_ids[:1], row.prompt_ids[1:] + row.answer_ids) for row in rows]
+        return replace(self._collate(rows, Batching.LEFT), is_alone=True)
 
-    def _is_right(self, batching: Batching) -> bool:
+    def _is_right(self, batching: Batching | None) -> bool:
         is_shared = batching is Batching.SHARED
         if is_shared and not _can_share(self.model, self.examples):
             return False
@@ -181,7 +203,7 @@ class _Check:
         return (
             bool(gap <= self.limit)
             # Plain keys and values can be read on; a state that was made beside padding need not.
-            and (is_shared or self._generates_alike(self.examples))
+            and (batching is not Batching.LEFT or self._generates_alike(self.examples))
             and self._has_right_gradients(batching)
         )
 
@@ -207,7 +229,7 @@ class _Check:
         # The least, for the same reason as the median above.
         return bool(_measure_gaps(found, expected)[1:].min() <= self.limit)
 
-    def _has_right_gradients(self, batching: Batching) -> bool:
+    def _has_right_gradients(self, batching: Batching | None) -> bool:
         """Find whether a row's gradient is the one that it has alone, and finite in all columns."""
         try:
             (expected,) = self._compute_gradients(self.examples[:1], Batching.ALONE)
@@ -225,7 +247,9 @@ class _Check:
         gap = (own - expected[0]).norm() / expected.norm().clamp_min(torch.finfo().tiny)
         return bool(gap <= NOISE_FACTOR * self.bound)
 
-    def _compute_gradients(self, rows: list[Example], batching: Batching) -> list[torch.Tensor]:
+    def _compute_gradients(
+        self, rows: list[Example], batching: Batching | None
+    ) -> list[torch.Tensor]:
         """Compute the first row's gradients of the embedded tokens, of each call of the model."""
         embedded: list[torch.Tensor] = []
 
@@ -276,7 +300,7 @@ def _can_share(model: PreTrainedModel, examples: list[Example]) -> bool:
     return type(past) is DynamicCache and {type(x) for x in past.layers} == {DynamicLayer}
 
 
-def _find_positions(model: PreTrainedModel) -> int | None:
+def find_positions(model: PreTrainedModel) -> int | None:
     """Find how many positions a model has a table of; None where it computes any."""
     count = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not count:

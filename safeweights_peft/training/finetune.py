@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
 )
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
@@ -31,9 +31,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import ModelOutput
 
-from safeweights_peft.data import IGNORED, Example, shuffle_endlessly
+from safeweights_peft.data import IGNORED, Example, check_lengths, shuffle_endlessly
 from safeweights_peft.errors import TrainingError, UnsupportedFeatureError
+from safeweights_peft.modeling.answers import find_positions, last_columns, pads_behind
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.settings import PreserveMethod, PreserveSettings, TrainSettings
 from safeweights_peft.training.preserve import ArtifactOrPath, preserve
@@ -50,7 +52,7 @@ def make_arguments(
     **options: Any,
 ) -> TrainingArguments:
     """Make the arguments that all trainings share; options add to them."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work_dir),
         max_steps=settings.steps,
         lr_scheduler_type="cosine",
@@ -67,6 +69,10 @@ def make_arguments(
         dataloader_pin_memory=device.type != "cpu",
         **options,
     )
+    # Beside a second GPU, Trainer would split each batch by torch's DataParallel, which counts a
+    # loss computed outside the model once per GPU, and knows no adapters to disable.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def run_trainer(trainer: Trainer, on_step: Callable[[int], None]) -> list[dict[str, float]]:
@@ -127,14 +133,18 @@ def fine_tune(
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
     """Train a model's LoRA, or all its weights, in place while a map's or patch's entries stay."""
+    check_lengths(examples, find_positions(model))
+    # Where a batch isn't what its rows are, each row is a batch, and a step gathers their gradients.
+    size = settings.batch_size if pads_behind(model) else 1
     if not isinstance(model, PeftModel):
         model.requires_grad_(True)
-    with preserve(model, artifact), _contiguous_logits(model):
+    with preserve(model, artifact):
         arguments = make_arguments(
             settings,
             work_dir,
             model.device,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=settings.batch_size // size,
             learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
             warmup_steps=math.ceil(settings.warmup * settings.steps),
             weight_decay=settings.weight_decay,
@@ -147,6 +157,7 @@ def fine_tune(
             args=arguments,
             train_dataset=deal(examples, settings),
             data_collator=lambda rows: collate_answers(rows, pad_token_id),
+            compute_loss_func=compute_answer_loss,
         )
         return [entry["loss"] for entry in run_trainer(trainer, on_step)]
 
@@ -185,7 +196,7 @@ def _is_linear(module: nn.Module) -> bool:
     row = torch.linspace(-1, 1, module.in_features).to(module.weight)[None, None]
     try:
         with torch.no_grad():
-            expected = nn.functional.linear(row, module.weight, module.bias)
+            expected = F.linear(row, module.weight, module.bias)
             return bool((module(row) - expected).norm() <= 1e-3 * expected.norm())
     except Exception:
         return False
@@ -235,21 +246,6 @@ def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
         ) from error
 
 
-@contextmanager
-def _contiguous_logits(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Copy the hidden states of the last columns before the output layer reads them."""
-    # Of a view, torch copies the output matrix once per row; see `modeling.answers.last_columns`,
-    # whose tensor won't do here: torch's DataParallel would split it over devices.
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    hook = plain.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: (inputs[0].contiguous(),)
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Example]:
     """Deal examples for all steps in random order, all of them before any comes again."""
     if not examples:
@@ -268,7 +264,7 @@ def deal(examples: Sequence[Example], settings: PreserveSettings) -> list[Exampl
 
 
 def collate_answers(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
-    """Pad examples into a batch on whose answers a causal language model computes its loss."""
+    """Pad examples behind their ends into a batch whose labels are the answers."""
     rows = [torch.tensor(example.prompt_ids + example.answer_ids) for example in examples]
     labels = [row.clone() for row in rows]
     for example, label in zip(examples, labels, strict=True):
@@ -280,5 +276,18 @@ def collate_answers(examples: Sequence[Example], pad_token_id: int) -> dict[str,
         "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
         "labels": kept_labels,
-        "logits_to_keep": kept_labels.shape[1],
+        "logits_to_keep": last_columns(kept_labels.shape[1]),
     }
+
+
+# Not the model's own: some add terms, some don't shift the labels, some count other columns.
+def compute_answer_loss(
+    outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute the mean loss of answer tokens, or their part of the mean over a step's batches."""
+    # Some models don't know `logits_to_keep`, and compute the logits of all columns.
+    logits = outputs.logits[:, -labels.shape[1] :].flatten(0, 1)
+    # Labels are shifted rather than logits, which would be a copy of them.
+    tokens = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    count = (tokens != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(logits.float(), tokens, ignore_index=IGNORED, reduction="sum") / count

@@ -1,21 +1,24 @@
 """Full fine-tuning under protection: what is learnt from, in which order, and what stays."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig
+from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig, Trainer
 
 from safeweights_peft.data import Example
-from safeweights_peft.errors import BaseMismatchError, TrainingError
+from safeweights_peft.errors import BaseMismatchError, DataError, TrainingError
+from safeweights_peft.modeling.answers import pads_behind
 from safeweights_peft.settings import PreserveMethod, PreserveSettings
 from safeweights_peft.training.finetune import (
     add_lora,
     collate_answers,
+    compute_answer_loss,
     deal,
     find_linear,
     fine_tune,
@@ -23,7 +26,7 @@ from safeweights_peft.training.finetune import (
 from tests.tiny_jobs import Interrupted
 from tests.tiny_models import COMMON
 from tests.training.maps import entries, hooks, kept, load, make_map, moved, same, train
-from tests.zoo.architectures import build_config
+from tests.zoo.architectures import build_config, load_checkpoint_model, save_checkpoint
 
 PAD = 256
 LENGTHS = ((5, 3), (9, 1), (4, 6), (7, 7), (6, 2))
@@ -34,21 +37,69 @@ EXAMPLES = [
 SETTINGS = PreserveSettings(steps=5, learning_rate=0.01, batch_size=2, checkpoint_steps=2)
 
 
-def test_the_loss_of_a_batch_is_that_of_its_answer_tokens_one_by_one(tiny_llama: Path) -> None:
-    model, losses = load(tiny_llama), []
-    for example in EXAMPLES:
-        logits = model(input_ids=torch.tensor([example.prompt_ids + example.answer_ids])).logits[0]
-        answers = torch.tensor(example.answer_ids)
-        losses += F.cross_entropy(logits[-len(answers) - 1 : -1], answers, reduction="none")
-    loss = model(**collate_answers(EXAMPLES, PAD)).loss
-    torch.testing.assert_close(loss, torch.stack(losses).mean())
+def mean_loss(model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+    """Compute the mean loss of answer tokens one by one, each row alone."""
+    losses = []
+    for example in examples:
+        ids = torch.tensor([example.prompt_ids + example.answer_ids])
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        for position, token in enumerate(example.answer_ids, len(example.prompt_ids)):
+            losses.append(-logits[position - 1].log_softmax(-1)[token])
+    return torch.stack(losses).mean()
+
+
+# BART computes all columns and shifts no labels, GIT and ProphetNet lose columns in their own loss.
+@pytest.mark.parametrize("name", ["llama", "bart", "git", "prophetnet", "roberta", "mamba", "mpt"])
+def test_the_loss_of_a_batch_is_that_of_its_answer_tokens_one_by_one(
+    name: str, tmp_path: Path
+) -> None:
+    save_checkpoint(name, tmp_path)
+    model = load_checkpoint_model(tmp_path, dtype=torch.float32)
+    examples = EXAMPLES if pads_behind(model) else EXAMPLES[:1]
+    batch = collate_answers(examples, PAD)
+    labels = batch.pop("labels")
+    loss = compute_answer_loss(model(**batch), labels)
+    torch.testing.assert_close(loss, mean_loss(model, examples))
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_step_learns_from_all_its_answer_tokens_alike_in_a_batch_or_row_by_row(
+    pads: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeweights_peft.training.finetune.pads_behind", lambda model: pads)
+    safety_map, model, twin = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
+    settings = PreserveSettings(steps=1, learning_rate=0.01, batch_size=5, warmup=0.0)
+    gradients = {}
+
+    def keep(self: Trainer, model: nn.Module, *_: Any) -> torch.Tensor:
+        gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", keep)
+    losses = fine_tune(model, PAD, EXAMPLES, safety_map, settings, tmp_path / "work")
+    expected = mean_loss(twin.requires_grad_(True), EXAMPLES)
+    expected.backward()
+    assert losses == [pytest.approx(expected.item(), rel=1e-4)]
+    frozen = safety_map.indices
+    for name, parameter in twin.named_parameters():
+        if name not in frozen:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_row_longer_than_a_models_positions_is_refused(tmp_path: Path) -> None:
+    save_checkpoint("gpt2", tmp_path / "base")
+    model = load_checkpoint_model(tmp_path / "base", dtype=torch.float32)
+    safety_map = make_map(tmp_path / "base", ["transformer.h.0.mlp.c_fc.weight"])
+    rows = [*EXAMPLES, Example((1,) * 500, (2,) * 13)]
+    with pytest.raises(DataError, match=r"expected at most 512 tokens .* found 500 \+ 13"):
+        fine_tune(model, PAD, rows, safety_map, SETTINGS, tmp_path / "work")
 
 
 def test_logits_begin_where_the_first_answer_is_predicted() -> None:
     batch = collate_answers(EXAMPLES, PAD)
     width = batch["input_ids"].shape[1]
     assert width == 14
-    assert batch["logits_to_keep"] == width - 3
+    assert batch["logits_to_keep"].tolist() == list(range(3 - width, 0))
     assert batch["labels"].shape == (5, width - 3)
 
 
