@@ -134,7 +134,7 @@ def fine_tune(
 ) -> list[float]:
     """Train a model's LoRA, or all its weights, in place while a map's or patch's entries stay."""
     check_lengths(examples, find_positions(model))
-    # Where a batch isn't what its rows are, each row is a batch, and a step gathers their gradients.
+    # Where a batch isn't what its rows are, each is a batch of its own, and a step gathers them.
     size = settings.batch_size if pads_behind(model) else 1
     if not isinstance(model, PeftModel):
         model.requires_grad_(True)
