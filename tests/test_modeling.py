@@ -29,6 +29,7 @@ from safeweights_peft.data import Batch, Batching, Example, Layout, collate
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import (
@@ -38,8 +39,10 @@ from safeweights_peft.modeling.loading import (
     pick_device,
     pick_dtype,
 )
+from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.metadata import record_from_json, record_to_json
 from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer, save_tiny_vlm
+from tests.zoo.architectures import load_checkpoint_model, save_checkpoint
 
 MODELS = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -365,6 +368,22 @@ def test_a_tied_head_is_recorded_beside_the_embeddings(tiny_tied_llama: Path) ->
     name = "model.embed_tokens.weight"
     model = load(tiny_tied_llama)
     assert describe(model, [name], tiny_tied_llama)[name].tied_keys == ("lm_head.weight",)
+
+
+def test_a_tied_head_that_comes_first_is_found_as_the_embeddings_of_the_file(
+    tmp_path: Path,
+) -> None:
+    save_checkpoint("camembert", tmp_path)
+    model = load_checkpoint_model(tmp_path)
+    name, key = "lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"
+    record = describe(model, [name], tmp_path)[name]
+    assert ([block.key for block in record.blocks], record.tied_keys) == ([key], (name,))
+    from_memory = describe(model, [name], None)[name]
+    assert ([block.key for block in from_memory.blocks], from_memory.tied_keys) == ([name], (key,))
+    expected = to_numpy(model.get_parameter(name).flatten()[:40])
+    for place in (record, from_memory):
+        found = gather_entries(CheckpointReader(tmp_path), name, place, np.arange(40))
+        assert np.array_equal(found, expected)
 
 
 def test_an_untied_model_has_no_tied_keys(tiny_llama: Path) -> None:

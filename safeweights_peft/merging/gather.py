@@ -69,8 +69,10 @@ def find_copies(reader: CheckpointReader, record: TensorRecord) -> list[TensorRe
 
 
 def _place(reader: CheckpointReader, record: TensorRecord) -> TensorRecord:
-    # A key that is nowhere stays as it is, for the message of whoever reads it.
-    blocks = (
-        replace(block, key=reader.find_key(block.key) or block.key) for block in record.blocks
-    )
+    # A file may hold a tied tensor by another of its names (tied tensors are one block). A key that
+    # is nowhere stays as it is, for the message of whoever reads it.
+    blocks = []
+    for block in record.blocks:
+        keys = map(reader.find_key, (block.key, *record.tied_keys))
+        blocks.append(replace(block, key=next(filter(None, keys), block.key)))
     return replace(record, blocks=tuple(blocks), tied_keys=())

@@ -100,16 +100,21 @@ def describe(
     unconverted = _find_unconverted(model, {name: parameters[name] for name in names})
     records = {}
     for name in names:
-        parameter = parameters[name]
+        parameter, own = parameters[name], name
+        tied = names_by_parameter[parameter]
         if name in unconverted:
-            blocks = [Block.dense(name, parameter.shape)]
+            # Of tied tensors a file holds the one that the model is tied to, as CamemBERT's the
+            # embeddings, which need not be the model's first.
+            if reader is not None and len(tied) > 1:
+                own = next((key for key in tied if _find_key(model, key, reader)), name)
+            blocks = [Block.dense(own, parameter.shape)]
         else:
             blocks = _convert(model, name, parameter)
         dtype = str(parameter.dtype).removeprefix("torch.")
         if reader is not None:
             blocks = [_find_on_disk(model, name, block, reader) for block in blocks]
             dtype = _common_dtype(name, {reader.info(block.key).dtype for block in blocks})
-        tied_keys = tuple(other for other in names_by_parameter[parameter] if other != name)
+        tied_keys = tuple(other for other in tied if other != own)
         shape = tuple(parameter.shape)
         records[name] = TensorRecord(
             shape=shape, dtype=dtype, blocks=tuple(blocks), tied_keys=tied_keys
@@ -165,12 +170,7 @@ def _make_block(name: str, key: str, positions: np.ndarray) -> Block:
 def _find_on_disk(
     model: PreTrainedModel, name: str, block: Block, reader: CheckpointReader
 ) -> Block:
-    # A text tower's class names the prefix that tells it from other towers of the checkpoint.
-    prefixed = f"{model.base_model_prefix}.{block.key}"
-    if block.key not in reader and prefixed in reader:
-        key = prefixed
-    else:
-        key = reader.find_key(block.key) or block.key
+    key = _find_key(model, block.key, reader) or block.key
     hint = "give the model's own checkpoint, saved by this version of transformers"
     if block.key != name and key in reader and _is_part(block.shape, reader.info(key).shape):
         hint = (
@@ -179,6 +179,12 @@ def _find_on_disk(
         )
     reader.check_tensor(key, block.shape, name=name, error=ModelError, hint=hint)
     return replace(block, key=key)
+
+
+def _find_key(model: PreTrainedModel, key: str, reader: CheckpointReader) -> str | None:
+    # A text tower's class names the prefix that tells it from other towers of the checkpoint.
+    prefixed = f"{model.base_model_prefix}.{key}"
+    return prefixed if key not in reader and prefixed in reader else reader.find_key(key)
 
 
 def _is_part(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
