@@ -82,7 +82,7 @@ def refuse_failures(model: nn.Module) -> Iterator[None]:
     # An architecture may want rows of certain lengths, or a cache of its own making.
     except Exception as error:
         raise ModelError(
-            f"{type(_find_base(model)).__name__}: expected a model that runs rows of any length, "
+            f"{type(find_plain(model)).__name__}: expected a model that runs rows of any length, "
             f"found {type(error).__name__}: {' '.join(str(error).split())}; use another model"
         ) from error
 
@@ -108,7 +108,7 @@ def _compute_past(model: nn.Module, batch: Batch) -> Any:
 
 def find_layout(model: nn.Module) -> Layout:
     """Find how a model takes several rows at once; a check that runs it, once per model."""
-    base = _find_base(model)
+    base = find_plain(model)
     if base not in _layouts:
         with torch.inference_mode(False), torch.no_grad(), _without_dropout(base):
             _layouts[base] = _Check(base).find_layout()
@@ -119,12 +119,13 @@ def pads_behind(model: nn.Module) -> bool:
     """Find whether rows padded behind their ends are run as each is alone, as training may."""
     # What comes later changes nothing in a causal model, whatever state it keeps and however it
     # counts positions: this holds where no layout for answers does, and leaves less padding.
-    base = _find_base(model)
+    base = find_plain(model)
     with torch.inference_mode(False), torch.no_grad(), _without_dropout(base):
         return _Check(base).pads_behind()
 
 
-def _find_base(model: nn.Module) -> nn.Module:
+def find_plain(model: nn.Module) -> nn.Module:
+    """Find the model in PEFT's wrapper, which lengthens every name."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

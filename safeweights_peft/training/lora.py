@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from safeweights_peft.errors import UnsupportedFeatureError
 from safeweights_peft.freeze import FrozenEntries, write_entries
+from safeweights_peft.modeling.answers import find_plain
 from safeweights_peft.tuner.sampled import (
     columns_of_tokens,
     csr_pattern,
@@ -61,7 +62,7 @@ def find_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     is_adapted = has_adapters(model)
     by_name: dict[str, dict[str, nn.Parameter]] = {}
     names: dict[nn.Parameter, list[str]] = {}
-    for full_name, parameter in _unwrap(model).named_parameters(remove_duplicate=False):
+    for full_name, parameter in find_plain(model).named_parameters(remove_duplicate=False):
         full_name = full_name.replace("_orig_mod.", "")  # of a compiled module
         name = plain_name(full_name) if is_adapted else full_name
         label = full_name if is_adapted and is_copy(full_name) else name
@@ -207,13 +208,8 @@ def find_frozen_layers(
     return layers
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Look under PEFT's wrapper, which lengthens every name."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    for name, module in _unwrap(model).named_modules():
+    for name, module in find_plain(model).named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
 
