@@ -131,9 +131,11 @@ def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:
     assert metadata is not None
     indices, values = layer.indices[adapter], layer[adapter]
     if indices.numel() and bool((indices == _UNLOADED[indices.dtype]).all()):
+        # transformers' load_adapter renames tensors as it would a checkpoint's, and some patterns,
+        # as Laguna's, match the names that modules have in memory.
         raise CorruptAdapterError(
-            f"{source}: {name}: expected loaded indices, found none; "
-            "load a complete adapter, or use create_adapter"
+            f"{source}: {name}: expected loaded indices, found none; load a complete adapter, by "
+            "PeftModel.from_pretrained where load_adapter misses some, or use create_adapter"
         )
     dtype = None if is_coded(values) else metadata.values_dtype
     stored = {indices_key(name): to_numpy(indices), values_key(name): to_numpy(values, dtype)}

@@ -39,6 +39,7 @@ from tests.tuner.patches import (
     twin,
     values_of,
 )
+from tests.zoo.architectures import save_checkpoint
 
 MODELS = ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
 VICTIM = "model.layers.1.mlp.up_proj.weight"
@@ -64,6 +65,17 @@ def test_every_route_gives_the_output_of_the_dense_twin(load, name, request, tmp
     model = load(base, patch)
     assert torch.equal(logits(model), logits(twin(base, patch)))
     assert all(tensor.dtype is torch.float32 for tensor in values_of(model).values())
+
+
+def test_a_route_that_renames_tensors_is_refused_and_another_named(tmp_path):
+    """By a pattern of a dot, transformers reads Laguna's `shared_experts` as two names."""
+    base, name = tmp_path / "base", "model.layers.1.mlp.shared_experts.up_proj.weight"
+    save_checkpoint("laguna", base)
+    patch = save_patch(base, tmp_path / "patch", names=[name])
+    expected = logits(twin(base, patch))
+    assert torch.equal(logits(load_by_peft(base, patch)), expected)
+    with pytest.raises(CorruptAdapterError, match=r"PeftModel.from_pretrained where load_adapter"):
+        logits(load_by_transformers(base, patch))
 
 
 @pytest.mark.parametrize("values_dtype", ["float32", "bfloat16", "float16"])
