@@ -92,11 +92,6 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         return self._name
 
     @property
-    def own(self) -> str:
-        """The parameter's name in its module."""
-        return self._own
-
-    @property
     def parameter(self) -> nn.Parameter:
         """The parameter that stands in the module now."""
         return getattr(self.module, self._own)

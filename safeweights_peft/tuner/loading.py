@@ -17,7 +17,7 @@ from safeweights_peft.errors import (
 )
 from safeweights_peft.modeling.layout import check_shape
 from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
-from safeweights_peft.patch.artifacts import Layout, check_layout, decode_entries, stored_arrays
+from safeweights_peft.patch.artifacts import check_layout, decode_entries, stored_arrays
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import TensorRecord, indices_key, values_key
 from safeweights_peft.tuner.beside import CodedValues, is_coded
@@ -106,22 +106,14 @@ def find_parameter(model: nn.Module, name: str, record: TensorRecord) -> nn.Para
 def make_room(layer: SafeWeightsLayer, metadata: AdapterMetadata) -> tuple[nn.Parameter, Tensor]:
     """Make values and indices of the recorded sizes, to be loaded."""
     layouts, device = stored_arrays(metadata, layer.name), layer.parameter.device
-    values = _make_values(layouts[values_key(layer.name)], device)
-    return values, _make_indices(layouts[indices_key(layer.name)], device)
-
-
-def _make_values(layout: Layout, device: torch.device) -> nn.Parameter:
+    (dtype, shape), (values_dtype, values_shape) = layouts.values()
+    own = getattr(torch, dtype.name)
+    indices = torch.full(shape, _UNLOADED[own], dtype=own, device=device)
     # transformers loads a tensor by name where it finds one of its shape: so coded values begin as
     # bytes of the recorded size, under the name that decoded ones keep.
-    dtype, shape = layout
-    if dtype == np.uint8:
-        return CodedValues(torch.zeros(shape, dtype=torch.uint8, device=device))
-    return nn.Parameter(torch.zeros(shape, device=device))
-
-
-def _make_indices(layout: Layout, device: torch.device) -> Tensor:
-    dtype = to_torch(np.empty(0, layout[0])).dtype
-    return torch.full(layout[1], _UNLOADED[dtype], dtype=dtype, device=device)
+    if values_dtype == np.uint8:
+        return CodedValues(torch.zeros(values_shape, dtype=torch.uint8, device=device)), indices
+    return nn.Parameter(torch.zeros(values_shape, device=device)), indices
 
 
 def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:

@@ -276,28 +276,25 @@ class SafeWeightsModel(BaseTuner):
             _FILE_PREFIX + key.removeprefix(_FILE_PREFIX): tensor
             for key, tensor in state_dict.items()
         }
+        tuner = getattr(model, "base_model", None)
+        tuner = tuner if isinstance(tuner, SafeWeightsModel) else None
         try:
             if config.mode == Mode.SPA:
+                if tuner is None:
+                    raise UnsupportedFeatureError(
+                        "model: expected a PeftModel to load a safety map into, found a "
+                        f"{type(model).__name__}; use PeftModel.from_pretrained(model, map, "
+                        "is_trainable=True)"
+                    )
                 arrays = {key: to_numpy(tensor) for key, tensor in stored.items()}
-                _tuner(model)._protect(adapter_name, config, arrays)
+                tuner._protect(adapter_name, config, arrays)
                 return {}
             loaded = take_in(model, adapter_name, stored)
         except SafeWeightsError:
-            tuner = getattr(model, "base_model", None)
-            if isinstance(tuner, SafeWeightsModel):
+            if tuner is not None:
                 tuner._take_out(adapter_name)
             raise
         return {f"{key}.{adapter_name}": tensor for key, tensor in loaded.items()}
-
-
-def _tuner(model: nn.Module) -> SafeWeightsModel:
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, SafeWeightsModel):
-        raise UnsupportedFeatureError(
-            "model: expected a PeftModel to load a safety map into, found a "
-            f"{type(model).__name__}; use PeftModel.from_pretrained(model, map, is_trainable=True)"
-        )
-    return tuner
 
 
 def _find_holders(model: nn.Module, names: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:

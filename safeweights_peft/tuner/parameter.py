@@ -379,23 +379,17 @@ def _gather(parameter: Tensor, indices: Tensor) -> Tensor:
 
 def _write(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
     """Write entries, without gradients or torch functions."""
-    if parameter.is_inference():  # made in inference mode, it can be written only there
-        with torch.inference_mode():
-            _scatter(parameter, indices, entries)
-    else:
-        _scatter(parameter, indices, entries)
-
-
-def _scatter(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
-    target, entries = parameter.detach(), entries.detach().to(parameter.dtype)
-    if target.is_contiguous():
-        # As integers: on a CPU this takes two thirds of index_copy_'s time, scatter_ of floats six
-        # times as long.
-        integers = _INTEGERS[target.element_size()]
-        bits = target.view(-1).view(integers)
-        bits.scatter_(0, indices.long(), entries.view(integers))
-    else:
-        target[torch.unravel_index(indices.long(), target.shape)] = entries
+    # A parameter that was made in inference mode can be written only there.
+    with torch.inference_mode(parameter.is_inference()):
+        target, entries = parameter.detach(), entries.detach().to(parameter.dtype)
+        if target.is_contiguous():
+            # As integers: on a CPU this takes two thirds of index_copy_'s time, scatter_ of floats
+            # four times as long.
+            integers = _INTEGERS[target.element_size()]
+            bits = target.view(-1).view(integers)
+            bits.scatter_(0, indices.long(), entries.view(integers))
+        else:
+            target[torch.unravel_index(indices.long(), target.shape)] = entries
 
 
 def _dress(selection: Selection, parameter: nn.Parameter) -> None:

@@ -1,6 +1,7 @@
 """Adapters of sharded parameters (FSDP2): their modules run on changed copies of the whole ones."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,10 @@ class Sharded:
         self._selection = selection
         self._whole: dict[nn.Module, Tensor | None] = {}  # parameters that stand aside
         for module, own in holders:
-            swap = _Swap(self, own)
-            module.register_forward_pre_hook(swap.before_forward)
-            module.register_forward_hook(swap.after_forward, always_call=True)
+            module.register_forward_pre_hook(partial(self.swap_in, own))
+            module.register_forward_hook(partial(self.swap_out, own), always_call=True)
 
-    def swap_in(self, module: nn.Module, own: str) -> None:
+    def swap_in(self, own: str, module: nn.Module, *_: Any) -> None:
         """Let a module see a changed copy."""
         self.was_used = True
         parameter = module._parameters[own]
@@ -33,24 +33,10 @@ class Sharded:
             self._whole[module] = parameter
             module._parameters[own] = changed  # type: ignore[assignment]
 
-    def swap_out(self, module: nn.Module, own: str) -> None:
+    def swap_out(self, own: str, module: nn.Module, *_: Any) -> None:
         """Let a module see its parameter again."""
         if module in self._whole:
             module._parameters[own] = self._whole.pop(module)  # type: ignore[assignment]
-
-
-class _Swap:
-    """The hooks on one module."""
-
-    def __init__(self, sharded: Sharded, own: str) -> None:
-        self._sharded = sharded
-        self._own = own
-
-    def before_forward(self, module: nn.Module, _args: Any) -> None:
-        self._sharded.swap_in(module, self._own)
-
-    def after_forward(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        self._sharded.swap_out(module, self._own)
 
 
 @torch.no_grad()
