@@ -139,10 +139,6 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         """Return the description of an adapter that selects entries here."""
         return self._metadata.get(adapter)
 
-    def scale_of(self, adapter: str) -> float:
-        """Return the factor on an adapter's values."""
-        return self._scaling[adapter]
-
     def lacks_data(self) -> bool:
         """Tell whether the base's entries, which checks and decoding need, are not here yet."""
         return self.parameter.is_meta

@@ -265,7 +265,7 @@ def test_the_scale_multiplies_the_values(tiny_llama_bf16, tmp_path):
     model = patch_model(load_base(tiny_llama_bf16), tiny_llama_bf16, scale=0.5)
     assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch)))
     model.set_scale("default", 1.7)
-    assert layers(model)[0].scale_of("default") == 1.7 * 0.5
+    assert layers(model)[0].terms()[0].scale == 1.7 * 0.5
     assert torch.equal(logits(model), logits(twin(tiny_llama_bf16, patch, scale=1.7)))
 
 
