@@ -86,6 +86,15 @@ from .patch.io import (
 from .patch.io import (
     write_map as write_map,
 )
+from .progress import (
+    LineProgress as LineProgress,
+)
+from .progress import (
+    Progress as Progress,
+)
+from .progress import (
+    RichProgress as RichProgress,
+)
 from .signing import sign as sign
 from .signing import verify_signature as verify_signature
 from .training.preserve import (

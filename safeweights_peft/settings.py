@@ -228,7 +228,6 @@ class TrainSettings(Settings):
     retain_weight: float = setting(
         14.0, "Weight of the retain loss (KL to the base) against the refusal loss.", least=0
     )
-    checkpoint_steps: int = setting(25, "Steps between checkpoints.", least=1)
     seed: int = _seed()
 
 
@@ -251,7 +250,6 @@ class PreserveSettings(Settings):
     weight_decay: float = setting(0.1, "Weight decay of AdamW; frozen weights get none.", least=0)
     batch_size: int = setting(8, "Rows per step.", least=1)
     max_answer_tokens: int = setting(256, "Train on the first N tokens of answers.", least=1)
-    checkpoint_steps: int = setting(200, "Steps between checkpoints.", least=1)
     seed: int = _seed()
 
 

@@ -4,12 +4,13 @@ Every number that a result hangs on is given here, so that no test rests on a de
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safeweights_peft.progress import Advance
 from safeweights_peft.settings import (
     EvaluateSettings,
     PreserveSettings,
@@ -65,7 +66,6 @@ class Requests:
             benign_batch_size=2,
             token_decay=0.9,
             warmup_steps=3,
-            checkpoint_steps=2,
             seed=seed,
         )
         return replace(settings, **changes)
@@ -78,7 +78,6 @@ class Requests:
             max_answer_tokens=12,
             weight_decay=0.1,
             warmup=0.2,
-            checkpoint_steps=2,
             seed=0,
         )
         return replace(settings, **changes)
@@ -104,19 +103,24 @@ class Recorder:
 
     Attributes:
         tasks: for each task begun, in order, its description, its total and what was done.
+        notes: the lines between them.
     """
 
     def __init__(self, break_at: str | None = None, after: int = 1) -> None:
         self.tasks: list[list[Any]] = []
+        self.notes: list[str] = []
         self._break_at = break_at
         self._after = after
 
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def task(self, description: str, total: int) -> Iterator[Advance]:
         entry = [description, total, 0]
         self.tasks.append(entry)
 
-        def advance(done: int) -> None:
+        def advance(done: int, /, **figures: float) -> None:
             entry[2] += done
             if description == self._break_at and entry[2] >= self._after:
                 raise Interrupted

@@ -15,7 +15,7 @@ from safeweights_peft.delta import Array, bits_differ
 from safeweights_peft.errors import CheckpointError
 from safeweights_peft.files import PathLike, publish
 
-Progress = Callable[[int, int], None]
+OnBytes = Callable[[int, int], None]
 """Called with the bytes copied so far and in total."""
 
 # What may be copied, not what may not: a missing tokenizer file fails loudly, while weights in
@@ -77,7 +77,7 @@ def draft_copy(
     out_dir: PathLike,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
     change: Callable[[CheckpointDraft, str], None] | None = None,
 ) -> Iterator[CheckpointDraft]:
     """Copy a checkpoint to a temporary sibling directory; publish it if the block succeeds."""
@@ -104,7 +104,7 @@ def files_that_load(directory: Path) -> list[str]:
 def _copy_files(
     reader: CheckpointReader,
     draft: CheckpointDraft,
-    progress: Progress | None,
+    progress: OnBytes | None,
     change: Callable[[CheckpointDraft, str], None] | None,
 ) -> None:
     def copy(name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,16 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
     except ReportError as missing:  # the picture's library is an extra; the run is done without
         click.echo(f"No result.png: {missing}", err=True)
     output.show(result, [("", "before", "after"), *comparison_rows(result)])
-    click.echo(f"\nPatch in {patch}. Next, on the command line or in Python:", err=True)
-    click.echo(f"  safeweights merge {base} {patch} --out merged", err=True)
-    click.echo(f"  model = safeweights_peft.load_model({base!r}, {str(patch)!r})", err=True)
+    outcome = result["outcome"]
+    click.echo(f"\n{outcome['word'].capitalize()}: {outcome['reason']}.", err=True)
+    click.echo(f"\nPatch in {patch}. Next:", err=True)
+    base, folder = shlex.quote(base), shlex.quote(str(patch))
+    for line in (
+        f"safeweights eval {base} --adapter {folder} --keep-answers --out answers.json",
+        f"safeweights merge {base} {folder} --out merged",
+        f"safeweights push {shlex.quote(str(out))} USER/NAME --base {base}",
+    ):
+        click.echo(f"  {line}", err=True)
 
 
 @options.command("score", resumes=True)

@@ -6,52 +6,24 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from safeweights_peft.progress import LineProgress, RichProgress
 from safeweights_peft.settings import ComputeSettings
 
 INCONCLUSIVE = 3
 """Exit code of a command whose answer is neither yes nor an error, or that missed a threshold."""
 
 
-class _Bars:
-    """A `Progress` of the jobs, shown by rich."""
-
-    def __init__(self, bars: Any) -> None:
-        self._bars = bars
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        task = self._bars.add_task(description, total=total)
-        yield lambda done: self._bars.advance(task, done)
-
-    def percent(self, description: str) -> Callable[[int, int], None]:
-        """Show one task, from when it first tells the bytes done and the bytes in all."""
-        task = self._bars.add_task(description, total=100, visible=False)
-        return lambda done, total: self._bars.update(
-            task, completed=100 * done // max(total, 1), visible=True
-        )
-
-
-@contextmanager
-def show_progress() -> Iterator[_Bars]:
-    """Show progress bars on stderr while the context lasts."""
-    import rich.progress as rich
-    from rich.console import Console
-
-    columns = (
-        *(rich.TextColumn("{task.description:<32}"), rich.BarColumn(), rich.MofNCompleteColumn()),
-        *(rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn()),
-    )
+def show_progress() -> RichProgress | LineProgress:
+    """Show progress on stderr while the context lasts: bars on a terminal, lines in a log."""
     _quiet_transformers()
-    with rich.Progress(*columns, console=Console(stderr=True)) as bars:
-        yield _Bars(bars)
+    return RichProgress() if sys.stderr.isatty() else LineProgress()
 
 
 def _quiet_transformers() -> None:

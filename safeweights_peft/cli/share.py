@@ -12,6 +12,7 @@ import click
 from safeweights_peft.cli import options, output
 from safeweights_peft.cli.use import find_base_directory
 from safeweights_peft.errors import SafeWeightsError
+from safeweights_peft.progress import percent
 
 _EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": output.INCONCLUSIVE}
 _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unknown": "UNKNOWN"}
@@ -128,8 +129,8 @@ def verify_command(
     except SafeWeightsError as error:  # it can't be had; or ADAPTER is broken, as verify will say
         why_none = str(error)
     if merged and directory:
-        with output.show_progress() as bars:
-            report = verify(folder, directory, merged, progress=bars.percent("Comparing"))
+        with output.show_progress() as progress, percent(progress, "Compare") as on_bytes:
+            report = verify(folder, directory, merged, progress=on_bytes)
     else:
         report = verify(folder, directory, merged, why_no_base=why_none)
     checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail} for c in report.checks]

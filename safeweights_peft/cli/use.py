@@ -11,6 +11,7 @@ import click
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.errors import SettingsError
+from safeweights_peft.progress import percent
 from safeweights_peft.settings import Setting
 
 
@@ -99,7 +100,7 @@ def merge_command(
     if (out is None) != in_place or (in_place and not Path(base).is_dir()):
         raise click.UsageError("Give --out, or --in-place and a directory.")
     directory = find_base_directory(base, [path for path, _ in adapters], revision)
-    with output.show_progress() as bars:
+    with output.show_progress() as progress, percent(progress, "Merge") as on_bytes:
         if dry_run:
             report = plan(directory, adapters, out, on_overlap=on_overlap)
         elif out is None:
@@ -111,7 +112,7 @@ def merge_command(
                 *(directory, adapters, out),
                 on_overlap=on_overlap,
                 overwrite=overwrite,
-                progress=bars.percent("Merging"),
+                progress=on_bytes,
             )
             report = asdict(done)
     output.show(report, output.merge_rows(report))

@@ -25,7 +25,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int = 25,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_batch: Callable[[Sequence[Example]], None] = lambda _: None,
 ) -> list[Example]:
     """Let a model answer requests greedily, each on its own."""
     if not instructions:
@@ -49,7 +49,7 @@ def generate_answers(
         rows = order[start : start + batch_size]
         examples = _answer([prompts[row] for row in rows], model, config, layout)
         answers.update(zip(rows, examples, strict=True))
-        on_batch(len(rows))
+        on_batch(examples)
     return [answers[row] for row in range(len(prompts))]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from safeweights_peft.cards import HUB_ID
 from safeweights_peft.errors import HubError, SettingsError
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import FIGURES, RESULTS, Base
-from safeweights_peft.rates import Rate
+from safeweights_peft.rates import Outcome, Rate, find_outcome
 from safeweights_peft.settings import restore
 
 REPRODUCE = "reproduce.json"
@@ -71,6 +71,17 @@ class Evaluation:
     version: str  # of safeweights-peft
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """What tells how good a patch is."""
+        return {
+            "attack_success_rate": asdict(self.harmful.rate),
+            "over_refusal_rate": asdict(self.benign.rate),
+            "invalid": self.harmful.invalid + self.benign.invalid,
+            "kl": self.kl,
+            "perplexity": self.perplexity,
+        }
+
+    @property
     def setting(self) -> tuple[object, ...]:
         """What two evaluations must share to be set side by side."""
         digests = self.harmful.digest, self.benign.digest, self.task_digest
@@ -82,6 +93,13 @@ class Measured(NamedTuple):
 
     before: Evaluation | None
     after: Evaluation
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the patch did; None without an evaluation of the base."""
+        if self.before is None:
+            return None
+        return find_outcome(self.before.figures, self.after.figures)
 
 
 def read_results(folder: Path, content_id: str | None, base: Base) -> list[Measured]:

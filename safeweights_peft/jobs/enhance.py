@@ -11,11 +11,13 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.files import check_apart, check_new, lock, read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job, Progress, once
+from safeweights_peft.jobs.job import Job, once
 from safeweights_peft.jobs.record import record_run
 from safeweights_peft.jobs.score import check_base, read_inputs, requests_of, score
 from safeweights_peft.jobs.train import read_requests, train
 from safeweights_peft.patch.io import inspect, read_patch
+from safeweights_peft.progress import Progress
+from safeweights_peft.rates import find_outcome
 from safeweights_peft.settings import RunSettings, flatten
 
 _RESULTS = ("before.json", "map", "patch", "after.json", REPRODUCE, "result.json")
@@ -39,12 +41,17 @@ def enhance(settings: RunSettings, out: Path, progress: Progress | None = None) 
 
 def _run(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> dict[str, Any]:
     _claim(out, settings, job)
+    note = job.progress.note
+    note("[1/4] Evaluate the base")
     before = once(out / "before.json", evaluator.evaluate)
     map_dir, patch_dir = out / "map", out / "patch"
+    note("[2/4] Score its weights")
     if not map_dir.exists():
         score(job, map_dir, settings.score)
+    note("[3/4] Train the selected weights")
     if not patch_dir.exists():
         train(job, map_dir, patch_dir, settings.train)
+    note("[4/4] Evaluate the patched model")
     patch = read_patch(patch_dir)
     content_id = patch.metadata.content_id
     after = once(out / "after.json", lambda: evaluator.evaluate(patch_dir, patch))
@@ -66,6 +73,7 @@ def _run(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> di
             "size_bytes": content["size_bytes"],
         },
         **figures,
+        "outcome": find_outcome(**figures)._asdict(),
         "settings": asdict(settings),
     }
     write_json(out / "result.json", result)

@@ -99,7 +99,7 @@ class Evaluator:
             own = answers if patched is None else self._ask("benign", self.benign, model)
             benign = self._judge(self.benign, own, over_refusal_rate)
             task = self._measure_task(model) if self.task else None
-        with self.job.progress.task("Comparing with the base", len(answers)) as advance:
+        with self.job.progress.task("Compare with the base", len(answers)) as advance:
             utility = measure_utility(base, answers, pad, patched, on_batch=advance)
         return {"harmful": harmful, "benign": benign, "utility": asdict(utility), "task": task}
 
@@ -120,7 +120,10 @@ class Evaluator:
 
     def _ask(self, who: str, rows: Sequence[Row], model: PreTrainedModel) -> list[Example]:
         requests, settings = [row.instruction for row in rows], self.settings
-        return self.job.ask(who, requests, settings.max_new_tokens, settings.batch_size, model)
+        return self.job.ask(
+            *(who, requests, settings.max_new_tokens, settings.batch_size, model),
+            show_refusals=True,
+        )
 
     def _judge(
         self,
@@ -146,7 +149,7 @@ class Evaluator:
     def _measure_task(self, model: PreTrainedModel) -> dict[str, Any]:
         tokenizer = self.job.tokenizer
         examples = encode_rows(tokenizer, self.task, TASK_TOKENS)
-        with self.job.progress.task("Reading the task's answers", len(examples)) as advance:
+        with self.job.progress.task("Read the task's answers", len(examples)) as advance:
             utility = measure_utility(
                 model, examples, tokenizer.pad_token_id, batch_size=4, on_batch=advance
             )

@@ -9,13 +9,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from safeweights_peft.data import Example, Row, encode_prompt, encode_rows
 from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
+from safeweights_peft.evaluation.judges import Verdict, judge_opening
 from safeweights_peft.fetching import BaseModel, find_base
 from safeweights_peft.files import (
     PathLike,
@@ -49,37 +50,11 @@ from safeweights_peft.modeling.loading import (
 )
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
+from safeweights_peft.progress import Advance, Progress, Quiet
 from safeweights_peft.settings import ComputeSettings, Settings
 from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")
-
-
-class Progress(Protocol):
-    """Shows tasks of known length."""
-
-    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show one task while the context lasts; what it yields takes the units just done."""
-        ...
-
-
-class Quiet:
-    """Shows nothing."""
-
-    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Show nothing."""
-        return nullcontext(lambda _: None)
-
-
-class Joined:
-    """Shows all tasks as parts of one that is shown already."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-
-    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Add a part."""
-        return nullcontext(self._advance)
 
 
 class Job:
@@ -144,6 +119,9 @@ class Job:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The base, loaded once; whoever changes its weights restores them, or takes the model."""
+        size = size_text(sum(self.reader.info(key).size_bytes for key in self.reader.keys()))
+        dtype = str(self.dtype).removeprefix("torch.").replace("auto", "its own dtype")
+        self.progress.note(f"Loading {self.base.name} ({size}) in {dtype} on {self.device}")
         return load_model(self.base, self.dtype, self.device)
 
     def check(
@@ -216,27 +194,45 @@ class Job:
         max_new_tokens: int,
         batch_size: int = 25,
         model: PreTrainedModel | None = None,
+        show_refusals: bool = False,
     ) -> list[Example]:
         """Let the base, or another model of its tokenizer, answer requests."""
-        with self.progress.task(f"Asking {who} requests", len(requests)) as advance:
+        model = self.model if model is None else model  # loaded before the task is shown
+        with self.progress.task(f"Ask {who} requests", len(requests)) as advance:
+            asked = refused = 0
+
+            def show(answers: Sequence[Example]) -> None:
+                nonlocal asked, refused
+                texts = [self.read(answer) for answer in answers]
+                asked += len(texts)
+                refused += sum(judge_opening("", text) is Verdict.REFUSED for text in texts)
+                rates = {"refused %": 100 * refused / asked} if show_refusals else {}
+                advance(len(texts), **rates)
+
             return generate_answers(
-                self.model if model is None else model,
+                model,
                 self.tokenizer,
                 requests,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                on_batch=advance,
+                on_batch=show,
             )
 
+    def read(self, answer: Example) -> str:
+        """Decode an answer."""
+        return self.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+
     @contextmanager
-    def steps(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def steps(self, description: str, total: int) -> Iterator[Advance]:
         """Show a task; what it yields takes the step reached, as a resumed job skips some."""
         done = 0
         with self.progress.task(description, total) as advance:
 
-            def reach(step: int) -> None:
+            def reach(step: int, /, **figures: float) -> None:
                 nonlocal done
-                advance(step - done)
+                if not done and step > 1:
+                    self.progress.note(f"{description}: resumed at step {step}")
+                advance(step - done, **figures)
                 done = step
 
             yield reach

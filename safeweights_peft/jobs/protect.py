@@ -18,7 +18,7 @@ from safeweights_peft.fetching import download, find_base
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
-from safeweights_peft.jobs.job import Job, Progress
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import load_lora
 from safeweights_peft.jobs.preserve import write_parameters
 from safeweights_peft.merging.protect import protect, put_back
@@ -26,6 +26,7 @@ from safeweights_peft.modeling.layout import describe
 from safeweights_peft.modeling.loading import load_model
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, read_artifact
+from safeweights_peft.progress import Progress, percent
 from safeweights_peft.settings import ComputeSettings, EvaluateSettings
 
 RECORD_FILE = "protecting.json"
@@ -44,14 +45,14 @@ def protect_tuned(
     evaluator = Evaluator(_beside(job, tuned), settings) if settings else None
     if evaluator:
         evaluator.check()
-    with job.steps("Copying the tuned model", 100) as reach:
+    with percent(job.progress, "Copy the tuned model") as show:
         report = protect(
             tuned,
             job.base.path,
             map_dir,
             out,
             overwrite=overwrite,
-            progress=lambda done, total: reach(100 * done // max(total, 1)),
+            progress=show,
         )
     content = {"tuned": str(tuned), "map": str(map_dir), **asdict(report)}
     record = job.record("protection", read_artifact(map_dir), settings, **content)

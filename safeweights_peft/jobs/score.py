@@ -199,7 +199,7 @@ class Scoring:
         done = int(arrays.pop("passes")[0])
         if done:
             best.restore(arrays)
-        with self._job.steps(f"Scoring {what}", len(objective) * len(passes)) as reach:
+        with self._job.steps(f"Score {what}", len(objective) * len(passes)) as reach:
             for number in range(done, len(passes)):
                 group = {name: self._parameters[name] for name in passes[number]}
                 sum_path = self._work_dir / f"{what}-gradients-{number}.safetensors"

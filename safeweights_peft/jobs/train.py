@@ -59,7 +59,7 @@ def train(
     with job.work(out, record) as work_dir:
         benign = job.ask("the base benign", requests, settings.answer_tokens)
         model = create_adapter(job.take_model(), metadata, safety_map.indices)
-        with job.steps("Training", settings.steps) as reach:
+        with job.steps("Train", settings.steps) as reach:
             losses = train_to_refuse(
                 model, job.tokenizer, harmful, benign, settings, work_dir, reach
             )

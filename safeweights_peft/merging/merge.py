@@ -11,7 +11,7 @@ from safeweights_peft.checkpoint.reader import WINDOW_BYTES, CheckpointReader
 from safeweights_peft.checkpoint.threads import THREADS
 from safeweights_peft.checkpoint.writer import (
     CheckpointDraft,
-    Progress,
+    OnBytes,
     draft_copy,
     files_to_copy,
 )
@@ -52,7 +52,7 @@ def merge(
     *,
     on_overlap: OnOverlap = "add",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> MergeReport:
     """Merge safety patches into a copy of the checkpoint that they were made for.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.checkpoint.writer import CheckpointDraft, Progress, draft_copy
+from safeweights_peft.checkpoint.writer import CheckpointDraft, OnBytes, draft_copy
 from safeweights_peft.delta import DTYPES, Array, bits_differ
 from safeweights_peft.errors import MergeError
 from safeweights_peft.files import PathLike, check_apart, check_target
@@ -37,7 +37,7 @@ def protect(
     out_dir: PathLike,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> ProtectReport:
     """Copy a tuned checkpoint, with its base's entries at the indices of a safety map or patch.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.checkpoint.writer import Progress, files_that_load
+from safeweights_peft.checkpoint.writer import OnBytes, files_that_load
 from safeweights_peft.delta import bits_differ
 from safeweights_peft.errors import (
     AlreadyMergedError,
@@ -92,7 +92,7 @@ def verify(
     merged_dir: PathLike | None = None,
     *,
     why_no_base: str = "no base was given",
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> VerifyReport:
     """Check an adapter, its fit to a base, and that a merged model is the two and nothing else.
 
@@ -215,7 +215,7 @@ def _check_merged(
     edits: Sequence[Edit],
     merged_dir: PathLike,
     log: _Log,
-    progress: Progress | None,
+    progress: OnBytes | None,
 ) -> None:
     """Compare a merged model, tensor by tensor and file by file, with what it is made of."""
     log.step = "layout"
@@ -266,7 +266,7 @@ def _compare_tensors(
     merged: CheckpointReader,
     pairs: Sequence[tuple[str, str]],
     edits: Iterable[Edit],
-    progress: Progress | None,
+    progress: OnBytes | None,
 ) -> None:
     """Compare every entry of a merged checkpoint with the base's or the merged one."""
     changes = {edit.key: edit for edit in edits}

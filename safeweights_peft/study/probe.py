@@ -16,12 +16,13 @@ from safeweights_peft.delta import Array
 from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.files import check_apart, check_target, publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job, Joined, load_arrays, once, save_arrays
+from safeweights_peft.jobs.job import Job, load_arrays, once, save_arrays
 from safeweights_peft.jobs.score import Scoring, build_safety, sample_rows
 from safeweights_peft.merging.gather import check_safety
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.progress import Joined
 from safeweights_peft.rates import Rate, wilson
 from safeweights_peft.selection.scores import SCORES, check_left, score_entries
 from safeweights_peft.selection.topk import Order, select
@@ -136,7 +137,7 @@ def _measure_draws(
     job, length = evaluator.job, len(evaluator.harmful) + 2 * len(evaluator.benign)
     length += len(evaluator.task)
     progress = job.progress
-    with progress.task("Asking perturbed models", length * len(trials)) as advance:
+    with progress.task("Ask perturbed models", length * len(trials)) as advance:
         job.progress = Joined(advance)
         try:
             for perturbation, selection, draw in trials:

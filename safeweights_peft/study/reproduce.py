@@ -14,7 +14,6 @@ from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import RESULTS
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.enhance import enhance
-from safeweights_peft.jobs.job import Progress
 from safeweights_peft.jobs.record import (
     ModelFiles,
     Record,
@@ -25,6 +24,7 @@ from safeweights_peft.jobs.record import (
     without_paths,
 )
 from safeweights_peft.patch.io import read_metadata
+from safeweights_peft.progress import Progress
 from safeweights_peft.settings import RunSettings, restore
 from safeweights_peft.study.compare import compare
 

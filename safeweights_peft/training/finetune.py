@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,8 @@ from safeweights_peft.training.preserve import ArtifactOrPath, preserve
 
 # Batches sorted by length together; unsorted, a third or more of their tokens is padding.
 BATCHES_SORTED = 16
+SAVE_SECONDS = 60  # between checkpoints
+TERMS = ("refusal", "retain")  # of SET's loss, which its trainer logs
 LEARNING_RATES = {PreserveMethod.FULL: 2e-5, PreserveMethod.LORA: 2e-4}
 
 
@@ -56,7 +59,7 @@ def make_arguments(
         output_dir=str(work_dir),
         max_steps=settings.steps,
         lr_scheduler_type="cosine",
-        save_steps=settings.checkpoint_steps,
+        save_strategy="no",  # `_StepWatch` says when
         save_total_limit=1,
         seed=settings.seed,
         train_sampling_strategy="sequential",  # examples come in the order in which they were dealt
@@ -75,7 +78,7 @@ def make_arguments(
     return arguments
 
 
-def run_trainer(trainer: Trainer, on_step: Callable[[int], None]) -> list[dict[str, float]]:
+def run_trainer(trainer: Trainer, on_step: Callable[..., None]) -> list[dict[str, float]]:
     """Train from the last checkpoint, if there is one, to the end; return the log of each step."""
     trainer.remove_callback(PrinterCallback)  # added where progress bars are off
     trainer.add_callback(_StepWatch(on_step))
@@ -99,10 +102,26 @@ def _find_checkpoint(work_dir: Path) -> str | None:
 
 
 class _StepWatch(TrainerCallback):
-    """Report each step, and stop before a checkpoint where the loss is not finite."""
+    """Report each step, save by time, and stop before a checkpoint if the loss is not finite."""
 
-    def __init__(self, on_step: Callable[[int], None]) -> None:
+    def __init__(self, on_step: Callable[..., None]) -> None:
         self._on_step = on_step
+        self._saved_at = time.monotonic()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # By time, as a step may take a second or minutes; and at the end, as publishing may fail.
+        is_last = state.global_step >= state.max_steps
+        if is_last or time.monotonic() - self._saved_at >= SAVE_SECONDS:
+            control.should_save = True
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._saved_at = time.monotonic()
 
     def on_log(
         self,
@@ -119,7 +138,9 @@ class _StepWatch(TrainerCallback):
                 f"step {state.global_step}: expected a finite loss, found {logs['loss']}; "
                 "lower --lr"
             )
-        self._on_step(state.global_step)
+        # A training that has several terms logs them beside the loss, which is their sum.
+        terms = {name: logs[name] for name in TERMS if name in logs} or {"loss": logs["loss"]}
+        self._on_step(state.global_step, **terms)
 
 
 def fine_tune(
@@ -130,7 +151,7 @@ def fine_tune(
     settings: PreserveSettings,
     work_dir: Path,
     dtype: torch.dtype = torch.float32,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[..., None] = lambda step, **losses: None,
 ) -> list[float]:
     """Train a model's LoRA, or all its weights, in place while a map's or patch's entries stay."""
     check_lengths(examples, find_positions(model))

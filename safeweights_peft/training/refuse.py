@@ -40,7 +40,7 @@ def train_to_refuse(
     benign: Sequence[Example],
     settings: TrainSettings,
     work_dir: Path,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[..., None] = lambda step, **losses: None,
 ) -> list[StepLoss]:
     """Train an adapter's values in place; resume from the last checkpoint in the directory."""
     if not harmful or not benign:

@@ -27,7 +27,8 @@ WEIGHTS = "model.safetensors"
 
 
 def lines_of(called: Result) -> list[str]:
-    return [line for line in called.stderr.splitlines() if line.strip()]
+    """List what is said beside what is being done."""
+    return [line for line in called.stderr.splitlines() if line and not line.startswith("Loading ")]
 
 
 # --- what is tried: files of every broken kind, made once ---

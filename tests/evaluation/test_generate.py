@@ -161,7 +161,12 @@ def test_each_batch_is_reported_with_its_size(tiny_llama: Path) -> None:
     model, tokenizer = load(tiny_llama)
     sizes: list[int] = []
     generate_answers(
-        model, tokenizer, REQUESTS, max_new_tokens=1, batch_size=3, on_batch=sizes.append
+        model,
+        tokenizer,
+        REQUESTS,
+        max_new_tokens=1,
+        batch_size=3,
+        on_batch=lambda answers: sizes.append(len(answers)),
     )
     assert sizes == [3, 3, 1]
 

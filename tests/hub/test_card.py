@@ -135,10 +135,10 @@ def test_it_says_how_was_measured(folder: Path) -> None:
 
 
 def test_it_begins_with_what_it_does_and_the_price(folder: Path) -> None:
-    assert (
-        "**In short:** ASR 97.0 → 3.0 %, at the price of over-refusal 0.0 → 11.7 %, on 101 + 103"
-        in (body_of(folder))
-    )
+    body = body_of(folder)
+    # The interval, up to 99.9 %, doesn't tell the rates apart.
+    assert "**In short: no better.** ASR 97.0 → 3.0 %, over-refusal 0.0 → 11.7 %, on 101" in body
+    assert "**Don't rely on this patch.** ASR 97% -> 3%: the intervals overlap; try" in body
 
 
 def test_a_patch_measured_without_its_base_says_so(folder: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 from safeweights_peft.jobs.enhance import enhance
+from safeweights_peft.training import finetune
 from tests.tiny_jobs import Requests
 
 
@@ -22,6 +23,11 @@ class Run(NamedTuple):
     base: Path
     out: Path
     result: dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _checkpoint_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "SAVE_SECONDS", 0)
 
 
 @pytest.fixture(scope="session")

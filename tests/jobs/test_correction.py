@@ -161,7 +161,7 @@ def test_an_interrupted_training_by_lora_gives_the_same_when_called_again(
 ) -> None:
     told = map_dir, requests.lessons
     preserve_model(Job(base), *told, tmp_path / "straight", by_lora(requests))
-    job = Job(base, progress=Recorder("Fine-tuning", 5))
+    job = Job(base, progress=Recorder("Fine-tune", 5))
     with pytest.raises(Interrupted):
         preserve_model(job, *told, tmp_path / "broken", by_lora(requests))
     assert not (tmp_path / "broken").exists()

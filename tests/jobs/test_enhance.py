@@ -32,10 +32,10 @@ FILES = [
     "result.json",
 ]
 TASKS = [
-    ("Asking harmful requests", 1),
-    ("Scoring safety", 1),
-    ("Asking the base benign requests", 1),
-    ("Training", 3),
+    ("Ask harmful requests", 1),
+    ("Score safety", 1),
+    ("Ask the base benign requests", 1),
+    ("Train", 3),
 ]
 
 

@@ -224,7 +224,7 @@ def test_a_measured_patch_leaves_the_base_bit_for_bit(
 
 
 def test_the_base_comes_back_after_an_interruption(run: Run, requests: Requests) -> None:
-    job = Job(run.base, progress=Recorder("Asking harmful requests"))
+    job = Job(run.base, progress=Recorder("Ask harmful requests"))
     before = {name: each.clone() for name, each in job.model.state_dict().items()}
     with pytest.raises(Interrupted):
         evaluate(job, run.out / "patch", requests.evaluate())

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from safeweights_peft.errors import (
     FormatError,
     ModelError,
 )
-from safeweights_peft.jobs.job import Job, Progress
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
@@ -30,6 +30,7 @@ from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_artifact, read_map
+from safeweights_peft.progress import Advance, Progress
 from safeweights_peft.settings import ComputeSettings, PreserveSettings
 from safeweights_peft.training.finetune import fine_tune
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
@@ -224,7 +225,7 @@ def test_an_interrupted_job_gives_the_same_model_when_called_again(
     job = str(tiny_llama), map_dir, requests.lessons
     call(*job, tmp_path / "straight", requests.preserve())
     with pytest.raises(Interrupted):
-        call(*job, tmp_path / "broken", requests.preserve(), progress=Recorder("Fine-tuning", 5))
+        call(*job, tmp_path / "broken", requests.preserve(), progress=Recorder("Fine-tune", 5))
     assert not (tmp_path / "broken").exists()
     call(*job, tmp_path / "broken", requests.preserve())
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
@@ -236,16 +237,18 @@ def test_an_interrupted_job_goes_on_from_its_checkpoint(
 ) -> None:
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
     with pytest.raises(Interrupted):
-        call(*job, progress=Recorder("Fine-tuning", 5))
-    told: list[int] = []
+        call(*job, progress=Recorder("Fine-tune", 5))
+    steps: list[int] = []
 
-    class Steps:
+    class Steps(Recorder):
         @contextmanager
-        def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-            yield told.append
+        def task(self, description: str, total: int) -> Iterator[Advance]:
+            yield lambda done, /, **figures: steps.append(done)
 
-    call(*job, progress=Steps())
-    assert told == [5, 1, 1]
+    resumed = Steps()
+    call(*job, progress=resumed)
+    assert steps == [5, 1, 1]
+    assert resumed.notes[-1] == "Fine-tune: resumed at step 5"
 
 
 def test_progress_reaches_its_total(
@@ -254,7 +257,7 @@ def test_progress_reaches_its_total(
     job = str(tiny_llama), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
     recorder = Recorder()
     call(*job, progress=recorder)
-    assert recorder.tasks == [["Fine-tuning", 7, 7]]
+    assert recorder.tasks == [["Fine-tune", 7, 7]]
 
 
 @pytest.mark.parametrize("change", ["setting", "weights"])
@@ -264,7 +267,7 @@ def test_a_changed_setting_or_base_starts_afresh(
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     job = str(base), map_dir, requests.lessons, tmp_path / "model"
     with pytest.raises(Interrupted):
-        call(*job, requests.preserve(), progress=Recorder("Fine-tuning", 5))
+        call(*job, requests.preserve(), progress=Recorder("Fine-tune", 5))
     settings = requests.preserve(seed=1) if change == "setting" else requests.preserve()
     if change == "weights":
         tensors = load_file(base / "model.safetensors")

@@ -57,7 +57,7 @@ def test_nothing_is_measured_unless_asked(run: Run, tuned: Path, tmp_path: Path)
     progress = Recorder()
     out = tmp_path / "out"
     record = protect_tuned(Job(run.base, progress=progress), tuned, run.out / "map", out)
-    assert [entry[0] for entry in progress.tasks] == ["Copying the tuned model"]
+    assert [entry[0] for entry in progress.tasks] == ["Copy the tuned model"]
     assert "before" not in record
 
 

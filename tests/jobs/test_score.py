@@ -214,7 +214,7 @@ def test_progress_reaches_its_total(tiny_llama: Path, requests: Requests, tmp_pa
     recorder = Recorder()
     score(Job(tiny_llama, progress=recorder), tmp_path / "map", requests.score())
     ((description, total, done),) = recorder.tasks
-    assert description == "Scoring safety"
+    assert description == "Score safety"
     assert done == total > 0
 
 
@@ -247,14 +247,14 @@ def test_an_interrupted_scoring_goes_on_to_the_same_map(
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2, layers_per_pass=1)
     straight = score(Job(tiny_llama), tmp_path / "straight", settings)
-    broken = Recorder("Scoring safety", after=at)
+    broken = Recorder("Score safety", after=at)
     with pytest.raises(Interrupted):
         score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
     assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
     assert sorted(path.name for path in tmp_path.iterdir() if "map" in path.name) == ["map"]
 
 
-@pytest.mark.parametrize("task", ["Scoring usefulness", "Scoring safety"])
+@pytest.mark.parametrize("task", ["Score usefulness", "Score safety"])
 def test_an_interrupted_contrast_under_a_guard_goes_on_to_the_same_map(
     tiny_llama: Path,
     requests: Requests,
@@ -292,7 +292,7 @@ def test_a_judge_that_was_changed_meanwhile_judges_from_the_beginning(
     profile = tmp_path / "profile.json"
     settings = requests.score(guard=str(guard), profile=str(profile), answer_tokens=9, batch_size=2)
     with pytest.raises(Interrupted):
-        score(Job(tiny_llama, progress=Recorder("Scoring safety", 2)), tmp_path / "map", settings)
+        score(Job(tiny_llama, progress=Recorder("Score safety", 2)), tmp_path / "map", settings)
     profile.write_text(json.dumps({"safe": ["x"], "unsafe": ["y"]}))
     straight = score(Job(tiny_llama), tmp_path / "straight", settings)
     assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
@@ -304,7 +304,7 @@ def test_work_that_cannot_be_read_is_done_again(
 ) -> None:
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2)
-    broken = Recorder("Scoring safety", after=3)
+    broken = Recorder("Score safety", after=3)
     with pytest.raises(Interrupted):
         score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
     (kept,) = tmp_path.glob(".map.*/*")
@@ -341,7 +341,7 @@ def test_what_an_interrupted_scoring_has_done_is_not_done_again(
 ) -> None:
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2)
-    broken = Recorder("Scoring safety", after=3)
+    broken = Recorder("Score safety", after=3)
     with pytest.raises(Interrupted):
         score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
     starts = []

@@ -112,7 +112,7 @@ def test_nothing_but_the_patch_is_left(
 
 def broken(base: Path) -> Job:
     """A job that ends in the middle of the training."""
-    return Job(base, progress=Recorder("Training", 4))
+    return Job(base, progress=Recorder("Train", 4))
 
 
 def test_an_interrupted_training_gives_the_same_patch_when_called_again(
@@ -137,7 +137,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
 
     class Watch(Recorder):
         def task(self, description: str, total: int) -> AbstractContextManager:
-            if description == "Training":
+            if description == "Train":
                 assert checkpoint.stat().st_mtime_ns == written
             return super().task(description, total)
 
@@ -208,7 +208,7 @@ def test_progress_reaches_its_totals(
 ) -> None:
     recorder = Recorder()
     train(Job(tiny_llama, progress=recorder), map_dir, tmp_path / "patch", requests.train(steps=3))
-    assert recorder.tasks == [["Asking the base benign requests", 6, 6], ["Training", 3, 3]]
+    assert recorder.tasks == [["Ask the base benign requests", 6, 6], ["Train", 3, 3]]
 
 
 IMPORTS = """

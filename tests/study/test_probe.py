@@ -55,11 +55,11 @@ ROWS = [
     ("zero", "bottom", 1),
 ]
 TASKS = [
-    "Scoring safety",
-    "Asking the base benign requests",
-    "Asking harmful requests",
-    "Comparing with the base",
-    "Asking perturbed models",
+    "Score safety",
+    "Ask the base benign requests",
+    "Ask harmful requests",
+    "Compare with the base",
+    "Ask perturbed models",
 ]
 
 
@@ -252,10 +252,10 @@ def test_answers_are_kept_when_asked(probed: Probed, requests: Requests, tmp_pat
 @pytest.mark.parametrize(
     ("task", "after"),
     [
-        ("Scoring safety", 1),
-        ("Asking the base benign requests", 1),
-        ("Asking perturbed models", 40),
-        ("Asking perturbed models", 18 * 10),
+        ("Score safety", 1),
+        ("Ask the base benign requests", 1),
+        ("Ask perturbed models", 40),
+        ("Ask perturbed models", 18 * 10),
     ],
 )
 def test_an_interrupted_probe_goes_on_to_the_same_result(
@@ -275,7 +275,7 @@ def test_what_was_finished_before_an_interrupt_is_not_done_again(
 ) -> None:
     job = probed.base, probed.patch, tmp_path / "probe", requests
     with pytest.raises(Interrupted):
-        call(*job, progress=Recorder("Asking perturbed models", 18 * 4 + 1))
+        call(*job, progress=Recorder("Ask perturbed models", 18 * 4 + 1))
     (work_dir,) = tmp_path.iterdir()
     finished = {path.name for path in work_dir.glob("*.json")}
     assert finished == {"base.json"} | {
@@ -298,7 +298,7 @@ def test_a_probe_with_other_settings_starts_afresh(
     job = probed.base, probed.patch, tmp_path / "probe", requests
     other = {"settings": replace(SETTINGS, seed=6)}
     with pytest.raises(Interrupted):
-        call(*job, progress=Recorder("Asking perturbed models", 40), **other)
+        call(*job, progress=Recorder("Ask perturbed models", 40), **other)
     assert call(*job) == probed.result
 
 

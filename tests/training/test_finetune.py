@@ -34,7 +34,7 @@ EXAMPLES = [
     Example(tuple(range(10, 10 + prompt)), tuple(range(90, 90 + answer)))
     for prompt, answer in LENGTHS
 ]
-SETTINGS = PreserveSettings(steps=5, learning_rate=0.01, batch_size=2, checkpoint_steps=2)
+SETTINGS = PreserveSettings(steps=5, learning_rate=0.01, batch_size=2)
 
 
 def mean_loss(model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_a_run_broken_off_anywhere_ends_bitwise_like_a_straight_one(
 ) -> None:
     safety_map, straight, resumed = make_map(tiny_llama), load(tiny_llama), load(tiny_llama)
 
-    def on_step(step: int) -> None:
+    def on_step(step: int, **losses: float) -> None:
         if step == stop:
             raise Interrupted
 
@@ -177,7 +177,7 @@ def test_no_hook_is_left_after_a_run_that_was_broken_off(tiny_llama: Path, tmp_p
     safety_map, model = make_map(tiny_llama), load(tiny_llama)
     before, frozen = hooks(model), entries(model, safety_map)
 
-    def on_step(step: int) -> None:
+    def on_step(step: int, **losses: float) -> None:
         raise Interrupted
 
     with pytest.raises(Interrupted):

@@ -19,6 +19,7 @@ from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Mode
 from safeweights_peft.settings import TrainSettings
+from safeweights_peft.training import finetune
 from safeweights_peft.training.refuse import (
     StepLoss,
     compute_refusal_loss,
@@ -41,7 +42,6 @@ SETTINGS = TrainSettings(
     benign_batch_size=3,
     token_decay=0.8,
     warmup_steps=1,
-    checkpoint_steps=2,
     seed=0,
 )
 ANSWERS = torch.tensor([[3, 1, 4, 1], [5, 2, IGNORED, IGNORED], [6, IGNORED, IGNORED, IGNORED]])
@@ -74,7 +74,7 @@ class Job:
     def run(self, work_dir: Path, stop_at: int | None = None, **changes: object) -> list[StepLoss]:
         """Train, or break off in the middle of a step."""
 
-        def on_step(step: int) -> None:
+        def on_step(step: int, **losses: float) -> None:
             self.steps.append(step)
             if step == stop_at:
                 raise Interrupted
@@ -242,7 +242,7 @@ def test_the_selected_entries_move(
 
 def test_both_losses_together_fall(tiny_llama: Path, tmp_path: Path) -> None:
     job = Job(tiny_llama)
-    losses = job.run(tmp_path, steps=20, harmful_batch_size=6, checkpoint_steps=20)
+    losses = job.run(tmp_path, steps=20, harmful_batch_size=6)
     whole = [loss.refusal + SETTINGS.retain_weight * loss.retain for loss in losses]
     assert whole[-1] < 0.9 * whole[0]
 
@@ -278,7 +278,7 @@ def test_a_resumed_run_starts_after_its_last_checkpoint(tiny_llama: Path, tmp_pa
         Job(tiny_llama).run(tmp_path, stop_at=4)
     resumed = Job(tiny_llama)
     resumed.run(tmp_path)
-    assert resumed.steps == [3, 4, 5]
+    assert resumed.steps == [4, 5]
 
 
 @pytest.mark.parametrize("state", ["", '{"epoch": 0.'], ids=["no state", "half a state"])
@@ -294,7 +294,7 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(
         (half / "trainer_state.json").write_text(state)
     resumed = Job(tiny_llama)
     assert resumed.run(tmp_path / "broken") == losses
-    assert resumed.steps == [3, 4, 5]
+    assert resumed.steps == [4, 5]
 
 
 def test_a_finished_run_is_not_trained_again(tiny_llama: Path, tmp_path: Path) -> None:
@@ -352,8 +352,9 @@ def test_no_example_comes_again_before_all_have_come(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(finetune, "SAVE_SECONDS", 60)  # a save would find the values first
     job = Job(tiny_llama)
     with pytest.raises(TrainingError, match=r"^step 2: expected a finite loss, found .*lower --lr"):
         job.run(tmp_path, learning_rate=1e38, warmup_steps=0)
@@ -370,12 +371,16 @@ def test_training_without_examples_is_refused(
 
 
 def test_training_prints_nothing(
-    tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_llama: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = Job(tiny_llama)
     capfd.readouterr()
     # One checkpoint: of several within a second, transformers says that their order is unsure.
-    job.run(tmp_path, checkpoint_steps=SETTINGS.steps)
+    monkeypatch.setattr(finetune, "SAVE_SECONDS", 60)
+    job.run(tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
