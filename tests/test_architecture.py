@@ -21,6 +21,7 @@ LINT_IMPORTS = Path(sys.executable).with_name("lint-imports")
 HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "datasets", "accelerate", "matplotlib"}
 NUMPY_ROOMS = (
     "delta",
+    "progress",
     "rates",
     "settings",
     "tables",
