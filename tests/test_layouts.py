@@ -18,7 +18,7 @@ from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.utility import measure_utility
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling import answers
-from safeweights_peft.modeling.answers import answer_logits, find_layout
+from safeweights_peft.modeling.answers import answer_logits, find_layout, pads_behind
 from safeweights_peft.modeling.loading import load_tokenizer
 from safeweights_peft.selection.objective import ReferenceObjective
 from tests.tiny_kinds import KINDS, build
@@ -63,6 +63,25 @@ def test_logits_in_a_batch_are_those_of_each_row_alone(kind: str) -> None:
     for row, example in zip(found, EXAMPLES, strict=True):
         expected = run_alone(model, example)
         torch.testing.assert_close(row[: len(expected)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mpt", "gemma3_text", "mamba", "minimax", "roberta"])
+def test_padding_behind_rows_is_right_where_padding_before_them_is_not(kind: str) -> None:
+    assert pads_behind(built(kind))
+
+
+def test_rows_are_not_padded_where_gradients_overflow() -> None:
+    assert not pads_behind(build("gemma3n_text"))
+
+
+def test_rows_are_not_padded_where_their_ends_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    forward = model.forward
+    # As CPM-Ant, whose prompts see the whole row.
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids, **_: forward(input_ids.flip(1), use_cache=False)
+    )
+    assert not pads_behind(model)
 
 
 @pytest.mark.parametrize("kind", ["mpt", "gemma3_text", "gpt_neo", "qwen3_5_text", "rwkv"])

@@ -21,6 +21,14 @@ GEMMA3N = {
     **{"vocab_size_per_layer_input": 259, "hidden_size_per_layer_input": 8, "laurel_rank": 4},
     **{"activation_sparsity_pattern": [0.95, 0.0], "num_kv_shared_layers": 0},
 }
+WHISPER = {
+    **{"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "decoder_start_token_id": 257,
+}
+MOSS = {
+    "text_config": COMMON | {"model_type": "qwen3", "head_dim": 8},
+    "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+}
 MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 512}
 KINDS: dict[str, tuple[Batching, dict[str, Any]]] = {
     "llama": (Batching.SHARED, {}),
@@ -51,6 +59,10 @@ KINDS: dict[str, tuple[Batching, dict[str, Any]]] = {
     "gemma3n_text": (Batching.ALONE, SLIDING | GEMMA3N),
     # positions that start after that of padding, but for `generate`
     "roberta": (Batching.ALONE, {"is_decoder": True}),
+    # positions that `generate` counts over columns, but that padding before all leaves as far apart;
+    # and those of a table, that it doesn't
+    "moss_transcribe_diarize": (Batching.LEFT, MOSS),
+    "whisper": (Batching.ALONE, WHISPER),
     # ignores masks altogether
     "rwkv": (Batching.ALONE, {"context_length": 512}),
 }

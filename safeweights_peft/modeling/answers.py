@@ -167,7 +167,7 @@ class _Check:
         for batching in (Batching.SHARED, Batching.LEFT):
             if not self.is_like_no_batch and self._holds(self._is_right, batching):
                 return Layout(batching, positions)
-        generates = self._holds(self._generates_alike, self.examples[:1])
+        generates = self._holds(self._generates_alike, Batching.ALONE)
         return Layout(Batching.ALONE, positions, generates)
 
     def pads_behind(self) -> bool:
@@ -203,15 +203,17 @@ class _Check:
         gap = _measure_gaps(self._run(self.examples, batching), self.alone).median()
         return (
             bool(gap <= self.limit)
-            # Plain keys and values can be read on; a state that was made beside padding need not.
-            and (batching is not Batching.LEFT or self._generates_alike(self.examples))
+            and (batching is None or self._generates_alike(batching))
             and self._has_right_gradients(batching)
         )
 
-    def _generates_alike(self, examples: list[Example]) -> bool:
+    def _generates_alike(self, batching: Batching) -> bool:
         """Find whether `generate` predicts the tokens after the first as a row alone does."""
+        # A state that was made beside padding can't always be read on; and positions may be those
+        # of columns where a model's `forward` doesn't name them, as MOSS's.
+        examples = self.examples[:1] if batching is Batching.ALONE else self.examples
         prompts = [Example(example.prompt_ids, ()) for example in examples]
-        batch = self._collate(prompts, Batching.LEFT)
+        batch = self._collate(prompts, batching)
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=3,
