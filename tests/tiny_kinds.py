@@ -59,8 +59,8 @@ KINDS: dict[str, tuple[Batching, dict[str, Any]]] = {
     "gemma3n_text": (Batching.ALONE, SLIDING | GEMMA3N),
     # positions that start after that of padding, but for `generate`
     "roberta": (Batching.ALONE, {"is_decoder": True}),
-    # positions that `generate` counts over columns, but that padding before all leaves as far apart;
-    # and those of a table, that it doesn't
+    # positions that `generate` counts over columns: distances, which padding before all leaves,
+    # and rows of a table
     "moss_transcribe_diarize": (Batching.LEFT, MOSS),
     "whisper": (Batching.ALONE, WHISPER),
     # ignores masks altogether
