@@ -205,7 +205,36 @@ VARIANTS: dict[str, Options] = {
     "qwen3_vl": {**IMAGE_TOKENS, "text_config": MROPE},
     "qwen3_5_moe": {**IMAGE_TOKENS, "text_config": LINEAR},
     "qwen3_5": {**IMAGE_TOKENS, "text_config": LINEAR},
+    "blt": {
+        **{"encoder_hash_byte_group_vocab": 64, "encoder_config": {"hidden_size_global": 32}},
+        "decoder_config": {"hidden_size_global": 32},
+    },
+    "dots3_note": {
+        **{**IMAGE_TOKENS, "audio_token_id": 249, "text_config": WHOLE_HEADS},
+        "vision_config": {
+            **{"adapter_in_dim": 32, "adapter_out_dim": 32, "rope_parameters": None},
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        "audio_config": {
+            **{"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+            "feature_size": 16,
+        },
+    },
+    "phi4_multimodal": {
+        "audio_config": {
+            **{"num_blocks": 2, "ext_pw_out_channel": 32, "nemo_conv_channels": 16},
+            "depthwise_separable_out_channel": 32,
+        },
+    },
 }
+AUDIO = "transformers maps it to a model of audio codes, and that to another config"
+DRAFTS = "it drafts for another model, reads that one's keys and values, and takes no text"
+NO_TEXT = {
+    **{"gemma4_assistant": DRAFTS, "gemma4_unified_assistant": DRAFTS},
+    **{"musicgen": AUDIO, "musicgen_melody": AUDIO},
+}
+# What transformers can't run in bfloat16.
+FLOAT32 = ("xlnet",)
 # Saved with their vision towers, as they are published; AutoModelForCausalLM may leave those out.
 VISION = ("gemma3", "gemma4", "llama4", "mllama", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
@@ -222,7 +251,7 @@ def build_config(name: str) -> PreTrainedConfig:
 
 
 def save_checkpoint(name: str, path: Path) -> PreTrainedModel:
-    """Save a random model of an architecture in bfloat16 with the tiny tokenizer, and load it."""
+    """Save a random model of an architecture with the tiny tokenizer, and load it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _build(name)
@@ -232,7 +261,8 @@ def save_checkpoint(name: str, path: Path) -> PreTrainedModel:
                     parameter.add_(0.02 * torch.randn_like(parameter))
     model.generation_config.eos_token_id = SIZES["eos_token_id"]
     model.generation_config.pad_token_id = SIZES["pad_token_id"]
-    model.to(torch.bfloat16).save_pretrained(path)
+    dtype = torch.float32 if name in FLOAT32 else torch.bfloat16
+    model.to(dtype).save_pretrained(path)
     # Once more as loaded: what transformers keeps in float32, as routers' biases, is so on disk
     # where models are published.
     model = load_as_saved(path)
@@ -270,6 +300,8 @@ def find_kind(name: str, model: PreTrainedModel) -> str:
 
 
 def _build(name: str) -> PreTrainedModel:
+    if name in NO_TEXT:
+        raise ValueError(NO_TEXT[name])
     config = build_config(name)
     with torch.device("meta"):  # the size of what SIZES missed may be any
         size = sum(parameter.numel() for parameter in _from_config(name, config).parameters())
