@@ -106,3 +106,4 @@ from .training.preserve import (
 from .tuner.adapter import create_adapter as create_adapter
 from .tuner.adapter import round_values as round_values
 from .tuner.config import SafeWeightsConfig as SafeWeightsConfig
+from .tuner.selfcheck import check_adapter as check_adapter

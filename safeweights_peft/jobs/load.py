@@ -29,6 +29,7 @@ from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_patch
 from safeweights_peft.patch.metadata import PEFT_TYPE
 from safeweights_peft.tuner.loading import find_parameter
+from safeweights_peft.tuner.selfcheck import check_in_place
 
 _SIZES = re.compile(r"mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")
 
@@ -151,8 +152,10 @@ class MergedEntries:
             entries.write(merged)
 
     def make_switch(self, model: PreTrainedModel) -> Patched:
-        """Make a context in which a base holds the merged entries; they are found once."""
-        return make_switch(model, list(self._locate(model)))
+        """Make a context in which a base holds the merged entries, and check that it sees them."""
+        located = list(self._locate(model))
+        check_in_place(model, [entries for entries, _ in located])
+        return make_switch(model, located)
 
     def _locate(self, model: PreTrainedModel) -> Iterator[tuple[FrozenEntries, Tensor]]:
         for name, (indices, merged) in self._entries.items():

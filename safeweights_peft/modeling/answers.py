@@ -110,7 +110,7 @@ def find_layout(model: nn.Module) -> Layout:
     """Find how a model takes several rows at once; a check that runs it, once per model."""
     base = find_plain(model)
     if base not in _layouts:
-        with torch.inference_mode(False), torch.no_grad(), _without_dropout(base):
+        with torch.inference_mode(False), torch.no_grad(), without_dropout(base):
             _layouts[base] = _Check(base).find_layout()
     return _layouts[base]
 
@@ -120,8 +120,15 @@ def pads_behind(model: nn.Module) -> bool:
     # What comes later changes nothing in a causal model, whatever state it keeps and however it
     # counts positions: this holds where no layout for answers does, and leaves less padding.
     base = find_plain(model)
-    with torch.inference_mode(False), torch.no_grad(), _without_dropout(base):
+    with torch.inference_mode(False), torch.no_grad(), without_dropout(base):
         return _Check(base).pads_behind()
+
+
+def measure_noise(model: nn.Module) -> float:
+    """Measure the gap of logits that is still rounding, in units of their spread."""
+    base = find_plain(model)
+    with torch.inference_mode(False), torch.no_grad(), without_dropout(base):
+        return _Check(base).limit
 
 
 def find_plain(model: nn.Module) -> nn.Module:
@@ -130,7 +137,8 @@ def find_plain(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Run a model as in evaluation for a while, whatever modes its modules are in."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -145,7 +153,7 @@ class _Check:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.examples = _make_probe(model.config.get_text_config().vocab_size)
+        self.examples = make_probe(model.config.get_text_config().vocab_size)
         row = self.examples[0]
         # The embedding of padding may be 0, of which the gradient of a norm need not be finite.
         padding = getattr(model.get_input_embeddings(), "padding_idx", None)
@@ -154,7 +162,7 @@ class _Check:
         # The same row twice, and longer: without padding, so this changes nothing but how a
         # causal model's sums are rounded.
         longer = Example(row.prompt_ids, row.answer_ids * 2)
-        gaps = _measure_gaps(self._run([longer, longer], Batching.LEFT), self.alone)
+        gaps = measure_gaps(self._run([longer, longer], Batching.LEFT), self.alone)
         epsilon = torch.finfo(model.dtype).eps
         self.bound = epsilon**0.5
         # Then the model reads ahead, or counts positions in its own way, and noise says nothing.
@@ -200,7 +208,7 @@ class _Check:
         if is_shared and not _can_share(self.model, self.examples):
             return False
         # The median: where rounding sends a token to another expert, one position may be far off.
-        gap = _measure_gaps(self._run(self.examples, batching), self.alone).median()
+        gap = measure_gaps(self._run(self.examples, batching), self.alone).median()
         return (
             bool(gap <= self.limit)
             and (batching is None or self._generates_alike(batching))
@@ -230,7 +238,7 @@ class _Check:
         expected = self._run([Example(prompts[0].prompt_ids, answer)], Batching.ALONE)
         found = torch.stack([logits[0].float() for logits in output.logits])
         # The least, for the same reason as the median above.
-        return bool(_measure_gaps(found, expected)[1:].min() <= self.limit)
+        return bool(measure_gaps(found, expected)[1:].min() <= self.limit)
 
     def _has_right_gradients(self, batching: Batching | None) -> bool:
         """Find whether a row's gradient is the one that it has alone, and finite in all columns."""
@@ -270,7 +278,7 @@ class _Check:
             handle.remove()
 
 
-def _make_probe(vocabulary: int) -> list[Example]:
+def make_probe(vocabulary: int) -> list[Example]:
     """Make rows of tokens from the middle of a vocabulary, away from those that mean images."""
     length = PROBE_START + sum(PROBE_RESTS) + sum(PROBE_ANSWERS)
     tokens = iter((torch.arange(length) * 37 % (vocabulary // 2) + vocabulary // 4).tolist())
@@ -281,7 +289,7 @@ def _make_probe(vocabulary: int) -> list[Example]:
     ]
 
 
-def _measure_gaps(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def measure_gaps(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Measure the distance of logits at each position, in units of their spread there."""
     spread = expected.std(-1).clamp_min(torch.finfo(expected.dtype).tiny)
     return (found - expected).square().mean(-1).sqrt() / spread

@@ -185,6 +185,10 @@ def _load(
         raise ModelError(
             f"{base.name}: expected float weights, found a quantized model; use its original"
         )
+    # In evaluation, RWKV divides its weights in place where this is set, and its states in turn:
+    # entries that are written later would stand undivided among them.
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -22,6 +22,7 @@ from safeweights_peft.modeling.answers import answer_logits, find_layout
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.finetune import make_arguments, run_trainer
 from safeweights_peft.tuner.adapter import saving_checkpoints
+from safeweights_peft.tuner.selfcheck import check_adapter
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def train_to_refuse(
         max_grad_norm=0.0,
     )
     layout = find_layout(model)
+    check_adapter(model)
     generator = torch.Generator().manual_seed(settings.seed)
     harmful_steps = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
     benign_steps = _deal(benign, settings.benign_batch_size, settings.steps, generator)

@@ -14,10 +14,11 @@ from torch.utils.hooks import RemovableHandle
 from safeweights_peft.errors import ModelError
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.beside import CodedValues, Door, Indices, is_coded
-from safeweights_peft.tuner.parameter import Selection, Term, move, same_bits
+from safeweights_peft.tuner.parameter import Selection, Term, gather, move, same_bits
 from safeweights_peft.tuner.sharded import Sharded, write_shard
 
 _PREFIXES = ("safeweights_values__", "safeweights_indices__")
+_SAMPLED = 64  # entries
 
 
 class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
@@ -211,6 +212,13 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         if self.parameter.requires_grad:
             return self._selection.gather(self.indices[adapter])
         return self._originals[adapter]
+
+    def sample(self) -> Tensor:
+        """Gather a few of the parameter's entries, selected ones and others, as they stand."""
+        own = [self.indices[adapter][:_SAMPLED].long() for adapter in self._originals]
+        step = max(1, self._numel // _SAMPLED)
+        spread = torch.arange(0, self._numel, step, device=self.parameter.device)
+        return gather(self.parameter, torch.cat([spread, *own]))
 
     def take_originals(self) -> None:
         """Set the base's entries aside anew."""

@@ -132,8 +132,7 @@ class Selection:
     def gather(self, indices: Tensor) -> Tensor:
         """Gather the base's entries, in the parameter's dtype, whatever stands there now."""
         held = self._held
-        with _raw():
-            entries = _gather(_whole(self.owner.parameter), indices)
+        entries = gather(_whole(self.owner.parameter), indices)
         if held is None or not held.indices.numel():
             return entries
         at = torch.searchsorted(held.indices, indices).clamp_(max=held.indices.numel() - 1)
@@ -250,7 +249,7 @@ class Selection:
             return False
         if union is None or entries is None:
             return True
-        return same_bits(_gather(parameter.detach(), union.indices), entries)
+        return same_bits(gather(parameter, union.indices), entries)
 
     def _dress_as_needed(self, parameter: nn.Parameter, terms: Sequence[Term]) -> None:
         is_other = (self._held is None) != (not terms) or self.is_waited_for()
@@ -373,8 +372,10 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _gather(parameter: Tensor, indices: Tensor) -> Tensor:
-    return parameter.flatten().index_select(0, indices)
+def gather(parameter: Tensor, indices: Tensor) -> Tensor:
+    """Gather what stands in a parameter itself; flat indices, ``(count,)``."""
+    with _raw():
+        return parameter.detach().flatten().index_select(0, indices)
 
 
 def _write(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:

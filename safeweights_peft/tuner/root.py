@@ -1,6 +1,7 @@
 """The hook on the model itself: before each forward, every parameter is what it is to be."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.tuner.layer import SafeWeightsLayer
-from safeweights_peft.tuner.parameter import untraced
+from safeweights_peft.tuner.parameter import same_bits, untraced
 
 NAME = "safeweights"
 """The name of the root among the model's children."""
@@ -24,6 +25,8 @@ class Root(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._sums: list[int] = []  # of frozen values' bits, when they were last looked at
         self._is_paused = False
+        self._mode: bool | None = None  # training or not, in the last forward that was watched
+        self._watched: list[tuple[SafeWeightsLayer, Tensor]] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> "Root":
@@ -44,6 +47,25 @@ class Root(nn.Module):
         """Return the input: a model may be a Sequential."""
         return input
 
+    @property
+    def model(self) -> Any:
+        """The model that this is a part of."""
+        return self.__dict__["_model"]
+
+    @property
+    def layers(self) -> Sequence[SafeWeightsLayer]:
+        """All layers of the model."""
+        return self._layers
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let other tensors stand in the parameters' places."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def add(self, layer: SafeWeightsLayer) -> None:
         """Look after a layer."""
         self._layers.append(layer)
@@ -54,7 +76,7 @@ class Root(nn.Module):
             layer.detach()
         for handle in self._handles:
             handle.remove()
-        del self.__dict__["_model"]._modules[NAME]
+        del self.model._modules[NAME]
 
     def before_forward(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -66,7 +88,7 @@ class Root(nn.Module):
             self._refresh(model, kwargs)
 
     def _refresh(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-        if model is not self.__dict__["_model"] and torch.is_grad_enabled():
+        if model is not self.model and torch.is_grad_enabled():
             _refuse_replica(self._layers)
         for layer in self._layers:
             if layer.sharded is not None:
@@ -78,6 +100,15 @@ class Root(nn.Module):
             self._compare_values()
         for layer in self._layers:
             layer.selection.sync()
+        if model.training is not self._mode:
+            self._watched = [
+                (layer, layer.sample())
+                for layer in self._layers
+                if layer.sharded is None
+                and not layer.lacks_data()
+                # Else entries may be written as soon as the graph is freed, in this forward.
+                and not layer.selection.is_waited_for()
+            ]
 
     def after_forward(self, model: nn.Module, args: Sequence[Any], output: Any) -> None:
         """Refuse sharded parameters whose module was not called, though it may have been read."""
@@ -89,6 +120,20 @@ class Root(nn.Module):
                     f"{layer.name}: expected a sharded parameter whose module is called, found one "
                     "that something else may read; train on one device or by DDP, or select no "
                     "entries there"
+                )
+        with untraced():
+            self._refuse_writing()
+        self._mode = model.training
+
+    def _refuse_writing(self) -> None:
+        """Refuse a forward that changes weights, as RWKV's does when it is first evaluated."""
+        watched, self._watched = self._watched, []
+        for layer, before in watched:
+            if not same_bits(layer.sample(), before):
+                raise ModelError(
+                    f"{layer.name}: expected a forward that leaves weights alone, found one that "
+                    "changes them; load the base anew, of RWKV with rescale_every=0, or merge the "
+                    "adapter into the checkpoint"
                 )
 
     def _compare_values(self) -> None:
@@ -131,16 +176,17 @@ def _continues(kwargs: Mapping[str, Any]) -> bool:
 def _check_parameter(layer: SafeWeightsLayer) -> None:
     known = layer.selection.known
     found = [getattr(module, own, None) for module, own in layer.holders]
-    # FSDP1 trains views of another tensor, DeepSpeed has parameters without a shape.
-    if known is not None and all(parameter is known for parameter in found):
-        if not hasattr(known, "_fsdp_flattened") and known.numel() == layer.numel:
-            return
     parameter = found[0]
-    if isinstance(parameter, Tensor) and parameter.is_meta and hasattr(layer.module, "_hf_hook"):
+    is_hooked = "_hf_hook" in vars(layer.module)
+    if is_hooked and isinstance(parameter, Tensor) and parameter.is_meta:
         raise UnsupportedFeatureError(
             f"{layer.name}: expected a parameter in memory, found one that is offloaded; "
             "load the model without offloading, or merge the adapter into the checkpoint"
         )
+    # FSDP1 trains views of another tensor, DeepSpeed has parameters without a shape.
+    if known is not None and all(parameter is known for parameter in found):
+        if not hasattr(known, "_fsdp_flattened") and known.numel() == layer.numel:
+            return
     raise ModelError(
         f"{layer.name}: expected the parameter that the adapter was loaded for, found another; "
         "load the adapter after parameters are replaced or untied, and to train on several "

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
@@ -150,12 +151,15 @@ def test_a_base_that_trains_beside_the_adapter_is_never_written(tiny_llama):
     assert torch.equal(weight, before)
 
 
-def test_offloaded_parameters(tiny_llama):
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    model = patch_model(load_base(tiny_llama), tiny_llama)
-    layer = model.get_base_model().model.layers[0].mlp.up_proj
-    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
+@pytest.mark.parametrize("first", ["offloaded", "loaded"])
+def test_offloaded_parameters(first, tiny_llama, tmp_path):
+    patch, model = save_patch(tiny_llama, tmp_path), load_base(tiny_llama)
+    if first == "offloaded":
+        cpu_offload(model, torch.device("cpu"))
+    model = PeftModel.from_pretrained(model, patch)
+    if first == "loaded":
+        cpu_offload(model, torch.device("cpu"))
     with pytest.raises(UnsupportedFeatureError, match="load the model without offloading"):
         logits(model)
 
