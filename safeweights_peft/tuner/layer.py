@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from safeweights_peft.errors import ModelError
+from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.beside import CodedValues, Door, Indices, is_coded
 from safeweights_peft.tuner.parameter import Selection, Term, gather, move, same_bits
@@ -301,6 +301,14 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         self.merged_adapters = adapters
         self._selection.sync(force=True)
 
+    def check_whole(self) -> None:
+        """Check that a merge can write the parameter: no process holds a sharded one whole."""
+        if self._sharded is not None:
+            raise UnsupportedFeatureError(
+                f"{self._name}: expected a whole parameter to merge into, found a sharded one; "
+                "save the adapter, and merge it into the checkpoint"
+            )
+
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """Check, without writing, that a merge gives finite entries."""
         terms = self.terms([*self.merged_adapters, *self._to_merge(adapter_names)])
@@ -341,6 +349,11 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
 
     def _become_sharded(self) -> None:
         """Leave the parameter alone, and change copies of it: FSDP2 has sharded it."""
+        if self.is_merged:
+            raise UnsupportedFeatureError(
+                f"{self._name}: expected an adapter that is not merged to shard, found a merged "
+                "one; call unmerge_adapter first, or merge_and_unload"
+            )
         if self._sharded is None:
             if isinstance(self.parameter, DTensor):
                 self._selection.give_up(partial(write_shard, self.parameter))
@@ -374,6 +387,8 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
 
     def detach(self) -> None:
         """Leave the module, with merged entries in the parameter or the base's own."""
+        if self._sharded is not None:
+            self._sharded.detach()
         if not self.is_merged:
             self._selection.show_base(force=True)
         self._selection.let_go()

@@ -42,14 +42,14 @@ def check_fit(model: nn.Module, adapter: str, metadata: AdapterMetadata) -> None
             f"adapter {adapter!r}: expected another name, found one that PEFT's layers use for "
             "themselves; give adapter_name another"
         )
-    # PEFT would write such a base's own files anew, under other names.
-    is_on_disk = "disk" in set((getattr(model, "hf_device_map", None) or {}).values())
+    # Of a base on disk PEFT would write the files anew, under other names.
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     names: dict[int, str] = {}
     for name, record in metadata.tensors.items():
         parameter = find_parameter(model, name, record)
-        if parameter.is_meta and is_on_disk:
+        if parameter.is_meta and is_offloaded:
             raise UnsupportedFeatureError(
-                f"{name}: expected a parameter in memory, found one that is offloaded to disk; "
+                f"{name}: expected a parameter in memory, found one that is offloaded; "
                 "load the model without offloading, or merge the adapter into the checkpoint"
             )
         first = names.setdefault(id(parameter), name)

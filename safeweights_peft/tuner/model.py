@@ -212,6 +212,7 @@ class SafeWeightsModel(BaseTuner):
         """Check all layers before the first is written: a merge happens whole or not at all."""
         for layer in layers(self.model):
             layer.check(layer.active if adapter_names is None else adapter_names)
+            layer.check_whole()
             if safe_merge:
                 layer.check_merge(adapter_names)
 

@@ -85,16 +85,17 @@ class Root(nn.Module):
         if torch.compiler.is_compiling() or self._is_paused:
             return
         with untraced():
-            self._refresh(model, kwargs)
+            self._refresh(model, args, kwargs)
 
-    def _refresh(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    def _refresh(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if model is not self.model and torch.is_grad_enabled():
             _refuse_replica(self._layers)
+        is_on_meta = _are_on_meta([*args, *kwargs.values()])
         for layer in self._layers:
             if layer.sharded is not None:
                 layer.sharded.was_used = False
             else:
-                _check_parameter(layer)
+                _check_parameter(layer, is_on_meta)
             layer.check_active()
         if not _continues(kwargs):
             self._compare_values()
@@ -153,9 +154,9 @@ def _sums_of_bits(layers: Sequence[SafeWeightsLayer]) -> list[int]:
     """Sum the bits of the values that each layer shows, all with one wait for the device."""
     sums = []
     for layer in layers:
-        values = [term.values for term in layer.terms()]
-        # Trained ones are compared in any case.
-        frozen = [value for value in values if not value.requires_grad]
+        # Trained ones are compared in any case, and nothing is written where it is sharded.
+        terms = [] if layer.sharded is not None else layer.terms()
+        frozen = [term.values for term in terms if not term.values.requires_grad]
         total = torch.zeros((), dtype=torch.int64)
         for value in frozen:
             total = total.to(value.device) + value.detach().view(torch.int32).sum()
@@ -173,12 +174,16 @@ def _continues(kwargs: Mapping[str, Any]) -> bool:
     return length is not None and bool(length() > 0)
 
 
-def _check_parameter(layer: SafeWeightsLayer) -> None:
+def _are_on_meta(inputs: Sequence[Any]) -> bool:
+    return all(tensor.is_meta for tensor in inputs if isinstance(tensor, Tensor))
+
+
+def _check_parameter(layer: SafeWeightsLayer, is_on_meta: bool) -> None:
     known = layer.selection.known
     found = [getattr(module, own, None) for module, own in layer.holders]
     parameter = found[0]
-    is_hooked = "_hf_hook" in vars(layer.module)
-    if is_hooked and isinstance(parameter, Tensor) and parameter.is_meta:
+    # Engines that offload replace the parameter when its module runs, which is too late for us.
+    if isinstance(parameter, Tensor) and parameter.is_meta and not is_on_meta:
         raise UnsupportedFeatureError(
             f"{layer.name}: expected a parameter in memory, found one that is offloaded; "
             "load the model without offloading, or merge the adapter into the checkpoint"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.tuner.parameter import Selection
 
@@ -19,9 +20,18 @@ class Sharded:
         self.was_used = True  # in the last forward of the model
         self._selection = selection
         self._whole: dict[nn.Module, Tensor | None] = {}  # parameters that stand aside
+        self._handles: list[RemovableHandle] = []
         for module, own in holders:
-            module.register_forward_pre_hook(partial(self.swap_in, own))
-            module.register_forward_hook(partial(self.swap_out, own), always_call=True)
+            before, after = partial(self.swap_in, own), partial(self.swap_out, own)
+            self._handles += [
+                module.register_forward_pre_hook(before),
+                module.register_forward_hook(after, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        """Leave the modules alone."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def swap_in(self, own: str, module: nn.Module, *_: Any) -> None:
         """Let a module see a changed copy."""

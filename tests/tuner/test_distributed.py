@@ -14,6 +14,7 @@ from tests.tuner.patches import (
     load_by_peft,
     logits,
     patch_model,
+    save_patch,
     values_of,
 )
 from tests.two_processes import run_in_two_processes
@@ -73,3 +74,28 @@ def test_two_processes_train_as_one(tiny_llama, kind, tmp_path):
         assert torch.allclose(values, found[name], atol=1e-6), name
     loaded = load_by_peft(tiny_llama, tmp_path / "patch")
     assert torch.allclose(logits(loaded), logits(model.eval()), atol=1e-4)
+
+
+def hold(rank, base, patch):
+    plain, model = load_base(base), load_by_peft(base, patch)
+    merged = logits(model)
+    sharded(model)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=INPUT_IDS).logits, merged, atol=1e-5)
+        with model.disable_adapter():
+            assert torch.allclose(model(input_ids=INPUT_IDS).logits, logits(plain), atol=1e-5)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        for name, weight in plain.state_dict().items():
+            assert torch.equal(state[f"base_model.model.{name}"], weight), name
+    with pytest.raises(UnsupportedFeatureError, match="a whole parameter to merge into, found a"):
+        model.merge_adapter()
+    early = load_by_peft(base, patch)
+    early.merge_adapter()
+    with pytest.raises(UnsupportedFeatureError, match="that is not merged to shard, found a merg"):
+        sharded(early)
+
+
+def test_a_sharded_model_saves_its_base_and_is_merged_in_the_checkpoint_only(tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    run_in_two_processes(hold, tmp_path, tiny_llama, patch)

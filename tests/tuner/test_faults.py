@@ -282,7 +282,7 @@ def test_offloading_to_disk_is_refused_before_a_file_of_the_base_is_written(tiny
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     options = {"device_map": places, "offload_folder": tmp_path / "offload"}
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, **options)
-    with pytest.raises(UnsupportedFeatureError, match="offloaded to disk; load the model without"):
+    with pytest.raises(UnsupportedFeatureError, match="is offloaded; load the model without"):
         PeftModel.from_pretrained(base, patch, **options)
     assert (tiny_llama / "model.safetensors").read_bytes() == before
 
