@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -193,7 +193,8 @@ def find_linear(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         for module, _, own in (name.rpartition(".") for name in maps)
         if own == "weight" and _is_linear(model.get_submodule(module))
     ]
-    targets = _find_again(model, targets)
+    taken = {own for own in {name.rpartition(".")[2] for name in targets} if _is_taken(model, own)}
+    targets = _find_again(model, [name for name in targets if name.rpartition(".")[2] in taken])
     head, weights = model.get_output_embeddings(), {f"{module}.weight" for module in targets}
     others = maps.keys() | {
         f"{name}.weight"
@@ -221,6 +222,19 @@ def _is_linear(module: nn.Module) -> bool:
             return bool((module(row) - expected).norm() <= 1e-3 * expected.norm())
     except Exception:
         return False
+
+
+def _is_taken(model: PreTrainedModel, own: str) -> bool:
+    """Return whether PEFT puts LoRA on layers of this name, as it doesn't on Mamba's out_proj."""
+    stand_in = nn.Module()
+    stand_in.config = model.config
+    with torch.device("meta"):  # so that no random numbers are drawn
+        stand_in.add_module(own, nn.Linear(1, 1))
+        try:
+            inject_adapter_in_model(LoraConfig(target_modules=[own]), stand_in)
+        except ValueError:
+            return False
+    return True
 
 
 def _find_again(model: PreTrainedModel, targets: list[str]) -> list[str]:

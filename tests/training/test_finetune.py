@@ -220,17 +220,22 @@ def test_what_lora_leaves_is_named_by_number_where_it_goes_on_other_layers() -> 
 
 @pytest.mark.parametrize(
     ("architecture", "layer", "is_trained"),
-    [("falcon", "query_key_value", True), ("deepseek_v4", "o_a_proj", False)],
+    [
+        ("falcon", "query_key_value", True),
+        ("deepseek_v4", "o_a_proj", False),
+        ("mamba", "in_proj", True),
+        ("mamba", "out_proj", False),  # whose weight the kernels of Mamba read past LoRA
+    ],
 )
-def test_lora_goes_beside_what_multiplies_by_its_weight_whatever_its_class(
+def test_lora_goes_beside_what_multiplies_by_its_weight_and_is_called(
     architecture: str, layer: str, is_trained: bool
 ) -> None:
     model = AutoModelForCausalLM.from_config(build_config(architecture))
-    kinds = {type(module) for name, module in model.named_modules() if name.endswith(f".{layer}")}
-    assert nn.Linear not in kinds
+    state = torch.random.get_rng_state()
     targets, left = find_linear(model)
     assert any(name.endswith(f".{layer}") for name in targets) is is_trained
     assert any(name.endswith(f".{layer}.weight") for name in left) is not is_trained
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
