@@ -349,13 +349,15 @@ def test_a_map_of_experts_that_lora_leaves_alone_needs_no_correction(
 
 
 def test_what_peft_can_put_no_lora_on_is_refused_in_one_line(
-    requests: Requests, tmp_path: Path
+    requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = save_tiny(tmp_path / "base", "mamba")
-    settings = requests.score(method=Method.RANDOM)
-    score(Job(base), tmp_path / "map", settings)
-    with pytest.raises(UnsupportedFeatureError, match=r"^model: .* a mamba: .*out_proj") as caught:
-        preserve_model(
-            Job(base), tmp_path / "map", requests.lessons, tmp_path / "out", by_lora(requests)
-        )
+    score(Job(base), tmp_path / "map", requests.score(method=Method.RANDOM))
+    job = Job(base), tmp_path / "map", requests.lessons, tmp_path / "out", by_lora(requests)
+    # Some of its layers are none for LoRA; and what if all were?
+    assert "backbone.layers.*.mixer.out_proj.weight" in preserve_model(*job)["lora_left_out"]
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("safeweights_peft.training.finetune._is_taken", lambda model, own: False)
+    with pytest.raises(UnsupportedFeatureError, match=r"^model: .* a mamba: .*; choose") as caught:
+        preserve_model(*job)
     assert "\n" not in str(caught.value)
