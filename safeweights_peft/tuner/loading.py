@@ -42,8 +42,10 @@ def check_fit(model: nn.Module, adapter: str, metadata: AdapterMetadata) -> None
             f"adapter {adapter!r}: expected another name, found one that PEFT's layers use for "
             "themselves; give adapter_name another"
         )
-    # Of a base on disk PEFT would write the files anew, under other names.
-    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    # Of a base on disk PEFT would write the files anew, under other names; it has taken the hooks
+    # away by now, which `load_adapter` leaves.
+    is_on_disk = "disk" in set((getattr(model, "hf_device_map", None) or {}).values())
+    is_offloaded = is_on_disk or any(hasattr(module, "_hf_hook") for module in model.modules())
     names: dict[int, str] = {}
     for name, record in metadata.tensors.items():
         parameter = find_parameter(model, name, record)
