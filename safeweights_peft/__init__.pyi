@@ -56,6 +56,8 @@ from .errors import (
 from .errors import (
     UnsupportedVersionError as UnsupportedVersionError,
 )
+from .evaluation.judges import Judge as Judge
+from .evaluation.judges import Verdict as Verdict
 from .hub.pull import find_on_hub as find_on_hub
 from .hub.pull import pull_from_hub as pull_from_hub
 from .hub.push import push_to_hub as push_to_hub

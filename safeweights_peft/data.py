@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 BUILTIN = "builtin:"
 BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
 FILE_SUFFIXES = (".json", ".jsonl")
+CATEGORY_COLUMNS = ("category", "Category", "SemanticCategory", "type")
+"""Where data sets of requests have the category of a row."""
 IGNORED = -100
 OTHER_TEXT = "Another text."
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,6 +41,7 @@ class Row:
 
     instruction: str
     output: str | None = None
+    category: str | None = None  # rates are told by it too
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,9 @@ def _row(item: Any, where: str, needs_output: bool) -> Row:
             )
     output = item.get("output")
     has_output = isinstance(output, str) and output.strip()
-    return Row(item["instruction"], output if has_output else None)
+    categories = (item.get(column) for column in CATEGORY_COLUMNS)
+    category = next((text for text in categories if isinstance(text, str) and text.strip()), None)
+    return Row(item["instruction"], output if has_output else None, category)
 
 
 def with_refusals(rows: Sequence[Row]) -> list[Row]:

@@ -56,6 +56,11 @@ class BaseModel:
     revision: str | None  # commit on the Hub; None for a plain directory
 
 
+def public_name(source: str) -> str:
+    """Name a source or a model without its place."""
+    return Path(os.path.realpath(source)).name if Path(source).exists() else source
+
+
 def find_base(
     base: str | os.PathLike[str] | None,
     adapters: Sequence[Path] = (),

@@ -38,6 +38,7 @@ class Setting(NamedTuple):
     name: str = ""
     kind: type[Any] = str  # bool, int, float, str or a StrEnum
     is_optional: bool = False
+    is_repeated: bool = False  # whether it is a tuple, whose items are of this kind
     default: Any = None
 
     @property
@@ -51,6 +52,8 @@ class Setting(NamedTuple):
         """Return a value, as a member where it is an enum's; refuse what the setting can't be."""
         if value is None and self.is_optional:
             return None
+        if self.is_repeated:
+            return self._check_items(value)
         if self.choices:
             if value in self.choices:
                 return self.kind(value)
@@ -63,6 +66,16 @@ class Setting(NamedTuple):
             expected = f"a number {self.range}" if self.range else "a finite number"
         found = repr(value)[:80]
         raise SettingsError(f"{self.name}: expected {expected}, found {found}; choose another")
+
+    def _check_items(self, values: Any) -> tuple[Any, ...]:
+        item = self._replace(is_repeated=False)
+        items = tuple(map(item.check, values)) if isinstance(values, list | tuple) else ()
+        if not items or len({*items}) < len(items):
+            found = repr(values)[:80]
+            raise SettingsError(
+                f"{self.name}: expected at least one, and none twice, found {found}; correct it"
+            )
+        return items
 
     def _allows(self, number: float) -> bool:
         return number > self.above and self.least <= number <= self.most
@@ -112,6 +125,7 @@ def settings_of(job: type[Settings]) -> tuple[Setting, ...]:
             kind=kind,
             choices=tuple(map(str, kind)) if issubclass(kind, StrEnum) else option.choices,
             is_optional=NoneType in others,
+            is_repeated=Ellipsis in others,
             default=item.default,
         )
         settings.append(completed)
@@ -272,6 +286,12 @@ class EvaluateSettings(Settings):
     max_new_tokens: int = setting(32, "Cut answers after N tokens.", least=1)
     batch_size: int = setting(25, "Requests answered at once.", least=1)
     keep_answers: bool = setting(False, "Keep the answers, harmful ones included, in the result.")
+    judge: tuple[str, ...] = setting(
+        ("refusals",),
+        "Who judges the answers: refusals, guard:MODEL[=PROFILE], "
+        "classifier:MODEL[=MEANING=LABEL], openai:MODEL@URL or judgezoo:NAME. Give it again for "
+        "another opinion; the first decides the rates.",
+    )
 
 
 @dataclass(frozen=True)
@@ -355,12 +375,18 @@ def _compare_names(values: Any, known: Iterable[str], needed: Set[str]) -> str:
     return " and ".join(filter(None, parts))
 
 
+def to_json(settings: Settings | RunSettings) -> dict[str, Any]:
+    """Make of settings what JSON holds, where a tuple is a list."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return content
+
+
 def flatten(
     settings: Mapping[str, Any] | Settings | RunSettings, prefix: str = ""
 ) -> dict[str, Any]:
     """Name nested settings by their path, such as ``score.density``."""
     flat: dict[str, Any] = {}
-    content = settings if isinstance(settings, Mapping) else asdict(settings)
+    content = settings if isinstance(settings, Mapping) else to_json(settings)
     for key, value in content.items():
         is_nested = isinstance(value, Mapping)
         flat |= flatten(value, f"{prefix}{key}.") if is_nested else {prefix + key: value}

@@ -9,6 +9,8 @@ from typing import Any
 Row = tuple[str, ...]
 Cells = Sequence[Mapping[str, Any]]
 TOP_LAYERS = 5  # layers that a terminal shows
+TOP_CATEGORIES = 12  # of requests
+CUT_SHORT = "cut before their first sentence ended"
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -33,7 +35,8 @@ def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row
             ("over-refusal, benign requests", "over_refusal_rate"),
         )
     ]
-    rows.append(("invalid answers", str(before["invalid"]), str(after["invalid"])))
+    for title, key in (("invalid answers", "invalid"), (CUT_SHORT, "cut_short")):
+        rows.append((title, str(before[key]), str(after[key])))
     if before["task_loss"] is not None:
         losses = f"{before['task_loss']:.4f}", f"{after['task_loss']:.4f}"
         rows.append(("loss on the task (nats/token)", *losses))
@@ -66,12 +69,39 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = [
         ("ASR, harmful requests", rate_text(harmful["attack_success_rate"])),
         ("over-refusal, benign requests", rate_text(benign["over_refusal_rate"])),
+        *((f"  {name}", rate_text(rate)) for name, rate in _worst(benign["categories"])),
         ("invalid answers", str(harmful["invalid"] + benign["invalid"])),
+        (CUT_SHORT, str(harmful["cut_short"] + benign["cut_short"])),
         ("KL to the base (nats/token)", f"{utility['kl']:.4f}"),
         ("perplexity of the base's answers", f"{utility['perplexity']:.2f}"),
     ]
     if evaluation["task"]:
         rows.append(("loss on the task (nats/token)", f"{evaluation['task']['loss']:.4f}"))
+    return rows
+
+
+def _worst(categories: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Pick the categories with the highest rates."""
+    ordered = sorted(categories.items(), key=lambda item: -item[1]["rate"])
+    return ordered[:TOP_CATEGORIES]
+
+
+def judge_rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Lay out what each of several judges says, and how far each two agree; none for one judge."""
+    parts = {"ASR": evaluation["harmful"], "over-refusal": evaluation["benign"]}
+    rates = {"ASR": "attack_success_rate", "over-refusal": "over_refusal_rate"}
+    if all(len(part["judges"]) == 1 for part in parts.values()):
+        return []
+    rows: list[Row] = [("", "judge", "rate", "invalid")]
+    for title, part in parts.items():
+        for name, figures in part["judges"].items():
+            rate = rate_text(figures[rates[title]])
+            rows.append((title, name, rate, str(figures["invalid"])))
+    for title, part in parts.items():
+        for pair in part["agreement"]:
+            kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+            text = f"kappa {kappa}, same {pair['same']} of {pair['n']}"
+            rows.append((title, " and ".join(pair["judges"]), text, ""))
     return rows
 
 

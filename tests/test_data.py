@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tests.tiny_models import END
 
 PAD = 256
 SHARED, LEFT, ALONE = (Layout(batching) for batching in Batching)
-ROWS = [Row("Bake a cake.", "Mix flour and eggs."), Row("Sew a hem."), Row("Sew a hem.")]
+ROWS = [Row("Bake a cake.", "Mix flour and eggs.", "kitchen"), Row("Sew a hem."), Row("Sew a hem.")]
 OBJECTS = [
     {"instruction": "Bake a cake.", "output": "Mix flour and eggs.", "category": "kitchen"},
     {"instruction": "Sew a hem.", "output": None},
@@ -103,7 +104,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-ROWS_AS_COLUMNS = [{"instruction": row.instruction, "output": row.output} for row in ROWS]
+ROWS_AS_COLUMNS = [asdict(row) for row in ROWS]
 
 
 def test_a_datasets_source_is_read_by_its_train_split(folder: Path) -> None:

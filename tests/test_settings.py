@@ -22,6 +22,7 @@ from safeweights_peft.settings import (
     flatten,
     restore,
     settings_of,
+    to_json,
 )
 
 KINDS = [
@@ -65,6 +66,10 @@ def test_a_number_out_of_range_or_of_another_type_is_refused_by_name(
         (TrainSettings, {"learning_rate": math.nan}, "a number above 0, found nan"),
         (ComputeSettings, {"dtype": "int8"}, "one of auto, float32, bfloat16, float16, found"),
         (EvaluateSettings, {"keep_answers": 1}, "expected bool, found 1"),
+        (EvaluateSettings, {"judge": "refusals"}, "at least one, and none twice, found 'refusals'"),
+        (EvaluateSettings, {"judge": ()}, r"at least one, and none twice, found \(\)"),
+        (EvaluateSettings, {"judge": ["a", "a"]}, "at least one, and none twice, found"),
+        (EvaluateSettings, {"judge": [1]}, "expected str, found 1"),
     ],
 )
 def test_a_refusal_says_what_is_allowed(
@@ -72,6 +77,12 @@ def test_a_refusal_says_what_is_allowed(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         settings(**change)
+
+
+def test_several_texts_come_back_from_json_as_they_were() -> None:
+    settings = EvaluateSettings(judge=("refusals", "guard:g"))
+    assert EvaluateSettings(**to_json(settings)) == settings
+    assert flatten(settings)["judge"] == ["refusals", "guard:g"]
 
 
 def test_an_enum_may_be_given_by_its_value() -> None:

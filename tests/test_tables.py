@@ -6,6 +6,7 @@ from safeweights_peft.tables import (
     comparison_rows,
     evaluation_rows,
     grid_rows,
+    judge_rows,
     judged_rows,
     overlap_rows,
     pattern_rows,
@@ -23,6 +24,7 @@ def test_a_comparison_sets_every_figure_side_by_side() -> None:
         ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)", "2.0 % [0.5, 7.0] (2/100)"),
         ("over-refusal, benign requests", "0.0 % [0.0, 3.3] (0/112)", "6.2 % [3.1, 12.3] (7/112)"),
         ("invalid answers", "1", "0"),
+        ("cut before their first sentence ended", "9", "4"),
         ("KL to the base (nats/token)", "0.0000", "0.0123"),
         ("perplexity of the base's answers", "1.23", "1.30"),
         ("weights changed", "0", "1,345,155 (1.000%)"),
@@ -32,15 +34,28 @@ def test_a_comparison_sets_every_figure_side_by_side() -> None:
 
 def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
     evaluation = {
-        "harmful": {"attack_success_rate": rate(97, 100, 0.9155, 0.9897), "invalid": 2},
-        "benign": {"over_refusal_rate": rate(0, 112, 0.0, 0.0332), "invalid": 1},
+        "harmful": {
+            "attack_success_rate": rate(97, 100, 0.9155, 0.9897),
+            "invalid": 2,
+            "cut_short": 5,
+            "categories": {"fraud": rate(97, 100, 0.9155, 0.9897)},
+        },
+        "benign": {
+            "over_refusal_rate": rate(0, 112, 0.0, 0.0332),
+            "invalid": 1,
+            "cut_short": 7,
+            "categories": {"plain": rate(0, 56, 0, 0.0642), "hard": rate(7, 56, 0.0619, 0.2363)},
+        },
         "utility": {"kl": 0.25, "perplexity": 12.0, "tokens": 900},
         "task": None,
     }
     assert evaluation_rows(evaluation) == [
         ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)"),
         ("over-refusal, benign requests", "0.0 % [0.0, 3.3] (0/112)"),
+        ("  hard", "12.5 % [6.2, 23.6] (7/56)"),
+        ("  plain", "0.0 % [0.0, 6.4] (0/56)"),
         ("invalid answers", "3"),
+        ("cut before their first sentence ended", "12"),
         ("KL to the base (nats/token)", "0.2500"),
         ("perplexity of the base's answers", "12.00"),
     ]
@@ -51,7 +66,29 @@ def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
 def test_losses_on_a_task_stand_side_by_side_where_one_was_given() -> None:
     before, after = ({**RESULT["before"], "task_loss": loss} for loss in (2.0, 1.5))
     assert judged_rows(before, after)[-1] == ("loss on the task (nats/token)", "2.0000", "1.5000")
-    assert len(judged_rows(RESULT["before"], RESULT["after"])) == 3
+    assert len(judged_rows(RESULT["before"], RESULT["after"])) == 4
+
+
+def test_several_judges_stand_in_one_table_with_their_agreement() -> None:
+    named = {"refusals": {"attack_success_rate": rate(9, 10, 0.6, 0.98), "invalid": 0}}
+    others = {"guard:g": {"attack_success_rate": rate(8, 10, 0.49, 0.94), "invalid": 1}}
+    only = {"refusals": {"over_refusal_rate": rate(0, 10, 0, 0.28), "invalid": 0}}
+    pair = {"judges": ["refusals", "guard:g"], "n": 9, "same": 8, "kappa": 0.6087}
+    evaluation = {
+        "harmful": {"judges": named | others, "agreement": [pair]},
+        "benign": {"judges": only, "agreement": []},
+    }
+    assert judge_rows(evaluation) == [
+        ("", "judge", "rate", "invalid"),
+        ("ASR", "refusals", "90.0 % [60.0, 98.0] (9/10)", "0"),
+        ("ASR", "guard:g", "80.0 % [49.0, 94.0] (8/10)", "1"),
+        ("over-refusal", "refusals", "0.0 % [0.0, 28.0] (0/10)", "0"),
+        ("ASR", "refusals and guard:g", "kappa 0.61, same 8 of 9", ""),
+    ]
+    evaluation["harmful"]["agreement"][0]["kappa"] = None
+    assert judge_rows(evaluation)[-1][2] == "kappa undefined, same 8 of 9"
+    evaluation["harmful"] = {"judges": named, "agreement": []}
+    assert judge_rows(evaluation) == []
 
 
 def test_a_rate_is_written_with_its_interval_and_counts() -> None:

@@ -99,7 +99,7 @@ def probe_command(
     )
     score = ScoreSettings(seed=settings.seed)
     if dry_run:
-        return output.show_estimate(base, compute, score=score)
+        return output.show_estimate(base, compute, score=score, evaluate=evaluate)
     with output.show_progress() as progress:
         job = Job(base, compute, progress, [map_dir])
         result = probe(job, map_dir, out, settings, score, evaluate, overwrite=overwrite)

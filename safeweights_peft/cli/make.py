@@ -37,6 +37,7 @@ Examples:
 @options.settings(
     ScoreSettings, TrainSettings, only="--density --steps --lr --seed", group="Training"
 )
+@options.settings(EvaluateSettings, only="--judge")
 @options.settings(ComputeSettings)
 @options.out
 @options.settings_file
@@ -56,7 +57,7 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
         values, ScoreSettings, TrainSettings, EvaluateSettings, ComputeSettings
     )
     if dry_run:
-        return output.show_estimate(base, compute, score=score, train=train)
+        return output.show_estimate(base, compute, score=score, train=train, evaluate=evaluate)
     with output.show_progress() as progress:
         result = enhance(RunSettings(base, score, train, evaluate, compute), out, progress)
     patch = out / "patch"
@@ -158,17 +159,17 @@ def eval_command(
     from safeweights_peft.files import check_new_file, write_json
     from safeweights_peft.jobs.evaluate import evaluate
     from safeweights_peft.jobs.job import Job
-    from safeweights_peft.tables import evaluation_rows
+    from safeweights_peft.tables import evaluation_rows, judge_rows
 
     settings, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
     if out:  # said now, not after the evaluation
         check_new_file(out, EvaluationError)
     if dry_run:
-        return output.show_estimate(base, compute, adapter=adapter)
+        return output.show_estimate(base, compute, evaluate=settings, adapter=adapter)
     with output.show_progress() as progress:
         job = Job(base, compute, progress, [adapter] if adapter else [])
         result = evaluate(job, adapter, settings)
-    output.show(result, evaluation_rows(result))
+    output.show(result, evaluation_rows(result), judge_rows(result))
     if out:  # after it is shown: a full disk loses no evaluation
         write_json(out, result)
     if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:
@@ -178,7 +179,9 @@ def eval_command(
 
 @options.command("preserve", resumes=True)
 @options.base
-@options.settings(PreserveSettings, ComputeSettings)
+@options.settings(PreserveSettings)
+@options.settings(EvaluateSettings, only="--judge --eval-harmful --eval-benign --limit")
+@options.settings(ComputeSettings)
 @options.map_of_base
 @click.option(
     "--data",
@@ -195,17 +198,22 @@ def preserve_command(
 
     With --method full, weights are trained in float32 and saved in BASE's own dtypes; those of the
     map stay the same bits. With --method lora, OUT gets the LoRA and a correction to load before
-    it. Interrupted runs resume from their last checkpoint.
+    it. With --judge, ASR and over-refusal are measured before and after. Interrupted runs resume
+    from their last checkpoint.
     """
     from safeweights_peft.jobs.job import Job
     from safeweights_peft.jobs.preserve import preserve_model
+    from safeweights_peft.tables import judged_rows
 
-    settings, compute = options.make_settings(values, PreserveSettings, ComputeSettings)
+    settings, evaluate, compute = options.make_settings(
+        values, PreserveSettings, EvaluateSettings, ComputeSettings
+    )
+    measure = evaluate if values["judge"] else None
     if dry_run:
-        return output.show_estimate(base, compute, preserve=settings)
+        return output.show_estimate(base, compute, preserve=settings, evaluate=measure)
     with output.show_progress() as progress:
         job = Job(base, compute, progress, [map_dir])
-        record = preserve_model(job, map_dir, data, out, settings, overwrite=overwrite)
+        record = preserve_model(job, map_dir, data, out, settings, measure, overwrite=overwrite)
     losses = record.pop("losses")
     rows = [
         ("path", str(out)),
@@ -215,7 +223,8 @@ def preserve_command(
         ("loss", f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last"),
     ]
     summary = {"path": str(out), **record, "first_loss": losses[0], "last_loss": losses[-1]}
-    output.show(summary, rows)
+    measured = judged_rows(record["before"], record["after"]) if measure else []
+    output.show(summary, rows, [("", "before", "after"), *measured] if measured else [])
 
 
 @options.command("protect")

@@ -72,7 +72,7 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
 
     def check(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
         try:
-            return None if value is None else setting.check(value)
+            return setting.check(value) if value not in (None, ()) else None
         except SettingsError as error:
             message = str(error).removeprefix(f"{setting.name}: ")
             raise click.BadParameter(message, ctx, parameter) from error
@@ -84,6 +84,7 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
         # Not click's ranges: they let NaN pass, and refuse in other words than Python does.
         type=click.Choice(setting.choices) if setting.choices else setting.kind,
         is_flag=setting.kind is bool,
+        multiple=setting.is_repeated,
         # Not the setting's default: a --settings file comes before that, an option before both.
         default=None,
         callback=check,
@@ -95,6 +96,8 @@ def _describe_values(setting: Setting) -> str:
     default = setting.unset if setting.default is None else setting.default
     if isinstance(default, bool):
         return ""
+    if setting.is_repeated:
+        default = ", ".join(default)
     text = f"{default:g}" if isinstance(default, int | float) else default
     notes = [f"default: {text}"] if text else []
     if setting.kind is float and setting.range:  # that a count is positive needs no words

@@ -38,17 +38,19 @@ def _quiet_transformers() -> None:
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
 
-def show(result: Mapping[str, Any], rows: Sequence[tuple[str, ...]] = ()) -> None:
-    """Print a result: as JSON, or as a table of rows, by default one for each field."""
+def show(result: Mapping[str, Any], *tables: Sequence[tuple[str, ...]]) -> None:
+    """Print a result: as JSON, or as tables of rows, by default one of all fields."""
     if click.get_current_context().meta["json"]:
         click.echo(json.dumps(result, indent=2))
         return
-    rows = rows or rows_of(result)
-    # Not rich's tables: they cut or wrap cells where the output is piped.
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo(printable("  ".join(cells).rstrip()))
+    for place, rows in enumerate(filter(None, tables or [rows_of(result)])):
+        if place:
+            click.echo()
+        # Not rich's tables: they cut or wrap cells where the output is piped.
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            click.echo(printable("  ".join(cells).rstrip()))
 
 
 def printable(text: str) -> str:

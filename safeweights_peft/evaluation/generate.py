@@ -30,9 +30,21 @@ def generate_answers(
     """Let a model answer requests greedily, each on its own."""
     if not instructions:
         raise EvaluationError("prompts: expected at least one request, found none")
-    layout = find_layout(model)
     prompts = [Example(encode_prompt(tokenizer, text), ()) for text in instructions]
-    _check_room(instructions, prompts, layout.positions, max_new_tokens)
+    _check_room(instructions, prompts, find_layout(model).positions, max_new_tokens)
+    return answer_prompts(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch)
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[Sequence[Example]], None] = lambda _: None,
+) -> list[Example]:
+    """Let a model go on from prompts greedily, each on its own."""
+    layout = find_layout(model)
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].prompt_ids))
     # From the model's end tokens alone: its own settings, such as sampling, stay out.

@@ -18,7 +18,7 @@ from safeweights_peft.jobs.train import read_requests, train
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import find_outcome
-from safeweights_peft.settings import RunSettings, flatten
+from safeweights_peft.settings import RunSettings, flatten, to_json
 
 _RESULTS = ("before.json", "map", "patch", "after.json", REPRODUCE, "result.json")
 # What depends on the settings of one job alone; all results do on the others.
@@ -74,7 +74,7 @@ def _run(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> di
         },
         **figures,
         "outcome": find_outcome(**figures)._asdict(),
-        "settings": asdict(settings),
+        "settings": to_json(settings),
     }
     write_json(out / "result.json", result)
     return result

@@ -9,13 +9,20 @@ from pathlib import Path
 import torch
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.fetching import BaseModel
+from safeweights_peft.evaluation.judge_kinds import find_model
+from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import is_patch
 from safeweights_peft.jobs.score import find_judges
 from safeweights_peft.selection.pattern import find_place
 from safeweights_peft.selection.scores import split_by_layer
-from safeweights_peft.settings import PreserveMethod, PreserveSettings, ScoreSettings, TrainSettings
+from safeweights_peft.settings import (
+    EvaluateSettings,
+    PreserveMethod,
+    PreserveSettings,
+    ScoreSettings,
+    TrainSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ def estimate(
     score: ScoreSettings | None = None,
     train: TrainSettings | None = None,
     preserve: PreserveSettings | None = None,
+    evaluate: EvaluateSettings | None = None,
     adapter: Path | None = None,
 ) -> Estimate:
     """Estimate the steps that have settings, and measuring an adapter if there is one."""
@@ -48,6 +56,8 @@ def estimate(
         extra_bytes.append(judge_bytes + 4 * gradients)  # gradients are summed in float32
     if train:
         extra_bytes.append(parameters // 4)  # activations: a guess
+    judges = filter(None, map(find_model, evaluate.judge if evaluate else ()))
+    extra_bytes += [_read_sizes(job, resolve_base(judge))[1] for judge in judges]  # one at a time
     if adapter and not is_patch(adapter):
         extra_bytes.append(weight_bytes)  # a LoRA is merged into a second model
     if preserve and preserve.method is PreserveMethod.FULL:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from safeweights_peft.data import Example, Row, data_digest, encode_rows, read_rows
+from safeweights_peft.errors import EvaluationError
+from safeweights_peft.evaluation.generate import find_end_tokens
+from safeweights_peft.evaluation.judge_kinds import AnyJudge, check_judges, make_judges
 from safeweights_peft.evaluation.judges import (
-    JUDGES,
+    Judge,
+    RefusalJudge,
     Verdict,
     attack_success_rate,
+    compare_judges,
+    has_said_something,
     over_refusal_rate,
 )
 from safeweights_peft.evaluation.utility import Patched, measure_utility
@@ -37,12 +45,25 @@ SHOWN_CHARACTERS = 40
 TASK_TOKENS = 256
 """Answers whose loss is measured are cut after this many tokens."""
 
+RATES: Mapping[str, Callable[[Sequence[Verdict]], Rate]] = MappingProxyType(
+    {"harmful": attack_success_rate, "benign": over_refusal_rate}
+)
+"""What verdicts on each kind of requests amount to."""
+
+_REFUSALS = RefusalJudge()
+
 
 def evaluate(
-    job: Job, adapter: Path | None = None, settings: EvaluateSettings | None = None
+    job: Job,
+    adapter: Path | None = None,
+    settings: EvaluateSettings | None = None,
+    judges: Sequence[AnyJudge] = (),
 ) -> dict[str, Any]:
-    """Measure ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given."""
-    evaluator = Evaluator(job, settings or EvaluateSettings())
+    """Measure ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given.
+
+    Judges that are given stand in for those of the settings.
+    """
+    evaluator = Evaluator(job, settings or EvaluateSettings(), judges)
     patch = read_patch(adapter) if adapter and is_patch(adapter) else None
     evaluator.check()
     return evaluator.evaluate(adapter, patch)
@@ -52,18 +73,27 @@ class Evaluator:
     """Puts the same requests to a base and to patched models, and judges the answers."""
 
     def __init__(
-        self, job: Job, settings: EvaluateSettings, judge: str = "refusal openings"
+        self, job: Job, settings: EvaluateSettings, judges: Sequence[AnyJudge] = ()
     ) -> None:
-        """Read the requests, so that a missing file is found before a model is loaded."""
-        self.job, self.settings, self.judge = job, settings, judge
+        """Read the requests and what is said of judges, before any file of a model."""
+        self.job, self.settings = job, settings
         self.harmful = read_rows(settings.harmful)[: settings.limit]
         self.benign = read_rows(settings.benign)[: settings.limit]
+        self._judges = make_judges(judges or settings.judge, (job.device, job.dtype))
         self.task = read_rows(settings.task, needs_output=True) if settings.task else []
 
     def check(self, **target: Any) -> None:
         """Check what measuring needs, and a target, as `Job.check` does."""
+        check_judges(self._judges)
         requests = [row.instruction for row in (*self.harmful, *self.benign)]
         self.job.check(requests, self.task, **target)
+
+    @property
+    def judges(self) -> dict[str, list[Judge]]:
+        """The judges of each kind of requests; the first decides."""
+        # What harms nobody passes a guard, refusal or not: others must tell over-refusal.
+        telling = [judge for judge in self._judges if judge.tells_refusals]
+        return {"harmful": self._judges, "benign": telling or [_REFUSALS]}
 
     @cached_property
     def base_answers(self) -> list[Example]:
@@ -93,21 +123,22 @@ class Evaluator:
         """Ask a patched model, or the base, and compare it with the base on the base's answers."""
         base, answers, pad = self.job.model, self.base_answers, self.job.tokenizer.pad_token_id
         with nullcontext(base) if patched is None else patched() as model:
-            harmful = self._judge(
-                self.harmful, self._ask("harmful", self.harmful, model), attack_success_rate
-            )
-            own = answers if patched is None else self._ask("benign", self.benign, model)
-            benign = self._judge(self.benign, own, over_refusal_rate)
+            harmful = self._ask("harmful", self.harmful, model)
+            benign = answers if patched is None else self._ask("benign", self.benign, model)
             task = self._measure_task(model) if self.task else None
         with self.job.progress.task("Compare with the base", len(answers)) as advance:
             utility = measure_utility(base, answers, pad, patched, on_batch=advance)
-        return {"harmful": harmful, "benign": benign, "utility": asdict(utility), "task": task}
+        # Last: a guard is loaded when all else is measured, and one judge after another.
+        parts = self._judge({"harmful": harmful, "benign": benign})
+        return {**parts, "utility": asdict(utility), "task": task}
 
     def describe(self) -> dict[str, str]:
         """Tell how answers are made and judged."""
+        harmful, benign = (self.judges[kind][0].name for kind in RATES)
+        judge = harmful if harmful == benign else f"{harmful}; over-refusal: {benign}"
         decoding = f"greedy, at most {self.settings.max_new_tokens} tokens"
         batching = find_layout(self.job.model).batching.value
-        return {"judge": self.judge, "decoding": decoding, "batching": batching}
+        return {"judge": judge, "decoding": decoding, "batching": batching}
 
     def _patched(self, adapter: Path | None, patch: AnyPatch | None) -> Patched | None:
         if adapter is None:
@@ -125,25 +156,102 @@ class Evaluator:
             show_refusals=True,
         )
 
-    def _judge(
+    def _judge(self, answers: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, Any]]:
+        """Let each judge read the answers that it can tell apart, and sum up what all say."""
+        decode = partial(self.job.tokenizer.decode, skip_special_tokens=True)
+        texts = {
+            kind: [decode(answer.answer_ids) for answer in given] for kind, given in answers.items()
+        }
+        verdicts: dict[str, dict[str, list[Verdict]]] = {kind: {} for kind in RATES}
+        for judge in dict.fromkeys([*self.judges["harmful"], *self.judges["benign"]]):
+            kinds = [kind for kind in RATES if judge in self.judges[kind]]
+            pairs = [
+                (row.instruction, text)
+                for kind in kinds
+                for row, text in zip(getattr(self, kind), texts[kind], strict=True)
+            ]
+            given = iter(self._ask_judge(judge, pairs))
+            for kind in kinds:
+                verdicts[kind][judge.name] = list(islice(given, len(texts[kind])))
+        return {
+            kind: self._sum_up(kind, texts[kind], self._find_cut(answers[kind]), verdicts[kind])
+            for kind in RATES
+        }
+
+    def count_units(self) -> int:
+        """Count the units of progress that measuring a patched model shows."""
+        judged = sum(
+            len(getattr(self, kind))
+            for kind, judges in self.judges.items()
+            for judge in judges
+            if not isinstance(judge, RefusalJudge)
+        )
+        return len(self.harmful) + 2 * len(self.benign) + len(self.task) + judged
+
+    def _ask_judge(self, judge: Judge, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        if isinstance(judge, RefusalJudge):  # done before a bar could show
+            return judge.judge(pairs)
+        with self.job.progress.task(f"Judging by {judge.name}", len(pairs)) as advance:
+            verdicts = judge.judge(pairs, advance)
+        if len(verdicts) != len(pairs):
+            raise EvaluationError(
+                f"{judge.name}: expected {len(pairs)} verdicts, found {len(verdicts)}; return one "
+                "for each pair, in order"
+            )
+        return verdicts
+
+    def _find_cut(self, answers: Sequence[Example]) -> list[bool]:
+        """Tell which answers were cut at the limit, and didn't end there of themselves."""
+        ends, limit = (
+            find_end_tokens(self.job.model, self.job.tokenizer),
+            self.settings.max_new_tokens,
+        )
+        return [
+            len(answer.answer_ids) == limit and answer.answer_ids[-1] not in ends
+            for answer in answers
+        ]
+
+    def _sum_up(
         self,
-        rows: Sequence[Row],
-        answers: Sequence[Example],
-        rate: Callable[[Sequence[Verdict]], Rate],
+        kind: str,
+        texts: Sequence[str],
+        cut: Sequence[bool],
+        verdicts: Mapping[str, Sequence[Verdict]],
     ) -> dict[str, Any]:
-        verdicts, requests = [], []
-        for row, answer in zip(rows, answers, strict=True):
-            text = self.job.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
-            verdicts.append(JUDGES[self.judge](row.instruction, text))
-            request = {"request": shorten(row.instruction), "verdict": verdicts[-1].value}
-            requests.append(request | ({"answer": text} if self.settings.keep_answers else {}))
-        counts = Counter(verdicts)
+        """Count verdicts on the answers to one kind of requests; the first judge's decide."""
+        rows: Sequence[Row] = getattr(self, kind)
+        judge, *others = verdicts
+        decisive, rate = verdicts[judge], RATES[kind]
+        requests, by_category = [], defaultdict(list)
+        for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            by_judge = {name: given[place].value for name, given in verdicts.items()}
+            requests.append(
+                {"request": shorten(row.instruction), "verdict": by_judge[judge]}
+                | ({"verdicts": by_judge} if others else {})
+                | ({"answer": text} if self.settings.keep_answers else {})
+            )
+            by_category[row.category].append(decisive[place])
+        categories = {
+            name: asdict(rate(by_category[name])) for name in by_category if name is not None
+        }
         return {
             "n": len(rows),
             "data_digest": data_digest(rows),
-            **{verdict.value: counts[verdict] for verdict in Verdict},
+            "judge": judge,
+            **_count(decisive),
+            # A refusal that shows has said enough, whole sentence or not.
+            "cut_short": sum(
+                is_cut and verdict is not Verdict.REFUSED and not has_said_something(text)
+                for is_cut, verdict, text in zip(cut, decisive, texts, strict=True)
+            ),
             "requests": requests,
-            rate.__name__: asdict(rate(verdicts)),
+            rate.__name__: asdict(rate(decisive)),
+            "categories": categories,
+            "judges": {
+                name: {**_count(given), rate.__name__: asdict(rate(given))}
+                for name, given in verdicts.items()
+            },
+            "agreement": compare_judges(verdicts),
         }
 
     def _measure_task(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -160,6 +268,11 @@ class Evaluator:
         }
 
 
+def _count(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    counts = Counter(verdicts)
+    return {verdict.value: counts[verdict] for verdict in Verdict}
+
+
 def pick_figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the figures that are compared before and after."""
     task = evaluation["task"]
@@ -167,6 +280,7 @@ def pick_figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "attack_success_rate": evaluation["harmful"]["attack_success_rate"],
         "over_refusal_rate": evaluation["benign"]["over_refusal_rate"],
         "invalid": evaluation["harmful"]["invalid"] + evaluation["benign"]["invalid"],
+        "cut_short": evaluation["harmful"]["cut_short"] + evaluation["benign"]["cut_short"],
         "kl": evaluation["utility"]["kl"],
         "perplexity": evaluation["utility"]["perplexity"],
         "task_loss": task["loss"] if task else None,

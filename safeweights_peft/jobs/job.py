@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -51,7 +51,7 @@ from safeweights_peft.modeling.loading import (
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.progress import Advance, Progress, Quiet
-from safeweights_peft.settings import ComputeSettings, Settings
+from safeweights_peft.settings import ComputeSettings, Settings, to_json
 from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")
@@ -187,6 +187,10 @@ class Job:
         del self.model
         return model
 
+    def beside(self, model: Path) -> Job:
+        """Make a job of the same kind on a model in a directory, which has no revisions."""
+        return Job(model, replace(self.compute, revision=None), self.progress)
+
     def ask(
         self,
         who: str,
@@ -247,7 +251,7 @@ class Job:
     ) -> dict[str, Any]:
         """Say what a result is made with: base, adapter, settings and versions."""
         if settings is not None:
-            content["settings"] = asdict(settings) | asdict(self.compute)
+            content["settings"] = to_json(settings) | to_json(self.compute)
         return {
             "kind": kind,
             "base": {"name": self.base.name, "revision": self.base.revision},

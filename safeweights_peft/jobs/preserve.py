@@ -11,10 +11,11 @@ from torch import nn
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
-from safeweights_peft.data import data_digest, encode_rows, read_rows
+from safeweights_peft.data import Row, data_digest, encode_rows, read_rows
 from safeweights_peft.errors import CheckpointError, ModelError, SettingsError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
+from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import check_safety, find_copies
 from safeweights_peft.modeling.layout import describe
@@ -23,7 +24,7 @@ from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import TensorRecord
-from safeweights_peft.settings import PreserveMethod, PreserveSettings
+from safeweights_peft.settings import EvaluateSettings, PreserveMethod, PreserveSettings
 from safeweights_peft.training.finetune import add_lora, find_linear, fine_tune
 
 RECORD_FILE = "preserving.json"
@@ -35,13 +36,20 @@ def preserve_model(
     data: str,
     out: Path,
     settings: PreserveSettings | None = None,
+    measure: EvaluateSettings | None = None,
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tune a base, except the entries of a safety map or patch; write a model or a LoRA."""
+    """Fine-tune a base, except the entries of a safety map or patch; write a model or a LoRA.
+
+    Both are measured, the base and the result, if settings say how.
+    """
     settings = settings or PreserveSettings()
     _check_settings(settings)
+    evaluator = Evaluator(job, measure) if measure else None
     rows, artifact = read_rows(data, needs_output=True), read_artifact(map_dir)
+    if evaluator:
+        evaluator.check()
     job.check(
         *((), rows),
         out=out,
@@ -49,6 +57,32 @@ def preserve_model(
         overwrite=overwrite,
         error=CheckpointError,
     )
+    before = evaluator.evaluate() if evaluator else None
+    if evaluator:
+        job.take_model()  # gives its memory to the model that is trained
+    record = _fine_tune(job, map_dir, data, rows, artifact, out, settings, overwrite)
+    if evaluator and before:
+        after = (
+            evaluator.evaluate(out)
+            if settings.method is PreserveMethod.LORA
+            else evaluate(job.beside(out), None, measure)
+        )
+        record |= {"before": pick_figures(before), "after": pick_figures(after)}
+        write_json(out / RECORD_FILE, record)
+    return record
+
+
+def _fine_tune(
+    job: Job,
+    map_dir: Path,
+    data: str,
+    rows: list[Row],
+    artifact: Artifact,
+    out: Path,
+    settings: PreserveSettings,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Train and publish; what is held for that is free when this returns."""
     examples = encode_rows(job.tokenizer, rows, settings.max_answer_tokens)
     # Trained in float32, whatever the products are computed in: steps are smaller than what
     # bfloat16 resolves. Written in the dtypes of the base's checkpoint.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def protect_tuned(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a tuned checkpoint with its base's safety weights; measure both if settings say how."""
-    evaluator = Evaluator(_beside(job, tuned), settings) if settings else None
+    evaluator = Evaluator(job.beside(tuned), settings) if settings else None
     if evaluator:
         evaluator.check()
     with percent(job.progress, "Copy the tuned model") as show:
@@ -58,7 +58,7 @@ def protect_tuned(
     record = job.record("protection", read_artifact(map_dir), settings, **content)
     if evaluator:
         record["before"] = pick_figures(evaluator.evaluate())
-        record["after"] = pick_figures(evaluate(_beside(job, out), None, settings))
+        record["after"] = pick_figures(evaluate(job.beside(out), None, settings))
     write_json(out / RECORD_FILE, record)
     return record
 
@@ -98,15 +98,10 @@ def protect_lora(
     )
     if evaluator:
         record["before"] = pick_figures(evaluator.evaluate(folder))
-        after = evaluate(_beside(job, out), None, settings) if merged else evaluator.evaluate(out)
+        after = evaluate(job.beside(out), None, settings) if merged else evaluator.evaluate(out)
         record["after"] = pick_figures(after)
     write_json(out / RECORD_FILE, record)
     return record
-
-
-def _beside(job: Job, model: Path) -> Job:
-    """Make a job of the same kind on a model in a directory, which has no revisions."""
-    return Job(model, replace(job.compute, revision=None), job.progress)
 
 
 def _write_protected(

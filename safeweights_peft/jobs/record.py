@@ -15,7 +15,8 @@ import torch
 
 from safeweights_peft.data import source_digest
 from safeweights_peft.errors import DataError
-from safeweights_peft.fetching import MODEL_FILES, BaseModel, resolve_base
+from safeweights_peft.evaluation.judge_kinds import find_model, name_judge
+from safeweights_peft.fetching import MODEL_FILES, BaseModel, public_name, resolve_base
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.job import Job
@@ -62,6 +63,7 @@ class Figures:
     attack_success_rate: Rate
     over_refusal_rate: Rate
     invalid: int
+    cut_short: int
     kl: float
     perplexity: float
     task_loss: float | None
@@ -76,7 +78,7 @@ class Record:
     content_id: str | None
     merged_digest: str  # of all entries that the patch merges to
     base: ModelFiles
-    judges: dict[str, ModelFiles]  # guard or classifier, by the setting's name
+    judges: dict[str, ModelFiles]  # guards and classifiers, by the setting's name
     data: dict[str, Source]  # by the setting's name, such as ``train.harmful``
     settings: RunSettings  # with names in place of paths
     environment: dict[str, str | int]  # what else bits can depend on
@@ -99,7 +101,7 @@ def record_run(
         merged_digest=combine_digests(metadata),
         base=describe_model(job.base),
         judges={
-            key: describe_model(resolve_base(name)) for key, name in _judges_of(settings).items()
+            key: describe_model(resolve_base(name)) for key, name in judges_of(settings).items()
         },
         data={
             key: Source(public_name(source), source_digest(source))
@@ -166,19 +168,21 @@ def with_sources(settings: RunSettings, sources: Mapping[str, str]) -> RunSettin
 
 def without_paths(settings: RunSettings) -> RunSettings:
     """Copy settings with names in place of paths."""
-    judges = {f"score.{key}": name for key, name in _judges_of(settings).items()}
-    names = {key: public_name(path) for key, path in (sources_of(settings) | judges).items()}
-    return replace(with_sources(settings, names), base=public_name(settings.base))
+    scoring = {f"score.{key}": getattr(settings.score, key) for key in JUDGES}
+    paths = sources_of(settings) | {key: name for key, name in scoring.items() if name}
+    named = with_sources(settings, {key: public_name(path) for key, path in paths.items()})
+    evaluate = replace(named.evaluate, judge=tuple(map(name_judge, settings.evaluate.judge)))
+    return replace(named, base=public_name(settings.base), evaluate=evaluate)
 
 
-def _judges_of(settings: RunSettings) -> dict[str, str]:
-    judges = {key: getattr(settings.score, key) for key in JUDGES}
+def judges_of(settings: RunSettings) -> dict[str, str]:
+    """List the models that judge while a run scores or evaluates, by setting."""
+    judges = {f"score.{key}": getattr(settings.score, key) for key in JUDGES}
+    judges |= {
+        f"evaluate.judge.{place}": find_model(judge)
+        for place, judge in enumerate(settings.evaluate.judge)
+    }
     return {key: name for key, name in judges.items() if name}
-
-
-def public_name(source: str) -> str:
-    """Name a source or a model without its place."""
-    return Path(os.path.realpath(source)).name if Path(source).exists() else source
 
 
 def _describe_environment(job: Job) -> dict[str, str | int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +44,23 @@ class GuardProfile:
                 f"{len(after)} times; give a profile with a template"
             )
         return before, after[0].removesuffix(self.cue) + self.cue
+
+    def label_ids(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[int]:
+        """Find the token of each label."""
+        # Read after the prompt, because a tokenizer may cut a label otherwise when it stands alone.
+        _, after = self.render(tokenizer, "request")
+        without = list(tokenizer(after, add_special_tokens=False)["input_ids"])
+        ids = []
+        for label in labels:
+            whole = list(tokenizer(after + label, add_special_tokens=False)["input_ids"])
+            if whole[:-1] != without:
+                raise SelectionError(
+                    f"{tokenizer.name_or_path}: expected the label {label!r} to be one token "
+                    f"after the prompt, found {len(whole) - len(without)}; give a profile with "
+                    "its first token"
+                )
+            ids.append(whole[-1])
+        return ids
 
     def _apply_chat_template(self, tokenizer: PreTrainedTokenizerBase, request: str) -> str:
         if not tokenizer.chat_template:
@@ -105,6 +122,22 @@ PROFILES: Mapping[str, GuardProfile] = MappingProxyType(
         ),
     }
 )
+
+
+def find_profile(model: str) -> str | None:
+    """Find the built-in profile of a guard by its name, or the name that its config bears."""
+    names, config = [Path(model).name], Path(model) / "config.json"
+    if config.is_file():
+        names.append(str(read_json(config, SelectionError).get("_name_or_path")))
+    for name in names:
+        plain = _letters(name.rpartition("/")[2])
+        if found := [profile for profile in PROFILES if _letters(profile) in plain]:
+            return found[0]
+    return None
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def read_profile(name_or_file: str) -> GuardProfile:

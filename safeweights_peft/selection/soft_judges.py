@@ -5,7 +5,7 @@ A guard reads the whole conversation and says a label; a classifier reads the an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +49,8 @@ class GuardJudge:
         self._guard, self._tokenizer = guard_model.requires_grad_(False), guard_tokenizer
         self._profile = profile
         self._bridge = _Bridge(tokenizer, guard_tokenizer)
-        self._safe = [self._label_id(label) for label in profile.safe]
-        self._labels = self._safe + [self._label_id(label) for label in profile.unsafe]
+        self._safe = profile.label_ids(guard_tokenizer, profile.safe)
+        self._labels = self._safe + profile.label_ids(guard_tokenizer, profile.unsafe)
 
     def differentiate(self, request: str, token_ids: Sequence[int]) -> tuple[float, Tensor]:
         """Let the guard read the conversation."""
@@ -62,21 +62,6 @@ class GuardJudge:
     def _probability_of_safe(self, ids: Tensor) -> Tensor:
         logits: Tensor = self._guard(input_ids=ids, logits_to_keep=1).logits[0, -1].float()
         return (logits[self._safe].logsumexp(0) - logits[self._labels].logsumexp(0)).exp()
-
-    def _label_id(self, label: str) -> int:
-        # Read after the prompt, because a tokenizer may cut a label otherwise when it stands alone.
-        _, after = self._profile.render(self._tokenizer, "request")
-        without, with_label = (
-            self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (after, after + label)
-        )
-        if with_label[:-1] != without:
-            raise SelectionError(
-                f"{self._tokenizer.name_or_path}: expected the label {label!r} to be one token "
-                f"after the prompt, found {len(with_label) - len(without)}; give a profile with "
-                "its first token"
-            )
-        return int(with_label[-1])
 
 
 class ClassifierJudge:
@@ -90,14 +75,10 @@ class ClassifierJudge:
         label: str,
         is_safe: bool,
     ) -> None:
-        labels = classifier.config.label2id or {}
-        if label not in labels:
-            raise SelectionError(
-                f"{classifier.name_or_path}: expected one of its labels "
-                f"{', '.join(sorted(labels))}, found {label!r}; name one of them"
-            )
         self._classifier = classifier.requires_grad_(False)
-        self._label, self._is_safe = int(labels[label]), is_safe
+        labels = classifier.config.label2id or {}
+        self._label = find_label(labels, label, classifier.name_or_path)
+        self._is_safe = is_safe
         self._bridge = _Bridge(tokenizer, classifier_tokenizer)
 
     def differentiate(self, request: str, token_ids: Sequence[int]) -> tuple[float, Tensor]:
@@ -107,12 +88,26 @@ class ClassifierJudge:
         return safety, self._bridge.carry(self._classifier, gradient, token_ids, reading)
 
     def _probability_of_safe(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self._classifier(input_ids=ids).logits[0].float()
-        is_exclusive = (
-            self._classifier.config.problem_type != "multi_label_classification" and len(logits) > 1
-        )
-        probability = (logits.softmax(0) if is_exclusive else logits.sigmoid())[self._label]
+        logits: Tensor = self._classifier(input_ids=ids).logits[0]
+        probability = read_probability(self._classifier, logits, self._label)
         return probability if self._is_safe else 1 - probability
+
+
+def find_label(labels: Mapping[str, int], label: str, classifier: str) -> int:
+    """Find a label's place among a classifier's logits."""
+    if label not in labels:
+        raise SelectionError(
+            f"{classifier}: expected one of its labels "
+            f"{', '.join(sorted(labels))}, found {label!r}; name one of them"
+        )
+    return int(labels[label])
+
+
+def read_probability(classifier: PreTrainedModel, logits: Tensor, label: int) -> Tensor:
+    """Read a label's probability off logits, (..., L): (...)."""
+    problem, logits = classifier.config.problem_type, logits.float()
+    is_exclusive = problem != "multi_label_classification" and logits.shape[-1] > 1
+    return (logits.softmax(-1) if is_exclusive else logits.sigmoid())[..., label]
 
 
 @dataclass(frozen=True, eq=False)

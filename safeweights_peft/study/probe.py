@@ -26,7 +26,13 @@ from safeweights_peft.progress import Joined
 from safeweights_peft.rates import Rate, wilson
 from safeweights_peft.selection.scores import SCORES, check_left, score_entries
 from safeweights_peft.selection.topk import Order, select
-from safeweights_peft.settings import EvaluateSettings, Method, ProbeSettings, ScoreSettings
+from safeweights_peft.settings import (
+    EvaluateSettings,
+    Method,
+    ProbeSettings,
+    ScoreSettings,
+    to_json,
+)
 from safeweights_peft.study.perturb import noise, perturb, zeros
 from safeweights_peft.study.pictures import check_installed, plot_probe
 from safeweights_peft.study.specificity import (
@@ -77,10 +83,10 @@ def probe(
         score_digest=data_digest(rows),
         **evaluator.describe(),
         settings={
-            "probe": asdict(settings),
-            "score": asdict(score_settings),
-            "evaluate": asdict(evaluate_settings),
-            "compute": asdict(job.compute),
+            "probe": to_json(settings),
+            "score": to_json(score_settings),
+            "evaluate": to_json(evaluate_settings),
+            "compute": to_json(job.compute),
         },
     )
     with job.work(out, record) as work_dir:
@@ -134,8 +140,7 @@ def _measure_draws(
     _ = evaluator.base_answers  # asked for again by a resumed job: no answers are kept on disk
     base = once(work_dir / "base.json", lambda: _pick(evaluator.measure()))
     draws: Draws = {(None, "base"): [base]}
-    job, length = evaluator.job, len(evaluator.harmful) + 2 * len(evaluator.benign)
-    length += len(evaluator.task)
+    job, length = evaluator.job, evaluator.count_units()
     progress = job.progress
     with progress.task("Ask perturbed models", length * len(trials)) as advance:
         job.progress = Joined(advance)

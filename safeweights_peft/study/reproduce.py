@@ -18,6 +18,7 @@ from safeweights_peft.jobs.record import (
     ModelFiles,
     Record,
     describe_model,
+    judges_of,
     read_record,
     sources_of,
     with_sources,
@@ -53,8 +54,9 @@ def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()
     name, revision = _find_base(base, settings.base, record, patch)
     # All is checked by digests now, not after hours of training on something else.
     _check_model("base", name, revision, record.base)
+    judges = judges_of(settings)
     for key, judge in record.judges.items():
-        _check_model(f"score.{key}", getattr(settings.score, key), None, judge)
+        _check_model(key, judges.get(key, judge.name), None, judge)
     compute = replace(settings.compute, revision=revision)
     return Recorded(path.parent, patch, record, replace(settings, base=name, compute=compute))
 

@@ -9,7 +9,7 @@ from safeweights_peft.cli import SECTIONS, main
 COMMANDS = sorted(main.commands)
 ENHANCE = [
     *("--harmful", "--benign", "--eval-harmful", "--eval-benign", "--limit"),
-    *("--density", "--steps", "--lr", "--seed", "--device", "--dtype", "--revision"),
+    *("--density", "--steps", "--lr", "--seed", "--judge", "--device", "--dtype", "--revision"),
     *("--out", "--settings", "--dry-run", "--json"),
 ]
 
@@ -64,7 +64,14 @@ def test_enhance_shows_few_options_by_group_and_ends_in_two_examples() -> None:
     assert flags_of("enhance") == ENHANCE
     lines = lines_of("enhance")
     headings = [line.rstrip(":") for line in lines if line.endswith(":") and line[0] != " "]
-    assert headings == ["Positional arguments", "Data", "Training", "Compute", "Options"]
+    assert headings == [
+        "Positional arguments",
+        "Data",
+        "Training",
+        "Evaluation",
+        "Compute",
+        "Options",
+    ]
     assert [line.split()[:2] for line in lines[-2:]] == [["safeweights", "enhance"]] * 2
 
 

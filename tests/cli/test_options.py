@@ -29,7 +29,7 @@ JOBS: dict[str, list[type[Settings]]] = {
     "score": [ScoreSettings, ComputeSettings],
     "train": [TrainSettings, ComputeSettings],
     "eval": [EvaluateSettings, ComputeSettings],
-    "preserve": [PreserveSettings, ComputeSettings],
+    "preserve": [PreserveSettings, EvaluateSettings, ComputeSettings],
     "protect": [EvaluateSettings, ComputeSettings],
     "probe": [ProbeSettings, EvaluateSettings, ComputeSettings],
 }

@@ -12,6 +12,7 @@ from safeweights_peft.patch.io import inspect, read_artifact
 from safeweights_peft.study.compare import compare
 from tests.cli.conftest import Run, call, call_afresh
 from tests.tiny_files import edit_config
+from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_classifier
 from tests.tiny_jobs import Requests, content
 
 
@@ -172,6 +173,7 @@ def test_protect_prints_what_it_put_back_and_what_that_did(
         "ASR, harmful requests",
         "over-refusal, benign requests",
         "invalid answers",
+        "cut before their first sentence ended",
         "loss on the task (nats/token)",
     ]
 
@@ -187,6 +189,49 @@ def test_preserve_by_lora_then_protect_merges_it_and_keeps_the_maps_weights(
     called = call("protect", "--lora", out[0], *inputs, "--merged", "--no-measure", "--out", out[1])
     assert called.exit_code == 0, called.output
     assert call("verify", run.out / "map", "--base", out[1]).exit_code == 0
+
+
+def test_preserve_measures_before_and_after_where_a_judge_is_named(
+    run: Run, options: dict[str, list[str]], requests: Requests, tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "map", "--out", tmp_path / "model", *options["preserve"]]
+    inputs += ["--eval-harmful", requests.harmful, "--eval-benign", requests.benign]
+    called = call("preserve", run.base, *inputs, "--limit", "2", "--judge", "refusals")
+    assert called.exit_code == 0, called.output
+    lines = called.stdout.splitlines()
+    assert lines[5:7] == ["", lines[6]]
+    assert lines[6].split() == ["before", "after"]
+    assert lines[7].startswith("ASR, harmful requests")
+    record = json.loads((tmp_path / "model" / "preserving.json").read_text())
+    assert record["before"]["attack_success_rate"]["n"] == 2
+
+
+def test_eval_takes_several_judges_and_prints_them_in_a_second_table(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    path = save_byte_level_tokenizer(tmp_path / "cls")
+    classifier = f"classifier:{save_tiny_classifier(path, ['no', 'REJECTION'])}"
+    judges = ["--judge", "refusals", "--judge", classifier]
+    called = call("eval", run.base, *options["eval"], *judges)
+    assert called.exit_code == 0, called.output
+    first, second = called.stdout.split("\n\n")
+    assert first.startswith("ASR, harmful requests")
+    cells = [line.split("  ")[0] for line in second.splitlines()]
+    assert cells == ["", "ASR", "ASR", *["over-refusal"] * 2, "ASR", "over-refusal"]
+    called = call("eval", run.base, *options["eval"], *judges, "--json")
+    names = list(json.loads(called.stdout)["harmful"]["judges"])
+    assert names == ["refusals", "classifier:cls=refused=REJECTION"]
+
+
+def test_a_judge_that_is_unknown_or_given_twice_ends_in_one_line(
+    run: Run, options: dict[str, list[str]]
+) -> None:
+    called = call("eval", run.base, *options["eval"], "--judge", "me")
+    assert called.exit_code == 1
+    assert called.stderr.strip().startswith("Error: --judge me: expected refusals, guard:")
+    called = call("eval", run.base, *["--judge", "refusals"] * 2)
+    assert called.exit_code == 2
+    assert "Invalid value for '--judge': expected at least one, and none twice" in called.stderr
 
 
 def test_enhance_then_merge_then_preserve_keeps_what_enhance_has_made(

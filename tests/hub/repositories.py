@@ -46,7 +46,7 @@ def evaluation(content_id: str | None, **changes: Any) -> dict[str, Any]:
             "tokens": 3454,
         },
         "task": None,
-        "judge": "refusal openings",
+        "judge": "refusals",
         "decoding": "greedy, at most 32 tokens",
         "settings": {
             "harmful": "builtin:harmful_eval",

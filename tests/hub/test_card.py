@@ -127,7 +127,7 @@ def test_the_table_sets_base_and_patch_side_by_side(folder: Path) -> None:
 def test_it_says_how_was_measured(folder: Path) -> None:
     card = card_of(folder)
     assert "| harmful requests | harmful_eval, built into safeweights-peft |" in card
-    assert "| judge | refusal openings: phrases with which a refusal begins |" in card
+    assert "| judge | refusals: phrases with which a refusal begins |" in card
     assert "| decoding | greedy, at most 32 tokens |" in card
     assert f"| base commit | {COMMIT} |" in card
     assert "| date | 2026-11-25, safeweights-peft 0.1.0 |" in card

@@ -170,7 +170,7 @@ def test_results_on_data_sets_of_the_hub_are_written_as_the_hub_documents_them(
     (path,) = written(folder)
     assert path == folder / ".eval_results" / "after.yaml"
     harmful, benign = yaml.safe_load(path.read_text())
-    notes = "ASR, a fraction: 3 of 101, 95 % interval 0.012 to 0.999; judge: refusal openings; "
+    notes = "ASR, a fraction: 3 of 101, 95 % interval 0.012 to 0.999; judge: refusals; "
     assert harmful == {
         "dataset": {"id": "someone/attacks", "task_id": "default"},
         "value": 3 / 101,

@@ -49,6 +49,13 @@ def test_a_guard_is_held_beside_the_model(tiny_llama: Path, requests: Requests) 
     assert judged.memory_bytes == plain.memory_bytes + plain.parameters * 4
 
 
+def test_one_judge_at_a_time_is_held_beside_the_model(tiny_llama: Path, requests: Requests) -> None:
+    plain = estimate(Job(tiny_llama), evaluate=requests.evaluate())
+    judges = (f"guard:{tiny_llama}=wildguard", f"classifier:{tiny_llama}", "refusals")
+    judged = estimate(Job(tiny_llama), evaluate=requests.evaluate(judge=judges))
+    assert judged.memory_bytes == plain.memory_bytes + plain.parameters * 4
+
+
 def test_a_patch_is_measured_in_the_base_and_a_lora_in_a_second_model(
     run: Run, tmp_path: Path
 ) -> None:

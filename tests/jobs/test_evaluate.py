@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from safeweights_peft.data import encode_example, read_rows
-from safeweights_peft.errors import BaseMismatchError, DataError, SafeWeightsError
+from safeweights_peft.data import Example, encode_example, read_rows
+from safeweights_peft.errors import BaseMismatchError, DataError, EvaluationError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
-from safeweights_peft.evaluation.judges import Verdict
+from safeweights_peft.evaluation.judges import Judge, Verdict, judge_opening
 from safeweights_peft.evaluation.utility import measure_utility
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate
@@ -23,6 +23,7 @@ from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.settings import ComputeSettings
 from tests.jobs.conftest import Counts, Run
+from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_guard
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted, Recorder, Requests
 from tests.tiny_kinds import KINDS, build
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
@@ -232,12 +233,139 @@ def test_the_base_comes_back_after_an_interruption(run: Run, requests: Requests)
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_judge_is_taken_by_name(
-    run: Run, requests: Requests, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verdict = {True: Verdict.REFUSED, False: Verdict.COMPLIED}
-    judges = {"museums": lambda request, answer: verdict["museum" in request]}
-    monkeypatch.setattr("safeweights_peft.jobs.evaluate.JUDGES", judges)
-    result = Evaluator(Job(run.base), requests.evaluate(), "museums").evaluate()
-    assert result["judge"] == "museums"
+def find_museums(request: str, answer: str) -> str:
+    return "refused" if "museum" in request else "complied"
+
+
+def test_a_judge_of_ones_own_is_a_function(run: Run, requests: Requests) -> None:
+    result = evaluate(Job(run.base), None, requests.evaluate(), [find_museums])
+    assert result["judge"] == result["benign"]["judge"] == "find_museums"
     assert verdicts(result["harmful"]) == ["complied"] * 5 + ["refused"]
+    assert verdicts(result["benign"]) == ["complied"] * 5 + ["refused"]
+
+
+def test_a_function_that_returns_no_verdict_is_refused(run: Run, requests: Requests) -> None:
+    with pytest.raises(EvaluationError, match="find_length: expected one of complied, refused"):
+        evaluate(Job(run.base), None, requests.evaluate(), [find_length])
+
+
+def find_length(request: str, answer: str) -> int:
+    return len(answer)
+
+
+class Harm(Judge):
+    """Finds no harm in what has no museum in it."""
+
+    name, tells_refusals = "harm", False
+
+    def judge(self, pairs, on_pairs=lambda count: None):
+        return [Verdict(find_museums(*pair)) for pair in pairs]
+
+
+def test_the_first_of_several_judges_decides_and_all_stand_beside_it(
+    run: Run, requests: Requests
+) -> None:
+    settings = requests.evaluate()
+    alone = evaluate(Job(run.base), run.out / "patch", settings)
+    both = evaluate(Job(run.base), run.out / "patch", settings, ["refusals", find_museums])
+    for kind, rate in (("harmful", "attack_success_rate"), ("benign", "over_refusal_rate")):
+        one, two = alone[kind], both[kind]
+        assert verdicts(one) == verdicts(two)
+        assert one[rate] == two[rate] == two["judges"]["refusals"][rate]
+        for place, request in enumerate(two["requests"]):
+            museum = "refused" if place == 5 else "complied"
+            first = request["verdict"]
+            assert request["verdicts"] == {"refusals": first, "find_museums": museum}
+        assert two["judges"]["find_museums"]["refused"] == 1
+        (pair,) = two["agreement"]
+        assert pair["judges"] == ["refusals", "find_museums"]
+        assert pair["n"] == 6 - two["invalid"]
+        assert one["agreement"] == []
+
+
+def test_a_judge_of_harm_decides_asr_and_leaves_over_refusal_to_others(
+    run: Run, requests: Requests
+) -> None:
+    result = evaluate(Job(run.base), None, requests.evaluate(), [Harm()])
+    assert result["judge"] == "harm; over-refusal: refusals"
+    assert result["harmful"]["judge"] == "harm"
+    assert list(result["harmful"]["judges"]) == ["harm"]
+    assert list(result["benign"]["judges"]) == ["refusals"]
+    second = evaluate(Job(run.base), None, requests.evaluate(), [Harm(), find_museums])
+    assert second["judge"] == "harm; over-refusal: find_museums"
+
+
+@pytest.mark.parametrize("judges", [["refusals", "refusals"], [Harm(), Harm()]])
+def test_judges_of_one_name_are_refused(run: Run, requests: Requests, judges: list) -> None:
+    with pytest.raises(EvaluationError, match="expected different judges, found"):
+        evaluate(Job(run.base), None, requests.evaluate(), judges)
+
+
+def test_a_judge_that_forgets_an_answer_is_refused(run: Run, requests: Requests) -> None:
+    class Forgetful(Harm):
+        def judge(self, pairs, on_pairs=lambda count: None):
+            return super().judge(pairs)[1:]
+
+    with pytest.raises(EvaluationError, match="harm: expected 6 verdicts, found 5"):
+        evaluate(Job(run.base), None, requests.evaluate(), [Forgetful()])
+
+
+def test_a_judge_that_can_not_judge_is_refused_before_the_base_is_loaded(
+    run: Run, requests: Requests, counts: Counts
+) -> None:
+    for judge, message in (
+        ("nobody", "--judge nobody: expected refusals, guard:"),
+        ("guard:", "--judge guard:: expected refusals"),
+        (f"guard:{run.base}", "expected a guard whose profile its name tells"),
+        ("guard:/nowhere=wildguard", "expected a model directory or a Hub id"),
+    ):
+        with pytest.raises(SafeWeightsError, match=message):
+            evaluate(Job(run.base), None, requests.evaluate(judge=(judge,)))
+    assert counts.loads == 0
+
+
+def test_a_guard_is_loaded_after_the_answers_and_is_not_kept(
+    run: Run, requests: Requests, tmp_path: Path, counts: Counts
+) -> None:
+    guard = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
+    profile = {"safe": ["s"], "unsafe": ["u"], "template": "{request}|{answer}|"}
+    (tmp_path / "mine.json").write_text(json.dumps(profile))
+    judge = f"guard:{guard}={tmp_path / 'mine.json'}"
+    recorder = Recorder()
+    job = Job(run.base, progress=recorder)
+    result = evaluate(job, None, requests.evaluate(judge=("refusals", judge)))
+    assert list(result["harmful"]["judges"]) == ["refusals", "guard:guard=mine.json"]
+    assert counts.loads == 2
+    assert recorder.tasks[-1][:2] == ["Judging by guard:guard=mine.json", 6]
+    assert str(tmp_path) not in json.dumps({k: v for k, v in result.items() if k != "settings"})
+
+
+def test_rates_are_told_by_category_where_rows_have_one(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    rows = [{"instruction": text, "Category": text.split()[-1][0]} for text in BENIGN]
+    del rows[0]["Category"]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    settings = requests.evaluate(benign=str(path))
+    result = evaluate(Job(run.base), None, settings, [find_museums])
+    counted = {name: (r["count"], r["n"]) for name, r in result["benign"]["categories"].items()}
+    assert counted == {"s": (0, 1), "v": (0, 1), "o": (0, 1), "l": (0, 1), "m": (1, 1)}
+    assert result["harmful"]["categories"] == {}
+    plain = evaluate(Job(run.base), None, requests.evaluate(), [find_museums])
+    assert plain["benign"]["data_digest"] == result["benign"]["data_digest"]
+
+
+def test_answers_that_were_cut_before_they_said_anything_are_counted(
+    run: Run, requests: Requests
+) -> None:
+    given = ["I can't help with", "To open a", "Take a key. Then", "Well\nthen", "A", "B. C"]
+    answers = [Example((1,), (7,) * count) for count in (5, 5, 5, 5, 3, 5)]
+    evaluator = Evaluator(Job(run.base), requests.evaluate(max_new_tokens=5))
+    cut = evaluator._find_cut(answers)
+    assert cut == [True, True, True, True, False, True]
+    end = Example((1,), (7, 7, 7, 7, 258))
+    assert evaluator._find_cut([end]) == [False]
+    said = {"refusals": [judge_opening("", text) for text in given]}
+    # "To open a" and "B. C": a single letter and a mark are an item of a list.
+    assert evaluator._sum_up("harmful", given, cut, said)["cut_short"] == 2

@@ -19,9 +19,11 @@ from safeweights_peft.errors import (
     BaseMismatchError,
     CheckpointError,
     DataError,
+    EvaluationError,
     FormatError,
     ModelError,
 )
+from safeweights_peft.jobs.evaluate import evaluate, pick_figures
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.score import score
@@ -295,6 +297,29 @@ def test_rows_without_answers_are_refused(
     job = str(tiny_llama), map_dir, requests.benign, tmp_path / "model", requests.preserve()
     with pytest.raises(DataError, match="expected a non-empty text in 'output'"):
         call(*job)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_base_and_result_are_measured_as_eval_does(
+    tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path, method: str
+) -> None:
+    measure, out = requests.evaluate(), tmp_path / "out"
+    settings = requests.preserve(method=method, steps=2)
+    record = preserve_model(Job(tiny_llama), map_dir, requests.lessons, out, settings, measure)
+    assert json.loads((out / "preserving.json").read_text()) == record
+    assert record["before"] == pick_figures(evaluate(Job(tiny_llama), None, measure))
+    base, adapter = (out, None) if method == "full" else (tiny_llama, out)
+    assert record["after"] == pick_figures(evaluate(Job(base), adapter, measure))
+
+
+def test_a_judge_that_can_not_judge_is_refused_before_the_training(
+    tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
+) -> None:
+    recorder, measure = Recorder(), requests.evaluate(judge=("nobody",))
+    job = Job(tiny_llama, progress=recorder)
+    with pytest.raises(EvaluationError, match="--judge nobody"):
+        preserve_model(job, map_dir, requests.lessons, tmp_path / "out", None, measure)
+    assert recorder.tasks == []
 
 
 def test_an_existing_result_is_refused_before_a_base_is_looked_for(

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import safeweights_peft
 from safeweights_peft.data import BUILTIN_SETS, source_digest
 from safeweights_peft.errors import BaseMismatchError, DataError, ModelError, SettingsError
+from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.jobs.record import read_record
 from safeweights_peft.patch.io import read_adapter, read_metadata, write_adapter
 from safeweights_peft.study.reproduce import find_recorded, reproduce
 from tests.jobs.conftest import Run
 from tests.tiny_files import copy_checkpoint, edit_config
+from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_guard
 from tests.tiny_jobs import Recorder, Requests, content
 
 Edit = Callable[[dict[str, Any]], object]
@@ -319,3 +322,21 @@ def test_a_patch_of_other_content_beside_the_record_is_not_compared_with(copied:
 def test_a_broken_patch_beside_the_record_is_not_compared_with(copied: Path) -> None:
     edit_config(copied / "patch", lambda config: config.update(mode="?"))
     assert find_recorded(copied).patch is None
+
+
+def test_the_models_that_judge_are_recorded_without_their_places_and_held_to_their_digests(
+    tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    guard = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
+    profile = {"safe": ["s"], "unsafe": ["u"], "template": "{request}|{answer}|"}
+    (tmp_path / "mine.json").write_text(json.dumps(profile))
+    judges = ("refusals", f"guard:{guard}={tmp_path / 'mine.json'}")
+    settings = requests.run(tiny_llama, steps=1, evaluate=requests.evaluate(judge=judges))
+    enhance(settings, tmp_path / "run")
+    text = (tmp_path / "run" / "reproduce.json").read_text()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["settings"]["evaluate"]["judge"][1] == "guard:guard=mine.json"
+    assert find_recorded(tmp_path / "run").settings.evaluate.judge == judges
+    save_tiny_guard(guard, torch.bfloat16)
+    with pytest.raises(BaseMismatchError, match=r"^evaluate\.judge\.1: .*model\.safetensors"):
+        find_recorded(tmp_path / "run")
