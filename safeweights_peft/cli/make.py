@@ -134,7 +134,13 @@ def train_command(
 @options.command("eval")
 @options.base
 @options.settings(EvaluateSettings, ComputeSettings)
-@click.option("--adapter", type=options.ADAPTER, help="Safety patch to add: directory or Hub id.")
+@click.option(
+    "--adapter",
+    "patch",
+    metavar="PATCH[@SCALE]",
+    type=options.PATCH,
+    help="Safety patch to add: directory or Hub id; @0.5 halves its values.",
+)
 @click.option("--out", type=options.NEW_FILE, help="New JSON file for the whole result.")
 @options.option(
     Setting(
@@ -145,7 +151,7 @@ def train_command(
 @options.dry_run
 def eval_command(
     base: str,
-    adapter: Path | None,
+    patch: tuple[Path, float] | None,
     out: Path | None,
     max_asr: float | None,
     dry_run: bool,
@@ -164,11 +170,12 @@ def eval_command(
     settings, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
     if out:  # said now, not after the evaluation
         check_new_file(out, EvaluationError)
+    adapter, scale = patch or (None, 1.0)
     if dry_run:
         return output.show_estimate(base, compute, evaluate=settings, adapter=adapter)
     with output.show_progress() as progress:
         job = Job(base, compute, progress, [adapter] if adapter else [])
-        result = evaluate(job, adapter, settings)
+        result = evaluate(job, adapter, settings, scale=scale)
     output.show(result, evaluation_rows(result), judge_rows(result))
     if out:  # after it is shown: a full disk loses no evaluation
         write_json(out, result)

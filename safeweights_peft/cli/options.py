@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from safeweights_peft.errors import SettingsError
-from safeweights_peft.settings import RunSettings, Setting, Settings, settings_of
+from safeweights_peft.settings import RunSettings, Setting, Settings, settings_of, split_scale
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
@@ -151,13 +151,33 @@ class _Adapter(click.ParamType):
         """Find the directory: what is here comes before what is on the Hub."""
         if Path(value).is_dir():
             return Path(value)
+        path, at, suffix = str(value).rpartition("@")
+        if at and Path(path).is_dir():
+            what = f"expected {path} alone, as a scale means nothing here, found @{suffix}"
+            self.fail(f"{what}; leave it out", param, ctx)
         # The Hub's client takes longer to import than a patch to inspect.
         from safeweights_peft.hub.pull import fetch_adapter, is_hub_id
 
         return fetch_adapter(value) if is_hub_id(value) else DIRECTORY.convert(value, param, ctx)
 
 
-ADAPTER = _Adapter()
+class _Patch(click.ParamType):
+    """A patch's directory or Hub id, perhaps with a factor on its values: PATCH or PATCH@SCALE."""
+
+    name = "patch"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float]:
+        """Split off the scale."""
+        try:
+            path, scale = split_scale(str(value))
+        except SettingsError as error:
+            self.fail(str(error), param, ctx)
+        return ADAPTER.convert(path, param, ctx), scale
+
+
+ADAPTER, PATCH = _Adapter(), _Patch()
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW = click.Path(path_type=Path)
@@ -166,6 +186,12 @@ NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 base = click.argument("base", help="Model: directory or Hub id.")
 adapter = click.argument(
     "adapter", type=ADAPTER, help="Safety patch or map: directory or Hub id[@REVISION]."
+)
+patch = click.argument(
+    "patch",
+    metavar="PATCH[@SCALE]",
+    type=PATCH,
+    help="Safety patch: directory or Hub id[@REVISION]; @0.5 halves its values.",
 )
 base_of_adapter = click.option(
     "--base", help="Base model: directory or Hub id.  [default: the one that the adapter names]"

@@ -10,38 +10,8 @@ from typing import Any, Literal
 import click
 
 from safeweights_peft.cli import options, output
-from safeweights_peft.errors import SettingsError
 from safeweights_peft.progress import percent
 from safeweights_peft.settings import Setting
-
-
-class _ScaledAdapter(click.ParamType):
-    """A patch's directory or Hub id, perhaps with a factor on its values: PATCH or PATCH@SCALE."""
-
-    name = "patch"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Path, Any]:
-        """Split off the scale."""
-        # What follows the last @ is no scale if a directory is called so, nor if it is a revision.
-        path, at, suffix = str(value).rpartition("@")
-        scale = _number_or_text(suffix)
-        names_revision = isinstance(scale, str) and not Path(path).is_dir()
-        if not at or Path(value).is_dir() or names_revision:
-            return options.ADAPTER.convert(value, param, ctx), 1.0
-        try:
-            scale = Setting("", name="scale", kind=float).check(scale)
-        except SettingsError as error:
-            self.fail(str(error), param, ctx)
-        return options.ADAPTER.convert(path, param, ctx), scale
-
-
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def find_base_directory(base: str, adapters: Sequence[Path], revision: str | None = None) -> Path:
@@ -59,7 +29,7 @@ def find_base_directory(base: str, adapters: Sequence[Path], revision: str | Non
 @click.argument(
     "adapters",
     metavar="ADAPTER[@SCALE]...",
-    type=_ScaledAdapter(),
+    type=options.PATCH,
     nargs=-1,
     required=True,
     help="Safety patches, each a directory or Hub id; @0.5 halves the values of one.",
@@ -164,7 +134,7 @@ def convert_command(
 
 
 @options.command("export")
-@options.adapter
+@options.patch
 @click.option(
     "--to",
     type=click.Choice(["supertuning"]),
@@ -174,14 +144,17 @@ def convert_command(
 @options.base_of_adapter
 @options.out
 @options.overwrite
-def export_command(adapter: Path, to: str, base: str | None, out: Path, overwrite: bool) -> None:
+def export_command(
+    patch: tuple[Path, float], to: str, base: str | None, out: Path, overwrite: bool
+) -> None:
     """Write a patch in a form that PEFT alone can load.
 
     To get a checkpoint, use `safeweights merge`.
     """
     from safeweights_peft.jobs.export import export_supertuning
 
-    record = export_supertuning(adapter, out, base, overwrite=overwrite)
+    adapter, scale = patch
+    record = export_supertuning(adapter, out, base, scale=scale, overwrite=overwrite)
     output.show(record)
 
 

@@ -58,6 +58,7 @@ def evaluate(
     adapter: Path | None = None,
     settings: EvaluateSettings | None = None,
     judges: Sequence[AnyJudge] = (),
+    scale: float = 1.0,
 ) -> dict[str, Any]:
     """Measure ASR, over-refusal, KL to the base, perplexity, and the loss on a task if given.
 
@@ -65,8 +66,13 @@ def evaluate(
     """
     evaluator = Evaluator(job, settings or EvaluateSettings(), judges)
     patch = read_patch(adapter) if adapter and is_patch(adapter) else None
+    if scale != 1.0 and patch is None:
+        raise EvaluationError(
+            f"{adapter}: expected a safety patch, which can be scaled, found another adapter at "
+            f"scale {scale:g}; leave the scale out"
+        )
     evaluator.check()
-    return evaluator.evaluate(adapter, patch)
+    return evaluator.evaluate(adapter, patch, scale)
 
 
 class Evaluator:
@@ -101,18 +107,20 @@ class Evaluator:
         return self._ask("the base benign", self.benign, self.job.model)
 
     def evaluate(
-        self, adapter: Path | None = None, patch: AnyPatch | None = None
+        self, adapter: Path | None = None, patch: AnyPatch | None = None, scale: float = 1.0
     ) -> dict[str, Any]:
         """Measure and record; `patch` is the adapter's content where it is read already."""
         started = time.perf_counter()
         if adapter and patch is None and is_patch(adapter):
             patch = read_patch(adapter)
-        measured = self.measure(self._patched(adapter, patch))
+        measured = self.measure(self._patched(adapter, patch, scale))
         return self.job.record(
             "evaluation",
-            patch,
+            # At another scale it isn't the content that a content id names.
+            patch if scale == 1.0 else None,
             self.settings,
             adapter=None if adapter is None else str(adapter),
+            scale=scale,
             **measured,
             **self.describe(),
             seconds=time.perf_counter() - started,
@@ -140,14 +148,17 @@ class Evaluator:
         batching = find_layout(self.job.model).batching.value
         return {"judge": judge, "decoding": decoding, "batching": batching}
 
-    def _patched(self, adapter: Path | None, patch: AnyPatch | None) -> Patched | None:
+    def _patched(
+        self, adapter: Path | None, patch: AnyPatch | None, scale: float
+    ) -> Patched | None:
         if adapter is None:
             return None
         if patch is None:
             # A LoRA can't be unmerged bit for bit, so a second model holds it.
             model = load_patched(self.job.base, [adapter], self.job.dtype, self.job.device)
             return lambda: nullcontext(model)
-        return MergedEntries(self.job.reader, [patch], [adapter]).make_switch(self.job.model)
+        merged = MergedEntries(self.job.reader, [patch], [adapter], [scale])
+        return merged.make_switch(self.job.model)
 
     def _ask(self, who: str, rows: Sequence[Row], model: PreTrainedModel) -> list[Example]:
         requests, settings = [row.instruction for row in rows], self.settings

@@ -24,11 +24,17 @@ from safeweights_peft.patch.records import TensorRecord
 
 
 def export_supertuning(
-    adapter_dir: Path, out: Path, base: str | None = None, *, overwrite: bool = False
+    adapter_dir: Path,
+    out: Path,
+    base: str | None = None,
+    *,
+    scale: float = 1.0,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a safety patch as an adapter of PEFT's own sparse method; see ``docs/export.md``."""
     check_target(out, overwrite, MergeError)
-    base_model, patches = find_base(base, [adapter_dir]), read_patches(adapter_dir)
+    base_model = find_base(base, [adapter_dir])
+    patches = read_patches([(adapter_dir, scale)])
     check_apart(out, {"the base": base_model.path, "the patch": adapter_dir}, MergeError)
     (patch,) = patches.patches
     records = patch.adapter.metadata.tensors
@@ -41,11 +47,11 @@ def export_supertuning(
     sparsity = find_sparsity([(counts[name], numels[name]) for name in counts])
     tensors: dict[str, Array] = {}
     differing = 0
-    scale = np.float32(patch.summary.scale)
+    factor = np.float32(patch.summary.scale)
     for entries, merged in add_up(gather_base(CheckpointReader(base_model.path), patches)):
         if (name := entries.name) not in counts:
             continue
-        change = scale * patch.adapter.values(name, entries.base).astype(np.float32)
+        change = factor * patch.adapter.values(name, entries.base).astype(np.float32)
         stored = int(numels[name] * (1 - sparsity))  # as PEFT counts
         # The padding adds -0.0 to entry 0: the only number that changes nothing, not even -0.0.
         indices, values = np.zeros(stored, np.int32), np.full(stored, -0.0, np.float32)

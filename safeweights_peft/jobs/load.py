@@ -138,10 +138,14 @@ class MergedEntries:
     # in memory twice.
 
     def __init__(
-        self, reader: CheckpointReader, patches: Sequence[AnyPatch], names: Sequence[PathLike] = ()
+        self,
+        reader: CheckpointReader,
+        patches: Sequence[AnyPatch],
+        names: Sequence[PathLike] = (),
+        scales: Sequence[float] = (),
     ) -> None:
         """Merge, and check that the patches fit the base."""
-        self._entries = merged_entries(reader, patches, names)
+        self._entries = merged_entries(reader, patches, names, scales)
         self._records = {
             name: record for patch in patches for name, record in patch.metadata.tensors.items()
         }

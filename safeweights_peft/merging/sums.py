@@ -152,12 +152,17 @@ def combine(patches: Sequence[Patch], on_overlap: OnOverlap = "add") -> PatchSet
 
 
 def merged_entries(
-    reader: CheckpointReader, adapters: Sequence[AnyPatch], names: Sequence[PathLike] = ()
+    reader: CheckpointReader,
+    adapters: Sequence[AnyPatch],
+    names: Sequence[PathLike] = (),
+    scales: Sequence[float] = (),
 ) -> dict[str, tuple[Array, Array]]:
     """Compute what patches make of their base's entries: by parameter, indices and new entries."""
     names = names or [f"adapter {number}" for number in range(1, len(adapters) + 1)]
+    scales = scales or [1.0] * len(adapters)
     patches = [
-        describe_patch(adapter, str(name)) for adapter, name in zip(adapters, names, strict=True)
+        describe_patch(adapter, str(name), scale)
+        for adapter, name, scale in zip(adapters, names, scales, strict=True)
     ]
     parameters = gather_base(reader, combine(patches))
     return {entries.name: (entries.indices, merged) for entries, merged in add_up(parameters)}

@@ -228,6 +228,10 @@ TABLE = [
     # 15 to 21: merges and targets
     bad("no number", "merge {} {patch}@nan --out {out}", line="nan", code=2),
     bad("no scale", "merge {} {patch}@half --out {out}", line="half", code=2),
+    bad("a huge scale", "merge {} {patch}@1e30 --out {out}", line="at least -10 and", code=2),
+    bad("a scale of eval", _EVAL, "--adapter {patch}@1e30", "found 1e.30", code=2),
+    bad("no scale of eval", _EVAL, "--adapter {patch}@nan", "found nan", code=2),
+    bad("a scale of a map", "inspect {map}@0.5", line="a scale means nothing here", code=2),
     bad("a patch twice", "merge {} {patch} {patch} --out {out}", line="expected different patches"),
     bad("a run", "merge {} {run} --out {out}", line="found a run; give .*patch or .*map"),
     bad("a map", "merge {} {map} --out {out}", line="found a safety map, which has no values"),

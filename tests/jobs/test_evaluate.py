@@ -48,6 +48,25 @@ def test_a_patched_model_is_judged_like_its_merged_checkpoint(
     assert patched["benign"] == merged["benign"]
 
 
+def test_a_patch_at_a_scale_is_judged_like_a_checkpoint_merged_at_it(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    merge(run.base, [(run.out / "patch", 0.5)], tmp_path / "merged")
+    settings = requests.evaluate(keep_answers=True)
+    patched = evaluate(Job(run.base), run.out / "patch", settings, scale=0.5)
+    merged = evaluate(Job(tmp_path / "merged"), None, settings)
+    assert patched["harmful"] == merged["harmful"]
+    assert patched["benign"] == merged["benign"]
+    # What was measured isn't the patch's content, so it can't be shown as its result.
+    assert (patched["scale"], patched["content_id"]) == (0.5, None)
+
+
+def test_a_lora_has_no_scale(run: Run, requests: Requests, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(EvaluationError, match="expected a safety patch, which can be scaled"):
+        evaluate(Job(run.base), tmp_path, requests.evaluate(), scale=0.5)
+
+
 def test_a_patched_models_utility_is_that_of_its_merged_checkpoint(
     run: Run, requests: Requests, tmp_path: Path
 ) -> None:
