@@ -206,9 +206,8 @@ def lock(path: Path, error: type[SafeWeightsError]) -> Iterator[None]:
                 # The system lets go of it when the process ends, however that happens.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as reason:
-                found = "another process at work on it"
                 hint = "wait until it has ended, or give another path"
-                _refuse(error, path, "no other process at work on it", found, reason, hint)
+                _refuse(error, path, "no other process at work on it", "one", reason, hint)
             except OSError:  # some network file systems lock nothing
                 break
             # Whoever held it may have deleted the file between its opening and its locking.

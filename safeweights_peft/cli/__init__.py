@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from safeweights_peft.cli import look, make, options, share, use
+from safeweights_peft.cli import look, make, share, use
 from safeweights_peft.cli.failures import describe_failure
 from safeweights_peft.cli.output import printable
 from safeweights_peft.errors import SafeWeightsError
@@ -63,8 +63,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            command = ctx.meta["command"].command if "command" in ctx.meta else None
-            resumes = isinstance(command, options.Command) and command.resumes
+            running = ctx.meta.get("command", ctx)
+            resumes = getattr(running.command, "resumes", False) or running.params.get("in_place")
             click.echo(f"Interrupted{_GOES_ON if resumes else '.'}", err=True)
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):

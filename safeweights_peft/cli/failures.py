@@ -22,7 +22,11 @@ class Failure(NamedTuple):
 FAILURES = (
     Failure("MemoryError", "", _MEMORY),
     Failure("OutOfMemoryError", "", _MEMORY),  # torch's on a GPU
-    Failure("RuntimeError", "DefaultCPUAllocator|unable to mmap|[Oo]ut of memory", _MEMORY),
+    Failure(
+        "RuntimeError",
+        "DefaultCPUAllocator|unable to mmap|[Oo]ut of memory|start new thread",
+        _MEMORY,
+    ),
     Failure("OSError", "Cannot allocate memory", _MEMORY),
     Failure(
         "SafetensorError",
@@ -66,9 +70,9 @@ _LESS = {
     "--batch-size": "a smaller --batch-size",
     "--harmful-batch-size": "a smaller --harmful-batch-size",
     "--benign-batch-size": "a smaller --benign-batch-size",
-    "--settings": "smaller batch sizes and score.layers_per_pass = 1 in --settings",
     "--dtype": "--dtype bfloat16 if the model is stored so",
 }
+_IN_SETTINGS = "smaller batch sizes and score.layers_per_pass = 1 in --settings"
 
 
 def describe_failure(error: BaseException, place: object, flags: Iterable[str]) -> str | None:
@@ -78,6 +82,8 @@ def describe_failure(error: BaseException, place: object, flags: Iterable[str]) 
     for failure in FAILURES:
         if failure.name in names and re.search(failure.pattern, str(error)):
             ways = [way for flag, way in _LESS.items() if flag in flags]
+            if ways == [_LESS["--dtype"]] and "--settings" in flags:  # as of `enhance`
+                ways.insert(0, _IN_SETTINGS)
             less = f"give {', or '.join(ways)}, or use" if ways else "use"
             less += " a machine with more memory"
             return failure.text.format(line=line, place=place, less=less)

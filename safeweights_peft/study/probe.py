@@ -14,7 +14,7 @@ from typing import Any
 from safeweights_peft.data import Row, data_digest
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import EvaluationError, ModelError
-from safeweights_peft.files import check_apart, check_target, publish, write_json
+from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job, load_arrays, once, save_arrays
 from safeweights_peft.jobs.score import Scoring, build_safety, sample_rows
@@ -65,10 +65,11 @@ def probe(
     settings, score_settings = settings or ProbeSettings(), score_settings or ScoreSettings()
     evaluate_settings = evaluate_settings or EvaluateSettings()
     check_installed("matplotlib", "scipy")
-    check_target(out, overwrite, EvaluationError)
     rows, artifact = sample_rows(score_settings), read_artifact(map_dir)
-    check_apart(out, {"the base": job.base.path, "the map": map_dir}, EvaluationError)
     evaluator = Evaluator(job, evaluate_settings)
+    evaluator.check(
+        out=out, inputs={"the map": map_dir}, overwrite=overwrite, error=EvaluationError
+    )
     check_safety(job.reader, artifact)
     _check_layout(job, artifact)
     check_left(eligible_parameters(job.model), artifact.indices)
