@@ -11,7 +11,7 @@ import click
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.cli.use import find_base_directory
-from safeweights_peft.errors import SafeWeightsError
+from safeweights_peft.errors import HubError, SafeWeightsError
 from safeweights_peft.progress import percent
 
 _EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": output.INCONCLUSIVE}
@@ -22,10 +22,11 @@ _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unk
 @click.argument("directory", type=options.DIRECTORY, help="Run of `enhance`, patch or map.")
 @click.argument("repo", help="Repository on the Hub, USER/NAME; it is created if missing.")
 @click.option("--base", help="Hub id[@REVISION] of the base, if DIRECTORY names a local one.")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--public", is_flag=True, help="Let anyone see a new repository; else it is private.")
 @click.option("--revision", help="Branch to push to.  [default: main]")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--commit-message", "message", help="First line of the commit message.")
+@click.option("--dry-run", is_flag=True, help="Write the card, list the files, push nothing.")
 def push_command(directory: Path, repo: str, **values: Any) -> None:
     """Push a patch or map to the Hub, with its results.
 
@@ -35,11 +36,12 @@ def push_command(directory: Path, repo: str, **values: Any) -> None:
     from safeweights_peft.hub.push import push_to_hub
 
     pushed = push_to_hub(directory, repo, **values)
-    commit = pushed.commit if pushed.changed else f"{pushed.commit}, as it was"
-    request = pushed.pull_request
+    done = ("commit", f"{pushed.commit}" if pushed.changed else f"{pushed.commit}, as it was")
+    if pushed.pull_request:
+        done = ("pull request", pushed.pull_request)
     rows = [
-        ("repository", pushed.repo_id),
-        ("pull request", request) if request else ("commit", commit),
+        ("repository", pushed.url),
+        ("not pushed; look at", f"{pushed.draft}/README.md") if pushed.draft else done,
         ("base", f"{pushed.base} at {pushed.base_commit}"),
         *(("file", name) for name in pushed.files),
     ]
@@ -85,12 +87,19 @@ def list_command(base: str) -> None:
     """
     from safeweights_peft.hub.pull import find_on_hub
 
+    if Path(base).is_dir():  # its name is no business of the Hub's
+        raise HubError(
+            f"{base}: expected the Hub id of a base, as patches name it, found a directory; give "
+            "the id that it was downloaded from"
+        )
     shared = find_on_hub(base)
-    rows = [("repository", "kind", "date", "result", "on", "value")]
+    rows: list[tuple[str, ...]] = [("repository", "kind", "date", "result", "on", "value")]
     for repo in shared:
         claims = [(claim.metric, claim.dataset, _figure(claim.value)) for claim in repo.results]
         for claim in claims or [("none", "", "")]:
             rows.append((repo.repo_id, repo.artifact, repo.date[:10], *claim))
+    if not shared:
+        rows = [(f"No patch or map for {base} found.",)]
     output.show({"base": base, "found": [asdict(repo) for repo in shared]}, rows)
 
 

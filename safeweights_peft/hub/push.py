@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -37,15 +39,17 @@ TIP_MOVED = 412
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push has done."""
+    """What a push has done, or would do."""
 
     repo_id: str
-    commit: str
+    url: str
+    commit: str | None  # None after a dry run
     changed: bool  # False if the repository held all of it before
     pull_request: str | None  # its address
     files: tuple[str, ...]
     base: str
     base_commit: str
+    draft: str | None = None  # directory that a dry run has left, with the card
 
 
 def push_to_hub(
@@ -53,24 +57,26 @@ def push_to_hub(
     repo_id: str,
     *,
     base: str | None = None,
-    private: bool = False,
+    public: bool = False,
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    dry_run: bool = False,
 ) -> Pushed:
     """Push a patch or a map, with its card, results, map and pictures, in one commit.
 
-    A repository that isn't there is made. In one that is, files of an earlier push that are no
+    A repository that isn't there is made, private unless ``public``. In one that is, files of an earlier push that are no
     longer there are deleted in the same commit; files of others are left alone.
 
     Args:
         source: Directory of a run of `enhance`, or of a patch or a map; nothing in it is changed.
         repo_id: The repository, as ``USER/NAME``.
         base: The base's Hub id, perhaps ``@REVISION``, where the files name a directory.
-        private: Whether a new repository is private.
+        public: Whether anyone may see a new repository.
         revision: Branch to push to; the main branch if None.
         create_pr: Open a pull request instead, to which no right to write is needed.
         message: The commit's message.
+        dry_run: Push nothing: write all that would be pushed to a new temporary directory.
 
     Returns:
         What was done: repository, commit, whether that is new, files, base and its commit.
@@ -88,31 +94,55 @@ def push_to_hub(
         ('README.md', 'adapter_config.json', 'adapter_model.safetensors')
     """
     source = Path(source)
-    _check_login(repo_id)
-    with TemporaryDirectory() as draft:
-        folder = Path(draft)
+    _check_name(repo_id)
+    if not dry_run:
+        _check_login(repo_id)
+    folder = Path(tempfile.mkdtemp(prefix="safeweights-push-"))
+    try:
         public_base = _find_base(find_adapter(source), base)
         artifact = stage(source, folder, public_base).mode.artifact
         write_card(folder, repo_id)
         check_private(folder)
         change = _Change(folder, repo_id, revision, create_pr, message or f"Push {artifact}")
-        try:
-            commit, changed, pull_request = change.push(private)
-        except HUB_ERRORS as error:
-            advice = ""
-            if create_pr:
-                advice = "; look first whether the pull request is there"
-            elif isinstance(error, HfHubHTTPError) and error.response.status_code == 403:
-                advice = "; or propose the push by --create-pr"
-            problem = f"expected to push to it, {explain(error, repo_id)}{advice}"
-            raise HubError(f"{repo_id}: {problem}") from error
-    files, (name, base_commit) = tuple(change.files), public_base
-    return Pushed(repo_id, commit, changed, pull_request, files, str(name), str(base_commit))
+        pushed = partial(
+            Pushed,
+            repo_id,
+            f"{change.api.endpoint}/{repo_id}",
+            files=tuple(change.files),
+            base=str(public_base.name),
+            base_commit=str(public_base.commit),
+        )
+        if dry_run:
+            return pushed(None, changed=False, pull_request=None, draft=str(folder))
+        commit, changed, pull_request = _push(change, public)
+    except BaseException:
+        dry_run = False  # and its draft goes too
+        raise
+    finally:
+        if not dry_run:
+            shutil.rmtree(folder, ignore_errors=True)
+    return pushed(commit, changed=changed, pull_request=pull_request)
+
+
+def _push(change: _Change, public: bool) -> tuple[str, bool, str | None]:
+    try:
+        return change.push(public)
+    except HUB_ERRORS as error:
+        advice = ""
+        if change.create_pr:
+            advice = "; look first whether the pull request is there"
+        elif isinstance(error, HfHubHTTPError) and error.response.status_code == 403:
+            advice = "; or propose the push by --create-pr"
+        problem = f"expected to push to it, {explain(error, change.repo_id)}{advice}"
+        raise HubError(f"{change.repo_id}: {problem}") from error
+
+
+def _check_name(repo_id: str) -> None:
+    if repo_id.count("/") != 1:
+        raise HubError(f"{repo_id}: expected USER/NAME, found another form; name the repository so")
 
 
 def _check_login(repo_id: str) -> None:
-    if repo_id.count("/") != 1:
-        raise HubError(f"{repo_id}: expected USER/NAME, found another form; name the repository so")
     if huggingface_hub.get_token() is None:
         raise HubError(
             f"{repo_id}: expected to push to it, found no token; log in with `hf auth login`, or "
@@ -180,29 +210,30 @@ class _Change:
         self.message = message
         self.api = HfApi()
 
-    def push(self, private: bool) -> tuple[str, bool, str | None]:
+    def push(self, public: bool) -> tuple[str, bool, str | None]:
         """Commit what changes; return the commit, whether it is new, and the pull request."""
         remote = self._look()
         if remote is None:
-            remote = self._create(private)
-        elif private and not remote.private:
+            remote = self._create(public)
+        elif public and remote.private:
             raise HubError(
-                f"{self.repo_id}: expected a private repository, found a public one; make it "
-                "private on the Hub first, or leave out --private"
+                f"{self.repo_id}: expected a public repository, found a private one; make it "
+                "public on the Hub first, or leave out --public"
             )
         self._check_ours(remote)
         if remote.holds(self.files):
             return remote.commit, False, None
         return self._commit(remote)
 
-    def _create(self, private: bool) -> _Remote:
+    def _create(self, public: bool) -> _Remote:
         if self.revision not in (None, "main"):
             raise HubError(
                 f"{self.repo_id}: expected a repository with the branch {self.revision}, found "
                 "none that you can see; push to its main branch first"
             )
-        # `or None`: an organization's default may be private, and False would override it.
-        retry(lambda: self.api.create_repo(self.repo_id, private=private or None, exist_ok=True))
+        # Where public is asked for, None: an organization's own rule may be private.
+        private = None if public else True
+        retry(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
         remote = self._look()
         if remote is None:
             raise HubError(

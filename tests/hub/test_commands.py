@@ -24,7 +24,7 @@ def keys(tmp_path: Path) -> Keys:
 
 
 def test_push_tells_the_commit_the_base_and_the_files(hub: HubServer, run: Path, base: str) -> None:
-    called = call("push", run, REPO, "--json", "--commit-message", "Mine", "--private")
+    called = call("push", run, REPO, "--json", "--commit-message", "Mine")
     assert called.exit_code == 0, called.output
     printed = json.loads(called.stdout)
     repo = hub.repos[REPO]
@@ -33,6 +33,14 @@ def test_push_tells_the_commit_the_base_and_the_files(hub: HubServer, run: Path,
     assert printed["files"] == sorted(repo.files())
     assert repo.private
     assert repo.at("main").message == "Mine"
+
+
+def test_push_says_where_it_is_and_a_dry_run_where_the_card_is(hub: HubServer, run: Path) -> None:
+    tried = call("push", run, REPO, "--dry-run").stdout
+    assert REPO not in hub.repos
+    card = next(line.split()[-1] for line in tried.splitlines() if line.startswith("not pushed"))
+    assert Path(card).read_text(encoding="utf-8").startswith("---")
+    assert f"{hub.url}/{REPO}" in call("push", run, REPO).stdout
 
 
 def test_push_says_where_the_pull_request_is(hub: HubServer, run: Path) -> None:
@@ -73,6 +81,18 @@ def test_list_shows_what_is_there_for_a_base(pushed: HubServer) -> None:
     ]
     printed = json.loads(call("list", "--base", BASE, "--json").stdout)
     assert [shared["repo_id"] for shared in printed["found"]] == [REPO]
+
+
+def test_list_says_that_nothing_was_found_and_sends_no_directory_s_name(
+    hub: HubServer, run: Path
+) -> None:
+    assert (
+        call("list", "--base", "nobody/none").stdout == "No patch or map for nobody/none found.\n"
+    )
+    hub.reset_count()
+    called = call("list", "--base", run)
+    assert "expected the Hub id of a base, as patches name it, found a directory" in called.stderr
+    assert not hub.log
 
 
 @pytest.mark.parametrize(

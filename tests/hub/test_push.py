@@ -66,7 +66,7 @@ def test_a_run_is_pushed_in_one_commit_with_each_file_in_its_place(
         assert files[name] == (run / "patch" / name).read_bytes()
         assert files[f"map/{name}"] == (run / "map" / name).read_bytes()
     assert (pushed.commit, pushed.changed) == (repo.refs["main"], True)
-    assert not repo.private
+    assert repo.private
 
 
 @pytest.mark.parametrize("kind", ["patch", "map"])
@@ -112,9 +112,27 @@ def test_answers_stay_here(hub: HubServer, run: Path) -> None:
     assert pushed == {"harmful": {"requests": [{"request": "Break in", "verdict": "complied"}]}}
 
 
-def test_a_private_repository_is_made_if_asked_for(hub: HubServer, run: Path) -> None:
-    push_to_hub(run, REPO, private=True)
+def test_a_new_repository_is_public_only_if_asked_for(hub: HubServer, run: Path) -> None:
+    push_to_hub(run, REPO)
     assert hub.repos[REPO].private
+    push_to_hub(run, "ann/open", public=True)
+    assert not hub.repos["ann/open"].private
+
+
+def test_a_dry_run_leaves_the_card_here_and_nothing_there(
+    hub: HubServer, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    tried = push_to_hub(run, REPO, dry_run=True)
+    assert REPO not in hub.repos
+    assert (tried.commit, tried.url) == (None, f"{hub.url}/{REPO}")
+    assert tried.draft is not None
+    draft = Path(tried.draft)
+    found = {path.relative_to(draft).as_posix() for path in draft.rglob("*") if path.is_file()}
+    assert found == set(tried.files)
+    shutil.rmtree(draft)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert push_to_hub(run, REPO).files == tried.files
 
 
 def test_a_branch_gets_the_commit_and_main_does_not(hub: HubServer, run: Path) -> None:
@@ -309,9 +327,9 @@ def test_a_repository_of_something_else_is_left_alone(
     assert f"expected {expected}" in refuse()
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(hub: HubServer, refuse: Refuse) -> None:
-    hub.add_repo(REPO)
-    assert "expected a private repository, found a public one" in refuse(private=True)
+def test_a_private_repository_is_not_taken_for_a_public_one(hub: HubServer, refuse: Refuse) -> None:
+    hub.add_repo(REPO).private = True
+    assert "expected a public repository, found a private one" in refuse(public=True)
 
 
 def test_a_branch_that_is_not_there_is_refused(hub: HubServer, refuse: Refuse) -> None:
