@@ -65,8 +65,9 @@ def push_to_hub(
 ) -> Pushed:
     """Push a patch or a map, with its card, results, map and pictures, in one commit.
 
-    A repository that isn't there is made, private unless ``public``. In one that is, files of an earlier push that are no
-    longer there are deleted in the same commit; files of others are left alone.
+    A repository that isn't there is made, private unless ``public``. In one that is, files of an
+    earlier push that are no longer there are deleted in the same commit; files of others are left
+    alone.
 
     Args:
         source: Directory of a run of `enhance`, or of a patch or a map; nothing in it is changed.
