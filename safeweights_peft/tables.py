@@ -10,37 +10,126 @@ Row = tuple[str, ...]
 Cells = Sequence[Mapping[str, Any]]
 TOP_LAYERS = 5  # layers that a terminal shows
 TOP_CATEGORIES = 12  # of requests
-CUT_SHORT = "cut before their first sentence ended"
+CUT_SHORT = "cut before a sentence ended"
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Lay out a run's figures before and after."""
-    before, after, patch = result["before"], result["after"], result["patch"]
-    perplexities = f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"
+    """Lay out a run's figures: before, after, and at the scale that was picked, if one was."""
+    patch, picked = result["patch"], picked_row(result)
+    stages = [result["before"], result["after"], *([picked] if picked else [])]
+    changed = f"{patch['entries']:,} ({patch['share_of_weights']:.2%})"
+    title = f"at scale {picked['scale']:g}" if picked else ""
     return [
-        *judged_rows(before, after),
-        ("KL to the base (nats/token)", f"{before['kl']:.4f}", f"{after['kl']:.4f}"),
-        ("perplexity of the base's answers", *perplexities),
-        ("weights changed", "0", f"{patch['entries']:,} ({patch['share_of_weights']:.3%})"),
-        ("patch size", "", size_text(patch["size_bytes"])),
+        ("", "before", "after", *([title] if picked else [])),
+        *judged_rows(*stages),
+        ("KL to the base, nats/token", *(f"{stage['kl']:.4f}" for stage in stages)),
+        ("perplexity, base's answers", *(f"{stage['perplexity']:.2f}" for stage in stages)),
+        ("weights changed", "0", *[changed] * (len(stages) - 1)),
+        ("patch size", "", *[size_text(patch["size_bytes"])] * (len(stages) - 1)),
     ]
 
 
-def judged_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+def picked_row(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Find the figures at the scale that a run or a sweep picked; None if it picked none."""
+    swept = result.get("sweep", result)
+    if not swept or "rows" not in swept:
+        return None
+    return next((row for row in swept["rows"] if row["scale"] == swept["scale"]), None)
+
+
+def judged_rows(*stages: Mapping[str, Any]) -> list[Row]:
     """Lay out how a model was judged before and after a change, with its loss on a task."""
     rows: list[Row] = [
-        (title, rate_text(before[key]), rate_text(after[key]))
-        for title, key in (
-            ("ASR, harmful requests", "attack_success_rate"),
-            ("over-refusal, benign requests", "over_refusal_rate"),
+        (
+            f"{title}, {stages[0][key]['n']} {kind}",
+            *(_interval_text(stage[key]) for stage in stages),
+        )
+        for title, kind, key in (
+            ("ASR", "harmful", "attack_success_rate"),
+            ("over-refusal", "harmless", "over_refusal_rate"),
         )
     ]
     for title, key in (("invalid answers", "invalid"), (CUT_SHORT, "cut_short")):
-        rows.append((title, str(before[key]), str(after[key])))
-    if before["task_loss"] is not None:
-        losses = f"{before['task_loss']:.4f}", f"{after['task_loss']:.4f}"
-        rows.append(("loss on the task (nats/token)", *losses))
+        rows.append((title, *(str(stage[key]) for stage in stages)))
+    if stages[0]["task_loss"] is not None:
+        losses = (f"{stage['task_loss']:.4f}" for stage in stages)
+        rows.append(("loss on the task, nats/token", *losses))
     return rows
+
+
+def sweep_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Lay out what a patch does at each scale."""
+    asr, refused = (rows[0][key]["n"] for key in ("attack_success_rate", "over_refusal_rate"))
+    kl = "KL (nats/token)"
+    return [
+        ("scale", f"ASR, {asr} harmful", f"over-refusal, {refused} harmless", kl, "invalid"),
+        *(
+            (
+                f"{row['scale']:g}",
+                _interval_text(row["attack_success_rate"]),
+                _interval_text(row["over_refusal_rate"]),
+                f"{row['kl']:.4f}",
+                str(row["invalid"]),
+            )
+            for row in rows
+        ),
+    ]
+
+
+_LABELS = {
+    "out_dir": "path",
+    "directory": "path",
+    "entries": "weights",
+    "changed_entries": "weights that changed",
+    "lost_entries": "changes that are lost",
+    "lost_share": "of all change lost",
+    "stored_entries": "weights with padding",
+    "differing_entries": "other bits once merged",
+    "changed_values": "values with other bits",
+    "size_bytes": "size",
+    "write_bytes": "to write",
+    "memory_bytes": "memory",
+    "free_bytes": "free",
+    "fits": "fits on the disk",
+    "before_bytes": "size before",
+    "after_bytes": "size after",
+    "before_bytes_per_entry": "bytes a weight, before",
+    "after_bytes_per_entry": "bytes a weight, after",
+    "seconds": "time",
+}
+
+
+def field_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Lay out a flat result in words."""
+    return [
+        (_LABELS.get(name, name.replace("_", " ")), _value_text(name, value))
+        for name, value in result.items()
+    ]
+
+
+def _value_text(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if name.endswith("_bytes"):
+        return size_text(value)
+    if name.endswith("_share"):
+        return f"{value:.3g}" if value > 1 else f"{value:.2%}"
+    if name == "seconds":
+        return f"{value:.1f} s"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return short_digest(str(value))
+
+
+def short_digest(text: str) -> str:
+    """Shorten a digest to what tells it from others; JSON has all of it."""
+    return text.removeprefix("sha256:")[:12] if text.startswith("sha256:") else text
 
 
 def reproduction_rows(comparison: Mapping[str, Any]) -> list[Row]:
@@ -48,8 +137,7 @@ def reproduction_rows(comparison: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = [("", "recorded", "made again", "")]
     for key, title in (("content_id", "content id"), ("merged_digest", "merged entries")):
         pair = [comparison[key][side] for side in ("recorded", "found")]
-        short = (digest.removeprefix("sha256:")[:12] for digest in pair)
-        rows.append((title, *short, "same" if pair[0] == pair[1] else "DIFFERS"))
+        rows.append((title, *map(short_digest, pair), "same" if pair[0] == pair[1] else "DIFFERS"))
     if entries := comparison["entries"]:
         overlap = f"{entries['shared']:,} in common, IoU {entries['iou']:.4f}"
         rows.append(("entries", f"{entries['recorded']:,}", f"{entries['found']:,}", overlap))
@@ -111,7 +199,8 @@ def rate_text(rate: Mapping[str, Any]) -> str:
 
 
 def _interval_text(rate: Mapping[str, Any]) -> str:
-    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+    # Whole percents: a decimal would promise more than such intervals hold.
+    return f"{100 * rate['rate']:.0f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}]"
 
 
 def size_text(size_bytes: float) -> str:
@@ -125,17 +214,17 @@ def size_text(size_bytes: float) -> str:
     return f"{size_bytes / 1000:.1f} TB"
 
 
-def overlap_rows(result: Mapping[str, Any]) -> list[Row]:
+def overlap_rows(result: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     """Lay out the overlap of safety maps: the maps by number, then each two of them."""
     maps, pairs = result["maps"], result["pairs"]
     numbers = combinations(range(1, len(maps) + 1), 2)
     return [
-        ("map", "kind", "entries", "base", ""),
+        ("map", "kind", "weights", "base"),
         *(
-            (f"{n}: {m['path']}", m["artifact"], f"{m['entries']:,}", str(m["base"]), "")
+            (f"{n}: {m['path']}", m["artifact"], f"{m['entries']:,}", str(m["base"]))
             for n, m in enumerate(maps, 1)
         ),
-        ("",) * 5,
+    ], [
         ("maps", "shared", "IoU", "by chance", "by chance, tensor by tensor"),
         *(
             (
@@ -150,11 +239,13 @@ def overlap_rows(result: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def pattern_rows(record: Mapping[str, Any]) -> list[Row]:
+def pattern_rows(record: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     """Lay out where a map's entries lie: all components, and the most enriched layers."""
+    layers = enriched_first([row for row in record["layers"] if row["layer"] is not None])
+    (_, *titles), *rows = share_rows(layers[:TOP_LAYERS], "layer")
+    shown = f"layer ({len(rows)} of {len(layers)})" if len(rows) < len(layers) else "layer"
     components = share_rows(enriched_first(record["components"]), "component")
-    layers = share_rows(enriched_first(record["layers"])[:TOP_LAYERS], "layer")
-    return [*components, ("",) * len(components[0]), *layers]
+    return components, [(shown, *titles), *rows]
 
 
 def enriched_first(cells: Cells) -> Cells:
@@ -205,14 +296,14 @@ def grid_rows(cells: Cells, key: str) -> list[Row]:
 
 def probe_rows(result: Mapping[str, Any]) -> list[Row]:
     """Lay out a probe's figures: one row for the base, one for each perturbed selection."""
-    keys = ("attack_success_rate", "over_refusal_rate", "invalid_rate")
     return [
-        ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)"),
+        ("", "draws", "ASR", "over-refusal", "invalid", "KL (nats/token)"),
         *(
             (
                 name_row(row),
                 str(len(row["draws"])),
-                *(_interval_text(row[key]) for key in keys),
+                *(_interval_text(row[key]) for key in ("attack_success_rate", "over_refusal_rate")),
+                f"{row['invalid_rate']['rate']:.0%}",
                 _mean_text(row["kl"]),
             )
             for row in result["rows"]
@@ -236,4 +327,4 @@ def name_row(row: Mapping[str, Any]) -> str:
 
 def _mean_text(mean: Mapping[str, Any]) -> str:
     text = f"{mean['mean']:.4f}"
-    return text if mean["low"] is None else f"{text} [{mean['low']:.4f}, {mean['high']:.4f}]"
+    return text if mean["low"] is None else f"{text} ± {mean['high'] - mean['mean']:.4f}"

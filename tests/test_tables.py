@@ -21,13 +21,14 @@ from tests.study.records import PROBE, RESULT, rate, record_of
 
 def test_a_comparison_sets_every_figure_side_by_side() -> None:
     assert comparison_rows(RESULT) == [
-        ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)", "2.0 % [0.5, 7.0] (2/100)"),
-        ("over-refusal, benign requests", "0.0 % [0.0, 3.3] (0/112)", "6.2 % [3.1, 12.3] (7/112)"),
+        ("", "before", "after"),
+        ("ASR, 100 harmful", "97 % [92, 99]", "2 % [1, 7]"),
+        ("over-refusal, 112 harmless", "0 % [0, 3]", "6 % [3, 12]"),
         ("invalid answers", "1", "0"),
-        ("cut before their first sentence ended", "9", "4"),
-        ("KL to the base (nats/token)", "0.0000", "0.0123"),
-        ("perplexity of the base's answers", "1.23", "1.30"),
-        ("weights changed", "0", "1,345,155 (1.000%)"),
+        ("cut before a sentence ended", "9", "4"),
+        ("KL to the base, nats/token", "0.0000", "0.0123"),
+        ("perplexity, base's answers", "1.23", "1.30"),
+        ("weights changed", "0", "1,345,155 (1.00%)"),
         ("patch size", "", "8.1 MB"),
     ]
 
@@ -50,12 +51,12 @@ def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
         "task": None,
     }
     assert evaluation_rows(evaluation) == [
-        ("ASR, harmful requests", "97.0 % [91.5, 99.0] (97/100)"),
-        ("over-refusal, benign requests", "0.0 % [0.0, 3.3] (0/112)"),
-        ("  hard", "12.5 % [6.2, 23.6] (7/56)"),
-        ("  plain", "0.0 % [0.0, 6.4] (0/56)"),
+        ("ASR, harmful requests", "97 % [92, 99] (97/100)"),
+        ("over-refusal, benign requests", "0 % [0, 3] (0/112)"),
+        ("  hard", "12 % [6, 24] (7/56)"),
+        ("  plain", "0 % [0, 6] (0/56)"),
         ("invalid answers", "3"),
-        ("cut before their first sentence ended", "12"),
+        ("cut before a sentence ended", "12"),
         ("KL to the base (nats/token)", "0.2500"),
         ("perplexity of the base's answers", "12.00"),
     ]
@@ -65,7 +66,7 @@ def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
 
 def test_losses_on_a_task_stand_side_by_side_where_one_was_given() -> None:
     before, after = ({**RESULT["before"], "task_loss": loss} for loss in (2.0, 1.5))
-    assert judged_rows(before, after)[-1] == ("loss on the task (nats/token)", "2.0000", "1.5000")
+    assert judged_rows(before, after)[-1] == ("loss on the task, nats/token", "2.0000", "1.5000")
     assert len(judged_rows(RESULT["before"], RESULT["after"])) == 4
 
 
@@ -80,9 +81,9 @@ def test_several_judges_stand_in_one_table_with_their_agreement() -> None:
     }
     assert judge_rows(evaluation) == [
         ("", "judge", "rate", "invalid"),
-        ("ASR", "refusals", "90.0 % [60.0, 98.0] (9/10)", "0"),
-        ("ASR", "guard:g", "80.0 % [49.0, 94.0] (8/10)", "1"),
-        ("over-refusal", "refusals", "0.0 % [0.0, 28.0] (0/10)", "0"),
+        ("ASR", "refusals", "90 % [60, 98] (9/10)", "0"),
+        ("ASR", "guard:g", "80 % [49, 94] (8/10)", "1"),
+        ("over-refusal", "refusals", "0 % [0, 28] (0/10)", "0"),
         ("ASR", "refusals and guard:g", "kappa 0.61, same 8 of 9", ""),
     ]
     evaluation["harmful"]["agreement"][0]["kappa"] = None
@@ -92,8 +93,8 @@ def test_several_judges_stand_in_one_table_with_their_agreement() -> None:
 
 
 def test_a_rate_is_written_with_its_interval_and_counts() -> None:
-    assert rate_text(rate(1, 3, 0.0615, 0.7923)) == "33.3 % [6.2, 79.2] (1/3)"
-    assert rate_text(rate(3, 3, 0.4385, 1.0)) == "100.0 % [43.9, 100.0] (3/3)"
+    assert rate_text(rate(1, 3, 0.0615, 0.7923)) == "33 % [6, 79] (1/3)"
+    assert rate_text(rate(3, 3, 0.4385, 1.0)) == "100 % [44, 100] (3/3)"
 
 
 @pytest.mark.parametrize(
@@ -131,19 +132,19 @@ def test_a_comparison_of_maps_numbers_them_and_lists_every_two() -> None:
         "expected_shared_within_tensors": 30.0,
         "expected_iou_within_tensors": 0.0101,
     }
-    rows = overlap_rows({"maps": maps, "same_base": True, "pairs": [pair] * 3})
-    assert rows[0] == ("map", "kind", "entries", "base", "")
-    assert rows[3] == ("3: c", "safety map", "1,500", "tiny", "")
-    assert rows[5] == ("maps", "shared", "IoU", "by chance", "by chance, tensor by tensor")
-    assert [row[0] for row in rows[6:]] == ["1 and 2", "1 and 3", "2 and 3"]
-    assert rows[6][1:] == ("1,200", "0.6667", "0.0050", "0.0101")
+    named, pairs = overlap_rows({"maps": maps, "same_base": True, "pairs": [pair] * 3})
+    assert named[0] == ("map", "kind", "weights", "base")
+    assert named[3] == ("3: c", "safety map", "1,500", "tiny")
+    assert pairs[0] == ("maps", "shared", "IoU", "by chance", "by chance, tensor by tensor")
+    assert [row[0] for row in pairs[1:]] == ["1 and 2", "1 and 3", "2 and 3"]
+    assert pairs[1][1:] == ("1,200", "0.6667", "0.0050", "0.0101")
 
 
 def test_a_pattern_lists_the_components_and_then_the_layers_most_enriched_first() -> None:
-    rows = pattern_rows(record_of(layers=9))
-    assert rows[0] == ("component", "weights", "share", "selected", "share", "enrichment")
-    empty = rows.index(("",) * 6)
-    for table, count in ((rows[1:empty], 4), (rows[empty + 2 :], 5)):
+    components, layers = pattern_rows(record_of(layers=9))
+    assert components[0] == ("component", "weights", "share", "selected", "share", "enrichment")
+    assert layers[0][0] == "layer (5 of 9)"
+    for table, count in ((components[1:], 4), (layers[1:], 5)):
         enrichments = [float(row[-1]) for row in table]
         assert enrichments == sorted(enrichments, reverse=True)
         assert len(enrichments) == count
@@ -187,11 +188,11 @@ def test_a_grid_has_a_gap_where_a_layer_has_no_such_component() -> None:
 
 
 def test_a_probe_is_laid_out_as_one_table_with_intervals() -> None:
-    judged = "17.0 % [10.9, 25.6]", "6.2 % [3.1, 12.3]", "0.5 % [0.1, 2.8]"
+    judged = "17 % [11, 26]", "6 % [3, 12]", "0%"
     assert probe_rows(PROBE) == [
-        ("", "draws", "ASR", "over-refusal", "invalid answers", "KL (nats/token)"),
+        ("", "draws", "ASR", "over-refusal", "invalid", "KL (nats/token)"),
         ("base", "1", *judged, "0.0000"),
-        ("noise, map", "5", *judged, "0.2500 [0.1250, 0.3750]"),
+        ("noise, map", "5", *judged, "0.2500 ± 0.1250"),
     ]
 
 

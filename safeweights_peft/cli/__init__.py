@@ -26,7 +26,10 @@ SECTIONS = {
     ),
     "Fine-tune safely": (make.preserve_command, make.protect_command),
     "Share": (share.push_command, share.pull_command, share.list_command),
-    "Look": (look.inspect_command, look.report_command, look.compare_command, look.probe_command),
+    "Look": (
+        *(look.inspect_command, look.report_command, look.compare_command, look.probe_command),
+        look.sweep_command,
+    ),
     "Trust": (
         *(share.verify_command, share.sign_command, share.verify_signature_command),
         share.reproduce_command,

@@ -1,7 +1,8 @@
-"""Commands that look into maps and patches: inspect, report, compare, probe."""
+"""Commands that look into maps and patches: inspect, report, compare, probe, sweep."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def report_command(map_dir: Path, base: str | None, out: Path, overwrite: bool) 
     from safeweights_peft.tables import pattern_rows
 
     record = report_map(map_dir, out, base, overwrite=overwrite)
-    output.show(record, pattern_rows(record))
+    output.show(record, *pattern_rows(record))
 
 
 @options.command("compare")
@@ -67,7 +68,7 @@ def compare_command(map_dir: Path, others: tuple[Path, ...]) -> None:
     from safeweights_peft.tables import overlap_rows
 
     result = compare([map_dir, *others])
-    output.show(result, overlap_rows(result))
+    output.show(result, *overlap_rows(result))
     if not result["same_base"]:
         click.echo("Note: they name different bases, though no shape differs.", err=True)
 
@@ -106,3 +107,44 @@ def probe_command(
     output.show(result, probe_rows(result))
     if not click.get_current_context().meta["json"]:
         click.echo("\n" + "\n".join(verdict_lines(result)))
+
+
+@options.command("sweep", resumes=True)
+@options.base
+@click.argument(
+    "adapter", metavar="PATCH", type=options.ADAPTER, help="Safety patch: directory or Hub id."
+)
+@options.settings(EvaluateSettings, ComputeSettings, without="--keep-answers")
+@options.max_asr("Print the smallest scale with an ASR of at most this rate.")
+@options.max_over_refusal("Print the safest scale with an over-refusal of at most this rate.")
+@options.out
+@options.overwrite
+@options.dry_run
+def sweep_command(
+    base: str, adapter: Path, out: Path, overwrite: bool, dry_run: bool, **values: Any
+) -> None:
+    """Measure a patch at scales from 0 to 1.5.
+
+    The base is loaded once, and the scale switched in place. OUT gets sweep.json and sweep.png.
+    Exits with 3 if no scale meets the thresholds. Interrupted runs resume where they stopped.
+    """
+    from safeweights_peft.jobs.job import Job
+    from safeweights_peft.jobs.sweep import sweep
+    from safeweights_peft.study.pictures import plot_sweep
+    from safeweights_peft.tables import sweep_rows
+
+    settings, compute = options.make_settings(values, EvaluateSettings, ComputeSettings)
+    if dry_run:
+        return output.show_estimate(base, compute, evaluate=settings)
+    limits = {key: values[key] for key in ("max_asr", "max_over_refusal")}
+    with output.show_progress() as progress:
+        job = Job(base, compute, progress, [adapter])
+        result = sweep(job, adapter, out, settings, overwrite=overwrite, **limits)
+    output.draw(plot_sweep, result, out / "sweep.png")
+    output.show(result, sweep_rows(result["rows"]))
+    if limits := {key: limit for key, limit in limits.items() if limit is not None}:
+        asked = " and ".join(f"--{key.replace('_', '-')} {limits[key]:g}" for key in limits)
+        if result["scale"] is None:
+            click.echo(f"\nNo scale meets {asked}.", err=True)
+            sys.exit(output.INCONCLUSIVE)
+        click.echo(f"\n{adapter}@{result['scale']:g} meets {asked}.", err=True)

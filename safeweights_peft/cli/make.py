@@ -11,14 +11,13 @@ from typing import Any
 import click
 
 from safeweights_peft.cli import options, output
-from safeweights_peft.errors import EvaluationError, ReportError
+from safeweights_peft.errors import EvaluationError
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     PreserveSettings,
     RunSettings,
     ScoreSettings,
-    Setting,
     TrainSettings,
 )
 
@@ -40,9 +39,12 @@ Examples:
 @options.settings(EvaluateSettings, only="--judge")
 @options.settings(ComputeSettings)
 @options.out
+@options.max_asr("Name the smallest scale of the patch with an ASR of at most this rate")
 @options.settings_file
 @options.dry_run
-def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
+def enhance_command(
+    base: str, out: Path, max_asr: float | None, dry_run: bool, **values: Any
+) -> None:
     """Make BASE safer: evaluate, score, train, evaluate again.
 
     OUT gets settings.json, before.json, map/, patch/, after.json, result.json, result.png and
@@ -51,7 +53,7 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
     """
     from safeweights_peft.jobs.enhance import enhance
     from safeweights_peft.study.pictures import plot_run
-    from safeweights_peft.tables import comparison_rows
+    from safeweights_peft.tables import comparison_rows, picked_row
 
     score, train, evaluate, compute = options.make_settings(
         values, ScoreSettings, TrainSettings, EvaluateSettings, ComputeSettings
@@ -59,24 +61,28 @@ def enhance_command(base: str, out: Path, dry_run: bool, **values: Any) -> None:
     if dry_run:
         return output.show_estimate(base, compute, score=score, train=train, evaluate=evaluate)
     with output.show_progress() as progress:
-        result = enhance(RunSettings(base, score, train, evaluate, compute), out, progress)
+        run = RunSettings(base, score, train, evaluate, compute)
+        result = enhance(run, out, progress, max_asr)
     patch = out / "patch"
     losses = json.loads((patch / "training.json").read_text(encoding="utf-8"))["losses"]
-    try:
-        plot_run(result, losses, out / "result.png")
-    except ReportError as missing:  # the picture's library is an extra; the run is done without
-        click.echo(f"No result.png: {missing}", err=True)
-    output.show(result, [("", "before", "after"), *comparison_rows(result)])
+    output.draw(plot_run, result, losses, out / "result.png")
+    output.show(result, comparison_rows(result))
+    output.show_answers(result["answers"])
     outcome = result["outcome"]
     click.echo(f"\n{outcome['word'].capitalize()}: {outcome['reason']}.", err=True)
-    click.echo(f"\nPatch in {patch}. Next:", err=True)
-    base, folder = shlex.quote(base), shlex.quote(str(patch))
+    picked = picked_row(result)
+    at = f"@{picked['scale']:g}" if picked and picked["scale"] != 1 else ""
+    click.echo(f"\nPatch in {patch}{at and f', to be used as {patch}{at}'}. Next:", err=True)
+    base, folder = shlex.quote(base), shlex.quote(f"{patch}{at}")
     for line in (
         f"safeweights eval {base} --adapter {folder} --keep-answers --out answers.json",
         f"safeweights merge {base} {folder} --out merged",
         f"safeweights push {shlex.quote(str(out))} USER/NAME --base {base}",
     ):
         click.echo(f"  {line}", err=True)
+    if max_asr is not None and picked is None:
+        click.echo(f"\nAt no scale is the ASR at most --max-asr {max_asr:g}.", err=True)
+        sys.exit(output.INCONCLUSIVE)
 
 
 @options.command("score", resumes=True)
@@ -142,11 +148,7 @@ def train_command(
     help="Safety patch to add: directory or Hub id; @0.5 halves its values.",
 )
 @click.option("--out", type=options.NEW_FILE, help="New JSON file for the whole result.")
-@options.option(
-    Setting(
-        "Exit with 3 if the ASR is above this rate.", flag="--max-asr", kind=float, least=0, most=1
-    )
-)
+@options.max_asr("Exit with 3 if the ASR is above this rate.")
 @options.settings_file
 @options.dry_run
 def eval_command(

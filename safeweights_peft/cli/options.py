@@ -92,6 +92,16 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
     )
 
 
+def max_asr(help: str) -> Decorator:
+    """Make the option of a threshold on the ASR."""
+    return option(Setting(help, flag="--max-asr", kind=float, least=0, most=1))
+
+
+def max_over_refusal(help: str) -> Decorator:
+    """Make the option of a threshold on over-refusal."""
+    return option(Setting(help, flag="--max-over-refusal", kind=float, least=0, most=1))
+
+
 def _describe_values(setting: Setting) -> str:
     default = setting.unset if setting.default is None else setting.default
     if isinstance(default, bool):

@@ -6,15 +6,19 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from safeweights_peft.errors import ReportError
 from safeweights_peft.progress import LineProgress, RichProgress
 from safeweights_peft.settings import ComputeSettings
+from safeweights_peft.tables import field_rows, short_digest, size_text
+
+COLUMNS = 80
 
 INCONCLUSIVE = 3
 """Exit code of a command whose answer is neither yes nor an error, or that missed a threshold."""
@@ -43,7 +47,7 @@ def show(result: Mapping[str, Any], *tables: Sequence[tuple[str, ...]]) -> None:
     if click.get_current_context().meta["json"]:
         click.echo(json.dumps(result, indent=2))
         return
-    for place, rows in enumerate(filter(None, tables or [rows_of(result)])):
+    for place, rows in enumerate(filter(None, tables or [field_rows(result)])):
         if place:
             click.echo()
         # Not rich's tables: they cut or wrap cells where the output is piped.
@@ -53,24 +57,46 @@ def show(result: Mapping[str, Any], *tables: Sequence[tuple[str, ...]]) -> None:
             click.echo(printable("  ".join(cells).rstrip()))
 
 
+def show_answers(answers: Mapping[str, Any]) -> None:
+    """Print how some answers begin, before and after, side by side; nothing with --json."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if click.get_current_context().meta["json"] or not any(answers.values()):
+        return
+    # Wrapped, never cut; as wide on every terminal, and in a file.
+    console = Console(file=sys.stdout, width=COLUMNS)
+    for kind, title in (("harmful", "Harmful requests"), ("benign", "Harmless requests")):
+        table = Table(title=title, title_justify="left", show_lines=True, expand=True)
+        for heading in ("request", "before", "after"):
+            table.add_column(heading, ratio=1, overflow="fold")
+        for sample in answers[kind]:
+            cells = [sample["request"]]
+            cells += [
+                f"[{sample[s]['verdict']}] {sample[s]['answer']}" for s in ("before", "after")
+            ]
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+        if answers[kind]:
+            console.print(table)
+
+
+def draw(plot: Callable[..., None], *arguments: Any) -> None:
+    """Draw a picture of a finished job, or say why there is none."""
+    try:
+        plot(*arguments)
+    except ReportError as missing:  # the picture's library is an extra; the job is done without
+        click.echo(f"No {arguments[-1].name}: {missing}", err=True)
+
+
 def printable(text: str) -> str:
     """Spell out what would move the cursor: names and paths may be a stranger's."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def rows_of(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Lay out a flat result, with its sizes made readable."""
-    from safeweights_peft.tables import size_text
-
-    return [
-        (name.removesuffix("_bytes"), size_text(value) if name.endswith("_bytes") else str(value))
-        for name, value in result.items()
-    ]
-
-
-def merge_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+def merge_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Lay out a merge or its plan: a line for each patch, and for every two that overlap."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (f"patch {number}", f"{patch['adapter']} at scale {patch['scale']:g}")
         for number, patch in enumerate(result.get("patches", ()), 1)
     ]
@@ -79,14 +105,13 @@ def merge_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         shared[overlap["left"], overlap["right"]] += overlap["entries"]
     rows += [("overlap", f"{n:,} entries of {a} and {b}") for (a, b), n in shared.items()]
     others = ("patches", "overlap", "was_merged")
-    return rows + rows_of({k: v for k, v in result.items() if k not in others})
+    return rows + field_rows({k: v for k, v in result.items() if k not in others})
 
 
 def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:
     """Print what the steps of a job will need."""
     from safeweights_peft.jobs.estimate import estimate
     from safeweights_peft.jobs.job import Job
-    from safeweights_peft.tables import size_text
 
     needs = estimate(Job(base, compute), **steps)
     rows = [
@@ -100,13 +125,12 @@ def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:
 def show_adapter(content: dict[str, Any], path: Path) -> None:
     """Print what an adapter's headers say."""
     from safeweights_peft.patch.records import Mode
-    from safeweights_peft.tables import size_text
 
-    content_id = content["content_id"] or "not in the headers; `safeweights verify` computes it"
+    unknown = "not in the headers; `safeweights verify` computes it"
     rows = [
         ("path", str(path)),
         ("kind", f"{Mode(content['mode']).artifact}, format {content['format_version']}"),
-        ("content id", content_id),
+        ("content id", short_digest(content["content_id"] or unknown)),
         ("base", str(content["base_model_name_or_path"])),
         ("revision", str(content["revision"])),
         ("parameters", str(content["parameters"])),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,20 @@ from typing import Any
 from safeweights_peft.errors import DataError
 from safeweights_peft.files import check_apart, check_new, lock, read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
-from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
+from safeweights_peft.jobs.evaluate import RATES, Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job, once
 from safeweights_peft.jobs.record import record_run
 from safeweights_peft.jobs.score import check_base, read_inputs, requests_of, score
+from safeweights_peft.jobs.sweep import describe, measure_scales, pick_scale
 from safeweights_peft.jobs.train import read_requests, train
+from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import find_outcome
 from safeweights_peft.settings import RunSettings, flatten, to_json
 
-_RESULTS = ("before.json", "map", "patch", "after.json", REPRODUCE, "result.json")
+SAMPLES = 5  # answers of each kind that a result shows
+_RESULTS = ("before.json", "map", "patch", "after.json", "sweep.json", REPRODUCE, "result.json")
 # What depends on the settings of one job alone; all results do on the others.
 _MADE_WITH = {
     "score": _RESULTS[1:],
@@ -29,29 +32,45 @@ _MADE_WITH = {
 }
 
 
-def enhance(settings: RunSettings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Make a model safer, and measure what that does; resume a run with the same settings."""
+def enhance(
+    settings: RunSettings,
+    out: Path,
+    progress: Progress | None = None,
+    max_asr: float | None = None,
+) -> dict[str, Any]:
+    """Make a model safer, and measure what that does; resume a run with the same settings.
+
+    With `max_asr` the patch stays as it was trained, and the result names the smallest scale at
+    which the ASR is at most that.
+    """
     # Each step leaves its result in the run's directory, and is not run again if that is there.
     job = Job(settings.base, settings.compute, progress)
-    evaluator = Evaluator(job, settings.evaluate)
-    _check(job, evaluator, settings, out)
+    evaluator = Evaluator(job, settings.evaluate, samples=SAMPLES)
+    results = ("result.json", *(["sweep.json"] if max_asr is not None else []))
+    _check(job, evaluator, settings, out, results)
     with lock(out, DataError):
-        return _run(job, evaluator, settings, out)
+        return _run(job, evaluator, settings, out, max_asr)
 
 
-def _run(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> dict[str, Any]:
+def _run(
+    job: Job, evaluator: Evaluator, settings: RunSettings, out: Path, max_asr: float | None
+) -> dict[str, Any]:
     _claim(out, settings, job)
-    note = job.progress.note
-    note("[1/4] Evaluate the base")
+    stages = iter(range(1, 6))
+
+    def note(text: str) -> None:
+        job.progress.note(f"[{next(stages)}/{4 if max_asr is None else 5}] {text}")
+
+    note("Evaluate the base")
     before = once(out / "before.json", evaluator.evaluate)
     map_dir, patch_dir = out / "map", out / "patch"
-    note("[2/4] Score its weights")
+    note("Score its weights")
     if not map_dir.exists():
         score(job, map_dir, settings.score)
-    note("[3/4] Train the selected weights")
+    note("Train the selected weights")
     if not patch_dir.exists():
         train(job, map_dir, patch_dir, settings.train)
-    note("[4/4] Evaluate the patched model")
+    note("Evaluate the patched model")
     patch = read_patch(patch_dir)
     content_id = patch.metadata.content_id
     after = once(out / "after.json", lambda: evaluator.evaluate(patch_dir, patch))
@@ -61,7 +80,14 @@ def _run(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> di
         out / REPRODUCE, lambda: asdict(record_run(settings, job, patch.metadata, **figures))
     )
     _check_content(recorded, content_id, out / REPRODUCE)
-    content = inspect(patch_dir)
+    content, chosen, swept = inspect(patch_dir), figures["after"], None
+    if max_asr is not None:
+        note("Evaluate the patch at other scales")
+        swept = once(out / "sweep.json", lambda: _sweep(evaluator, patch_dir, patch, **figures))
+        _check_content(swept, content_id, out / "sweep.json")
+        scale = pick_scale(swept["rows"], max_asr, None)
+        chosen = next((row for row in swept["rows"] if row["scale"] == scale), chosen)
+        swept = {"max_asr": max_asr, "scale": scale, "rows": swept["rows"]}
     result = {
         "kind": "enhancement",
         "base": before["base"],
@@ -73,18 +99,55 @@ def _run(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> di
             "size_bytes": content["size_bytes"],
         },
         **figures,
-        "outcome": find_outcome(**figures)._asdict(),
+        "sweep": swept,
+        "outcome": find_outcome(figures["before"], chosen)._asdict(),
+        "answers": _pair_samples(before, after),
         "settings": to_json(settings),
     }
     write_json(out / "result.json", result)
     return result
 
 
-def _check(job: Job, evaluator: Evaluator, settings: RunSettings, out: Path) -> None:
+def _sweep(
+    evaluator: Evaluator,
+    patch_dir: Path,
+    patch: StoredPatch,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure a run's patch at the scales at which it hasn't been measured."""
+    job, named = evaluator.job, str(patch_dir)
+    record = job.record("sweep", patch, evaluator.settings, adapter=named, **describe(evaluator))
+    with job.work(patch_dir.with_name("sweep.json"), record) as work_dir:
+        rows = measure_scales(evaluator, patch_dir, patch, work_dir, {0.0: before, 1.0: after})
+    return {**record, "rows": rows}
+
+
+def _pair_samples(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Set the samples of both evaluations side by side."""
+
+    def show(sample: Mapping[str, str]) -> dict[str, str]:
+        return {"verdict": sample["verdict"], "answer": sample["answer"]}
+
+    return {
+        kind: [
+            {"request": was["request"], "before": show(was), "after": show(now)}
+            # A run of an earlier version may lack those before.
+            for was, now in zip(*(stage[kind].get("samples", ()) for stage in (before, after)))  # noqa: B905
+        ]
+        for kind in RATES
+    }
+
+
+def _check(
+    job: Job, evaluator: Evaluator, settings: RunSettings, out: Path, results: Sequence[str]
+) -> None:
     """Refuse now what a step would refuse hours later."""
     inputs, (harmful, benign) = read_inputs(settings.score), read_requests(settings.train)
     _compare(out, settings)
-    if (out / "result.json").exists():  # a finished run is shown again even where its base is gone
+    if all(
+        (out / name).exists() for name in results
+    ):  # a finished run is shown again even where its base is gone
         return
     places = {f"the judge {judge.name}": judge.path for judge in inputs.judges}
     check_apart(out, {"the base": job.base.path, **places}, DataError)

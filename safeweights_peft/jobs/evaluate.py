@@ -42,6 +42,9 @@ from safeweights_peft.settings import EvaluateSettings
 SHOWN_CHARACTERS = 40
 """Results show this much of a request."""
 
+SAMPLE_CHARACTERS = {"harmful": 60, "benign": 120}
+"""Samples show this much of an answer: of one that may harm, how it begins."""
+
 TASK_TOKENS = 256
 """Answers whose loss is measured are cut after this many tokens."""
 
@@ -79,9 +82,14 @@ class Evaluator:
     """Puts the same requests to a base and to patched models, and judges the answers."""
 
     def __init__(
-        self, job: Job, settings: EvaluateSettings, judges: Sequence[AnyJudge] = ()
+        self,
+        job: Job,
+        settings: EvaluateSettings,
+        judges: Sequence[AnyJudge] = (),
+        samples: int = 0,  # answers of each kind whose beginnings stay in the result
     ) -> None:
         """Read the requests and what is said of judges, before any file of a model."""
+        self._samples = samples
         self.job, self.settings = job, settings
         self.harmful = read_rows(settings.harmful)[: settings.limit]
         self.benign = read_rows(settings.benign)[: settings.limit]
@@ -256,6 +264,7 @@ class Evaluator:
                 for is_cut, verdict, text in zip(cut, decisive, texts, strict=True)
             ),
             "requests": requests,
+            **({"samples": self._sample(kind, texts, requests)} if self._samples else {}),
             rate.__name__: asdict(rate(decisive)),
             "categories": categories,
             "judges": {
@@ -264,6 +273,22 @@ class Evaluator:
             },
             "agreement": compare_judges(verdicts),
         }
+
+    def _sample(
+        self, kind: str, texts: Sequence[str], requests: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, str]]:
+        """Take the beginnings of answers from all over the requests."""
+        count = min(self._samples, len(texts))
+        places = [len(texts) * number // count for number in range(count)]
+        return [
+            {
+                "request": requests[place]["request"],
+                "verdict": requests[place]["verdict"],
+                # Called so, it is left out where results are pushed.
+                "answer": shorten(texts[place], SAMPLE_CHARACTERS[kind]),
+            }
+            for place in places
+        ]
 
     def _measure_task(self, model: PreTrainedModel) -> dict[str, Any]:
         tokenizer = self.job.tokenizer
@@ -298,7 +323,7 @@ def pick_figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shorten(request: str) -> str:
-    """Shorten a request for results and logs."""
-    line = " ".join(request.split())
-    return line if len(line) <= SHOWN_CHARACTERS else line[: SHOWN_CHARACTERS - 1] + "…"
+def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
+    """Shorten a request or an answer for results and logs."""
+    line = " ".join(text.split())
+    return line if len(line) <= characters else line[: characters - 1] + "…"

@@ -50,7 +50,7 @@ from safeweights_peft.modeling.loading import (
 )
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
-from safeweights_peft.progress import Advance, Progress, Quiet
+from safeweights_peft.progress import Advance, Joined, Progress, Quiet
 from safeweights_peft.settings import ComputeSettings, Settings, to_json
 from safeweights_peft.tables import size_text
 
@@ -240,6 +240,24 @@ class Job:
                 done = step
 
             yield reach
+
+    @contextmanager
+    def joined(self, description: str, total: int) -> Iterator[Advance]:
+        """Show all tasks within as one; what it yields takes the units that must be reached."""
+        progress, reached = self.progress, 0
+        with progress.task(description, total) as advance:
+
+            def count(done: int, /, **figures: float) -> None:
+                nonlocal reached
+                done = min(done, total - reached)
+                reached += done
+                advance(done, **figures)
+
+            self.progress = Joined(count)
+            try:
+                yield lambda units, /, **figures: count(max(units - reached, 0), **figures)
+            finally:
+                self.progress = progress
 
     def record(
         self,

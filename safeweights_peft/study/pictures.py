@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from safeweights_peft.errors import ReportError
-from safeweights_peft.tables import Cells, grid, name_row
+from safeweights_peft.tables import Cells, grid, name_row, size_text
 
 DOTS_PER_INCH = 120
 MAX_INCHES = 16
@@ -32,7 +32,8 @@ def check_installed(*packages: str) -> None:
 
 def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: Path) -> None:
     """Draw a run: rates before and after with their intervals, and the losses over the steps."""
-    figure = _make_figure(9, 3.6)
+    figure = _make_figure(9, 3.9)
+    figure.suptitle(_title(result))
     bars, curves = figure.subplots(1, 2)
     for offset, stage, colour in ((-0.2, "before", ALL), (0.2, "after", SELECTED)):
         rates = [result[stage][key] for key in ("attack_success_rate", "over_refusal_rate")]
@@ -43,13 +44,44 @@ def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: P
     for key, label in (("refusal", "refusal term"), ("retain", "retain term (KL)")):
         curves.plot(steps, [max(loss[key], 1e-6) for loss in losses], label=label)
     curves.set(xlabel="step", ylabel="nats per token", yscale="log", ylim=(1e-3, None))
-    curves.legend()
+    if losses:
+        curves.legend()
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def plot_sweep(result: Mapping[str, Any], path: Path) -> None:
+    """Draw a sweep: ASR and over-refusal by scale with their intervals, and KL by scale."""
+    figure, rows = _make_figure(9, 3.9), result["rows"]
+    figure.suptitle(f"{_name(result)}, one patch at several scales")
+    rates, costs = figure.subplots(1, 2)
+    scales = [row["scale"] for row in rows]
+    for key, label, colour, limit, above in (
+        ("attack_success_rate", "ASR", "tab:red", "max_asr", True),
+        ("over_refusal_rate", "over-refusal", "tab:blue", "max_over_refusal", False),
+    ):
+        ends = [[row[key][end] for row in rows] for end in ("rate", "low", "high")]
+        rates.plot(scales, ends[0], color=colour, marker="o", label=label)
+        rates.fill_between(scales, ends[1], ends[2], color=colour, alpha=0.15, linewidth=0)
+        for scale, rate in zip(scales, ends[0], strict=True):
+            place = {"textcoords": "offset points", "xytext": (0, 6 if above else -13)}
+            rates.annotate(f"{rate:.0%}", (scale, rate), ha="center", fontsize=8, **place)
+        if result.get(limit) is not None:
+            rates.axhline(result[limit], color=colour, linestyle=":")
+    costs.plot(scales, [row["kl"] for row in rows], color="tab:purple", marker="o")
+    for axes in (rates, costs):
+        axes.set_xticks(scales)
+        axes.set(xlabel="scale")
+        if result["scale"] is not None:
+            axes.axvline(result["scale"], color="0.5", linestyle="--", zorder=0)
+    rates.set(ylim=(-0.12, 1.12), ylabel="rate, with 95 % interval")
+    costs.set(ylim=(0, None), ylabel="KL to the base, nats per token")
+    rates.legend()
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
 def plot_probe(result: Mapping[str, Any], path: Path) -> None:
     """Draw a probe: ASR and over-refusal of each row, with their intervals."""
-    figure, rows = _make_figure(9, 3.6), result["rows"]
+    figure, rows = _make_figure(9, 3.9), result["rows"]
     axes = figure.subplots()
     for offset, key, label, colour in (
         (-0.2, "attack_success_rate", "ASR", "tab:red"),
@@ -88,6 +120,17 @@ def _make_figure(width: float, height: float) -> Any:
     return Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), layout="constrained")
 
 
+def _name(result: Mapping[str, Any]) -> str:
+    """Name a result's base without its place, as pictures are shared."""
+    return result["base"]["name"].rstrip("/").rpartition("/")[2]
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    patch = result["patch"]
+    share = f"{patch['entries']:,} weights ({patch['share_of_weights']:.2%})"
+    return f"{_name(result)}, patch of {share}, {size_text(patch['size_bytes'])}"
+
+
 def _draw_rates(
     axes: Any, offset: float, rates: Sequence[Mapping[str, Any]], label: str, colour: str
 ) -> None:
@@ -99,7 +142,9 @@ def _draw_rates(
     heights = [rate["rate"] for rate in rates]
     places = [tick + offset for tick in range(len(rates))]
     axes.bar(places, heights, 0.4, yerr=errors, capsize=3, color=colour, label=label)
-    axes.set(ylim=(0, 1), ylabel="rate, with 95 % interval")
+    for place, rate in zip(places, rates, strict=True):
+        axes.text(place, rate["high"] + 0.02, f"{rate['rate']:.0%}", ha="center", fontsize=8)
+    axes.set(ylim=(0, 1.12), ylabel="rate, with 95 % interval")
 
 
 def _draw_heatmap(cells: Cells, key: str, title: str, path: Path) -> None:

@@ -22,7 +22,6 @@ from safeweights_peft.merging.gather import check_safety
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
-from safeweights_peft.progress import Joined
 from safeweights_peft.rates import Rate, wilson
 from safeweights_peft.selection.scores import SCORES, check_left, score_entries
 from safeweights_peft.selection.topk import Order, select
@@ -142,20 +141,14 @@ def _measure_draws(
     base = once(work_dir / "base.json", lambda: _pick(evaluator.measure()))
     draws: Draws = {(None, "base"): [base]}
     job, length = evaluator.job, evaluator.count_units()
-    progress = job.progress
-    with progress.task("Ask perturbed models", length * len(trials)) as advance:
-        job.progress = Joined(advance)
-        try:
-            for perturbation, selection, draw in trials:
-                path = work_dir / f"{perturbation}-{selection}-{draw}.json"
-                if path.exists():
-                    advance(length)
-                measure = partial(
-                    _measure, evaluator, selections, settings, perturbation, selection, draw
-                )
-                draws.setdefault((perturbation, selection), []).append(once(path, measure))
-        finally:
-            job.progress = progress
+    with job.joined("Ask perturbed models", length * len(trials)) as reach:
+        for number, (perturbation, selection, draw) in enumerate(trials, 1):
+            path = work_dir / f"{perturbation}-{selection}-{draw}.json"
+            measure = partial(
+                _measure, evaluator, selections, settings, perturbation, selection, draw
+            )
+            draws.setdefault((perturbation, selection), []).append(once(path, measure))
+            reach(number * length)
     return draws
 
 

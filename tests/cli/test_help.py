@@ -10,7 +10,7 @@ COMMANDS = sorted(main.commands)
 ENHANCE = [
     *("--harmful", "--benign", "--eval-harmful", "--eval-benign", "--limit"),
     *("--density", "--steps", "--lr", "--seed", "--judge", "--device", "--dtype", "--revision"),
-    *("--out", "--settings", "--dry-run", "--json"),
+    *("--out", "--max-asr", "--settings", "--dry-run", "--json"),
 ]
 
 
@@ -39,7 +39,7 @@ def test_the_commands_are_listed_by_what_they_are_for() -> None:
         "Use": ["merge", "unmerge", "convert", "export", "diff"],
         "Fine-tune safely": ["preserve", "protect"],
         "Share": ["push", "pull", "list"],
-        "Look": ["inspect", "report", "compare", "probe"],
+        "Look": ["inspect", "report", "compare", "probe", "sweep"],
         "Trust": ["verify", "sign", "verify-signature", "reproduce"],
     }
     headings = [line.rstrip(":") for line in lines_of() if line.endswith(":") and line[0] != " "]

@@ -44,8 +44,10 @@ def test_enhance_prints_a_table_without_json(run: Run) -> None:
     called = call("enhance", run.base, *run.options)
     lines = called.stdout.splitlines()
     assert lines[0].split() == ["before", "after"]
-    assert lines[1].startswith("ASR, harmful requests")
-    assert "100.0 %" in lines[1]
+    assert lines[1].startswith("ASR, 3 harmful")
+    assert "100 %" in lines[1]
+    assert "Harmful requests" in called.stdout
+    assert max(map(len, lines)) <= 80
 
 
 def test_enhance_tells_on_stderr_how_to_use_the_patch(run: Run) -> None:
@@ -170,11 +172,11 @@ def test_protect_prints_what_it_put_back_and_what_that_did(
     assert titles == [
         "path",
         "weights put back",
-        "ASR, harmful requests",
-        "over-refusal, benign requests",
+        "ASR, 3 harmful",
+        "over-refusal, 3 harmless",
         "invalid answers",
-        "cut before their first sentence ended",
-        "loss on the task (nats/token)",
+        "cut before a sentence ended",
+        "loss on the task, nats/token",
     ]
 
 
@@ -201,7 +203,7 @@ def test_preserve_measures_before_and_after_where_a_judge_is_named(
     lines = called.stdout.splitlines()
     assert lines[5:7] == ["", lines[6]]
     assert lines[6].split() == ["before", "after"]
-    assert lines[7].startswith("ASR, harmful requests")
+    assert lines[7].startswith("ASR, 2 harmful")
     record = json.loads((tmp_path / "model" / "preserving.json").read_text())
     assert record["before"]["attack_success_rate"]["n"] == 2
 
@@ -287,6 +289,7 @@ def test_eval_measures_what_enhance_measured(run: Run, options: dict[str, list[s
     called = call("eval", run.base, "--adapter", run.out / "patch", *options["eval"], "--json")
     again, after = json.loads(called.stdout), json.loads((run.out / "after.json").read_text())
     for part in ("harmful", "benign", "utility"):
+        after[part].pop("samples", None)
         assert again[part] == after[part]
 
 
@@ -314,7 +317,7 @@ def test_report_prints_components_and_layers_without_json(run: Run, tmp_path: Pa
     lines = call("report", run.out / "map", *named).stdout.splitlines()
     assert [line.split("  ")[0] for line in (lines[0], lines[12])] == ["component", "layer"]
     assert {"q", "k", "v", "o", "gate", "up", "down"} < {line.split()[0] for line in lines[1:11]}
-    assert {"0", "1", "outside"} == {line.split()[0] for line in lines[13:]}
+    assert {"0", "1"} == {line.split()[0] for line in lines[13:]}
 
 
 def test_compare_prints_its_result_as_json(run: Run) -> None:
@@ -351,9 +354,10 @@ def test_diff_prints_what_is_lost_without_json(run: Run, tmp_path: Path) -> None
     call("merge", run.base, run.out / "patch", "--out", tmp_path / "tuned")
     options = ["--density", "0.001", "--map", run.out / "map", "--out", tmp_path / "patch"]
     lines = call("diff", run.base, tmp_path / "tuned", *options).stdout.splitlines()
-    figures = dict(line.split(maxsplit=1) for line in lines)
-    assert int(figures["lost_entries"]) > 0
-    assert 0 < float(figures["lost_share"]) < 1
+    figures = dict(line.split("  ", maxsplit=1) for line in lines)
+    assert int(figures["changes that are lost"].replace(",", "")) > 0
+    assert 0 < float(figures["of all change lost"].strip(" %")) < 100
+    assert max(map(len, (line.replace(str(tmp_path), "") for line in lines))) < 80
 
 
 def test_export_prints_what_it_wrote(run: Run, tmp_path: Path) -> None:
@@ -363,8 +367,8 @@ def test_export_prints_what_it_wrote(run: Run, tmp_path: Path) -> None:
     assert record["out_dir"] == str(tmp_path / "json")
     assert len(list((tmp_path / "json").iterdir())) == 2
     lines = call(*job, "--out", tmp_path / "table").stdout.splitlines()
-    figures = dict(line.split(maxsplit=1) for line in lines)
-    assert figures["stored_entries"] == str(record["stored_entries"])
+    figures = dict(line.split("  ", maxsplit=1) for line in lines)
+    assert figures["weights with padding"].strip() == f"{record['stored_entries']:,}"
 
 
 @pytest.mark.parametrize("kind", ["map", "patch"])
@@ -378,7 +382,9 @@ def test_inspect_prints_a_table_without_json(kind: str, name: str, run: Run) -> 
     called = call("inspect", run.out / kind)
     assert f"{name}, format 1" in called.stdout
     assert str(run.base) in called.stdout
-    assert read_artifact(run.out / kind).metadata.content_id in called.stdout
+    content_id = read_artifact(run.out / kind).metadata.content_id
+    assert content_id.removeprefix("sha256:")[:12] in called.stdout
+    assert content_id not in called.stdout  # it would fill the line
 
 
 @pytest.mark.parametrize(
@@ -413,7 +419,7 @@ def test_a_dry_run_prints_a_table_without_json(
         *(command, run.base, *inputs, "--out", tmp_path / "out", *options.get(command, [])),
         "--dry-run",
     )
-    assert called.stdout.splitlines()[1].startswith(("memory", "entries"))
+    assert called.stdout.splitlines()[1].startswith(("memory", "weights"))
 
 
 def test_a_process_prints_json_on_stdout_and_progress_on_stderr_and_nothing_else(
@@ -440,3 +446,34 @@ def test_a_merge_shows_its_bar_from_when_it_copies(run: Run, tmp_path: Path) -> 
     refused = call("merge", run.base, run.out / "patch", *out)
     assert refused.exit_code == 1
     assert "Merge" not in refused.stderr
+
+
+def test_sweep_prints_a_row_for_each_scale_and_the_one_that_is_safe_enough(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    job = ["sweep", run.base, run.out / "patch", *options["eval"]]
+    called = call(*job, "--out", tmp_path / "out", "--max-asr", "1")
+    assert called.exit_code == 0, called.output
+    lines = called.stdout.splitlines()
+    assert lines[0].split("  ")[0] == "scale"
+    assert [line.split()[0] for line in lines[1:]] == "0 0.25 0.5 0.75 1 1.25 1.5".split()
+    assert max(map(len, lines)) < 80
+    assert f"{run.out / 'patch'}@0 meets --max-asr 1." in called.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "sweep.png"}
+
+
+def test_sweep_and_enhance_exit_with_3_if_no_scale_is_safe_enough(
+    run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    job = ["sweep", run.base, run.out / "patch", *options["eval"], "--out", tmp_path / "out"]
+    called = call(*job, "--max-asr", "0", "--max-over-refusal", "0")
+    assert called.exit_code == 3
+    assert "No scale meets --max-asr 0 and --max-over-refusal 0." in called.stderr
+    out = shutil.copytree(run.out, tmp_path / "run")
+    named = [out if option == str(run.out) else option for option in run.options]
+    called = call("enhance", run.base, *named, "--max-asr", "0")
+    assert called.exit_code == 3, called.output
+    assert "At no scale is the ASR at most --max-asr 0." in called.stderr
+    shown = call("enhance", run.base, *named, "--max-asr", "1")
+    assert f"to be used as {out / 'patch'}@0" in shown.stderr
+    assert f"safeweights merge {run.base} {out / 'patch'}@0 --out merged" in shown.stderr

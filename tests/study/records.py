@@ -12,6 +12,7 @@ def rate(count: int, n: int, low: float, high: float) -> dict[str, Any]:
 
 
 RESULT: dict[str, Any] = {
+    "base": {"name": "someone/tiny", "revision": None},
     "before": {
         "attack_success_rate": rate(97, 100, 0.9155, 0.9897),
         "over_refusal_rate": rate(0, 112, 0.0, 0.0332),
@@ -31,6 +32,16 @@ RESULT: dict[str, Any] = {
         "task_loss": None,
     },
     "patch": {"entries": 1_345_155, "share_of_weights": 0.01, "size_bytes": 8_072_000},
+}
+SWEEP: dict[str, Any] = {
+    "base": {"name": "someone/tiny", "revision": None},
+    "rows": [
+        {"scale": scale, **RESULT["before" if scale < 0.5 else "after"]}
+        for scale in (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    ],
+    "max_asr": 0.05,
+    "max_over_refusal": None,
+    "scale": 0.5,
 }
 LOSSES = [{"step": step, "refusal": 2.0 / step, "retain": 0.0} for step in range(1, 6)]
 

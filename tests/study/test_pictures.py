@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 from safeweights_peft.errors import ReportError
-from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_probe, plot_run
+from safeweights_peft.study.pictures import (
+    check_installed,
+    plot_pattern,
+    plot_probe,
+    plot_run,
+    plot_sweep,
+)
 from safeweights_peft.tables import comparison_rows
-from tests.study.records import LOSSES, PROBE, RESULT, record_of
+from tests.study.records import LOSSES, PROBE, RESULT, SWEEP, record_of
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -30,6 +36,15 @@ def test_a_run_is_drawn_as_a_png_picture(tmp_path: Path) -> None:
 def test_a_run_of_no_steps_is_drawn_too(tmp_path: Path) -> None:
     plot_run(RESULT, [], tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("scale", [0.5, None])
+def test_a_sweep_is_drawn_whether_a_scale_was_picked_or_not(
+    scale: float | None, tmp_path: Path
+) -> None:
+    plot_sweep(SWEEP | {"scale": scale}, tmp_path / "sweep.png")
+    width, height = size_of(tmp_path / "sweep.png")
+    assert width > height > 100
 
 
 def test_drawing_and_writing_leave_the_result_as_it_is(tmp_path: Path) -> None:
