@@ -32,21 +32,32 @@ _map = click.argument(
 
 
 @options.command("report")
-@_map
+@click.argument(
+    "source",
+    metavar="RUN",
+    type=options.ADAPTER,
+    help="Run of `enhance`, or safety map or patch: directory or Hub id.",
+)
 @options.base_of_adapter
 @options.out
 @options.overwrite
-def report_command(map_dir: Path, base: str | None, out: Path, overwrite: bool) -> None:
-    """Show which layers and components MAP selects.
+def report_command(source: Path, base: str | None, out: Path, overwrite: bool) -> None:
+    """Show RUN on one page: result, answers, where its weights are.
 
     OUT gets report.html with tables and pictures, each picture as a file, and all figures in
-    report.json. Only the config of the base is read.
+    report.json. Of a map it shows which layers and components it selects. Only the config of the
+    base is read.
     """
-    from safeweights_peft.study.report import report_map
-    from safeweights_peft.tables import pattern_rows
+    from safeweights_peft.study.report import RESULT, report_map, report_run
+    from safeweights_peft.tables import comparison_rows, pattern_rows
 
-    record = report_map(map_dir, out, base, overwrite=overwrite)
-    output.show(record, *pattern_rows(record))
+    if (source / RESULT).is_file():
+        report = report_run(source, out, base, overwrite=overwrite)
+        output.show(report, comparison_rows(report["result"]), *pattern_rows(report["pattern"]))
+    else:
+        record = report_map(source, out, base, overwrite=overwrite)
+        output.show(record, *pattern_rows(record))
+    click.echo(f"\nOpen {out / 'report.html'} in a browser.", err=True)
 
 
 @options.command("compare")

@@ -97,6 +97,8 @@ def plot_pattern(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Draw where a map's entries lie, and return the pictures by title."""
     layers = [row for row in record["layers"] if row["layer"] is not None]
     level = f"1 = in proportion to all weights, {record['random_enrichment']:.2f} = at random"
+    share = record["selected"] / record["parameters"]
+    whole = f"{_last(record['base'])}, {record['selected']:,} weights ({share:.2%})"
     heatmaps = {"component": ("heatmap", record["cells"]), "expert": ("experts", record["experts"])}
     bars = {"component": ("components", record["components"]), "layer": ("layers", layers)}
     pictures = {}
@@ -104,11 +106,11 @@ def plot_pattern(record: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         if cells:  # only some models have experts
             title = f"Enrichment by layer and {key}"
             pictures[title] = folder / f"{name}.png"
-            _draw_heatmap(cells, key, f"{title}\n({level})", pictures[title])
+            _draw_heatmap(cells, key, f"{whole}\n{title}\n({level})", pictures[title])
     for key, (name, rows) in bars.items():
         title = f"Selected weights against all weights, by {key}"
         pictures[title] = folder / f"{name}.png"
-        _draw_fractions(rows, key, title, pictures[title])
+        _draw_fractions(rows, key, f"{whole}\n{title}", pictures[title])
     return pictures
 
 
@@ -122,7 +124,11 @@ def _make_figure(width: float, height: float) -> Any:
 
 def _name(result: Mapping[str, Any]) -> str:
     """Name a result's base without its place, as pictures are shared."""
-    return result["base"]["name"].rstrip("/").rpartition("/")[2]
+    return _last(result["base"]["name"])
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -152,7 +158,7 @@ def _draw_heatmap(cells: Cells, key: str, title: str, path: Path) -> None:
     values = np.full((len(layers), len(columns)), np.nan)
     for (layer, column), enrichment in enrichments.items():
         values[layers.index(layer), columns.index(column)] = enrichment
-    figure = _make_figure(max(6, 3.5 + 0.55 * len(columns)), 1.5 + 0.24 * len(layers))
+    figure = _make_figure(max(6, 3.5 + 0.55 * len(columns)), max(3.6, 1.8 + 0.24 * len(layers)))
     from matplotlib.colors import TwoSlopeNorm
 
     axes = figure.subplots()
@@ -161,7 +167,7 @@ def _draw_heatmap(cells: Cells, key: str, title: str, path: Path) -> None:
     norm = TwoSlopeNorm(1, 0, highest)
     image = axes.imshow(values, cmap="RdBu_r", norm=norm, aspect="auto")
     marks = [0, 0.5, 1, (1 + highest) / 2, highest]
-    label = "enrichment: share of the selected weights over share of all"
+    label = "enrichment: share of selected\nweights over share of all"
     figure.colorbar(image, label=label, ticks=marks, format="%.1f")
     _mark(axes.set_xticks, columns, rotation=45 if key == "component" else 0)
     _mark(axes.set_yticks, layers)
@@ -181,16 +187,20 @@ def _write_numbers(axes: Any, values: Any, norm: Any) -> None:
 
 
 def _draw_fractions(rows: Cells, key: str, title: str, path: Path) -> None:
-    figure = _make_figure(max(6, 2 + 0.3 * len(rows)), 4)
+    figure = _make_figure(max(6, 2 + 0.8 * min(len(rows), 12)), 4.4)
     axes = figure.subplots()
     for offset, fraction, label, colour in (
         (-0.2, "parameter_share", "share of all weights", ALL),
         (0.2, "selected_share", "share of the selected weights", SELECTED),
     ):
         heights = [row[fraction] for row in rows]
-        axes.bar([i + offset for i in range(len(rows))], heights, 0.4, color=colour, label=label)
+        places = [i + offset for i in range(len(rows))]
+        bars = axes.bar(places, heights, 0.4, color=colour, label=label)
+        if len(rows) <= MAX_NUMBERED:
+            axes.bar_label(bars, [f"{height:.1%}" for height in heights], fontsize=7, padding=1)
     _mark(axes.set_xticks, [row[key] for row in rows], rotation=45 if key == "component" else 0)
     axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.margins(y=0.1)
     axes.set(xlabel=key, ylabel="share", title=title)
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=DOTS_PER_INCH)

@@ -1,4 +1,4 @@
-"""From a safety map and its base's config to tables, pictures and a page on disk."""
+"""From a run, or a safety map, and its base's config to tables, pictures and a page on disk."""
 
 from __future__ import annotations
 
@@ -6,21 +6,31 @@ import json
 from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from safeweights_peft.errors import ModelError, ReportError
 from safeweights_peft.fetching import find_base
-from safeweights_peft.files import check_apart, check_target, publish, write_json
+from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.train import LOSSES_FILE
 from safeweights_peft.modeling.layout import check_shape, eligible_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.selection.pattern import Part, count_parts, tabulate
-from safeweights_peft.study.pictures import check_installed, plot_pattern
-from safeweights_peft.tables import enriched_first, grid_rows, share_rows
+from safeweights_peft.settings import flatten
+from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_run, plot_sweep
+from safeweights_peft.tables import (
+    comparison_rows,
+    enriched_first,
+    grid_rows,
+    share_rows,
+    sweep_rows,
+)
 
+RESULT = "result.json"  # of a run
 TOP_EXPERTS = 20  # on the page; a model can have thousands
 
 
@@ -28,6 +38,67 @@ def report_map(
     map_dir: Path, out: Path, base: str | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Count a map's entries by layer, component and expert, and write tables and pictures."""
+    report = _find_pattern(map_dir, out, base, overwrite)
+    with publish(out, overwrite, ReportError) as draft:
+        write_json(draft / "report.json", report)
+        _write_page(draft, render_page(report, plot_pattern(report, draft)))
+    return report
+
+
+def report_run(
+    run: Path, out: Path, base: str | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Show a run on one page: what came of it, figures, answers, and where its weights are."""
+    result = read_json(run / RESULT, ReportError)
+    if result.get("kind") != "enhancement":
+        raise ReportError(
+            f"{run / RESULT}: expected the result of `safeweights enhance`, found kind "
+            f"{str(result.get('kind'))[:80]}; give the directory of a run, or a safety map"
+        )
+    if missing := {"answers", "outcome", "sweep"} - result.keys():
+        raise ReportError(
+            f"{run / RESULT}: expected the result of this version, found no "
+            f"{', '.join(sorted(missing))}; call the same `safeweights enhance` once more"
+        )
+    losses = read_json(run / "patch" / LOSSES_FILE, ReportError)["losses"]
+    pattern = _find_pattern(run / "map", out, base, overwrite)
+    check_apart(out, {"the patch": run / "patch"}, ReportError)
+    report = {
+        "kind": "report",
+        "content_id": result["content_id"],
+        "result": result | {"sweep": _find_sweep(run, result)},
+        "pattern": pattern,
+    }
+    with publish(out, overwrite, ReportError) as draft:
+        write_json(draft / "report.json", report)
+        plot_run(result, losses, draft / "result.png")
+        shown = {"Rates before and after, and losses": draft / "result.png"}
+        if swept := report["result"]["sweep"]:
+            plot_sweep({"base": result["base"], **swept}, draft / "sweep.png")
+            shown["The patch at several scales"] = draft / "sweep.png"
+        pictures = plot_pattern(pattern, draft)
+        _write_page(draft, render_page(pattern, pictures, report["result"], shown))
+    return report
+
+
+def _find_sweep(run: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Find a sweep of a run's patch: of the run itself, or put into its directory."""
+    if result.get("sweep"):
+        return dict(result["sweep"])
+    for path in (run / "sweep.json", run / "sweep" / "sweep.json"):
+        swept = read_json(path, ReportError) if path.exists() else {}
+        if swept.get("content_id") == result["content_id"]:
+            return {"max_asr": None, "scale": None, **swept}
+    return None
+
+
+def _write_page(draft: Path, page: str) -> None:
+    # A path that isn't Unicode still makes a page.
+    (draft / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def _find_pattern(map_dir: Path, out: Path, base: str | None, overwrite: bool) -> dict[str, Any]:
+    """Count a map's entries by layer, component and expert, and check where a report goes."""
     check_installed("matplotlib")
     check_target(out, overwrite, ReportError)
     artifact = read_artifact(map_dir)
@@ -45,7 +116,7 @@ def report_map(
     for name, record in artifact.metadata.tensors.items():
         check_shape(name, parameters.get(name), record, hint)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    report = job.record(
+    return job.record(
         "pattern",
         artifact,
         map=str(map_dir),
@@ -55,24 +126,24 @@ def report_map(
         selection=artifact.metadata.selection,
         **_count(count_parts(shapes, eligible, artifact.indices)),
     )
-    with publish(out, overwrite, ReportError) as draft:
-        write_json(draft / "report.json", report)
-        page = render_page(report, plot_pattern(report, draft))
-        # A path that isn't Unicode still makes a page.
-        (draft / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return report
 
 
-def render_page(record: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
-    """Write a report as one HTML page with its pictures inside, without scripts."""
+def render_page(
+    record: Mapping[str, Any],
+    pictures: Mapping[str, Path],
+    result: Mapping[str, Any] | None = None,
+    shown: Mapping[str, Path] = MappingProxyType({}),
+) -> str:
+    """Write a map's pattern, or a run's result with it, as one HTML page, without scripts."""
     facts = {
         record["artifact"]: record["map"],
         "base": record["base"],
         "revision": record["base_revision"],
         "weights": f"{record['parameters']:,}, of which {record['eligible']:,} eligible",
         "selected": f"{record['selected']:,} ({record['selected'] / record['parameters']:.3%})",
-        **{f"selection: {key}": value for key, value in record["selection"].items()},
     }
+    folded = {f"selection: {key}": value for key, value in record["selection"].items()}
+    settings = flatten(result["settings"]) if result else {}
     tables = {
         "Components": share_rows(enriched_first(record["components"]), "component"),
         "Layers": share_rows(enriched_first(record["layers"]), "layer"),
@@ -89,10 +160,19 @@ def render_page(record: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
     )
     return templates.get_template("report.html.jinja").render(
         facts={key: _as_text(value) for key, value in facts.items() if value is not None},
+        folded={key: _as_text(value) for key, value in (folded | settings).items()},
         random=record["random_enrichment"],
-        pictures={title: b64encode(path.read_bytes()).decode() for title, path in pictures.items()},
+        pictures=_embed(pictures),
         tables=tables,
+        result=result,
+        comparison=comparison_rows(result) if result else [],
+        sweep=sweep_rows(result["sweep"]["rows"]) if result and result["sweep"] else [],
+        shown=_embed(shown),
     )
+
+
+def _embed(pictures: Mapping[str, Path]) -> dict[str, str]:
+    return {title: b64encode(path.read_bytes()).decode() for title, path in pictures.items()}
 
 
 def _as_text(value: Any) -> str:

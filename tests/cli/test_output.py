@@ -477,3 +477,15 @@ def test_sweep_and_enhance_exit_with_3_if_no_scale_is_safe_enough(
     shown = call("enhance", run.base, *named, "--max-asr", "1")
     assert f"to be used as {out / 'patch'}@0" in shown.stderr
     assert f"safeweights merge {run.base} {out / 'patch'}@0 --out merged" in shown.stderr
+
+
+def test_report_of_a_run_prints_its_comparison_and_where_its_weights_are(
+    run: Run, tmp_path: Path
+) -> None:
+    called = call("report", run.out, "--base", run.base, "--out", tmp_path / "report")
+    assert called.exit_code == 0, called.output
+    comparison, components, layers = called.stdout.split("\n\n")
+    assert comparison.split()[:2] == ["before", "after"]
+    assert components.startswith("component")
+    assert layers.startswith("layer")
+    assert str(tmp_path / "report" / "report.html") in called.stderr

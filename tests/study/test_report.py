@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from base64 import b64decode
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,16 @@ import torch
 from transformers import AutoModelForCausalLM, JetMoeConfig, PreTrainedModel
 
 from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
+from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.sweep import sweep
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import write_map
-from safeweights_peft.study.report import render_page, report_map
+from safeweights_peft.study.report import render_page, report_map, report_run
 from tests.jobs.conftest import Run
 from tests.study.records import record_of
 from tests.tiny_files import edit_config
-from tests.tiny_jobs import content
+from tests.tiny_jobs import Requests, content
 from tests.tiny_models import COMMON, save_tiny_llama
 from tests.training.maps import UP, load, make_map
 
@@ -204,6 +209,125 @@ def test_a_path_that_is_not_unicode_makes_a_page_all_the_same(
     assert "map&#56575;" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
 
 
+# --- a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def swept(run: Run, requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run with a sweep of its patch put into its directory."""
+    out = shutil.copytree(run.out, tmp_path_factory.mktemp("swept") / "run")
+    sweep(Job(run.base), out / "patch", out / "sweep", requests.evaluate())
+    return run._replace(out=out)
+
+
+def test_a_run_is_one_page_with_what_came_of_it_first(swept: Run, tmp_path: Path) -> None:
+    report = report_run(swept.out, tmp_path / "report")
+    names = DENSE_FILES | {"result.png", "sweep.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == names
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 5
+    order = [
+        *(swept.result["outcome"]["word"].capitalize(), "ASR, 6 harmful", "Rates before and after"),
+        *("The patch at several scales", "answers to harmful", "Answers to harmless"),
+        *("Where the weights are", "Enrichment by layer", "<summary>Settings", "train.steps"),
+    ]
+    places = [html.index(text) for text in order]
+    assert places == sorted(places)
+    page = Page(html)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a"}
+    assert not any("open" in attributes for _, attributes in page.tags)
+    shown = report["result"]["answers"]["harmful"][0]["after"]["answer"]
+    assert shown.split()[0] in unescape(html)
+
+
+def test_a_run_without_a_sweep_has_a_page_too_and_another_patchs_sweep_is_not_its(
+    run: Run, swept: Run, tmp_path: Path
+) -> None:
+    assert report_run(run.out, tmp_path / "report")["result"]["sweep"] is None
+    assert not (tmp_path / "report" / "sweep.png").exists()
+    out = shutil.copytree(swept.out, tmp_path / "run")
+    path = out / "sweep" / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"content_id": "sha256:0"}))
+    assert report_run(out, tmp_path / "other")["result"]["sweep"] is None
+
+
+def test_a_result_of_something_else_is_no_run(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"kind": "probe"}')
+    with pytest.raises(ReportError, match="expected the result of `safeweights enhance`"):
+        report_run(tmp_path, tmp_path / "report")
+    (tmp_path / "result.json").write_text('{"kind": "enhancement", "answers": {}}')
+    with pytest.raises(ReportError, match="found no outcome, sweep; call the same"):
+        report_run(tmp_path, tmp_path / "report")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["run", "map"])
+def test_a_browser_shows_the_page_without_an_error_and_nothing_outside_the_view(
+    kind: str, scheme: str, width: int, swept: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "report"
+    if kind == "run":
+        report_run(swept.out, out)
+    else:
+        report_map(swept.out / "map", out)
+    # The page runs nothing, so a page around it measures it; without its own policy, which
+    # would keep the frame from being read. A frame has the width that a window can't be so narrow.
+    html = (out / "report.html").read_text().replace("<details", "<details open")
+    policy = html[html.index("<meta http-equiv") : html.index("<title>")]
+    (out / "inner.html").write_text(html.replace(policy, ""))
+    (out / "outer.html").write_text(MEASURE.replace("WIDTH", str(width)))
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+        *("--allow-file-access-from-files", "--enable-logging=stderr", "--disable-dev-shm-usage"),
+        *("--virtual-time-budget=10000", f"--user-data-dir={tmp_path / 'profile'}"),
+        *(["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []),
+    ]
+    shown = subprocess.run(
+        [*command, (out / "outer.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    found = json.loads(shown.stdout.split("<pre>")[1].split("</pre>")[0])
+    assert found["scrolled"] <= width
+    assert found["outside"] == []
+    assert found["pictures"] == html.count("<img")
+    assert "CONSOLE" not in shown.stderr
+    assert found["dark"] == (scheme == "dark")
+    direct = subprocess.run(
+        [*command, (out / "report.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in direct.stderr
+
+
+MEASURE = """<!DOCTYPE html><body style="margin: 0">
+<iframe id="page" src="inner.html" style="width: WIDTHpx; height: 2000px; border: 0"></iframe>
+<script>
+const frame = document.getElementById("page")
+frame.onload = () => {
+  const inner = frame.contentDocument, width = inner.documentElement.clientWidth, outside = []
+  for (const element of inner.body.querySelectorAll("*")) {
+    const box = element.getBoundingClientRect()
+    // Wide tables scroll in a box of their own.
+    if (!element.closest(".wide table") && (box.right > width + 1 || box.left < -1))
+      outside.push(element.tagName + " " + box.left + " " + box.right)
+  }
+  const images = [...inner.images], pre = document.createElement("pre")
+  pre.textContent = JSON.stringify({
+    outside, scrolled: inner.documentElement.scrollWidth,
+    pictures: images.filter((image) => image.naturalWidth > 0).length,
+    dark: frame.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches,
+  })
+  document.body.append(pre)
+}
+</script></body>
+"""
+
+
 # --- the base ----------------------------------------------------------------------------------
 
 
@@ -299,7 +423,7 @@ def test_a_base_without_layers_is_refused_by_name(
 # --- the page ----------------------------------------------------------------------------------
 
 EVIL = "<script>alert(1)</script>\"'&{x}"
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
@@ -356,14 +480,16 @@ def test_a_page_loads_nothing_and_runs_nothing(pictures: dict[str, Path]) -> Non
     page = Page(html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "a"}
     names = {name for _, attributes in page.tags for name in attributes}
-    assert names <= {"lang", "charset", "http-equiv", "content", "class", "src", "alt"}
+    assert names <= {
+        *("lang", "charset", "http-equiv", "name", "content", "class", "src", "alt", "open")
+    }
     assert "://" not in html
     assert "url(" not in html
 
 
 def test_a_page_tells_what_was_selected_and_how(pictures: dict[str, Path]) -> None:
     cells = Page(render_page(record_of(2), pictures)).cells
-    facts = dict(zip(cells[::2], cells[1::2], strict=False))
+    facts = dict(pairwise(cells))
     assert facts["safety map"] == "run/map"
     assert facts["base"] == "someone/tiny"
     assert facts["selection: method"] == "esi"
@@ -385,7 +511,7 @@ def test_a_page_lists_the_experts_most_enriched(
     html = render_page(record, pictures)
     assert html.count("experts most enriched") == bool(listed)
     if listed:
-        rows = html.split("experts most enriched")[1].count("<tr>") - 1
+        rows = html.split("experts most enriched")[1].split("</table>")[0].count("<tr>") - 1
         best = max(cell["enrichment"] for cell in record["experts"])
         assert rows == listed
         assert f"<td>{best:.2f}</td></tr>" in html.split("experts most enriched")[1]
