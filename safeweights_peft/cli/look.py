@@ -42,9 +42,9 @@ _map = click.argument(
 @options.out
 @options.overwrite
 def report_command(source: Path, base: str | None, out: Path, overwrite: bool) -> None:
-    """Show RUN on one page: result, answers, where its weights are.
+    """Show RUN, or a safety map, on one page.
 
-    OUT gets report.html with tables and pictures, each picture as a file, and all figures in
+    OUT gets report.html with the result, answers, tables and pictures, each picture as a file, and all figures in
     report.json. Of a map it shows which layers and components it selects. Only the config of the
     base is read.
     """
