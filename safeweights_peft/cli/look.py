@@ -44,9 +44,9 @@ _map = click.argument(
 def report_command(source: Path, base: str | None, out: Path, overwrite: bool) -> None:
     """Show RUN, or a safety map, on one page.
 
-    OUT gets report.html with the result, answers, tables and pictures, each picture as a file, and all figures in
-    report.json. Of a map it shows which layers and components it selects. Only the config of the
-    base is read.
+    OUT gets report.html with the result, answers, tables and pictures, each picture as a file, and
+    all figures in report.json. Of a map it shows which layers and components it selects. Only the
+    config of the base is read.
     """
     from safeweights_peft.study.report import RESULT, report_map, report_run
     from safeweights_peft.tables import comparison_rows, pattern_rows
