@@ -15,6 +15,7 @@ from safeweights_peft.tables import Cells, grid, name_row, size_text
 
 DOTS_PER_INCH = 120
 MAX_INCHES = 16
+STACKED = (5.2, 7.0)  # inches: narrow enough to be read on a phone
 MAX_TICKS = 32
 MAX_NUMBERED = 16  # columns of a heatmap up to which its cells are wide enough for numbers
 ALL, SELECTED = "0.6", "tab:blue"  # colours
@@ -32,9 +33,9 @@ def check_installed(*packages: str) -> None:
 
 def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: Path) -> None:
     """Draw a run: rates before and after with their intervals, and the losses over the steps."""
-    figure = _make_figure(9, 3.9)
-    figure.suptitle(_title(result))
-    bars, curves = figure.subplots(1, 2)
+    figure = _make_figure(*STACKED)
+    figure.suptitle(_title(result), fontsize="medium")
+    bars, curves = figure.subplots(2, 1)
     for offset, stage, colour in ((-0.2, "before", ALL), (0.2, "after", SELECTED)):
         rates = [result[stage][key] for key in ("attack_success_rate", "over_refusal_rate")]
         _draw_rates(bars, offset, rates, stage, colour)
@@ -51,9 +52,9 @@ def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: P
 
 def plot_sweep(result: Mapping[str, Any], path: Path) -> None:
     """Draw a sweep: ASR and over-refusal by scale with their intervals, and KL by scale."""
-    figure, rows = _make_figure(9, 3.9), result["rows"]
-    figure.suptitle(f"{_name(result)}, one patch at several scales")
-    rates, costs = figure.subplots(1, 2)
+    figure, rows = _make_figure(*STACKED), result["rows"]
+    figure.suptitle(f"{_name(result)}\none patch at several scales", fontsize="medium")
+    rates, costs = figure.subplots(2, 1)
     scales = [row["scale"] for row in rows]
     for key, label, colour, limit, above in (
         ("attack_success_rate", "ASR", "tab:red", "max_asr", True),
@@ -134,7 +135,7 @@ def _last(name: str) -> str:
 def _title(result: Mapping[str, Any]) -> str:
     patch = result["patch"]
     share = f"{patch['entries']:,} weights ({patch['share_of_weights']:.2%})"
-    return f"{_name(result)}, patch of {share}, {size_text(patch['size_bytes'])}"
+    return f"{_name(result)}\npatch of {share}, {size_text(patch['size_bytes'])}"
 
 
 def _draw_rates(
