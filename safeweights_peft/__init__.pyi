@@ -1,3 +1,8 @@
+from .api import enhance as enhance
+from .api import evaluate as evaluate
+from .api import score as score
+from .api import sweep as sweep
+from .api import train as train
 from .delta import SparseDelta as SparseDelta
 from .errors import (
     AlreadyMergedError as AlreadyMergedError,
@@ -96,6 +101,21 @@ from .progress import (
 )
 from .progress import (
     RichProgress as RichProgress,
+)
+from .settings import (
+    ComputeSettings as ComputeSettings,
+)
+from .settings import (
+    EvaluateSettings as EvaluateSettings,
+)
+from .settings import (
+    RunSettings as RunSettings,
+)
+from .settings import (
+    ScoreSettings as ScoreSettings,
+)
+from .settings import (
+    TrainSettings as TrainSettings,
 )
 from .signing import sign as sign
 from .signing import verify_signature as verify_signature

@@ -174,7 +174,13 @@ class PreserveMethod(StrEnum):
 
 @dataclass(frozen=True)
 class ComputeSettings(Settings):
-    """Where and in which dtype to compute."""
+    """Where and in which dtype to compute.
+
+    Example:
+        >>> from safeweights_peft import ComputeSettings
+        >>> ComputeSettings(dtype="bfloat16").device is None  # an accelerator if there is one
+        True
+    """
 
     heading = "Compute"
 
@@ -193,6 +199,11 @@ class ScoreSettings(Settings):
 
     Safety is the likelihood of refusals or, with a guard or a classifier, its verdict on the
     model's own answers.
+
+    Example:
+        >>> from safeweights_peft import ScoreSettings
+        >>> ScoreSettings(density=0.005).examples
+        64
     """
 
     heading = "Scoring"
@@ -241,7 +252,13 @@ class ScoreSettings(Settings):
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """How the selected weights are trained (SET)."""
+    """How the selected weights are trained (SET).
+
+    Example:
+        >>> from safeweights_peft import TrainSettings
+        >>> TrainSettings(steps=50).learning_rate
+        0.0005
+    """
 
     heading = "Training"
 
@@ -287,7 +304,13 @@ class PreserveSettings(Settings):
 
 @dataclass(frozen=True)
 class EvaluateSettings(Settings):
-    """What a model is asked, and where its answers are cut."""
+    """What a model is asked, and where its answers are cut.
+
+    Example:
+        >>> from safeweights_peft import EvaluateSettings
+        >>> EvaluateSettings(limit=20).max_new_tokens
+        32
+    """
 
     heading = "Evaluation"
 
@@ -325,9 +348,16 @@ class ProbeSettings(Settings):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All settings of an `enhance` run, as its ``settings.json`` holds them."""
+    """All settings of an `enhance` run, as its ``settings.json`` holds them.
 
-    base: str  # directory or Hub id
+    Example:
+        >>> from pathlib import Path
+        >>> from safeweights_peft import RunSettings
+        >>> RunSettings.read(Path("demo/run/settings.json")).score.density
+        0.1
+    """
+
+    base: str = ""  # directory or Hub id
     score: ScoreSettings = ScoreSettings()
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()

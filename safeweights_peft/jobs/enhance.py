@@ -37,6 +37,7 @@ def enhance(
     out: Path,
     progress: Progress | None = None,
     max_asr: float | None = None,
+    job: Job | None = None,
 ) -> dict[str, Any]:
     """Make a model safer, and measure what that does; resume a run with the same settings.
 
@@ -44,7 +45,7 @@ def enhance(
     which the ASR is at most that.
     """
     # Each step leaves its result in the run's directory, and is not run again if that is there.
-    job = Job(settings.base, settings.compute, progress)
+    job = job or Job(settings.base, settings.compute, progress)
     evaluator = Evaluator(job, settings.evaluate, samples=SAMPLES)
     results = ("result.json", *(["sweep.json"] if max_asr is not None else []))
     _check(job, evaluator, settings, out, results)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ from safeweights_peft.files import (
     sync,
     write_json,
 )
+from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.modeling.loading import (
     build_empty,
@@ -47,7 +49,9 @@ from safeweights_peft.modeling.loading import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    prepare_tokenizer,
 )
+from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.progress import Advance, Joined, Progress, Quiet
@@ -55,6 +59,7 @@ from safeweights_peft.settings import ComputeSettings, Settings, to_json
 from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")
+LOOKED_AT = 64  # entries of each parameter of a base in memory
 
 
 class Job:
@@ -65,19 +70,39 @@ class Job:
 
     def __init__(
         self,
-        base: str | os.PathLike[str] | BaseModel,
+        base: str | os.PathLike[str] | BaseModel | PreTrainedModel,
         compute: ComputeSettings | None = None,
         progress: Progress | None = None,
         adapters: Sequence[Path] = (),  # made for the base, and so recording its commit
+        tokenizer: PreTrainedTokenizerBase | None = None,  # of a base in memory
     ) -> None:
         if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise ModelError(
                 f"WORLD_SIZE: expected a job in one process, found {processes}, which would all do "
                 "the same and write to one place; start it without torchrun, or unset WORLD_SIZE"
             )
-        self._source, self._adapters = base, adapters
+        self._source: Any = base
+        self._adapters = adapters
+        self._lent: PreTrainedModel | None = None  # a base in memory, to be given back as it was
+        if isinstance(base, PreTrainedModel):
+            self._lend(base, tokenizer)
         self.compute = compute or ComputeSettings()
         self.progress: Progress = progress or Quiet()
+
+    def _lend(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Take a base that is loaded already."""
+        if tokenizer is None:
+            raise ModelError(
+                "tokenizer: expected the tokenizer of a model in memory, found none; give it"
+            )
+        if not model.name_or_path:
+            raise ModelError(
+                "base: expected a model that was loaded from a directory or the Hub, where its "
+                "patches will find it, found one without a name; save_pretrained and load it"
+            )
+        self._source, self._lent = model.name_or_path, model
+        self.__dict__.update(model=model, device=model.device, dtype=model.dtype)
+        self.__dict__["tokenizer"] = prepare_tokenizer(tokenizer, model.name_or_path)
 
     @cached_property
     def base(self) -> BaseModel:
@@ -141,10 +166,28 @@ class Job:
             check_target(out, overwrite, error)
             check_apart(out, {"the base": self.base.path, **inputs}, error)
         self.reader.unlisted()  # reads all headers
+        if self._lent is not None:
+            self._check_lent(self._lent)
         self._check_memory()
         for request in requests:
             encode_prompt(self.tokenizer, request)
         encode_rows(self.tokenizer, list(answered), 1)
+
+    def _check_lent(self, model: PreTrainedModel) -> None:
+        """Refuse a model whose weights are not those of the files that results will name."""
+        with torch.no_grad():
+            for name, parameter in eligible_parameters(model).items():
+                count = min(LOOKED_AT, parameter.numel())
+                indices = torch.linspace(0, parameter.numel() - 1, count).long()
+                record = self.layout[name]
+                stored = gather_entries(self.reader, name, record, indices.numpy())
+                held = parameter.flatten()[indices.to(parameter.device)]
+                expected = to_torch(stored).to(held)
+                if not torch.equal(held, expected):
+                    raise ModelError(
+                        f"{name}: expected the weights of {self.base.name}, from where the model "
+                        "was loaded, found others; save it by save_pretrained, and load it again"
+                    )
 
     def _check_memory(self) -> None:
         """Refuse a base whose weights alone don't fit: without swap, the system would kill us."""
@@ -184,8 +227,14 @@ class Job:
     def take_model(self) -> PreTrainedModel:
         """Hand the model over to be changed for good; the next job loads another."""
         model = self.model
-        del self.model
+        if self._lent is None:
+            del self.model
         return model
+
+    def give_back(self, model: PeftModel) -> None:
+        """Take the layers of an adapter out of a base that was in memory before."""
+        if self._lent is not None:
+            model.unload()
 
     def beside(self, model: Path) -> Job:
         """Make a job of the same kind on a model in a directory, which has no revisions."""

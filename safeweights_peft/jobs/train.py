@@ -59,12 +59,15 @@ def train(
     with job.work(out, record) as work_dir:
         benign = job.ask("the base benign", requests, settings.answer_tokens)
         model = create_adapter(job.take_model(), metadata, safety_map.indices)
-        with job.steps("Train", settings.steps) as reach:
-            losses = train_to_refuse(
-                model, job.tokenizer, harmful, benign, settings, work_dir, reach
-            )
-        record["losses"] = [asdict(loss) for loss in losses]
-        _save(model, metadata, out, record, overwrite)
+        try:
+            with job.steps("Train", settings.steps) as reach:
+                losses = train_to_refuse(
+                    model, job.tokenizer, harmful, benign, settings, work_dir, reach
+                )
+            record["losses"] = [asdict(loss) for loss in losses]
+            _save(model, metadata, out, record, overwrite)
+        finally:
+            job.give_back(model)
     return record
 
 

@@ -201,10 +201,15 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
             f"{base.name}: expected a tokenizer, found none ({_first_line(error).rstrip(': ')}); "
             "save it beside the model"
         ) from error
+    return prepare_tokenizer(tokenizer, base.name)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """Make sure that a tokenizer can pad."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
-                f"{base.name}: expected a padding or end token in the tokenizer, found neither; "
+                f"{name}: expected a padding or end token in the tokenizer, found neither; "
                 "set tokenizer.pad_token and save it"
             )
         tokenizer.pad_token = tokenizer.eos_token

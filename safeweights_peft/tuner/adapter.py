@@ -109,10 +109,23 @@ def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas)
     return replace(metadata, tensors=records)
 
 
+def new_deltas(model: nn.Module, config: SafeWeightsConfig) -> dict[str, SparseDelta]:
+    """Describe in a config the patch of zeros that it asks for; none if it asks for no new one."""
+    safety_map, config.safety_map = config.safety_map, None
+    if safety_map is None:
+        return {}
+    metadata, deltas = replace(safety_map.metadata, mode=Mode.SET), {}
+    for name, flat in safety_map.indices.items():
+        zeros = np.zeros(flat.shape, DTYPES[metadata.values_dtype])
+        deltas[name] = SparseDelta(metadata.tensors[name].shape, flat, zeros)
+    config.tensors = describe_deltas(model, metadata, deltas).to_config()["tensors"]
+    return deltas
+
+
 def fill(model: nn.Module, adapter: str, deltas: Deltas) -> None:
     """Put indices and values into an adapter that has room for them."""
     with torch.no_grad():
-        for layer in layers(model, adapter):
+        for layer in layers(model, adapter) if deltas else ():
             delta = deltas[layer.name]
             layer.indices[adapter].copy_(to_torch(delta.indices))
             layer[adapter].copy_(to_torch(delta.values))

@@ -1,14 +1,20 @@
 """The PEFT config of a safety patch: the content of ``adapter_config.json`` as a dataclass."""
 
 import enum
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import InitVar, dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from safeweights_peft.errors import UnsupportedFeatureError, UnsupportedVersionError
+from safeweights_peft.fetching import download
+from safeweights_peft.patch.artifacts import SafetyMap
+from safeweights_peft.patch.io import ADAPTER_FILES, read_map
 from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
+from safeweights_peft.patch.records import Mode
 
 
 class SafeWeightsPeftType(str, enum.Enum):  # noqa: UP042 - PEFT prints "<class>.<name>", not StrEnum's
@@ -21,10 +27,11 @@ class SafeWeightsPeftType(str, enum.Enum):  # noqa: UP042 - PEFT prints "<class>
 class SafeWeightsConfig(PeftConfig):
     """Config of one adapter: the fields of ``patch.metadata.AdapterMetadata``, as PEFT has them.
 
-    Make one with :meth:`from_metadata`, or load it; :func:`~safeweights_peft.create_adapter` does
-    both config and model.
+    With ``map`` it is for ``get_peft_model``, which makes a new patch of the map's entries, all
+    zeros, to be trained. Otherwise load it, or make one with :meth:`from_metadata`.
 
     Attributes:
+        map: Safety map to take the entries from, a directory or Hub id; given once, never stored.
         target_modules: Always None: ``tensors`` names the parameters.
         format_version: Version of the file format.
         format_minor: Which of the additions to that version the file may use.
@@ -41,6 +48,12 @@ class SafeWeightsConfig(PeftConfig):
         >>> config = PeftConfig.from_pretrained("demo/run/patch")
         >>> type(config).__name__, config.mode, config.scale
         ('SafeWeightsConfig', 'set', 1.0)
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained("demo/base")
+        >>> model = get_peft_model(base, safeweights_peft.SafeWeightsConfig(map="demo/run/map"))
+        >>> model.print_trainable_parameters()
+        trainable params: 2,381 || all params: 26,189 || trainable%: 9.0916
     """
 
     target_modules: None = None
@@ -52,13 +65,17 @@ class SafeWeightsConfig(PeftConfig):
     transformers_version: str | None = None
     selection: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
+    map: InitVar[str | os.PathLike[str] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, map: str | os.PathLike[str] | None) -> None:
         """Set the method's name; refuse other versions and PEFT's usual way to target modules."""
         super().__post_init__()
         self.peft_type = SafeWeightsPeftType.SAFEWEIGHTS
         # False while a training saves states to resume from; no field, so never in a file.
         self.is_patch = True
+        self.safety_map: SafetyMap | None = None  # of whose entries a patch is to be made
+        if map is not None:
+            self._take_map(map)
         if self.format_version != FORMAT_VERSION:
             raise UnsupportedVersionError(
                 f"adapter_config.json: format_version: expected {FORMAT_VERSION}, found "
@@ -69,6 +86,17 @@ class SafeWeightsConfig(PeftConfig):
                 "target_modules: expected None, found "
                 f"{str(self.target_modules)[:80]}; name parameters in create_adapter instead"
             )
+
+    def _take_map(self, source: str | os.PathLike[str]) -> None:
+        """Take over the entries of a safety map, and the base that it names."""
+        here = Path(source).is_dir()
+        folder = Path(source) if here else download(str(source), ADAPTER_FILES, "a safety map")
+        self.safety_map = read_map(folder)
+        known = {option.name for option in fields(self)}
+        for key, value in replace(self.safety_map.metadata, mode=Mode.SET).to_config().items():
+            if key in known:
+                setattr(self, key, value)
+        self.task_type, self.inference_mode = TaskType.CAUSAL_LM, False
 
     @classmethod
     def from_metadata(

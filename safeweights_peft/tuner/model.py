@@ -37,7 +37,13 @@ from safeweights_peft.errors import (
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.io import CONFIG_FILE, TENSORS_FILE, inspect
 from safeweights_peft.patch.records import Mode
-from safeweights_peft.tuner.adapter import describe_deltas, fill, stored_tensors, weighted_sum
+from safeweights_peft.tuner.adapter import (
+    describe_deltas,
+    fill,
+    new_deltas,
+    stored_tensors,
+    weighted_sum,
+)
 from safeweights_peft.tuner.beside import Indices
 from safeweights_peft.tuner.config import SafeWeightsConfig, SafeWeightsPeftType
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
@@ -114,11 +120,18 @@ class SafeWeightsModel(BaseTuner):
             self._held_back[adapter_name] = hold_back(model, self.peft_config[adapter_name])
             return
         config = self.peft_config[adapter_name]
+        if not config.tensors:
+            raise ModelError(
+                f"adapter {adapter_name!r}: expected a config that names parameters, found one "
+                "without any; give SafeWeightsConfig(map=DIRECTORY), or load a patch"
+            )
+        deltas = new_deltas(model, config)
         self._incoming = config.to_metadata(CONFIG_FILE)
         check_fit(model, adapter_name, self._incoming)
         self._holders = _find_holders(model, config.tensors)
         self.__dict__["_injected"] = model
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        fill(model, adapter_name, deltas)
         # With a config that is in use already, TRL asks for a copy of that adapter to refer to.
         for other, known in self.peft_config.items():
             if other != adapter_name and known is config:
