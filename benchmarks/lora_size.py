@@ -22,14 +22,8 @@ from peft import PeftModel
 from selection_study import measure, merit
 from transformers import get_cosine_schedule_with_warmup
 
-from safeweights_peft.data import (
-    Example,
-    collate,
-    encode_rows,
-    read_rows,
-    shuffle_endlessly,
-    with_refusals,
-)
+from safeweights_peft.chat import encode_rows
+from safeweights_peft.data import Example, collate, shuffle_endlessly
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
@@ -37,6 +31,7 @@ from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.patch.io import file_bytes
 from safeweights_peft.settings import EvaluateSettings, PreserveSettings, TrainSettings
+from safeweights_peft.sources import read_rows, with_refusals
 from safeweights_peft.tables import rate_text
 from safeweights_peft.training.finetune import add_lora
 from safeweights_peft.training.refuse import compute_losses

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import read_rows
 from safeweights_peft.delta import Array
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
@@ -40,6 +39,7 @@ from safeweights_peft.settings import (
     PreserveSettings,
     ScoreSettings,
 )
+from safeweights_peft.sources import read_rows
 from safeweights_peft.tables import rate_text
 
 # What is frozen: the map of --map, or one selected in BASE.

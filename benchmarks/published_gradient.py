@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Batching, Example, Layout, collate, read_rows
+from safeweights_peft.data import Batching, Example, Layout, collate
 from safeweights_peft.evaluation.generate import find_end_tokens, generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.answers import answer_logits
@@ -32,6 +32,7 @@ from safeweights_peft.selection.scores import SCORES, score_entries, sum_gradien
 from safeweights_peft.selection.soft_judges import CHUNK, GuardJudge
 from safeweights_peft.selection.topk import select
 from safeweights_peft.settings import Method
+from safeweights_peft.sources import read_rows
 
 SATURATED = -17.0  # logit of all tokens but the answer's own, which have 0
 TEMPERATURE = 0.3

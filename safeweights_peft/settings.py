@@ -21,6 +21,9 @@ from safeweights_peft.errors import SettingsError
 
 Kind = TypeVar("Kind")
 
+SOURCES = "builtin:NAME, a file, or a dataset ID[:CONFIG][:SPLIT]; #COLUMN names the column"
+"""What requests may be read from, for help texts."""
+
 
 class Setting(NamedTuple):
     """One setting: what it may be, and how the command line names and explains it."""
@@ -105,8 +108,7 @@ def setting(default: Any, help: str, **option: Any) -> Any:
 
 
 def _requests(default: str | None, help: str, flag: str = "") -> Any:
-    sources = "builtin:NAME, a .json or .jsonl file, or a dataset on the Hub"
-    return setting(default, f"{help}: {sources}.", flag=flag, group="Data")
+    return setting(default, f"{help}: {SOURCES}.", flag=flag, group="Data")
 
 
 def _judge(default: Any, help: str, **option: Any) -> Any:

@@ -195,7 +195,7 @@ def eval_command(
 @click.option(
     "--data",
     required=True,
-    help="Requests with answers to learn: a .json or .jsonl file, or a dataset on the Hub.",
+    help="Requests with answers to learn: a file, or a dataset ID[:CONFIG][:SPLIT].",
 )
 @options.out
 @options.overwrite
@@ -217,7 +217,7 @@ def preserve_command(
     settings, evaluate, compute = options.make_settings(
         values, PreserveSettings, EvaluateSettings, ComputeSettings
     )
-    measure = evaluate if values["judge"] else None
+    measure, data = evaluate if values["judge"] else None, options.name_column(data, values)
     if dry_run:
         return output.show_estimate(base, compute, preserve=settings, evaluate=measure)
     with output.show_progress() as progress:

@@ -115,6 +115,10 @@ def _describe_values(setting: Setting) -> str:
     return f"  [{'; '.join(notes)}]" if notes else ""
 
 
+def _is_source(setting: Setting) -> bool:
+    return setting.group == "Data" and setting.kind is str
+
+
 def settings(
     *jobs: type[Settings], only: str = "", without: str = "", group: str = ""
 ) -> Decorator:
@@ -125,6 +129,8 @@ def settings(
             of_flag.setdefault(setting.flag, setting)  # jobs may share one, such as --seed
     flags = only.split() or [flag for flag in of_flag if flag not in without.split()]
     options = [option(of_flag[flag], group or of_flag[flag].group) for flag in flags]
+    if any(_is_source(of_flag[flag]) for flag in flags):
+        options.append(column)
     # The last is applied first, as decorators are.
     return lambda function: reduce(lambda inner, add: add(inner), reversed(options), function)
 
@@ -138,8 +144,20 @@ def make_settings(values: Mapping[str, Any], *jobs: type[Settings]) -> list[Any]
         names = {item.name: item.flag.strip("-").replace("-", "_") for item in settings_of(job)}
         # None is what was not given; no setting can be set to None by an option.
         changes = {name: values[p] for name, p in names.items() if values.get(p) is not None}
+        if values.get("column"):
+            sources = {item.name for item in settings_of(job) if _is_source(item)}
+            changes |= {
+                name: name_column(changes[name], values) for name in sources & changes.keys()
+            }
         made.append(replace(stored.get(job) or job(), **changes))
     return made
+
+
+def name_column(source: str, values: Mapping[str, Any]) -> str:
+    """Put what `--column` names behind a source that an option gave."""
+    from safeweights_peft.sources import with_column
+
+    return with_column(source, values["column"])
 
 
 def _read_settings(
@@ -193,6 +211,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 NEW = click.Path(path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 
+column = click.option(
+    "--column",
+    cls=_Option,
+    group="Data",
+    help="Column of the requests, in all sources that options name without #COLUMN.  [default: "
+    "the usual ones, such as prompt or goal]",
+)
 base = click.argument("base", help="Model: directory or Hub id.")
 adapter = click.argument(
     "adapter", type=ADAPTER, help="Safety patch or map: directory or Hub id[@REVISION]."

@@ -197,7 +197,7 @@ def verify_signature_command(adapter: Path, key: Path, signature: Path | None) -
     "--data",
     type=options.FILE,
     multiple=True,
-    help="File of requests that RUN read, .json or .jsonl, recognised by content; repeatable.",
+    help="Requests that RUN read: a file, recognised by content; repeatable.",
 )
 @options.out
 @options.dry_run

@@ -8,7 +8,8 @@ from inspect import signature
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Batching, Example, Layout, collate, encode_prompt
+from safeweights_peft.chat import encode_prompt
+from safeweights_peft.data import Batching, Example, Layout, collate
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.modeling.answers import (
     answer_logits,

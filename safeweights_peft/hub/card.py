@@ -23,6 +23,7 @@ from safeweights_peft.hub.results import (
 from safeweights_peft.patch.io import inspect, read_artifact
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Mode
+from safeweights_peft.sources import is_file_name
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 VERSIONS = ("safeweights-peft", "torch", "transformers", "peft", "python")
@@ -95,7 +96,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         names = {source["name"] for source in record["data"].values()}
         return {
             "versions": {name: record["environment"][name] for name in VERSIONS},
-            "data_files": sorted(name for name in names if name.endswith((".json", ".jsonl"))),
+            "data_files": sorted(name for name in names if is_file_name(name)),
         }
     except (KeyError, TypeError, AttributeError) as error:
         raise HubError(

@@ -6,7 +6,6 @@ https://huggingface.co/docs/hub/eval-results (``.eval_results``).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import FIGURES, RESULTS, Base
 from safeweights_peft.rates import Outcome, Rate, find_outcome
 from safeweights_peft.settings import restore
+from safeweights_peft.sources import public_source
 
 REPRODUCE = "reproduce.json"
 """The record of the run, among the results of what it made."""
@@ -173,7 +173,7 @@ def _read(path: Path, content: Mapping[str, Any]) -> Evaluation:
             "base": Base(content["base"]["name"], content["base"]["revision"]),
             "harmful": _pick(settings["harmful"], content["harmful"], "attack_success_rate"),
             "benign": _pick(settings["benign"], content["benign"], "over_refusal_rate"),
-            "task": _hide_folder(settings["task"]) if task else None,
+            "task": public_source(settings["task"]) if task else None,
             "task_digest": task["data_digest"] if task else None,
             "task_loss": task["loss"] if task else None,
             **{key: utility[key] for key in ("kl", "perplexity", "tokens")},
@@ -190,15 +190,11 @@ def _read(path: Path, content: Mapping[str, Any]) -> Evaluation:
 
 def _pick(source: str, part: Mapping[str, Any], rate: str) -> dict[str, Any]:
     return {
-        "source": _hide_folder(source),
+        "source": public_source(source),
         "digest": part["data_digest"],
         "rate": part[rate],
         "invalid": part["invalid"],
     }
-
-
-def _hide_folder(source: str) -> str:
-    return os.path.basename(source) if source.endswith((".json", ".jsonl")) else source
 
 
 def _results(evaluation: Evaluation, repo_id: str) -> list[EvalResult]:

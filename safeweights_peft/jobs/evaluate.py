@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import Example, Row, data_digest, encode_rows, read_rows
+from safeweights_peft.chat import encode_rows
+from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.generate import find_end_tokens
 from safeweights_peft.evaluation.judge_kinds import AnyJudge, check_judges, make_judges
@@ -38,6 +39,7 @@ from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.rates import Rate
 from safeweights_peft.settings import EvaluateSettings
+from safeweights_peft.sources import Row, data_digest, read_rows
 
 SHOWN_CHARACTERS = 40
 """Results show this much of a request."""

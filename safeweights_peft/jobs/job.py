@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safeweights_peft.chat import encode_prompt, encode_rows
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import Example, Row, encode_prompt, encode_rows
+from safeweights_peft.data import Example
 from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
@@ -56,6 +57,7 @@ from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.progress import Advance, Joined, Progress, Quiet
 from safeweights_peft.settings import ComputeSettings, Settings, to_json
+from safeweights_peft.sources import Row
 from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from safeweights_peft.cards import CARD_FILE, render_card
+from safeweights_peft.chat import encode_rows
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
-from safeweights_peft.data import Row, data_digest, encode_rows, read_rows
 from safeweights_peft.errors import CheckpointError, ModelError, SettingsError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.correction import correct, write_corrected
@@ -25,6 +25,7 @@ from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.settings import EvaluateSettings, PreserveMethod, PreserveSettings
+from safeweights_peft.sources import Row, data_digest, read_rows
 from safeweights_peft.training.finetune import add_lora, find_linear, fine_tune
 
 RECORD_FILE = "preserving.json"

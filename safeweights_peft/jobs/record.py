@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from safeweights_peft.data import source_digest
 from safeweights_peft.errors import DataError
 from safeweights_peft.evaluation.judge_kinds import find_model, name_judge
 from safeweights_peft.fetching import MODEL_FILES, BaseModel, public_name, resolve_base
@@ -23,6 +22,7 @@ from safeweights_peft.jobs.job import Job
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.rates import Rate
 from safeweights_peft.settings import RunSettings, restore
+from safeweights_peft.sources import public_source, source_digest
 
 RECORD_KIND = "reproduction"
 # The settings that name requests, by job.
@@ -104,7 +104,7 @@ def record_run(
             key: describe_model(resolve_base(name)) for key, name in judges_of(settings).items()
         },
         data={
-            key: Source(public_name(source), source_digest(source))
+            key: Source(public_source(source), source_digest(source))
             for key, source in sources_of(settings).items()
         },
         settings=without_paths(settings),
@@ -170,7 +170,7 @@ def without_paths(settings: RunSettings) -> RunSettings:
     """Copy settings with names in place of paths."""
     scoring = {f"score.{key}": getattr(settings.score, key) for key in JUDGES}
     paths = sources_of(settings) | {key: name for key, name in scoring.items() if name}
-    named = with_sources(settings, {key: public_name(path) for key, path in paths.items()})
+    named = with_sources(settings, {key: public_source(path) for key, path in paths.items()})
     evaluate = replace(named.evaluate, judge=tuple(map(name_judge, settings.evaluate.judge)))
     return replace(named, base=public_name(settings.base), evaluate=evaluate)
 

@@ -15,14 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from safeweights_peft.data import (
-    Example,
-    Row,
-    data_digest,
-    encode_rows,
-    read_rows,
-    with_refusals,
-)
+from safeweights_peft.chat import encode_rows
+from safeweights_peft.data import Example
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.evaluation.generate import find_end_tokens
@@ -57,6 +51,7 @@ from safeweights_peft.selection.scores import (
 from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, SoftJudge
 from safeweights_peft.selection.topk import Order, Selected, TopK, select
 from safeweights_peft.settings import Aggregation, Method, ScoreSettings
+from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
 
 SAVE_SECONDS = 60  # between saves of the sum of gradients, which is as large as the scored weights
 
@@ -148,7 +143,7 @@ def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
 
 def sample_rows(settings: ScoreSettings) -> list[Row]:
     """Draw the harmful requests to score with."""
-    return _sample(with_refusals(read_rows(settings.harmful)), settings)
+    return _sample(read_refusals(settings.harmful), settings)
 
 
 def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:

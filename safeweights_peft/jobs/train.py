@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.data import Row, data_digest, encode_rows, read_rows, with_refusals
+from safeweights_peft.chat import encode_rows
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.job import Job
@@ -17,6 +17,7 @@ from safeweights_peft.merging.gather import find_state
 from safeweights_peft.patch.io import read_map
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.settings import TrainSettings
+from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
 from safeweights_peft.training.refuse import train_to_refuse
 from safeweights_peft.tuner.adapter import create_adapter, round_values
 
@@ -73,7 +74,7 @@ def train(
 
 def read_requests(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
     """Read the harmful requests, with refusals, and the benign ones."""
-    return with_refusals(read_rows(settings.harmful)), read_rows(settings.benign)
+    return read_refusals(settings.harmful), read_rows(settings.benign)
 
 
 def _save(

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.data import Row, data_digest
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.files import publish, write_json
@@ -32,6 +31,7 @@ from safeweights_peft.settings import (
     ScoreSettings,
     to_json,
 )
+from safeweights_peft.sources import Row, data_digest
 from safeweights_peft.study.perturb import noise, perturb, zeros
 from safeweights_peft.study.pictures import check_installed, plot_probe
 from safeweights_peft.study.specificity import (

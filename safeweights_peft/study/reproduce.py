@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.data import FILE_SUFFIXES, source_digest
 from safeweights_peft.errors import BaseMismatchError, DataError, FormatError, ModelError
 from safeweights_peft.fetching import resolve_base, split_revision
 from safeweights_peft.files import read_json
@@ -27,6 +26,13 @@ from safeweights_peft.jobs.record import (
 from safeweights_peft.patch.io import read_metadata
 from safeweights_peft.progress import Progress
 from safeweights_peft.settings import RunSettings, restore
+from safeweights_peft.sources import (
+    is_file_name,
+    is_missing,
+    parse_source,
+    source_digest,
+    with_column,
+)
 from safeweights_peft.study.compare import compare
 
 STAGES = ("before", "after")
@@ -119,14 +125,15 @@ def _find_data(settings: RunSettings, record: Record, data: Sequence[Path]) -> R
             "ask for a whole record"
         )
     for key, recorded in record.data.items():
-        sources[key] = paths.get(recorded.digest, sources[key])
+        if path := paths.get(recorded.digest):
+            sources[key] = with_column(path, parse_source(sources[key]).column)
         _check_source(key, sources[key], recorded.digest)
     return with_sources(settings, sources)
 
 
 def _check_source(key: str, source: str, digest: str) -> None:
-    is_file = Path(source).suffix in FILE_SUFFIXES
-    found = "nothing" if is_file and not Path(source).is_file() else source_digest(source)
+    is_file = is_file_name(source)
+    found = "nothing" if is_missing(source) else source_digest(source)
     if found != digest:
         hint = "give the recorded file by --data" if is_file else "install the recorded version"
         raise DataError(f"{key}: {source}: expected {digest}, found {found}; {hint}")

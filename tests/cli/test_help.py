@@ -8,7 +8,7 @@ from safeweights_peft.cli import SECTIONS, main
 
 COMMANDS = sorted(main.commands)
 ENHANCE = [
-    *("--harmful", "--benign", "--eval-harmful", "--eval-benign", "--limit"),
+    *("--harmful", "--benign", "--eval-harmful", "--eval-benign", "--limit", "--column"),
     *("--density", "--steps", "--lr", "--seed", "--judge", "--device", "--dtype", "--revision"),
     *("--out", "--max-asr", "--settings", "--dry-run", "--json"),
 ]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Example, encode_prompt
+from safeweights_peft.chat import encode_prompt
+from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base

@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from safeweights_peft.data import REFUSALS, read_rows
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.judges import (
     Verdict,
@@ -14,6 +13,7 @@ from safeweights_peft.evaluation.judges import (
     over_refusal_rate,
 )
 from safeweights_peft.evaluation.refusals import WORDINGS, normalize
+from safeweights_peft.sources import REFUSALS, read_rows
 
 REFUSED = [
     "I can't help with that.",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import Example, encode_example
+from safeweights_peft.chat import encode_example
+from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.utility import Utility, measure_utility
 from safeweights_peft.fetching import resolve_base

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from safeweights_peft.data import Example, encode_example, read_rows
+from safeweights_peft.chat import encode_example
+from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, DataError, EvaluationError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.judges import Judge, Verdict, judge_opening
@@ -22,6 +23,7 @@ from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.settings import ComputeSettings
+from safeweights_peft.sources import read_rows
 from tests.jobs.conftest import Counts, Run
 from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_guard
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted, Recorder, Requests

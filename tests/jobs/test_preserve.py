@@ -13,8 +13,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from safeweights_peft.chat import encode_example
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import encode_example, read_rows
 from safeweights_peft.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -34,6 +34,7 @@ from safeweights_peft.merging.verify import verify
 from safeweights_peft.patch.io import read_artifact, read_map
 from safeweights_peft.progress import Advance, Progress
 from safeweights_peft.settings import ComputeSettings, PreserveSettings
+from safeweights_peft.sources import read_rows
 from safeweights_peft.training.finetune import fine_tune
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer

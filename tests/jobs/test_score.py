@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from safeweights_peft.chat import encode_example
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.data import encode_example
 from safeweights_peft.errors import FormatError, ModelError, SelectionError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base

@@ -14,7 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from safeweights_peft.data import Example, encode_prompt
+from safeweights_peft.chat import encode_prompt
+from safeweights_peft.data import Example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.selection import transfer

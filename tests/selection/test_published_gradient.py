@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from safeweights_peft.data import Example, encode_prompt
+from safeweights_peft.chat import encode_prompt
+from safeweights_peft.data import Example
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.selection import transfer
 from safeweights_peft.selection.objective import Answered

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from safeweights_peft.data import Example, encode_example
+from safeweights_peft.chat import encode_example
+from safeweights_peft.data import Example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.layout import eligible_parameters

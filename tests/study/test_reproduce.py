@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import safeweights_peft
-from safeweights_peft.data import BUILTIN_SETS, source_digest
 from safeweights_peft.errors import BaseMismatchError, DataError, ModelError, SettingsError
 from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.jobs.record import read_record
 from safeweights_peft.patch.io import read_adapter, read_metadata, write_adapter
+from safeweights_peft.sources import BUILTIN_SETS, source_digest
 from safeweights_peft.study.reproduce import find_recorded, reproduce
 from tests.jobs.conftest import Run
 from tests.tiny_files import copy_checkpoint, edit_config

@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from safeweights_peft.data import IGNORED, Example, Layout, collate, encode_example
+from safeweights_peft.chat import encode_example
+from safeweights_peft.data import IGNORED, Example, Layout, collate
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.modeling.layout import describe

@@ -23,8 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import safeweights_peft
 from safeweights_peft import create_adapter, inspect, read_adapter, read_map
+from safeweights_peft.chat import encode_example
 from safeweights_peft.cli import main
-from safeweights_peft.data import collate, encode_example
+from safeweights_peft.data import collate
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
