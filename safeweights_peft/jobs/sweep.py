@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safeweights_peft.data import data_digest
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.judge_kinds import AnyJudge
 from safeweights_peft.files import publish, write_json
@@ -18,6 +17,7 @@ from safeweights_peft.jobs.load import MergedEntries
 from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.settings import EvaluateSettings
+from safeweights_peft.sources import data_digest
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
