@@ -28,7 +28,7 @@ SECTIONS = {
     "Share": (share.push_command, share.pull_command, share.list_command),
     "Look": (
         *(look.inspect_command, look.report_command, look.compare_command, look.probe_command),
-        look.sweep_command,
+        *(look.sweep_command, look.chat_command),
     ),
     "Trust": (
         *(share.verify_command, share.sign_command, share.verify_signature_command),

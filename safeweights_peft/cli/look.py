@@ -1,20 +1,25 @@
-"""Commands that look into maps and patches: inspect, report, compare, probe, sweep."""
+"""Commands that look into maps and patches: and talk with them."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from safeweights_peft.cli import options, output
+from safeweights_peft.errors import SettingsError
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     ProbeSettings,
     ScoreSettings,
+    number_or_text,
 )
+
+if TYPE_CHECKING:
+    from safeweights_peft.jobs.chat import Chat
 
 
 @options.command("inspect")
@@ -159,3 +164,67 @@ def sweep_command(
             click.echo(f"\nNo scale meets {asked}.", err=True)
             sys.exit(output.INCONCLUSIVE)
         click.echo(f"\n{adapter}@{result['scale']:g} meets {asked}.", err=True)
+
+
+@options.command("chat")
+@options.base
+@options.patch_to_add
+@options.settings(ComputeSettings)
+def chat_command(base: str, patch: tuple[Path, float] | None, **values: Any) -> None:
+    """Talk with BASE, with a patch or without.
+
+    Reads requests from stdin, a line each, and answers greedily, in one conversation. `/base`
+    switches to the base and back, `/scale 0.5` sets the scale of the patch, `/quit` ends.
+    """
+    from safeweights_peft.jobs.chat import Chat
+    from safeweights_peft.jobs.job import Job
+
+    (compute,) = options.make_settings(values, ComputeSettings)
+    adapter, scale = patch or (None, 1.0)
+    is_json = click.get_current_context().meta["json"]
+    with output.show_progress() as progress:
+        job = Job(base, compute, progress, [adapter] if adapter else [])
+        chat = Chat(job, adapter, scale)
+    is_shown = sys.stdin.isatty()
+    click.echo("/base, /scale 0.5 and /quit are commands; all else is asked.", err=True)
+    while line := _read_line(f"[scale {chat.scale:g}] > " if is_shown else ""):
+        word, _, argument = line.strip().partition(" ")
+        if word == "/quit":
+            break
+        if word.startswith("/"):
+            _do(chat, word, argument)
+        elif word:
+            chat.ask(line.strip(), _ignore if is_json else _write)
+            if not is_json:
+                click.echo()
+    if is_json:
+        output.show({"base": base, "turns": chat.turns})
+
+
+def _do(chat: Chat, word: str, argument: str) -> None:
+    """Carry out a command of a conversation, or say why not."""
+    try:
+        if word == "/base":
+            chat.toggle()
+        elif word == "/scale":
+            chat.set_scale(number_or_text(argument))
+        else:
+            raise SettingsError(f"{word}: expected /base, /scale or /quit; give one of them")
+    except SettingsError as error:
+        click.echo(output.printable(str(error)), err=True)
+    click.echo(f"Scale {chat.scale:g}{'' if chat.scale else ', the base itself'}.", err=True)
+
+
+def _read_line(prompt: str) -> str:
+    """Read a line; empty at the end of the input, and never without its newline before it."""
+    click.echo(prompt, nl=False, err=True)
+    return sys.stdin.readline()
+
+
+def _ignore(text: str) -> None:
+    """Write nothing."""
+
+
+def _write(text: str) -> None:
+    click.echo(output.printable(text), nl=False)
+    sys.stdout.flush()

@@ -140,13 +140,7 @@ def train_command(
 @options.command("eval")
 @options.base
 @options.settings(EvaluateSettings, ComputeSettings)
-@click.option(
-    "--adapter",
-    "patch",
-    metavar="PATCH[@SCALE]",
-    type=options.PATCH,
-    help="Safety patch to add: directory or Hub id; @0.5 halves its values.",
-)
+@options.patch_to_add
 @click.option("--out", type=options.NEW_FILE, help="New JSON file for the whole result.")
 @options.max_asr("Exit with 3 if the ASR is above this rate.")
 @options.settings_file

@@ -228,6 +228,13 @@ patch = click.argument(
     type=PATCH,
     help="Safety patch: directory or Hub id[@REVISION]; @0.5 halves its values.",
 )
+patch_to_add = click.option(
+    "--adapter",
+    "patch",
+    metavar="PATCH[@SCALE]",
+    type=PATCH,
+    help="Safety patch to add: directory or Hub id; @0.5 halves its values.",
+)
 base_of_adapter = click.option(
     "--base", help="Base model: directory or Hub id.  [default: the one that the adapter names]"
 )

@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 
 from safeweights_peft.chat import encode_prompt
 from safeweights_peft.data import Batching, Example, Layout, collate
@@ -48,13 +53,7 @@ def answer_prompts(
     layout = find_layout(model)
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].prompt_ids))
-    # From the model's end tokens alone: its own settings, such as sampling, stay out.
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(find_end_tokens(model, tokenizer)),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = _configure(model, tokenizer, max_new_tokens)
     if layout.batching is Batching.ALONE:
         batch_size = 1
     answers: dict[int, Example] = {}
@@ -64,6 +63,56 @@ def answer_prompts(
         answers.update(zip(rows, examples, strict=True))
         on_batch(examples)
     return [answers[row] for row in range(len(prompts))]
+
+
+def stream_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    on_text: Callable[[str], None],
+) -> str:
+    """Let a model answer a prompt greedily, and pass on the text as it is written."""
+    layout, prompt = find_layout(model), Example(tuple(prompt_ids), ())
+    if layout.positions is not None:
+        max_new_tokens = min(max_new_tokens, layout.positions - len(prompt_ids))
+    if max_new_tokens < 1:
+        raise EvaluationError(
+            f"conversation: expected fewer tokens than the {layout.positions} positions of the "
+            f"model, found {len(prompt_ids)}; begin another"
+        )
+    config = _configure(model, tokenizer, max_new_tokens)
+    streamer = _Streamer(tokenizer, on_text) if layout.generates else None
+    (answer,) = _answer([prompt], model, config, layout, streamer)
+    text = tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+    if streamer is None:
+        on_text(str(text))
+    return str(text)
+
+
+class _Streamer(TextStreamer):
+    """Passes on finished words instead of printing them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take the next piece."""
+        self._on_text(text)
+
+
+def _configure(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """Make the settings of a greedy answer."""
+    # From the model's end tokens alone: its own settings, such as sampling, stay out.
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(find_end_tokens(model, tokenizer)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def _check_room(
@@ -89,7 +138,11 @@ def find_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 @torch.inference_mode()
 def _answer(
-    prompts: Sequence[Example], model: PreTrainedModel, config: GenerationConfig, layout: Layout
+    prompts: Sequence[Example],
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    layout: Layout,
+    streamer: _Streamer | None = None,
 ) -> list[Example]:
     if not layout.generates:
         return [_answer_without_cache(prompt, model, config, layout) for prompt in prompts]
@@ -101,6 +154,7 @@ def _answer(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             generation_config=config,
+            **({"streamer": streamer} if streamer else {}),
             **({"logits_to_keep": last_columns(1)} if knows_columns else {}),
         )
     width = batch.input_ids.shape[1]

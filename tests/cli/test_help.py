@@ -39,7 +39,7 @@ def test_the_commands_are_listed_by_what_they_are_for() -> None:
         "Use": ["merge", "unmerge", "convert", "export", "diff"],
         "Fine-tune safely": ["preserve", "protect"],
         "Share": ["push", "pull", "list"],
-        "Look": ["inspect", "report", "compare", "probe", "sweep"],
+        "Look": ["inspect", "report", "compare", "probe", "sweep", "chat"],
         "Trust": ["verify", "sign", "verify-signature", "reproduce"],
     }
     headings = [line.rstrip(":") for line in lines_of() if line.endswith(":") and line[0] != " "]

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from safeweights_peft.cli import main
+from safeweights_peft.cli.output import printable
 from safeweights_peft.patch.io import inspect, read_artifact
 from safeweights_peft.study.compare import compare
 from tests.cli.conftest import Run, call, call_afresh
@@ -489,3 +492,20 @@ def test_report_of_a_run_prints_its_comparison_and_where_its_weights_are(
     assert components.startswith("component")
     assert layers.startswith("layer")
     assert str(tmp_path / "report" / "report.html") in called.stderr
+
+
+def test_chat_answers_what_stdin_asks_until_it_ends_or_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeweights_peft.jobs.chat.MAX_NEW_TOKENS", 4)
+    arguments = ["chat", str(run.base), "--adapter", f"{run.out / 'patch'}@0.5", "--json"]
+    lines = ["Hello", "/base", "", "Hello", "/scale 2", "/scale much", "/who", "Bye", "/quit", "No"]
+    called = CliRunner().invoke(main, arguments, input="\n".join(lines))
+    assert called.exit_code == 0, called.output
+    turns = json.loads(called.stdout)["turns"]
+    assert [turn["content"] for turn in turns[::2]] == ["Hello", "Hello", "Bye"]
+    assert [turn["scale"] for turn in turns[1::2]] == [0.5, 0.0, 2.0]
+    assert "scale: expected float, found 'much'" in called.stderr
+    assert "/who: expected /base, /scale or /quit" in called.stderr
+    shown = CliRunner().invoke(main, arguments[:-1], input="Hello\nHello")
+    assert shown.stdout == f"{printable(turns[1]['content'])}\n" + shown.stdout.split("\n", 1)[1]

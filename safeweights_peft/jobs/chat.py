@@ -1,0 +1,68 @@
+"""A conversation with a base and a patch, whose scale is switched in place between two answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from safeweights_peft.errors import SettingsError
+from safeweights_peft.evaluation.generate import stream_answer
+from safeweights_peft.evaluation.utility import Patched
+from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.load import MergedEntries
+from safeweights_peft.patch.io import read_patch
+from safeweights_peft.settings import SCALE
+
+MAX_NEW_TOKENS = 512  # of an answer
+
+
+class Chat:
+    """Keeps the turns, and lets the base answer, patched at a scale or as it is (scale 0)."""
+
+    def __init__(self, job: Job, adapter: Path | None = None, scale: float = 1.0) -> None:
+        """Load the base, and check that the patch was made for it."""
+        self.job, self.turns = job, list[dict[str, Any]]()
+        self._adapter, self._patch = adapter, read_patch(adapter) if adapter else None
+        self._scale = self._scale_of_patch = scale if adapter else 0.0
+        job.check(["Hello"])
+        self._patched = self._switch()
+
+    @property
+    def scale(self) -> float:
+        """The scale at which the patch is in the base; 0 for the base itself."""
+        return self._scale
+
+    def set_scale(self, scale: float | str) -> None:
+        """Put the patch into the base at a scale from the next answer on."""
+        if self._patch is None:
+            raise SettingsError("scale: expected a patch, found none; give one by --adapter")
+        self._scale = self._scale_of_patch = SCALE.check(scale)
+        self._patched = self._switch()
+
+    def toggle(self) -> None:
+        """Change from the patched model to the base, or back."""
+        self._scale = 0.0 if self._scale else self._scale_of_patch
+        self._patched = self._switch()
+
+    def ask(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> str:
+        """Let the model answer, knowing all turns so far; pass on what it writes as it does."""
+        tokenizer, asked = self.job.tokenizer, {"role": "user", "content": text}
+        messages = [{key: turn[key] for key in ("role", "content")} for turn in self.turns]
+        prompt = tokenizer.apply_chat_template(
+            [*messages, asked], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(str(prompt), add_special_tokens=False)["input_ids"]
+        with self._patched() as model:
+            answer = stream_answer(model, tokenizer, ids, MAX_NEW_TOKENS, on_text)
+        self.turns += [asked, {"role": "assistant", "content": answer, "scale": self._scale}]
+        return answer
+
+    def _switch(self) -> Patched:
+        """Make a context of the base with the patch at the present scale."""
+        if self._patch is None or self._adapter is None or not self._scale:
+            return lambda: nullcontext(self.job.model)
+        # Merged first: another base is refused before it is loaded.
+        merged = MergedEntries(self.job.reader, [self._patch], [self._adapter], [self._scale])
+        return merged.make_switch(self.job.model)
