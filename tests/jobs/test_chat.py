@@ -101,5 +101,5 @@ def test_an_answer_ends_with_the_models_positions_and_a_longer_conversation_is_r
     monkeypatch.setattr("safeweights_peft.evaluation.generate.find_layout", lambda _: layout)
     short = stream_answer(job.model, job.tokenizer, [5] * 14, 11, lambda _: None)
     assert len(job.tokenizer(short)["input_ids"]) <= 2 + 4  # a byte may be written as several
-    with pytest.raises(EvaluationError, match="fewer tokens than the 16 .* begin another"):
+    with pytest.raises(EvaluationError, match=r"fewer tokens than the 16 .* begin another"):
         stream_answer(job.model, job.tokenizer, [5] * 16, 11, lambda _: None)
