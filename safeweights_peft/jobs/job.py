@@ -278,14 +278,17 @@ class Job:
         return self.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
 
     @contextmanager
-    def steps(self, description: str, total: int) -> Iterator[Advance]:
-        """Show a task; what it yields takes the step reached, as a resumed job skips some."""
+    def steps(self, description: str, total: int, each: int = 0) -> Iterator[Advance]:
+        """Show a task; what it yields takes the step reached, as a resumed job skips some.
+
+        With the number of steps that a call does, it is said from where a job resumes.
+        """
         done = 0
         with self.progress.task(description, total) as advance:
 
             def reach(step: int, /, **figures: float) -> None:
                 nonlocal done
-                if not done and step > 1:
+                if not done and step > each > 0:
                     self.progress.note(f"{description}: resumed at step {step}")
                 advance(step - done, **figures)
                 done = step

@@ -106,7 +106,7 @@ def _fine_tune(
         model = add_lora(model, settings)
         correct(model, artifact)  # refused now, not after the training
     with job.work(out, record) as work_dir:
-        with job.steps("Fine-tune", settings.steps) as reach:
+        with job.steps("Fine-tune", settings.steps, each=1) as reach:
             record["losses"] = fine_tune(
                 model,
                 job.tokenizer.pad_token_id,

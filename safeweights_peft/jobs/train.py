@@ -61,7 +61,7 @@ def train(
         benign = job.ask("the base benign", requests, settings.answer_tokens)
         model = create_adapter(job.take_model(), metadata, safety_map.indices)
         try:
-            with job.steps("Train", settings.steps) as reach:
+            with job.steps("Train", settings.steps, each=1) as reach:
                 losses = train_to_refuse(
                     model, job.tokenizer, harmful, benign, settings, work_dir, reach
                 )

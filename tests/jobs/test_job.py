@@ -174,3 +174,19 @@ def test_a_lora_has_no_content_id(run: Run, requests: Requests, tmp_path: Path) 
     preserve_model(*job)
     result = evaluate(Job(run.base), tmp_path / "lora", requests.evaluate(limit=1))
     assert result["content_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("each", "steps", "notes"),
+    [(1, [5, 6], ["Train: resumed at step 5"]), (1, [1, 2], []), (0, [8, 16], [])],
+    ids=["resumed", "from the start", "in batches"],
+)
+def test_a_task_says_from_where_it_resumes(
+    each: int, steps: list[int], notes: list[str], tiny_llama: Path
+) -> None:
+    recorder = Recorder()
+    with Job(tiny_llama, progress=recorder).steps("Train", 16, each) as reach:
+        for step in steps:
+            reach(step)
+    assert recorder.notes == notes
+    assert recorder.tasks == [["Train", 16, steps[-1]]]
