@@ -16,7 +16,7 @@ import click
 from safeweights_peft.errors import ReportError
 from safeweights_peft.progress import LineProgress, RichProgress
 from safeweights_peft.settings import ComputeSettings
-from safeweights_peft.tables import field_rows, short_digest, size_text
+from safeweights_peft.tables import field_rows, judged_rows, short_digest, size_text
 
 COLUMNS = 80
 
@@ -127,14 +127,34 @@ def show_adapter(content: dict[str, Any], path: Path) -> None:
     from safeweights_peft.patch.records import Mode
 
     unknown = "not in the headers; `safeweights verify` computes it"
+    mode = Mode(content["mode"])
+    encodings = sorted({tensor["encoding"] for tensor in content["tensors"].values()})
+    total = content["selection"].get("total_parameters")
+    share = content["entries"] / total if isinstance(total, int) and total else content["density"]
+    whole = "the model" if share != content["density"] else "these tensors"
     rows = [
         ("path", str(path)),
-        ("kind", f"{Mode(content['mode']).artifact}, format {content['format_version']}"),
+        ("kind", f"{mode.artifact}, format {content['format_version']}"),
+        ("encoding", f"{' and '.join(encodings)}, {mode.content} in {content['values_dtype']}"),
         ("content id", short_digest(content["content_id"] or unknown)),
         ("base", str(content["base_model_name_or_path"])),
-        ("revision", str(content["revision"])),
-        ("parameters", str(content["parameters"])),
-        ("entries", f"{content['entries']:,} ({content['density']:.3%} of these parameters)"),
+        *([("revision", str(content["revision"]))] if content["revision"] else []),
+        ("weights", f"{content['entries']:,} in {content['parameters']} tensors"),
+        ("share", f"{share:.3%} of {whole}"),
         ("size", size_text(content["size_bytes"])),
+        *_find_figures(content, path),
     ]
     show(content, rows)
+
+
+def _find_figures(content: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+    """Find what a run measured of its patch, which lies in the run's directory."""
+    from safeweights_peft.errors import DataError
+    from safeweights_peft.files import read_json
+
+    source = path.absolute().parent / "result.json"
+    result = read_json(source, DataError) if source.is_file() else {}
+    if result.get("content_id") != content["content_id"] or "after" not in result:
+        return []
+    rates = judged_rows(result["before"], result["after"])[:2]
+    return [(title, f"{before} -> {after}") for title, before, after in rates]

@@ -13,6 +13,7 @@ from safeweights_peft.cli import options, output
 from safeweights_peft.cli.use import find_base_directory
 from safeweights_peft.errors import HubError, SafeWeightsError
 from safeweights_peft.progress import percent
+from safeweights_peft.tables import short_digest
 
 _EXIT_CODES = {"verified": 0, "failed": 1, "unreadable": 2, "unknown": output.INCONCLUSIVE}
 _WORDS = {"verified": "ok", "failed": "FAILED", "unreadable": "UNREADABLE", "unknown": "UNKNOWN"}
@@ -93,11 +94,12 @@ def list_command(base: str) -> None:
             "the id that it was downloaded from"
         )
     shared = find_on_hub(base)
-    rows: list[tuple[str, ...]] = [("repository", "kind", "date", "result", "on", "value")]
+    rows: list[tuple[str, ...]] = [("repository", "kind", "date")]
     for repo in shared:
-        claims = [(claim.metric, claim.dataset, _figure(claim.value)) for claim in repo.results]
-        for claim in claims or [("none", "", "")]:
-            rows.append((repo.repo_id, repo.artifact, repo.date[:10], *claim))
+        rows.append((repo.repo_id, repo.artifact, repo.date[:10]))
+        # Below, not beside: names of data sets are long.
+        for claim in repo.results:
+            rows.append((f"  {claim.metric}", claim.dataset, _figure(claim.value)))
     if not shared:
         rows = [(f"No patch or map for {base} found.",)]
     output.show({"base": base, "found": [asdict(repo) for repo in shared]}, rows)
@@ -145,7 +147,7 @@ def verify_command(
     checks = [{"name": c.name, "verdict": c.verdict, "detail": c.detail} for c in report.checks]
     result = {"verdict": report.verdict, "content_id": report.content_id, "checks": checks}
     rows = [(check.name, f"{_WORDS[check.verdict]}: {check.detail}") for check in report.checks]
-    rows += [("content id", str(report.content_id)), ("verdict", report.verdict)]
+    rows += [("content id", short_digest(str(report.content_id))), ("verdict", report.verdict)]
     output.show(result, rows)
     sys.exit(_EXIT_CODES[report.verdict])
 

@@ -6,7 +6,7 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
 from safeweights_peft.errors import BaseMismatchError
 from safeweights_peft.patch.artifacts import Artifact
-from safeweights_peft.patch.records import State, TensorRecord, entries_by_block, state_of
+from safeweights_peft.patch.records import Mode, State, TensorRecord, entries_by_block, state_of
 
 
 def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
@@ -33,7 +33,16 @@ def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
 
 def check_safety(reader: CheckpointReader, artifact: Artifact) -> None:
     """Check that a checkpoint holds a map's base, or a patch's base with the patch merged in."""
-    if not find_state(reader, artifact) & artifact.metadata.mode.safe_state:
+    try:
+        state = find_state(reader, artifact)
+    except BaseMismatchError as error:
+        if artifact.metadata.mode is not Mode.SPA:
+            raise
+        # A patch that was trained on the map changes its entries: the likeliest mistake.
+        raise BaseMismatchError(
+            f"{error}; or give the patch as --map, where one is merged into {reader.directory}"
+        ) from error
+    if not state & artifact.metadata.mode.safe_state:
         raise BaseMismatchError(
             f"{reader.directory}: expected the base with the safety patch merged in, found it "
             "without; give the checkpoint that `safeweights merge` wrote"

@@ -388,6 +388,10 @@ def test_inspect_prints_a_table_without_json(kind: str, name: str, run: Run) -> 
     content_id = read_artifact(run.out / kind).metadata.content_id
     assert content_id.removeprefix("sha256:")[:12] in called.stdout
     assert content_id not in called.stdout  # it would fill the line
+    assert "% of the model" in called.stdout
+    assert f"plain, {'values' if kind == 'patch' else 'scores'} in" in called.stdout
+    measured = "ASR, 3 harmful" in called.stdout
+    assert measured == (kind == "patch")  # by the run that it lies in
 
 
 @pytest.mark.parametrize(

@@ -350,6 +350,15 @@ def test_a_patch_that_is_not_merged_is_refused(
     refused(BaseMismatchError, message, tmp_path / "probe", *job)
 
 
+def test_a_map_where_its_patch_is_merged_in_is_refused_with_what_to_give(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    merge(run.base, run.out / "patch", tmp_path / "merged")
+    job = tmp_path / "merged", run.out / "map", requests
+    message = f"or give the patch as --map, where one is merged into {tmp_path / 'merged'}"
+    refused(BaseMismatchError, message, tmp_path / "probe", *job)
+
+
 def test_a_map_of_another_base_is_refused(run: Run, requests: Requests, tmp_path: Path) -> None:
     other = save_tiny_llama(tmp_path / "other", dtype=torch.bfloat16, seed=1)
     job = save_tiny_tokenizer(other), run.out / "map", requests
