@@ -83,8 +83,8 @@ def find_outcome(before: Mapping[str, Any], after: Mapping[str, Any]) -> Outcome
     if before["invalid"] > MOST_GARBAGE * n:
         return Outcome(
             "garbage",
-            f"{before['invalid']} of {n} answers are garbage before any change: is this a chat "
-            "model, with its own chat template?",
+            f"{before['invalid']} of {n} answers are garbage before any change; give a chat model, "
+            "with its own chat template",
         )
     damages = [
         (after["invalid"] > MOST_GARBAGE * n, f"{after['invalid']} of {n} answers are garbage"),

@@ -145,7 +145,12 @@ def figures(
         ({}, {"asr": 10, "perplexity": 3.5}, "damaged", "perplexity rose from 2 to 3.5"),
         ({}, {"asr": 10, "invalid": 32}, "damaged", "32 of 200 answers are garbage"),
         ({}, {"asr": 0, "refused": 90}, "damaged", "90% of harmless requests are refused"),
-        ({"invalid": 60}, {"asr": 10, "invalid": 60}, "garbage", "is this a chat model"),
+        (
+            {"invalid": 60},
+            {"asr": 10, "invalid": 60},
+            "garbage",
+            "before any change; give a chat model",
+        ),
     ],
 )
 def test_an_outcome_in_words_follows_from_the_figures(
