@@ -28,6 +28,7 @@ from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_patch
 from safeweights_peft.patch.metadata import PEFT_TYPE
+from safeweights_peft.settings import split_scale
 from safeweights_peft.tuner.loading import find_parameter
 from safeweights_peft.tuner.selfcheck import check_in_place
 
@@ -51,7 +52,8 @@ def load_model(
     Args:
         base: directory or Hub id; what the first adapter names if None. A base by the name that an
             adapter records is taken at the commit recorded there.
-        adapters: directory or Hub id of a safety patch, perhaps ``@REVISION``, or several.
+        adapters: directory or Hub id of a safety patch, perhaps ``@REVISION``, or several; each
+            perhaps at a scale: ``PATCH@0.5`` halves its values.
         merge: whether to merge the patches while loading; if not, they are PEFT adapters, all
             active, that can be switched off and unmerged.
         dtype: what to load the weights in; "auto" is the checkpoint's own. Merged entries are
@@ -64,6 +66,7 @@ def load_model(
     Raises:
         BaseMismatchError: a patch was made for another base.
         ModelError: there is no adapter, none names its base, or the base can't be loaded.
+        SettingsError: a scale is no number from -10 to 10.
 
     Example:
         >>> from safeweights_peft import load_model
@@ -74,19 +77,23 @@ def load_model(
     paths = [adapters] if isinstance(adapters, str | os.PathLike) else list(adapters)
     if not paths:
         raise ModelError("adapters: expected at least one, found none; give a safety patch")
-    folders = [Path(path) if Path(path).is_dir() else fetch_adapter(str(path)) for path in paths]
+    named, scales = zip(*(split_scale(os.fspath(path)) for path in paths), strict=True)
+    folders = [Path(path) if Path(path).is_dir() else fetch_adapter(path) for path in named]
     source, place = find_base(base, folders), pick_device(device)
     if isinstance(dtype, str) and dtype != "auto":
         dtype = pick_dtype(dtype, place)
     _warn_if_moved(source)
     if merge:
-        return load_patched(source, folders, dtype, place)
+        return load_patched(source, folders, dtype, place, scales)
     model = load_base(source, dtype, place)
     names = ["default", *(f"patch_{number}" for number in range(2, len(folders) + 1))]
     wrapped = PeftModel.from_pretrained(model, str(folders[0]), names[0])
     for name, folder in zip(names[1:], folders[1:], strict=True):
         wrapped.load_adapter(str(folder), name)
     wrapped.base_model.set_adapter(names, inference_mode=True)
+    for name, scale in zip(names, scales, strict=True):
+        if scale != 1.0:
+            wrapped.base_model.set_scale(name, scale)
     return wrapped.eval()
 
 
@@ -107,15 +114,27 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def load_patched(
-    base: BaseModel, adapters: Sequence[Path], dtype: torch.dtype | str, device: torch.device
+    base: BaseModel,
+    adapters: Sequence[Path],
+    dtype: torch.dtype | str,
+    device: torch.device,
+    scales: Sequence[float] = (),
 ) -> PreTrainedModel:
     """Load a base and merge adapters into it: safety patches first, then LoRAs by PEFT."""
+    factors = dict(zip(adapters, scales, strict=False))
     loras = [path for path in adapters if not is_patch(path)]
     folders = [path for path in adapters if path not in loras]
     folders += [path / CORRECTION for path in loras if (path / CORRECTION).is_dir()]
+    for path in loras:
+        if factors.get(path, 1.0) != 1.0:
+            raise ModelError(
+                f"{path}: expected a safety patch, which can be scaled, found another adapter at "
+                f"scale {factors[path]:g}; leave the scale out"
+            )
     patches = [read_patch(path) for path in folders]
     # Checked before a model is loaded, which can take minutes.
-    merged = MergedEntries(CheckpointReader(base.path), patches, folders) if patches else None
+    reader, own = CheckpointReader(base.path), [factors.get(path, 1.0) for path in folders]
+    merged = MergedEntries(reader, patches, folders, own) if patches else None
     # A LoRA is merged in the checkpoint's dtype, as it would be for a checkpoint.
     model = load_base(base, "auto" if loras else dtype, device)
     if merged:

@@ -12,7 +12,13 @@ from peft import PeftModel
 
 from safeweights_peft import load_model
 from safeweights_peft.cli import main
-from safeweights_peft.errors import AlreadyMergedError, BaseMismatchError, MergeError, ModelError
+from safeweights_peft.errors import (
+    AlreadyMergedError,
+    BaseMismatchError,
+    MergeError,
+    ModelError,
+    SettingsError,
+)
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import load_patched
@@ -50,6 +56,16 @@ def cached(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         return "someone/tiny"
 
     return put
+
+
+def test_a_patch_is_loaded_at_a_scale(base: Path, patch: Path, tmp_path: Path) -> None:
+    merge(base, [(patch, 0.5)], tmp_path / "merged")
+    expected = load_base(tmp_path / "merged")
+    assert same_weights(load_model(base, f"{patch}@0.5"), expected)
+    wrapped = load_model(base, [f"{patch}@0.5"], merge=False)
+    assert torch.equal(logits(wrapped), logits(expected))
+    with pytest.raises(SettingsError, match="at least -10 and at most 10"):
+        load_model(base, f"{patch}@1e30")
 
 
 @pytest.mark.parametrize("base", BASES, indirect=True)
