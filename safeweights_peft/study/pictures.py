@@ -19,6 +19,11 @@ STACKED = (5.2, 7.0)  # inches: narrow enough to be read on a phone
 MAX_TICKS = 32
 MAX_NUMBERED = 16  # columns of a heatmap up to which its cells are wide enough for numbers
 ALL, SELECTED = "0.6", "tab:blue"  # colours
+# Label, colour and threshold of each rate of a sweep.
+RATES = {
+    "attack_success_rate": ("ASR", "tab:red", "max_asr"),
+    "over_refusal_rate": ("over-refusal", "tab:blue", "max_over_refusal"),
+}
 
 
 def check_installed(*packages: str) -> None:
@@ -56,15 +61,16 @@ def plot_sweep(result: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(f"{_name(result)}\none patch at several scales", fontsize="medium")
     rates, costs = figure.subplots(2, 1)
     scales = [row["scale"] for row in rows]
-    for key, label, colour, limit, above in (
-        ("attack_success_rate", "ASR", "tab:red", "max_asr", True),
-        ("over_refusal_rate", "over-refusal", "tab:blue", "max_over_refusal", False),
-    ):
-        ends = [[row[key][end] for row in rows] for end in ("rate", "low", "high")]
-        rates.plot(scales, ends[0], color=colour, marker="o", label=label)
-        rates.fill_between(scales, ends[1], ends[2], color=colour, alpha=0.15, linewidth=0)
-        for scale, rate in zip(scales, ends[0], strict=True):
-            place = {"textcoords": "offset points", "xytext": (0, 6 if above else -13)}
+    curves = [[row[key]["rate"] for row in rows] for key in RATES]
+    # The numbers of the higher curve go above it, those of the lower one below.
+    asr_is_higher = [asr >= refused for asr, refused in zip(*curves, strict=True)]
+    for (key, (label, colour, limit)), curve in zip(RATES.items(), curves, strict=True):
+        ends = [[row[key][end] for row in rows] for end in ("low", "high")]
+        rates.plot(scales, curve, color=colour, marker="o", label=label)
+        rates.fill_between(scales, *ends, color=colour, alpha=0.15, linewidth=0)
+        for scale, rate, is_higher in zip(scales, curve, asr_is_higher, strict=True):
+            offset = 6 if is_higher == (label == "ASR") else -13
+            place = {"textcoords": "offset points", "xytext": (0, offset)}
             rates.annotate(f"{rate:.0%}", (scale, rate), ha="center", fontsize=8, **place)
         if result.get(limit) is not None:
             rates.axhline(result[limit], color=colour, linestyle=":")
