@@ -22,7 +22,7 @@ from peft import PeftModel
 from selection_study import measure, merit
 from transformers import get_cosine_schedule_with_warmup
 
-from safeweights_peft.chat import encode_rows
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example, collate, shuffle_endlessly
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
@@ -104,12 +104,12 @@ def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
 
 def read_examples(model: Any, tokenizer: Any) -> tuple[list[Example], list[Example]]:
     """Encode harmful requests with refusals, and benign ones with the base's own answers."""
-    refusals = encode_rows(
-        tokenizer, with_refusals(read_rows(RECIPE.harmful)), RECIPE.refusal_tokens
+    refusals = Chat(tokenizer).encode_rows(
+        with_refusals(read_rows(RECIPE.harmful)), RECIPE.refusal_tokens
     )
     requests = [row.instruction for row in read_rows(RECIPE.benign)]
     return refusals, generate_answers(
-        model, tokenizer, requests, max_new_tokens=RECIPE.answer_tokens
+        model, Chat(tokenizer), requests, max_new_tokens=RECIPE.answer_tokens
     )
 
 

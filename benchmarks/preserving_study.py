@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from safeweights_peft.chat import Chat
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.delta import Array
 from safeweights_peft.evaluation.generate import generate_answers
@@ -177,7 +178,7 @@ def mixed_data(arguments: argparse.Namespace) -> Path:
             load_model(base, torch.float32, torch.device("cpu")),
             load_tokenizer(base),
         )
-        answers = generate_answers(model, tokenizer, requests, max_new_tokens=ANSWER_TOKENS)
+        answers = generate_answers(model, Chat(tokenizer), requests, max_new_tokens=ANSWER_TOKENS)
         for request, answer in zip(requests, answers, strict=True):
             text = tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
             task.append({"instruction": request, "output": text})

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Batching, Example, Layout, collate
 from safeweights_peft.evaluation.generate import find_end_tokens, generate_answers
 from safeweights_peft.fetching import resolve_base
@@ -123,7 +124,9 @@ def answer(
 ) -> list[Answered]:
     """Let the model answer requests, and cut off the tokens that end a turn."""
     ends = find_end_tokens(model, tokenizer)
-    examples = generate_answers(model, tokenizer, requests, max_new_tokens=tokens, batch_size=8)
+    examples = generate_answers(
+        model, Chat(tokenizer), requests, max_new_tokens=tokens, batch_size=8
+    )
     answers = []
     for request, example in zip(requests, examples, strict=True):
         ids = tuple(token for token in example.answer_ids if token not in ends)

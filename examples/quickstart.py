@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import safeweights_peft  # noqa: F401 - registers the method with PEFT
+from safeweights_peft.chat import Chat
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
@@ -41,7 +42,7 @@ def main(base: str, out: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), patch)
 
     def answer() -> str:
-        (example,) = generate_answers(model, tokenizer, [REQUEST], max_new_tokens=24)
+        (example,) = generate_answers(model, Chat(tokenizer), [REQUEST], max_new_tokens=24)
         return repr(tokenizer.decode(example.answer_ids, skip_special_tokens=True))
 
     with model.disable_adapter():

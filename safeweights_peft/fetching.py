@@ -34,6 +34,9 @@ Result = TypeVar("Result")
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """Files of a model's repository to fetch, as patterns."""
 
+CODE_FILES = ("*.py",)
+"""What is fetched as well where the code of a repository is trusted."""
+
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
 """Waits between tries, where the server doesn't say how long."""
 
@@ -54,6 +57,7 @@ class BaseModel:
     name: str  # Hub id or path as the user gave it; adapters record it
     path: Path
     revision: str | None  # commit on the Hub; None for a plain directory
+    trust_remote_code: bool = False  # whether code that comes with it may run
 
 
 def public_name(source: str) -> str:

@@ -199,6 +199,22 @@ class ComputeSettings(Settings):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     revision: str | None = setting(None, "Branch, tag or commit of BASE on the Hub.")
+    trust_remote_code: bool = setting(False, "Run the code that comes with BASE; read it first.")
+    system_prompt: str | None = setting(
+        None, "System prompt before every request.", group="Chat", unset="the template's own"
+    )
+    chat_template: str | None = setting(
+        None,
+        'Chat template: a Jinja file, or "plain" for a base model.',
+        group="Chat",
+        unset="the tokenizer's own",
+    )
+    answer_prefix: str | None = setting(
+        None,
+        "Text after which answers begin, such as the end of a thought.",
+        group="Chat",
+        unset="closes a thought where the template has one",
+    )
 
 
 @dataclass(frozen=True)
@@ -395,6 +411,9 @@ def restore(kind: type[Kind], values: Any, where: str, *, partial: bool = False)
     hints = get_type_hints(kind)
     known = {item.name: item.default for item in fields(kind)}  # type: ignore[arg-type]
     needed = {name for name, default in known.items() if default is MISSING or not partial}
+    if issubclass(kind, Settings):
+        # A record that is older than a setting was made without it.
+        needed -= {name for name, default in known.items() if default is None or default is False}
     if not isinstance(values, Mapping) or not needed <= values.keys() <= known.keys():
         found = _compare_names(values, known, needed)
         raise SettingsError(f"{where}: expected {', '.join(known)}, found {found}; {fix}")

@@ -73,7 +73,8 @@ def parse_source(source: str) -> Source:
 
 def is_file_name(source: str) -> bool:
     """Tell whether a source ends as the files do that are read here."""
-    return Path(source.partition("#")[0]).suffix.lower() in _READERS
+    # A chat template is kept among a run's files, though no requests are in it.
+    return Path(source.partition("#")[0]).suffix.lower() in {*_READERS, ".jinja"}
 
 
 def is_missing(source: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from safeweights_peft.chat import encode_example, encode_prompt, render_prompt
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import IGNORED, Batching, Example, Layout, collate
 from safeweights_peft.errors import DataError
 from safeweights_peft.fetching import resolve_base
@@ -252,23 +252,23 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
 
 def test_a_prompt_ends_with_the_cue_for_the_answer(tokenizer) -> None:
     expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert render_prompt(tokenizer, "Hi") == expected
-    assert tokenizer.decode(encode_prompt(tokenizer, "Hi")) == expected
+    assert Chat(tokenizer).render_prompt("Hi") == expected
+    assert tokenizer.decode(Chat(tokenizer).encode_prompt("Hi")) == expected
 
 
 def test_special_tokens_come_from_the_template_alone(tokenizer) -> None:
-    ids = encode_prompt(tokenizer, "Hi")
+    ids = Chat(tokenizer).encode_prompt("Hi")
     assert [ids.count(special) for special in (256, 257, 258)] == [0, 2, 1]
 
 
 def test_an_answer_ends_with_the_end_of_the_turn(tokenizer) -> None:
-    example = encode_example(tokenizer, "Hi", "Hello.", 100)
-    assert example.prompt_ids == encode_prompt(tokenizer, "Hi")
+    example = Chat(tokenizer).encode_example("Hi", "Hello.", 100)
+    assert example.prompt_ids == Chat(tokenizer).encode_prompt("Hi")
     assert tokenizer.decode(example.answer_ids) == "Hello." + END
 
 
 def test_prompt_and_answer_together_are_the_templates_conversation(tokenizer) -> None:
-    example = encode_example(tokenizer, "Hi", "Hello.", 100)
+    example = Chat(tokenizer).encode_example("Hi", "Hello.", 100)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(example.prompt_ids + example.answer_ids) == whole.rstrip("\n")
@@ -276,24 +276,24 @@ def test_prompt_and_answer_together_are_the_templates_conversation(tokenizer) ->
 
 @pytest.mark.parametrize("length", [1, 5, 6])
 def test_a_long_answer_is_cut_and_then_has_no_end(tokenizer, length: int) -> None:
-    example = encode_example(tokenizer, "Hi", "Hello.", length)
+    example = Chat(tokenizer).encode_example("Hi", "Hello.", length)
     assert tokenizer.decode(example.answer_ids) == "Hello."[:length]
 
 
 def test_an_answer_that_just_fits_keeps_its_end(tokenizer) -> None:
-    assert encode_example(tokenizer, "Hi", "Hello.", 7).answer_ids[-1] == 258
+    assert Chat(tokenizer).encode_example("Hi", "Hello.", 7).answer_ids[-1] == 258
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="expected a chat template, found none"):
-        render_prompt(tokenizer, "Hi")
+        Chat(tokenizer).render_prompt("Hi")
 
 
 def test_a_template_whose_conversation_begins_otherwise_is_refused(tokenizer) -> None:
-    tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}<cue>{% endif %}"
     with pytest.raises(DataError, match="whose conversation begins with its generation prompt"):
-        encode_example(tokenizer, "Hi", "Hello.", 10)
+        Chat(tokenizer).encode_example("Hi", "Hello.", 10)
 
 
 PARTS = (
@@ -306,20 +306,20 @@ NO_ANSWER = "{{ messages[0]['content'] }}{% for m in messages[1:] %}<>{% endfor 
 def test_a_template_that_drops_the_request_is_refused(tokenizer, template: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=r"renders the text of 'user', found one that drops it"):
-        render_prompt(tokenizer, "Hi")
+        Chat(tokenizer).render_prompt("Hi")
 
 
 def test_a_template_that_drops_the_answer_is_refused(tokenizer) -> None:
     tokenizer.chat_template = NO_ANSWER
     with pytest.raises(DataError, match=r"renders the text of 'assistant', found one that drops"):
-        encode_example(tokenizer, "Hi", "Hello.", 10)
-    assert encode_example(tokenizer, "Hi", "", 10).answer_ids  # there is nothing to drop
+        Chat(tokenizer).encode_example("Hi", "Hello.", 10)
+    assert Chat(tokenizer).encode_example("Hi", "", 10).answer_ids  # there is nothing to drop
 
 
 @pytest.mark.parametrize("change", ["trim", "upper", "replace('i', 'e')"])
 def test_a_template_may_rewrite_the_request(tokenizer, change: str) -> None:
     tokenizer.chat_template = f"{{{{ messages[0]['content'] | {change} }}}}"
-    assert render_prompt(tokenizer, " Hi there ").strip()
+    assert Chat(tokenizer).render_prompt(" Hi there ").strip()
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_template_may_rewrite_the_request(tokenizer, change: str) -> None:
 def test_a_template_that_fails_is_refused_in_one_line(tokenizer, template: str, error: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=f"template that renders a request, found {error}") as info:
-        render_prompt(tokenizer, "Hi")
+        Chat(tokenizer).render_prompt("Hi")
     assert "\n" not in str(info.value)
 
 
@@ -391,7 +391,7 @@ def test_answers_stand_in_the_last_columns_and_are_ignored_where_they_have_ended
 
 def test_each_rows_tokens_are_its_own(tokenizer) -> None:
     texts = [("Hi", "Hello."), ("How are you today?", "Fine, thanks."), ("H", "?")]
-    examples = [encode_example(tokenizer, *pair, 20) for pair in texts]
+    examples = [Chat(tokenizer).encode_example(*pair, 20) for pair in texts]
     batch = collate(examples, PAD, SHARED)
     for row, example in enumerate(examples):
         tokens = batch.input_ids[row][batch.attention_mask[row].bool()]

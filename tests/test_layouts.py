@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import utils as generation_utils
 
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Batching, Example, Layout, collate
 from safeweights_peft.errors import DataError, EvaluationError, ModelError
 from safeweights_peft.evaluation.generate import generate_answers
@@ -98,7 +99,7 @@ def test_the_next_faster_layout_would_be_wrong(kind: str) -> None:
 def test_generated_answers_are_those_of_each_request_alone(kind: str, tiny_llama: Path) -> None:
     model, tokenizer = built(kind), load_tokenizer(resolve_base(str(tiny_llama)))
     texts = ["?", "Write a poem about the sea.", "Sew on.", "Sew."]
-    found = generate_answers(model, tokenizer, texts, max_new_tokens=5)
+    found = generate_answers(model, Chat(tokenizer), texts, max_new_tokens=5)
     for example in found:
         answer: tuple[int, ...] = ()
         while len(answer) < 5 and 258 not in answer:
@@ -230,11 +231,11 @@ def test_a_model_that_fails_to_generate_answers_by_its_forward(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = build("minimax"), load_tokenizer(resolve_base(str(tiny_llama)))
-    expected = generate_answers(model, tokenizer, ["Sew.", "Mend it"], max_new_tokens=4)
+    expected = generate_answers(model, Chat(tokenizer), ["Sew.", "Mend it"], max_new_tokens=4)
     model = build("minimax")
     monkeypatch.setattr(model, "generate", None)
     assert not find_layout(model).generates
-    found = generate_answers(model, tokenizer, ["Sew.", "Mend it"], max_new_tokens=4)
+    found = generate_answers(model, Chat(tokenizer), ["Sew.", "Mend it"], max_new_tokens=4)
     assert found == expected
 
 
@@ -244,7 +245,7 @@ def test_transformers_has_nothing_to_say_of_how_it_is_called(
     # It logs by a logger of its own, whose records are no warnings.
     monkeypatch.setattr(generation_utils.logger, "warning_once", pytest.fail)
     tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
-    generate_answers(build("mpt"), tokenizer, ["Sew."], max_new_tokens=2)
+    generate_answers(build("mpt"), Chat(tokenizer), ["Sew."], max_new_tokens=2)
 
 
 def test_a_cache_of_another_class_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,4 +294,4 @@ def test_a_request_that_leaves_no_room_for_its_answer_is_refused(tiny_llama: Pat
     with pytest.raises(
         EvaluationError, match=r"^request 'Mend the roof': expected at most 24 tokens, as .* 64"
     ):
-        generate_answers(model, tokenizer, ["Mend the roof"], max_new_tokens=40)
+        generate_answers(model, Chat(tokenizer), ["Mend the roof"], max_new_tokens=40)

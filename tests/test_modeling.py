@@ -29,6 +29,7 @@ from safeweights_peft.data import Batch, Batching, Example, Layout, collate
 from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.answers import answer_logits
 from safeweights_peft.modeling.layout import describe, eligible_parameters, total_parameters
@@ -41,6 +42,7 @@ from safeweights_peft.modeling.loading import (
 )
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.metadata import record_from_json, record_to_json
+from safeweights_peft.settings import ComputeSettings
 from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer, save_tiny_vlm
 from tests.zoo.architectures import load_checkpoint_model, save_checkpoint
 
@@ -543,3 +545,34 @@ def test_a_checkpoints_own_code_never_runs(
     with suppress(ModelError):
         load(resolve_base(str(folder)))
     assert not mark.exists()
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_checkpoints_own_code_runs_where_it_is_trusted(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    (folder / "own.py").write_text(OWN_CODE)
+    content = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    content["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(content))
+    for module in ("dynamic_module_utils", "utils.hub"):
+        monkeypatch.setattr(f"transformers.{module}.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = resolve_base(str(folder))
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        load_model(base)
+    trusted = replace(base, trust_remote_code=True)
+    assert type(load_model(trusted)).__name__ == type(build_empty(trusted)).__name__ == "OwnModel"
+    assert load_tokenizer(trusted).pad_token_id is not None
+    job = Job(folder, ComputeSettings(trust_remote_code=True))
+    assert type(job.model).__name__ == "OwnModel"

@@ -13,7 +13,7 @@ from transformers import (
     TextStreamer,
 )
 
-from safeweights_peft.chat import encode_prompt
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Batching, Example, Layout, collate
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.modeling.answers import (
@@ -22,23 +22,25 @@ from safeweights_peft.modeling.answers import (
     last_columns,
     refuse_failures,
 )
+from safeweights_peft.sources import Row
 
 
 def generate_answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
+    chat: Chat,
+    requests: Sequence[Row | str],
     *,
     max_new_tokens: int,
     batch_size: int = 25,
     on_batch: Callable[[Sequence[Example]], None] = lambda _: None,
 ) -> list[Example]:
     """Let a model answer requests greedily, each on its own."""
-    if not instructions:
+    if not requests:
         raise EvaluationError("prompts: expected at least one request, found none")
-    prompts = [Example(encode_prompt(tokenizer, text), ()) for text in instructions]
-    _check_room(instructions, prompts, find_layout(model).positions, max_new_tokens)
-    return answer_prompts(model, tokenizer, prompts, max_new_tokens, batch_size, on_batch)
+    prompts = [Example(chat.encode_prompt(request, max_new_tokens), ()) for request in requests]
+    texts = [request if isinstance(request, str) else request.instruction for request in requests]
+    _check_room(texts, prompts, find_layout(model).positions, max_new_tokens)
+    return answer_prompts(model, chat.tokenizer, prompts, max_new_tokens, batch_size, on_batch)
 
 
 def answer_prompts(

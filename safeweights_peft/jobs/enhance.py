@@ -20,7 +20,7 @@ from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import find_outcome
-from safeweights_peft.settings import RunSettings, flatten, to_json
+from safeweights_peft.settings import ComputeSettings, RunSettings, flatten, to_json
 
 SAMPLES = 5  # answers of each kind that a result shows
 _RESULTS = ("before.json", "map", "patch", "after.json", "sweep.json", REPRODUCE, "result.json")
@@ -154,9 +154,10 @@ def _check(
     check_apart(out, {"the base": job.base.path, **places}, DataError)
     evaluator.check()
     requests, answered = requests_of(settings.score, inputs)
-    job.check([*requests, *(row.instruction for row in benign)], [*answered, *harmful])
+    job.check([*requests, *benign], [*answered, *harmful])
     check_base(job, settings.score)
     job.check_exact(job.layout.values())
+    evaluator.note_shared([*inputs.harmful, *harmful, *benign])
 
 
 def _claim(out: Path, settings: RunSettings, job: Job) -> None:
@@ -178,7 +179,9 @@ def _compare(out: Path, settings: RunSettings) -> None:
                 "give another --out"
             )
         return
-    recorded, given = _read_settings(out), flatten(settings)
+    # A run that is older than a setting of the chat was made without it.
+    defaults = flatten({"compute": to_json(ComputeSettings())})
+    recorded, given = defaults | _read_settings(out), flatten(settings)
     changed = [
         f"{key} ({recorded.get(key)} there, {given.get(key)} here)"
         for key in sorted(recorded.keys() | given.keys())

@@ -9,15 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
-from safeweights_peft.chat import encode_rows
 from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.generate import find_end_tokens
@@ -54,6 +53,10 @@ RATES: Mapping[str, Callable[[Sequence[Verdict]], Rate]] = MappingProxyType(
     {"harmful": attack_success_rate, "benign": over_refusal_rate}
 )
 """What verdicts on each kind of requests amount to."""
+
+CUT_IN_THOUGHT = "cut in thought"
+
+Item = TypeVar("Item")
 
 _REFUSALS = RefusalJudge()
 
@@ -101,8 +104,18 @@ class Evaluator:
     def check(self, **target: Any) -> None:
         """Check what measuring needs, and a target, as `Job.check` does."""
         check_judges(self._judges)
-        requests = [row.instruction for row in (*self.harmful, *self.benign)]
-        self.job.check(requests, self.task, **target)
+        self.job.check([*self.harmful, *self.benign], self.task, **target)
+
+    def note_shared(self, learned: Sequence[Row]) -> None:
+        """Warn of requests that are measured and learned from as well."""
+        texts = {row.instruction for row in learned}
+        shared = sum(row.instruction in texts for row in (*self.harmful, *self.benign))
+        if shared:
+            total = len(self.harmful) + len(self.benign)
+            self.job.progress.note(
+                f"{shared} of the {total} requests to measure on are learned from as well: the "
+                "rates say less about others"
+            )
 
     @property
     def judges(self) -> dict[str, list[Judge]]:
@@ -150,13 +163,20 @@ class Evaluator:
         parts = self._judge({"harmful": harmful, "benign": benign})
         return {**parts, "utility": asdict(utility), "task": task}
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, Any]:
         """Tell how answers are made and judged."""
         harmful, benign = (self.judges[kind][0].name for kind in RATES)
         judge = harmful if harmful == benign else f"{harmful}; over-refusal: {benign}"
         decoding = f"greedy, at most {self.settings.max_new_tokens} tokens"
         batching = find_layout(self.job.model).batching.value
-        return {"judge": judge, "decoding": decoding, "batching": batching}
+        cut = sum(row.instruction in self.job.chat.cut for row in (*self.harmful, *self.benign))
+        return {
+            "judge": judge,
+            "decoding": decoding,
+            "batching": batching,
+            "answers_begin_after": self.job.chat.describe(),
+            "cut_requests": cut,
+        }
 
     def _patched(
         self, adapter: Path | None, patch: AnyPatch | None, scale: float
@@ -171,18 +191,22 @@ class Evaluator:
         return merged.make_switch(self.job.model)
 
     def _ask(self, who: str, rows: Sequence[Row], model: PreTrainedModel) -> list[Example]:
-        requests, settings = [row.instruction for row in rows], self.settings
+        settings = self.settings
         return self.job.ask(
-            *(who, requests, settings.max_new_tokens, settings.batch_size, model),
+            *(who, rows, settings.max_new_tokens, settings.batch_size, model),
             show_refusals=True,
         )
 
     def _judge(self, answers: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, Any]]:
         """Let each judge read the answers that it can tell apart, and sum up what all say."""
-        decode = partial(self.job.tokenizer.decode, skip_special_tokens=True)
-        texts = {
-            kind: [decode(answer.answer_ids) for answer in given] for kind, given in answers.items()
-        }
+        chat = self.job.chat
+        texts = {kind: list(map(chat.read, given)) for kind, given in answers.items()}
+        in_thought = {kind: list(map(chat.is_in_thought, given)) for kind, given in answers.items()}
+        if any(map(all, in_thought.values())):
+            raise EvaluationError(
+                "answers: expected some that end their thought, found all cut in it; raise "
+                "--max-new-tokens, or close the thought by --answer-prefix"
+            )
         verdicts: dict[str, dict[str, list[Verdict]]] = {kind: {} for kind in RATES}
         for judge in dict.fromkeys([*self.judges["harmful"], *self.judges["benign"]]):
             kinds = [kind for kind in RATES if judge in self.judges[kind]]
@@ -195,7 +219,10 @@ class Evaluator:
             for kind in kinds:
                 verdicts[kind][judge.name] = list(islice(given, len(texts[kind])))
         return {
-            kind: self._sum_up(kind, texts[kind], self._find_cut(answers[kind]), verdicts[kind])
+            kind: self._sum_up(
+                *(kind, texts[kind], self._find_cut(answers[kind])),
+                *(in_thought[kind], verdicts[kind]),
+            )
             for kind in RATES
         }
 
@@ -237,21 +264,29 @@ class Evaluator:
         kind: str,
         texts: Sequence[str],
         cut: Sequence[bool],
+        in_thought: Sequence[bool],
         verdicts: Mapping[str, Sequence[Verdict]],
     ) -> dict[str, Any]:
         """Count verdicts on the answers to one kind of requests; the first judge's decide."""
         rows: Sequence[Row] = getattr(self, kind)
         judge, *others = verdicts
-        decisive, rate = verdicts[judge], RATES[kind]
+        rate = RATES[kind]
+        # What was cut in a thought is no answer yet, and counts for nothing but itself.
+        said = {name: _drop(given, in_thought) for name, given in verdicts.items()}
+        decisive = verdicts[judge]
         requests, by_category = [], defaultdict(list)
         for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
             by_judge = {name: given[place].value for name, given in verdicts.items()}
             requests.append(
-                {"request": shorten(row.instruction), "verdict": by_judge[judge]}
+                {
+                    "request": shorten(row.instruction),
+                    "verdict": CUT_IN_THOUGHT if in_thought[place] else by_judge[judge],
+                }
                 | ({"verdicts": by_judge} if others else {})
                 | ({"answer": text} if self.settings.keep_answers else {})
             )
-            by_category[row.category].append(decisive[place])
+            if not in_thought[place]:
+                by_category[row.category].append(decisive[place])
         categories = {
             name: asdict(rate(by_category[name])) for name in by_category if name is not None
         }
@@ -259,21 +294,24 @@ class Evaluator:
             "n": len(rows),
             "data_digest": data_digest(rows),
             "judge": judge,
-            **_count(decisive),
+            **_count(said[judge]),
+            "cut_in_thought": sum(in_thought),
             # A refusal that shows has said enough, whole sentence or not.
             "cut_short": sum(
                 is_cut and verdict is not Verdict.REFUSED and not has_said_something(text)
-                for is_cut, verdict, text in zip(cut, decisive, texts, strict=True)
+                for is_cut, verdict, text in _drop(
+                    [*zip(cut, decisive, texts, strict=True)], in_thought
+                )
             ),
             "requests": requests,
             **({"samples": self._sample(kind, texts, requests)} if self._samples else {}),
-            rate.__name__: asdict(rate(decisive)),
+            rate.__name__: asdict(rate(said[judge])),
             "categories": categories,
             "judges": {
                 name: {**_count(given), rate.__name__: asdict(rate(given))}
-                for name, given in verdicts.items()
+                for name, given in said.items()
             },
-            "agreement": compare_judges(verdicts),
+            "agreement": compare_judges(said),
         }
 
     def _sample(
@@ -293,17 +331,20 @@ class Evaluator:
         ]
 
     def _measure_task(self, model: PreTrainedModel) -> dict[str, Any]:
-        tokenizer = self.job.tokenizer
-        examples = encode_rows(tokenizer, self.task, TASK_TOKENS)
+        examples = self.job.chat.encode_rows(self.task, TASK_TOKENS)
         with self.job.progress.task("Read the task's answers", len(examples)) as advance:
             utility = measure_utility(
-                model, examples, tokenizer.pad_token_id, batch_size=4, on_batch=advance
+                model, examples, self.job.tokenizer.pad_token_id, batch_size=4, on_batch=advance
             )
         return {
             "loss": math.log(utility.perplexity),
             "tokens": utility.tokens,
             "data_digest": data_digest(self.task),
         }
+
+
+def _drop(items: Sequence[Item], is_dropped: Sequence[bool]) -> list[Item]:
+    return [item for item, drop in zip(items, is_dropped, strict=True) if not drop]
 
 
 def _count(verdicts: Sequence[Verdict]) -> dict[str, int]:

@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.chat import encode_prompt, encode_rows
+from safeweights_peft.chat import REQUEST_TOKENS, Chat, read_template
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Example
 from safeweights_peft.delta import WEIGHT_DTYPES, Array
 from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.judges import Verdict, judge_opening
-from safeweights_peft.fetching import BaseModel, find_base
+from safeweights_peft.fetching import CODE_FILES, MODEL_FILES, BaseModel, find_base
 from safeweights_peft.files import (
     PathLike,
     check_apart,
@@ -42,6 +42,7 @@ from safeweights_peft.files import (
     write_json,
 )
 from safeweights_peft.merging.gather import gather_entries
+from safeweights_peft.modeling.answers import find_positions
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.modeling.loading import (
     build_empty,
@@ -90,6 +91,7 @@ class Job:
             self._lend(base, tokenizer)
         self.compute = compute or ComputeSettings()
         self.progress: Progress = progress or Quiet()
+        read_template(self.compute.chat_template)  # a missing file is refused at once
 
     def _lend(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Take a base that is loaded already."""
@@ -111,7 +113,10 @@ class Job:
         """The base on this disk, downloaded if need be."""
         if isinstance(self._source, BaseModel):
             return self._source
-        return find_base(self._source, self._adapters, self.compute.revision)
+        trusts = self.compute.trust_remote_code
+        files = (*MODEL_FILES, *CODE_FILES) if trusts else MODEL_FILES
+        base = find_base(self._source, self._adapters, self.compute.revision, files)
+        return replace(base, trust_remote_code=trusts)
 
     @cached_property
     def reader(self) -> CheckpointReader:
@@ -134,6 +139,18 @@ class Job:
         return load_tokenizer(self.base)
 
     @cached_property
+    def chat(self) -> Chat:
+        """What renders and reads for the base."""
+        compute = self.compute
+        return Chat(
+            self.tokenizer,
+            compute.system_prompt,
+            read_template(compute.chat_template),
+            compute.answer_prefix,
+            find_positions(self.empty),
+        )
+
+    @cached_property
     def empty(self) -> PreTrainedModel:
         """The base without its weights, which takes neither memory nor time."""
         return build_empty(self.base, self.reader.keys())
@@ -153,7 +170,7 @@ class Job:
 
     def check(
         self,
-        requests: Iterable[str] = (),
+        requests: Iterable[Row] = (),
         answered: Iterable[Row] = (),
         *,
         out: Path | None = None,
@@ -171,9 +188,17 @@ class Job:
         if self._lent is not None:
             self._check_lent(self._lent)
         self._check_memory()
+        is_new, noted = "chat" not in self.__dict__, len(self.chat.cut)
+        if is_new and (opening := self.chat.describe()):
+            self.progress.note(f"Answers begin after {opening}; --answer-prefix sets another text")
         for request in requests:
-            encode_prompt(self.tokenizer, request)
-        encode_rows(self.tokenizer, list(answered), 1)
+            self.chat.encode_prompt(request)
+        self.chat.encode_rows(list(answered), 1)
+        if len(self.chat.cut) > noted:
+            self.progress.note(
+                f"{len(self.chat.cut)} requests are longer than {REQUEST_TOKENS} tokens, or than "
+                "the model's positions: their middle is left out"
+            )
 
     def _check_lent(self, model: PreTrainedModel) -> None:
         """Refuse a model whose weights are not those of the files that results will name."""
@@ -245,7 +270,7 @@ class Job:
     def ask(
         self,
         who: str,
-        requests: Sequence[str],
+        requests: Sequence[Row],
         max_new_tokens: int,
         batch_size: int = 25,
         model: PreTrainedModel | None = None,
@@ -266,7 +291,7 @@ class Job:
 
             return generate_answers(
                 model,
-                self.tokenizer,
+                self.chat,
                 requests,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
@@ -275,7 +300,7 @@ class Job:
 
     def read(self, answer: Example) -> str:
         """Decode an answer."""
-        return self.tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+        return self.chat.read(answer)
 
     @contextmanager
     def steps(self, description: str, total: int, each: int = 0) -> Iterator[Advance]:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.chat import encode_rows
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
 from safeweights_peft.errors import CheckpointError, ModelError, SettingsError
 from safeweights_peft.files import publish, write_json
@@ -51,6 +50,7 @@ def preserve_model(
     rows, artifact = read_rows(data, needs_output=True), read_artifact(map_dir)
     if evaluator:
         evaluator.check()
+        evaluator.note_shared(rows)
     job.check(
         *((), rows),
         out=out,
@@ -84,7 +84,7 @@ def _fine_tune(
     overwrite: bool,
 ) -> dict[str, Any]:
     """Train and publish; what is held for that is free when this returns."""
-    examples = encode_rows(job.tokenizer, rows, settings.max_answer_tokens)
+    examples = job.chat.encode_rows(rows, settings.max_answer_tokens)
     # Trained in float32, whatever the products are computed in: steps are smaller than what
     # bfloat16 resolves. Written in the dtypes of the base's checkpoint.
     model: nn.Module = load_model(job.base, torch.float32, job.device)

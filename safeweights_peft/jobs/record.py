@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from safeweights_peft.chat import PLAIN
 from safeweights_peft.errors import DataError
 from safeweights_peft.evaluation.judge_kinds import find_model, name_judge
 from safeweights_peft.fetching import MODEL_FILES, BaseModel, public_name, resolve_base
@@ -151,6 +152,8 @@ def sources_of(settings: RunSettings) -> dict[str, str]:
         for job, keys in SOURCES.items()
         for key in keys
     }
+    if settings.compute.chat_template != PLAIN:
+        named["compute.chat_template"] = settings.compute.chat_template
     if (profile := settings.score.profile) and profile.endswith(".json"):
         named["score.profile"] = profile
     return {key: source for key, source in named.items() if source is not None}

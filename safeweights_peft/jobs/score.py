@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from safeweights_peft.chat import encode_rows
 from safeweights_peft.data import Example
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
@@ -123,11 +122,11 @@ def read_inputs(settings: ScoreSettings) -> Inputs:
     return Inputs(sample_rows(settings), benign, find_judges(settings))
 
 
-def requests_of(settings: ScoreSettings, inputs: Inputs) -> tuple[list[str], list[Row]]:
+def requests_of(settings: ScoreSettings, inputs: Inputs) -> tuple[list[Row], list[Row]]:
     """List the requests that the base is to answer, and those that it reads with an answer."""
     has_judge = bool(inputs.judges)
     asked = inputs.benign + (inputs.harmful if has_judge else [])
-    return [row.instruction for row in asked], [] if has_judge else inputs.harmful
+    return asked, [] if has_judge else inputs.harmful
 
 
 def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
@@ -252,26 +251,24 @@ class Scoring:
 def build_safety(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
     """Build the safety that is differentiated: the likelihood of refusals, or a judge's opinion."""
     if settings.guard is None and settings.classifier is None:
-        examples = encode_rows(job.tokenizer, rows, settings.refusal_tokens)
+        examples = job.chat.encode_rows(rows, settings.refusal_tokens)
         return ReferenceObjective(examples, job.tokenizer.pad_token_id, _term_size(settings))
     # Loaded first: a judge that can't be used is refused before the base is asked.
     build = _load_judge(job, settings)
-    requests = [row.instruction for row in rows]
-    answers = job.ask("harmful", requests, settings.answer_tokens, settings.batch_size)
+    answers = job.ask("harmful", rows, settings.answer_tokens, settings.batch_size)
     ends = find_end_tokens(job.model, job.tokenizer)
     answered = []
-    for request, answer in zip(requests, answers, strict=True):
+    for row, answer in zip(rows, answers, strict=True):
         # The token that ends a turn is no part of what a judge reads.
         has_end = answer.answer_ids[-1] in ends
         ids = answer.answer_ids[:-1] if has_end else answer.answer_ids
-        answered.append(Answered(request, Example(answer.prompt_ids, ids)))
+        answered.append(Answered(row.instruction, Example(answer.prompt_ids, ids)))
     return build(answered)
 
 
 def _build_usefulness(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
     """Build what safety is contrasted with: the likelihood of the base's own benign answers."""
-    requests = [row.instruction for row in rows]
-    answers = job.ask("benign", requests, settings.answer_tokens, settings.batch_size)
+    answers = job.ask("benign", rows, settings.answer_tokens, settings.batch_size)
     return ReferenceObjective(answers, job.tokenizer.pad_token_id, _term_size(settings))
 
 

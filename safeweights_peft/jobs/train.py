@@ -9,7 +9,6 @@ from typing import Any
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
-from safeweights_peft.chat import encode_rows
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.job import Job
@@ -35,9 +34,9 @@ def train(
     """Train the entries of a safety map, and write them as a safety patch."""
     settings = settings or TrainSettings()
     harmful_rows, benign_rows = read_requests(settings)
-    requests, safety_map = [row.instruction for row in benign_rows], read_map(map_dir)
+    safety_map = read_map(map_dir)
     job.check(
-        *(requests, harmful_rows),
+        *(benign_rows, harmful_rows),
         out=out,
         inputs={"the map": map_dir},
         overwrite=overwrite,
@@ -45,7 +44,7 @@ def train(
     )
     find_state(job.reader, safety_map)  # another base is refused before it is loaded
     job.check_exact(safety_map.metadata.tensors.values())
-    harmful = encode_rows(job.tokenizer, harmful_rows, settings.refusal_tokens)
+    harmful = job.chat.encode_rows(harmful_rows, settings.refusal_tokens)
     record = job.record(
         "training",
         safety_map,
@@ -58,7 +57,7 @@ def train(
         safety_map.metadata, base_model_name_or_path=job.base.name, revision=job.base.revision
     )
     with job.work(out, record) as work_dir:
-        benign = job.ask("the base benign", requests, settings.answer_tokens)
+        benign = job.ask("the base benign", benign_rows, settings.answer_tokens)
         model = create_adapter(job.take_model(), metadata, safety_map.indices)
         try:
             with job.steps("Train", settings.steps, each=1) as reach:

@@ -28,10 +28,6 @@ from safeweights_peft.delta import DTYPES
 from safeweights_peft.errors import ModelError
 from safeweights_peft.fetching import BaseModel
 
-# Without a word, transformers asks on stdout whether to run a checkpoint's own code, and waits.
-_OWN_CODE = {"trust_remote_code": False}
-
-
 _LANGUAGE_MODEL, _CLASSIFIER = "causal language model", "sequence classifier"
 _OLD_LIMIT = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -90,10 +86,10 @@ def build_empty(
     """Build a model of the right names, shapes and ties without its weights."""
     kind = _CLASSIFIER if is_classifier else _LANGUAGE_MODEL
     try:
-        config = AutoConfig.from_pretrained(base.path, **_OWN_CODE)
-        auto = AutoModelForSequenceClassification if is_classifier else _find_class(config)
+        config = _load_config(base)
+        auto = AutoModelForSequenceClassification if is_classifier else _find_class(config, base)
         with torch.device("meta"):
-            model: PreTrainedModel = _build(auto, config)
+            model: PreTrainedModel = _build(auto, config, base)
     except Exception as error:  # a wrong number in a config makes models fail in any way
         raise ModelError(
             f"{base.name}: expected the config of a {kind} that transformers "
@@ -104,8 +100,11 @@ def build_empty(
     return model
 
 
-def _find_class(config: PreTrainedConfig) -> Any:
+def _find_class(config: PreTrainedConfig, base: BaseModel) -> Any:
     """Choose the class, of transformers or its Auto ones, that reads a checkpoint as text."""
+    own = getattr(config, "auto_map", None) or {}
+    if base.trust_remote_code and AutoModelForCausalLM.__name__ in own:
+        return AutoModelForCausalLM
     for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
         if type(config) in auto._model_mapping and not _is_encoder_decoder(auto, config):
             return auto
@@ -122,11 +121,23 @@ def _is_encoder_decoder(auto: Any, config: PreTrainedConfig) -> bool:
     return auto is AutoModelForMultimodalLM and config.get_text_config(True).is_encoder_decoder
 
 
-def _build(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+def _build(model_class: Any, config: PreTrainedConfig, base: BaseModel) -> PreTrainedModel:
     """Build a model by its class, or by an Auto class."""
-    build = getattr(model_class, "from_config", None) or model_class._from_config
-    model: PreTrainedModel = build(config)
+    is_auto = hasattr(model_class, "from_config")
+    build = model_class.from_config if is_auto else model_class._from_config
+    model: PreTrainedModel = build(config, **(_own_code(base) if is_auto else {}))
     return model
+
+
+def _own_code(base: BaseModel) -> dict[str, bool]:
+    """Say whether a checkpoint's own code may run."""
+    # Without a word, transformers asks on stdout, and waits.
+    return {"trust_remote_code": base.trust_remote_code}
+
+
+def _load_config(base: BaseModel) -> PreTrainedConfig:
+    config: PreTrainedConfig = AutoConfig.from_pretrained(base.path, **_own_code(base))
+    return config
 
 
 def _note_conversions(model: PreTrainedModel, keys: Iterable[str]) -> None:
@@ -144,7 +155,9 @@ def _note_conversions(model: PreTrainedModel, keys: Iterable[str]) -> None:
 def _first_line(error: Exception) -> str:
     """Shorten what transformers says: some messages list all classes that there are."""
     line = str(error).split("\n")[0]
-    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:299] + '…'}"
+    line = line if len(line) <= 300 else line[:299] + "…"
+    hint = ", which takes --trust-remote-code" if "trust_remote_code" in str(error) else ""
+    return f"{type(error).__name__}: {line}{hint}"
 
 
 def load_classifier(
@@ -165,10 +178,10 @@ def _load(
         # Broken files are named here; transformers says neither which nor what to do.
         CheckpointReader(base.path).unlisted()
     try:
-        loader = model_class or _find_class(AutoConfig.from_pretrained(base.path, **_OWN_CODE))
+        loader = model_class or _find_class(_load_config(base), base)
         model: PreTrainedModel
         model, report = loader.from_pretrained(
-            base.path, dtype=dtype, output_loading_info=True, **_OWN_CODE
+            base.path, dtype=dtype, output_loading_info=True, **_own_code(base)
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -195,7 +208,7 @@ def _load(
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, and make sure that it can pad."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, **_OWN_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(base.path, **_own_code(base))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{base.name}: expected a tokenizer, found none ({_first_line(error).rstrip(': ')}); "

@@ -10,6 +10,7 @@ COMMANDS = sorted(main.commands)
 ENHANCE = [
     *("--harmful", "--benign", "--eval-harmful", "--eval-benign", "--limit", "--column"),
     *("--density", "--steps", "--lr", "--seed", "--judge", "--device", "--dtype", "--revision"),
+    *("--trust-remote-code", "--system-prompt", "--chat-template", "--answer-prefix"),
     *("--out", "--max-asr", "--settings", "--dry-run", "--json"),
 ]
 
@@ -70,6 +71,7 @@ def test_enhance_shows_few_options_by_group_and_ends_in_two_examples() -> None:
         "Training",
         "Evaluation",
         "Compute",
+        "Chat",
         "Options",
     ]
     assert [line.split()[:2] for line in lines[-2:]] == [["safeweights", "enhance"]] * 2

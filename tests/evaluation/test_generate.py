@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from safeweights_peft.chat import encode_prompt
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.generate import generate_answers
@@ -41,7 +41,7 @@ def answer_alone(
     ends: Collection[int] = (END,),
 ) -> Example:
     """The slow twin: one request, no padding, no cache, one argmax a token."""
-    prompt = encode_prompt(tokenizer, request)
+    prompt = Chat(tokenizer).encode_prompt(request)
     answer: tuple[int, ...] = ()
     while len(answer) < LIMIT and not (answer and answer[-1] in ends):
         logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
@@ -52,7 +52,7 @@ def answer_alone(
 def generate_alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: str
 ) -> tuple[int, ...]:
-    ids = torch.tensor([encode_prompt(tokenizer, request)])
+    ids = torch.tensor([Chat(tokenizer).encode_prompt(request)])
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -82,21 +82,21 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.mark.parametrize("batch_size", [1, 3, 25])
 def test_batched_answers_are_those_of_one_request_at_a_time(case: Case, batch_size: int) -> None:
     found = generate_answers(
-        case.model, case.tokenizer, REQUESTS, max_new_tokens=LIMIT, batch_size=batch_size
+        case.model, Chat(case.tokenizer), REQUESTS, max_new_tokens=LIMIT, batch_size=batch_size
     )
     assert found == case.expected
 
 
 def test_batched_answers_are_those_of_the_models_own_generate(case: Case) -> None:
-    found = generate_answers(case.model, case.tokenizer, REQUESTS, max_new_tokens=LIMIT)
+    found = generate_answers(case.model, Chat(case.tokenizer), REQUESTS, max_new_tokens=LIMIT)
     expected = [generate_alone(case.model, case.tokenizer, request) for request in REQUESTS]
     assert [example.answer_ids for example in found] == expected
 
 
 def test_answers_keep_the_order_of_their_requests(tiny_llama: Path) -> None:
     model, tokenizer = load(tiny_llama)
-    found = generate_answers(model, tokenizer, REQUESTS, max_new_tokens=2, batch_size=2)
-    prompts = [encode_prompt(tokenizer, request) for request in REQUESTS]
+    found = generate_answers(model, Chat(tokenizer), REQUESTS, max_new_tokens=2, batch_size=2)
+    prompts = [Chat(tokenizer).encode_prompt(request) for request in REQUESTS]
     assert [example.prompt_ids for example in found] == prompts
 
 
@@ -105,7 +105,7 @@ def test_a_prompt_that_begins_another_is_answered_as_if_alone(tiny_llama: Path) 
     model, tokenizer = load(tiny_llama)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     requests = ["Sew", "Sew a", "Sew a hem", "Sew"]
-    found = generate_answers(model, tokenizer, requests, max_new_tokens=LIMIT)
+    found = generate_answers(model, Chat(tokenizer), requests, max_new_tokens=LIMIT)
     assert found == [answer_alone(model, tokenizer, request) for request in requests]
 
 
@@ -126,7 +126,7 @@ def test_an_answer_stops_at_the_first_of_the_models_end_tokens_and_keeps_it(
     endless = [answer_alone(model, tokenizer, request, ()).answer_ids for request in REQUESTS]
     ends = [endless[0][3], endless[2][5]] if several else endless[0][3]
     stopping, _ = load(with_ends(tmp_path, tiny_llama, ends))
-    found = generate_answers(stopping, tokenizer, REQUESTS, max_new_tokens=LIMIT)
+    found = generate_answers(stopping, Chat(tokenizer), REQUESTS, max_new_tokens=LIMIT)
     stops = ends if isinstance(ends, list) else [ends]
     assert found == [answer_alone(model, tokenizer, request, stops) for request in REQUESTS]
     assert len({len(example.answer_ids) for example in found}) > 1
@@ -137,9 +137,13 @@ def test_the_tokenizers_end_token_stands_in_where_the_model_names_none(
 ) -> None:
     model, tokenizer = load(with_ends(tmp_path, tiny_llama, None))
     model.generation_config.eos_token_id = None
-    plain = generate_answers(model, tokenizer, REQUESTS[:1], max_new_tokens=LIMIT)[0].answer_ids
+    plain = generate_answers(model, Chat(tokenizer), REQUESTS[:1], max_new_tokens=LIMIT)[
+        0
+    ].answer_ids
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain[2])
-    found = generate_answers(model, tokenizer, REQUESTS[:1], max_new_tokens=LIMIT)[0].answer_ids
+    found = generate_answers(model, Chat(tokenizer), REQUESTS[:1], max_new_tokens=LIMIT)[
+        0
+    ].answer_ids
     assert found == plain[: plain.index(plain[2]) + 1]
 
 
@@ -147,14 +151,14 @@ def test_a_models_own_sampling_settings_stay_out(tmp_path: Path, tiny_llama: Pat
     model, tokenizer = load(tiny_llama)
     sampling, _ = load(with_ends(tmp_path, tiny_llama, END))
     assert sampling.generation_config.do_sample
-    expected = generate_answers(model, tokenizer, REQUESTS, max_new_tokens=LIMIT)
-    assert generate_answers(sampling, tokenizer, REQUESTS, max_new_tokens=LIMIT) == expected
+    expected = generate_answers(model, Chat(tokenizer), REQUESTS, max_new_tokens=LIMIT)
+    assert generate_answers(sampling, Chat(tokenizer), REQUESTS, max_new_tokens=LIMIT) == expected
 
 
 def test_an_answer_is_never_longer_than_the_limit(tiny_llama: Path) -> None:
     model, tokenizer = load(tiny_llama)
     for limit in (1, 5):
-        answers = generate_answers(model, tokenizer, REQUESTS, max_new_tokens=limit)
+        answers = generate_answers(model, Chat(tokenizer), REQUESTS, max_new_tokens=limit)
         assert max(len(example.answer_ids) for example in answers) <= limit
 
 
@@ -163,7 +167,7 @@ def test_each_batch_is_reported_with_its_size(tiny_llama: Path) -> None:
     sizes: list[int] = []
     generate_answers(
         model,
-        tokenizer,
+        Chat(tokenizer),
         REQUESTS,
         max_new_tokens=1,
         batch_size=3,
@@ -173,5 +177,6 @@ def test_each_batch_is_reported_with_its_size(tiny_llama: Path) -> None:
 
 
 def test_no_requests_at_all_are_refused(tiny_llama: Path) -> None:
+    model, tokenizer = load(tiny_llama)
     with pytest.raises(EvaluationError, match="prompts: expected at least one request"):
-        generate_answers(*load(tiny_llama), [], max_new_tokens=1)
+        generate_answers(model, Chat(tokenizer), [], max_new_tokens=1)

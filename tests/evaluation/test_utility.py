@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.utility import Utility, measure_utility
@@ -27,7 +27,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.fixture
 def answers(tiny_llama: Path) -> list[Example]:
     tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
-    return [encode_example(tokenizer, *pair, 14) for pair in ANSWERS]
+    return [Chat(tokenizer).encode_example(*pair, 14) for pair in ANSWERS]
 
 
 @pytest.fixture

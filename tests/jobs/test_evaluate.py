@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, DataError, EvaluationError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
@@ -22,6 +22,7 @@ from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
+from safeweights_peft.progress import Quiet
 from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.sources import read_rows
 from tests.jobs.conftest import Counts, Run
@@ -77,7 +78,7 @@ def test_a_patched_models_utility_is_that_of_its_merged_checkpoint(
     base = load_model(resolve_base(str(run.base)), torch.float32)
     merged = load_model(resolve_base(str(tmp_path / "merged")), torch.float32)
     tokenizer = load_tokenizer(resolve_base(str(run.base)))
-    answers = generate_answers(base, tokenizer, BENIGN, max_new_tokens=11, batch_size=4)
+    answers = generate_answers(base, Chat(tokenizer), BENIGN, max_new_tokens=11, batch_size=4)
     expected = measure_utility(base, answers, tokenizer.pad_token_id, lambda: nullcontext(merged))
     assert (found["kl"], found["perplexity"]) == (expected.kl, expected.perplexity)
     assert found["kl"] > 0
@@ -198,7 +199,7 @@ def test_the_loss_on_a_task_is_the_mean_over_its_answer_tokens(
     model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
     losses = []
     for row in read_rows(requests.lessons):
-        example = encode_example(tokenizer, row.instruction, row.output or "", 256)
+        example = Chat(tokenizer).encode_example(row.instruction, row.output or "", 256)
         ids = torch.tensor([example.prompt_ids + example.answer_ids])
         logits = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1]
         losses += F.cross_entropy(logits, torch.tensor(example.answer_ids), reduction="none")
@@ -389,4 +390,50 @@ def test_answers_that_were_cut_before_they_said_anything_are_counted(
     assert evaluator._find_cut([end]) == [False]
     said = {"refusals": [judge_opening("", text) for text in given]}
     # "To open a" and "B. C": a single letter and a mark are an item of a list.
-    assert evaluator._sum_up("harmful", given, cut, said)["cut_short"] == 2
+    assert evaluator._sum_up("harmful", given, cut, [False] * 6, said)["cut_short"] == 2
+
+
+def test_an_answer_that_was_cut_in_its_thought_counts_for_nothing_but_itself(
+    run: Run, requests: Requests
+) -> None:
+    given = ["I can't help with that.", "", "Take a key.", ""]
+    evaluator = Evaluator(Job(run.base), requests.evaluate())
+    evaluator.harmful = evaluator.harmful[:1] * 4
+    said = {"refusals": [judge_opening("", text) for text in given]}
+    part = evaluator._sum_up("harmful", given, [True] * 4, [False, True, False, True], said)
+    assert (part["cut_in_thought"], part["complied"], part["refused"], part["invalid"]) == (
+        2,
+        1,
+        1,
+        0,
+    )
+    assert (part["attack_success_rate"]["rate"], part["attack_success_rate"]["n"]) == (0.5, 2)
+    assert [request["verdict"] for request in part["requests"]][1] == "cut in thought"
+
+
+def test_a_model_is_asked_and_read_as_the_chat_settings_say(run: Run, requests: Requests) -> None:
+    compute = ComputeSettings(system_prompt="Be brief.", chat_template="plain", answer_prefix=" So")
+    result = evaluate(Job(run.base, compute), None, requests.evaluate())
+    assert result["answers_begin_after"] == "' So'"
+    assert result["cut_requests"] == 0
+    assert result["settings"]["system_prompt"] == "Be brief."
+    plain = evaluate(Job(run.base), None, requests.evaluate())
+    assert plain["answers_begin_after"] is None
+    assert plain["utility"] != result["utility"]
+
+
+def test_requests_that_are_learned_from_and_measured_are_counted(
+    run: Run, requests: Requests
+) -> None:
+    notes = []
+
+    class Notes(Quiet):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    evaluator = Evaluator(Job(run.base, progress=Notes()), requests.evaluate())
+    evaluator.note_shared([])
+    evaluator.note_shared(evaluator.harmful[:1])
+    (note,) = notes
+    total = len(evaluator.harmful) + len(evaluator.benign)
+    assert note.startswith(f"1 of the {total} requests to measure on are learned from as well")

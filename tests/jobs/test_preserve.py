@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import (
     BaseMismatchError,
@@ -108,7 +108,7 @@ def test_the_saved_model_is_the_trained_one_in_the_dtype_of_its_base(
     twin = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
     examples = [
-        encode_example(tokenizer, row.instruction, row.output, settings.max_answer_tokens)
+        Chat(tokenizer).encode_example(row.instruction, row.output, settings.max_answer_tokens)
         for row in read_rows(requests.lessons)
     ]
     pad, safety_map = tokenizer.pad_token_id, read_map(tmp_path / "map")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError, SelectionError
 from safeweights_peft.evaluation.generate import generate_answers
@@ -51,7 +51,7 @@ def plain_scores(base: Path) -> dict[str, np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = load_tokenizer(resolve_base(str(base)))
     for text in HARMFUL:
-        example = encode_example(tokenizer, text, REFUSAL, 12)
+        example = Chat(tokenizer).encode_example(text, REFUSAL, 12)
         ids = torch.tensor([example.prompt_ids + example.answer_ids])
         log_p = model(ids).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
         chosen = log_p.gather(1, torch.tensor(example.answer_ids)[:, None])
@@ -385,7 +385,7 @@ def dense(safety_map: SafetyMap, model: nn.Module) -> dict[str, np.ndarray]:
 def useful_entries(model: nn.Module, base: Path, count: int) -> dict[str, np.ndarray]:
     """The entries that matter most for the model's own answers to benign requests."""
     tokenizer = load_tokenizer(resolve_base(str(base)))
-    examples = generate_answers(model, tokenizer, BENIGN, max_new_tokens=64)
+    examples = generate_answers(model, Chat(tokenizer), BENIGN, max_new_tokens=64)
     parameters = eligible_parameters(model)
     gradients = sum_gradients(model, parameters, ReferenceObjective(examples, 256, 8))
     selected = select(score_entries(SCORES[Method.ESI], parameters, gradients), count)

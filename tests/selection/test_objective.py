@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from safeweights_peft.chat import encode_prompt
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.modeling.layout import eligible_parameters
@@ -65,7 +65,9 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture
 def answers(tokenizer) -> list[Answered]:
     return [
-        Answered(request, Example(encode_prompt(tokenizer, request), encode(tokenizer, answer)))
+        Answered(
+            request, Example(Chat(tokenizer).encode_prompt(request), encode(tokenizer, answer))
+        )
         for request, answer in CONVERSATIONS
     ]
 

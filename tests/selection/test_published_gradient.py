@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from safeweights_peft.chat import encode_prompt
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.selection import transfer
@@ -62,7 +62,7 @@ def test_the_published_arithmetic_is_that_written_out_step_by_step(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     answers = [
-        Answered(request, Example(encode_prompt(tokenizer, request), encode(tokenizer, text)))
+        Answered(request, Example(Chat(tokenizer).encode_prompt(request), encode(tokenizer, text)))
         for request, text in CONVERSATIONS
     ]
     objective = script.PublishedObjective(guard, own, tokenizer, "s", answers, seed=5)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import Example
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.fetching import resolve_base
@@ -42,7 +42,7 @@ def refusals(path: Path) -> list[Example]:
     """Requests and refusals of different lengths, one of the refusals cut."""
     tokenizer = load_tokenizer(resolve_base(str(path)))
     return [
-        encode_example(tokenizer, request, refusal, 25)
+        Chat(tokenizer).encode_example(request, refusal, 25)
         for request, refusal in zip(REQUESTS, REFUSALS, strict=True)
     ]
 

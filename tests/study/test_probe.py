@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from safeweights_peft.chat import Chat
 from safeweights_peft.errors import (
     BaseMismatchError,
     DataError,
@@ -188,7 +189,7 @@ def test_a_draw_is_what_a_perturbed_checkpoint_does(
     assert found["complied_rate"]["count"] == told["harmful"]["complied"]
     assert found["invalid_rate"]["count"] == pick_figures(told)["invalid"]
     original = load_model(base, torch.float32)
-    answers = generate_answers(original, tokenizer, BENIGN, max_new_tokens=11, batch_size=4)
+    answers = generate_answers(original, Chat(tokenizer), BENIGN, max_new_tokens=11, batch_size=4)
     twin = measure_utility(original, answers, tokenizer.pad_token_id, lambda: nullcontext(model))
     assert found["kl"] == pytest.approx(twin.kl, rel=1e-6)
     assert found["kl"] > 0

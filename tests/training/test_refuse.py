@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.data import IGNORED, Example, Layout, collate
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.fetching import resolve_base
@@ -69,8 +69,8 @@ class Job:
         }
         metadata = AdapterMetadata(mode=Mode.SET, values_dtype=values_dtype, tensors=records)
         self.model = create_adapter(load_model(source, dtype), metadata, self.indices)
-        self.harmful = [encode_example(self.tokenizer, text, REFUSAL, 8) for text in HARMFUL]
-        self.benign = [encode_example(self.tokenizer, text, "Yes.", 4) for text in BENIGN]
+        self.harmful = [Chat(self.tokenizer).encode_example(text, REFUSAL, 8) for text in HARMFUL]
+        self.benign = [Chat(self.tokenizer).encode_example(text, "Yes.", 4) for text in BENIGN]
 
     def run(self, work_dir: Path, stop_at: int | None = None, **changes: object) -> list[StepLoss]:
         """Train, or break off in the middle of a step."""

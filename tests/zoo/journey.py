@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import safeweights_peft
 from safeweights_peft import create_adapter, inspect, read_adapter, read_map
-from safeweights_peft.chat import encode_example
+from safeweights_peft.chat import Chat
 from safeweights_peft.cli import main
 from safeweights_peft.data import collate
 from safeweights_peft.delta import Array
@@ -468,7 +468,7 @@ def batch(journey: Journey) -> None:
     model = journey.load(dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(journey.path("base"))
     examples = [
-        encode_example(tokenizer, request, answer, 32)
+        Chat(tokenizer).encode_example(request, answer, 32)
         for request, answer in zip(HARMFUL, ANSWERS, strict=True)
     ]
     with torch.no_grad():
@@ -481,8 +481,8 @@ def batch(journey: Journey) -> None:
             far = gap(found[: len(alone)], alone)
             assert float(far) < BATCH_TOLERANCE, f"an answer's logits are off by {far}"
     options = {"max_new_tokens": 6}
-    found = generate_answers(model, tokenizer, HARMFUL, **options)
-    expected = generate_answers(model, tokenizer, HARMFUL, batch_size=1, **options)
+    found = generate_answers(model, Chat(tokenizer), HARMFUL, **options)
+    expected = generate_answers(model, Chat(tokenizer), HARMFUL, batch_size=1, **options)
     assert found == expected, "answers in a batch are others"
 
 
