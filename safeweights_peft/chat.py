@@ -125,19 +125,19 @@ class Chat:
     def encode_prompt(self, request: Row | str, answer_tokens: int = 0) -> tuple[int, ...]:
         """Render a request and encode it; a very long one loses its middle."""
         row = Row(request) if isinstance(request, str) else request
-        ids = self._encode(self.render_prompt(row))
+        ids = self.encode(self.render_prompt(row))
         room = REQUEST_TOKENS
         if self._positions is not None:
             room = min(room, self._positions - answer_tokens)
         if len(ids) <= room:
             return ids
-        text = self._encode(row.instruction)
+        text = self.encode(row.instruction)
         keep = len(text) - (len(ids) - room)
         while keep > 0:
             # The ends: what is asked stands at one of them, whatever is around it.
             ends = text[: (keep + 1) // 2], text[len(text) - keep // 2 :]
             shorter = " … ".join(self.tokenizer.decode(ids) for ids in ends)
-            fitting = self._encode(self.render_prompt(replace(row, instruction=shorter)))
+            fitting = self.encode(self.render_prompt(replace(row, instruction=shorter)))
             if len(fitting) <= room:
                 self.cut.add(row.instruction)
                 return fitting
@@ -164,7 +164,7 @@ class Chat:
                 "forced prefix, or give --answer-prefix"
             )
         # Newlines after the end of the turn are the template's: no model is asked to write them.
-        answer_ids = self._encode(whole[place:].rstrip("\n"))[:max_answer_tokens]
+        answer_ids = self.encode(whole[place:].rstrip("\n"))[:max_answer_tokens]
         return Example(self.encode_prompt(request, len(answer_ids)), answer_ids)
 
     def read(self, answer: Example) -> str:
@@ -195,7 +195,8 @@ class Chat:
             return turns
         return [("system", self._system_prompt), *turns]
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Encode rendered text."""
         # The template has written the special tokens.
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -14,6 +14,7 @@ from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import MergedEntries
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.settings import SCALE
+from safeweights_peft.sources import Row
 
 MAX_NEW_TOKENS = 512  # of an answer
 
@@ -26,7 +27,7 @@ class Chat:
         self.job, self.turns = job, list[dict[str, Any]]()
         self._adapter, self._patch = adapter, read_patch(adapter) if adapter else None
         self._scale = self._scale_of_patch = scale if adapter else 0.0
-        job.check(["Hello"])
+        job.check([Row("Hello")])
         self._patched = self._switch()
 
     @property
@@ -49,11 +50,9 @@ class Chat:
     def ask(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Let the model answer, knowing all turns so far; pass on what it writes as it does."""
         tokenizer, asked = self.job.tokenizer, {"role": "user", "content": text}
-        messages = [{key: turn[key] for key in ("role", "content")} for turn in self.turns]
-        prompt = tokenizer.apply_chat_template(
-            [*messages, asked], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(str(prompt), add_special_tokens=False)["input_ids"]
+        turns = tuple((turn["role"], turn["content"]) for turn in self.turns)
+        chat = self.job.chat
+        ids = chat.encode(chat.render_prompt(Row(text, turns=turns)))
         with self._patched() as model:
             answer = stream_answer(model, tokenizer, ids, MAX_NEW_TOKENS, on_text)
         self.turns += [asked, {"role": "assistant", "content": answer, "scale": self._scale}]

@@ -21,6 +21,7 @@ from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import find_outcome
 from safeweights_peft.settings import ComputeSettings, RunSettings, flatten, to_json
+from safeweights_peft.sources import Row
 
 SAMPLES = 5  # answers of each kind that a result shows
 _RESULTS = ("before.json", "map", "patch", "after.json", "sweep.json", REPRODUCE, "result.json")
@@ -48,15 +49,16 @@ def enhance(
     job = job or Job(settings.base, settings.compute, progress)
     evaluator = Evaluator(job, settings.evaluate, samples=SAMPLES)
     results = ("result.json", *(["sweep.json"] if max_asr is not None else []))
-    _check(job, evaluator, settings, out, results)
+    learned = _check(job, evaluator, settings, out, results)
     with lock(out, DataError):
+        _claim(out, settings, job)
+        evaluator.note_shared(learned)
         return _run(job, evaluator, settings, out, max_asr)
 
 
 def _run(
     job: Job, evaluator: Evaluator, settings: RunSettings, out: Path, max_asr: float | None
 ) -> dict[str, Any]:
-    _claim(out, settings, job)
     stages = iter(range(1, 6))
 
     def note(text: str) -> None:
@@ -142,14 +144,14 @@ def _pair_samples(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
 
 def _check(
     job: Job, evaluator: Evaluator, settings: RunSettings, out: Path, results: Sequence[str]
-) -> None:
-    """Refuse now what a step would refuse hours later."""
+) -> list[Row]:
+    """Refuse now what a step would refuse hours later; return the requests to learn from."""
     inputs, (harmful, benign) = read_inputs(settings.score), read_requests(settings.train)
     _compare(out, settings)
     if all(
         (out / name).exists() for name in results
     ):  # a finished run is shown again even where its base is gone
-        return
+        return []
     places = {f"the judge {judge.name}": judge.path for judge in inputs.judges}
     check_apart(out, {"the base": job.base.path, **places}, DataError)
     evaluator.check()
@@ -157,7 +159,7 @@ def _check(
     job.check([*requests, *benign], [*answered, *harmful])
     check_base(job, settings.score)
     job.check_exact(job.layout.values())
-    evaluator.note_shared([*inputs.harmful, *harmful, *benign])
+    return [*inputs.harmful, *harmful, *benign]
 
 
 def _claim(out: Path, settings: RunSettings, job: Job) -> None:

@@ -270,7 +270,7 @@ class Job:
     def ask(
         self,
         who: str,
-        requests: Sequence[Row],
+        requests: Sequence[Row | str],
         max_new_tokens: int,
         batch_size: int = 25,
         model: PreTrainedModel | None = None,
