@@ -84,30 +84,6 @@ class Setting(NamedTuple):
         return number > self.above and self.least <= number <= self.most
 
 
-# Beyond these bounds a patch ruins a model, whatever is in it.
-SCALE = Setting("", name="scale", kind=float, least=-10, most=10)
-
-
-def split_scale(patch: str) -> tuple[str, float]:
-    """Split PATCH@SCALE, where PATCH is a directory or a Hub id; without a scale it is 1."""
-    # What follows the last @ is no scale if a directory is called so, nor if it is a revision.
-    path, at, suffix = patch.rpartition("@")
-    scale = number_or_text(suffix)
-    names_revision = isinstance(scale, str) and not Path(path).is_dir()
-    if not at or Path(patch).is_dir() or names_revision:
-        return patch, 1.0
-    checked: float = SCALE.check(scale)
-    return path, checked
-
-
-def number_or_text(text: str) -> float | str:
-    """Read a number, for a setting to check; leave what is none as it is."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def setting(default: Any, help: str, **option: Any) -> Any:
     """Declare a field of `Settings`; its flag and group have defaults."""
     return field(default=default, metadata={"setting": Setting(help, **option)})

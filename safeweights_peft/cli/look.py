@@ -10,12 +10,12 @@ import click
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.errors import SettingsError
+from safeweights_peft.scales import number_or_text
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     ProbeSettings,
     ScoreSettings,
-    number_or_text,
 )
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from safeweights_peft.errors import SettingsError
-from safeweights_peft.settings import RunSettings, Setting, Settings, settings_of, split_scale
+from safeweights_peft.scales import split_scale
+from safeweights_peft.settings import RunSettings, Setting, Settings, settings_of
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]

@@ -13,7 +13,7 @@ from safeweights_peft.evaluation.utility import Patched
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import MergedEntries
 from safeweights_peft.patch.io import read_patch
-from safeweights_peft.settings import SCALE
+from safeweights_peft.scales import SCALE
 from safeweights_peft.sources import Row
 
 MAX_NEW_TOKENS = 512  # of an answer

@@ -28,7 +28,7 @@ from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_patch
 from safeweights_peft.patch.metadata import PEFT_TYPE
-from safeweights_peft.settings import split_scale
+from safeweights_peft.scales import split_scale
 from safeweights_peft.tuner.loading import find_parameter
 from safeweights_peft.tuner.selfcheck import check_in_place
 

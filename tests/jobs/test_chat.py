@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeweights_peft.chat import Chat as RequestChat
 from safeweights_peft.errors import BaseMismatchError, EvaluationError, SettingsError
 from safeweights_peft.evaluation.generate import generate_answers, stream_answer
 from safeweights_peft.jobs.chat import Chat
@@ -24,9 +23,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def first_answer(model_dir: Path) -> str:
     job = Job(model_dir)
-    (answer,) = generate_answers(
-        job.model, RequestChat(job.tokenizer), HARMFUL[:1], max_new_tokens=11
-    )
+    (answer,) = generate_answers(job.model, job.chat, HARMFUL[:1], max_new_tokens=11)
     return job.read(answer)
 
 
