@@ -156,7 +156,7 @@ class Chat:
         place = len(prompt)
         if not whole.startswith(prompt):
             # Where a thought is closed or a prefix put, the template doesn't write it again.
-            place = whole.rfind(answer.strip()) if self.answer_prefix else -1
+            place = whole.rfind(answer.strip()) if self.describe() else -1
         if place < 0:
             raise DataError(
                 f"{self.tokenizer.name_or_path}: expected a chat template whose conversation "

@@ -95,6 +95,14 @@ def test_a_switch_that_rewrites_the_system_prompt_is_used_and_said(tokenizer) ->
     assert tokenizer.decode(chat.encode_example("Hi", "Yes.", 99).answer_ids) == "Yes.</>"
 
 
+def test_a_switch_may_also_close_the_thought_in_the_cue_alone(tokenizer) -> None:
+    closed = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    cue = "{% if add_generation_prompt %}<assistant>"
+    chat = Chat(tokenizer, template=SWITCHED.replace(cue, cue + closed))
+    assert chat.render_prompt("Hi") == "/no_think <user>Hi</><assistant><think></think>"
+    assert tokenizer.decode(chat.encode_example("Hi", "Yes.", 99).answer_ids) == "Yes.</>"
+
+
 def test_a_template_without_thoughts_is_left_alone(tokenizer) -> None:
     chat = Chat(tokenizer)
     assert chat.answer_prefix == ""
