@@ -23,6 +23,7 @@ NUMPY_ROOMS = (
     "delta",
     "progress",
     "rates",
+    "scales",
     "settings",
     "tables",
     "cards",
