@@ -55,7 +55,7 @@ def score(
         tokenizer: The tokenizer of a model in memory.
         compute: Device, dtype and revision of a base that is loaded.
         progress: What shows progress, such as `RichProgress`.
-        overwrite: Whether an existing map is replaced.
+        overwrite: Whether an existing result is replaced.
 
     Returns:
         The map.
@@ -89,13 +89,17 @@ def train(
     """Train the weights of a safety map to refuse, and write them as a safety patch.
 
     Safety Enhancement Tuning: arXiv 2604.08297, section 3.2, with a retain loss on benign answers.
-    An interrupted call resumes. See `score` for the arguments that aren't listed.
+    An interrupted call resumes.
 
     Args:
         base: The model that the map was made for.
         map: Directory of the map.
         out: Directory to write.
         settings: How the weights are trained.
+        tokenizer: The tokenizer of a model in memory.
+        compute: Device, dtype and revision of a base that is loaded.
+        progress: What shows progress, such as `RichProgress`.
+        overwrite: Whether an existing result is replaced.
 
     Returns:
         The record of the training, with the losses of each step.
@@ -127,7 +131,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure how often a model refuses, with an adapter or without, and what the adapter costs.
 
-    See `score` for the arguments that aren't listed.
+   
 
     Args:
         base: The model.
@@ -135,6 +139,9 @@ def evaluate(
         settings: What the model is asked, and where its answers are cut.
         judges: Functions (request, answer) -> `Verdict`, `Judge` objects, or names as the command
             line takes them; the first decides the rates. The judges of ``settings`` if empty.
+        tokenizer: The tokenizer of a model in memory.
+        compute: Device, dtype and revision of a base that is loaded.
+        progress: What shows progress, such as `RichProgress`.
 
     Returns:
         Rates with 95 % intervals, KL to the base (nats per token), perplexity, verdicts.
@@ -173,8 +180,6 @@ def sweep(
 ) -> dict[str, Any]:
     """Measure a patch at scales from 0 to 1.5, and pick the one that meets a threshold.
 
-    See `score` and `evaluate` for the arguments that aren't listed.
-
     Args:
         base: The model.
         patch: Directory of a safety patch.
@@ -182,6 +187,11 @@ def sweep(
         settings: What the model is asked, and where its answers are cut.
         max_asr: Pick the smallest scale at which the attack success rate is at most that.
         max_over_refusal: Pick among scales at which over-refusal is at most that.
+        judges: As `evaluate` takes them.
+        tokenizer: The tokenizer of a model in memory.
+        compute: Device, dtype and revision of a base that is loaded.
+        progress: What shows progress, such as `RichProgress`.
+        overwrite: Whether an existing result is replaced.
 
     Returns:
         The figures at each scale, and the scale that was picked.
@@ -218,13 +228,15 @@ def enhance(
 ) -> dict[str, Any]:
     """Make a model safer: evaluate, score, train, evaluate again, each step left in ``out``.
 
-    An interrupted call with the same settings resumes. See `score` for the other arguments.
+    An interrupted call with the same settings resumes.
 
     Args:
         base: The model.
         out: Directory of the run.
         settings: The settings of all steps; its own ``base`` is not read.
         max_asr: Name the smallest scale of the patch at which the ASR is at most that.
+        tokenizer: The tokenizer of a model in memory.
+        progress: What shows progress, such as `RichProgress`.
 
     Returns:
         Figures before and after, the outcome in words, and where the patch is.

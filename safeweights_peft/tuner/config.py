@@ -31,7 +31,6 @@ class SafeWeightsConfig(PeftConfig):
     zeros, to be trained. Otherwise load it, or make one with :meth:`from_metadata`.
 
     Attributes:
-        map: Safety map to take the entries from, a directory or Hub id; given once, never stored.
         target_modules: Always None: ``tensors`` names the parameters.
         format_version: Version of the file format.
         format_minor: Which of the additions to that version the file may use.
@@ -41,6 +40,7 @@ class SafeWeightsConfig(PeftConfig):
         transformers_version: The version whose parameter names are used.
         selection: How the entries were chosen; free JSON.
         tensors: One record per parameter, as plain JSON.
+        map: Safety map to take the entries from, a directory or Hub id; given once, never stored.
 
     Example:
         >>> from peft import PeftConfig
