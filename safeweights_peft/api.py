@@ -131,7 +131,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure how often a model refuses, with an adapter or without, and what the adapter costs.
 
-   
+
 
     Args:
         base: The model.
