@@ -93,6 +93,8 @@ def name_base(
 
 
 def _recorded_base(adapter: Path) -> tuple[str | None, str | None]:
+    if not (adapter / CONFIG_FILE).is_file():
+        read_metadata(adapter)  # says what is there instead, such as a run
     config = read_json(adapter / CONFIG_FILE, FormatError)
     if config.get("peft_type") == PEFT_TYPE:
         read_metadata(adapter)  # a broken patch is refused before gigabytes are fetched for it

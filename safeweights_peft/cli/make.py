@@ -30,6 +30,13 @@ Examples:
 """
 
 
+_NEXT = (
+    "eval {base} --adapter {patch} --settings {settings} --keep-answers --out {answers}",
+    "merge {base} {patch} --out {merged}",
+    "push {run} USER/NAME --base {shared}",
+)
+
+
 @options.command("enhance", resumes=True, epilog=_ENHANCE_EXAMPLES)
 @options.base
 @options.settings(ScoreSettings, TrainSettings, EvaluateSettings, only=_DATA, group="Data")
@@ -73,13 +80,20 @@ def enhance_command(
     picked = picked_row(result)
     at = f"@{picked['scale']:g}" if picked and picked["scale"] != 1 else ""
     click.echo(f"\nPatch in {patch}{at and f', to be used as {patch}{at}'}. Next:", err=True)
-    base, folder = shlex.quote(base), shlex.quote(f"{patch}{at}")
-    for line in (
-        f"safeweights eval {base} --adapter {folder} --keep-answers --out answers.json",
-        f"safeweights merge {base} {folder} --out merged",
-        f"safeweights push {shlex.quote(str(out))} USER/NAME --base {base}",
-    ):
-        click.echo(f"  {line}", err=True)
+    # Others find a base by its Hub id, which a directory hasn't.
+    shared = "USER/MODEL" if Path(base).is_dir() else base
+    quoted = {
+        "base": base,
+        "patch": f"{patch}{at}",
+        "settings": str(out / "settings.json"),
+        "answers": f"{out}-answers.json",
+        "merged": f"{out}-merged",
+        "run": str(out),
+        "shared": shared,
+    }
+    for line in _NEXT:
+        words = {name: shlex.quote(text) for name, text in quoted.items()}
+        click.echo(f"  safeweights {line.format(**words)}", err=True)
     if max_asr is not None and picked is None:
         click.echo(f"\nAt no scale is the ASR at most --max-asr {max_asr:g}.", err=True)
         sys.exit(output.INCONCLUSIVE)

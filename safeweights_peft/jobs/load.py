@@ -26,7 +26,7 @@ from safeweights_peft.modeling.loading import load_model as load_base
 from safeweights_peft.modeling.loading import pick_device, pick_dtype
 from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import AnyPatch
-from safeweights_peft.patch.io import CONFIG_FILE, read_patch
+from safeweights_peft.patch.io import CONFIG_FILE, read_metadata, read_patch
 from safeweights_peft.patch.metadata import PEFT_TYPE
 from safeweights_peft.scales import split_scale
 from safeweights_peft.tuner.loading import find_parameter
@@ -189,6 +189,8 @@ class MergedEntries:
 def is_patch(adapter: Path) -> bool:
     """Tell whether an adapter is a safety patch or map, and not a LoRA or the like."""
     config = adapter / CONFIG_FILE
+    if not config.is_file():
+        read_metadata(adapter)  # says what is there instead, such as a run
     method = read_json(config, FormatError).get("peft_type")
     if not isinstance(method, str):
         raise FormatError(

@@ -56,8 +56,10 @@ def test_enhance_prints_a_table_without_json(run: Run) -> None:
 def test_enhance_tells_on_stderr_how_to_use_the_patch(run: Run) -> None:
     called = call("enhance", run.base, *run.options)
     patch = run.out / "patch"
-    assert f"safeweights merge {run.base} {patch} --out merged" in called.stderr
-    assert f"safeweights push {run.out} USER/NAME --base {run.base}" in called.stderr
+    assert f"safeweights merge {run.base} {patch} --out {run.out}-merged" in called.stderr
+    assert f"safeweights push {run.out} USER/NAME --base USER/MODEL" in called.stderr
+    given = f"--settings {run.out / 'settings.json'} --keep-answers --out {run.out}-answers.json"
+    assert f"safeweights eval {run.base} --adapter {patch} {given}" in called.stderr
 
 
 def test_enhance_ends_with_what_came_of_it_in_words(run: Run) -> None:
@@ -483,7 +485,7 @@ def test_sweep_and_enhance_exit_with_3_if_no_scale_is_safe_enough(
     assert "At no scale is the ASR at most --max-asr 0." in called.stderr
     shown = call("enhance", run.base, *named, "--max-asr", "1")
     assert f"to be used as {out / 'patch'}@0" in shown.stderr
-    assert f"safeweights merge {run.base} {out / 'patch'}@0 --out merged" in shown.stderr
+    assert f"safeweights merge {run.base} {out / 'patch'}@0 --out {out}-merged" in shown.stderr
 
 
 def test_report_of_a_run_prints_its_comparison_and_where_its_weights_are(
