@@ -58,6 +58,7 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         self._unchecked: dict[str, None] = {}  # a dict, because PEFT deletes by key
         self._awaited: dict[str, set[str]] = {}  # containers still to be set by transformers
         self.merged_adapters = []
+        self._frozen: set[str] = set()  # adapters that weren't trained as all were switched off
         self._check = check  # decodes what was loaded, and calls accept
         self._handles: list[RemovableHandle] = []
         self._sharded: Sharded | None = None
@@ -280,11 +281,26 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
         return self
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as in PEFT."""
+        """Switch all adapters on or off, as in PEFT, but leave frozen ones frozen."""
+        # PEFT trains whatever it switches on. Entries that are trained are rounded less, so that
+        # a look at the base would change the logits of a 16-bit base that is loaded wider.
         if not enabled:
             self.merged_adapters = []
+            if not self._disable_adapters:
+                self._frozen = self._list_frozen()
+        still_frozen = self._frozen & self._list_frozen() if self._disable_adapters else ()
         super().enable_adapters(enabled)
+        for name in still_frozen:
+            self[name].requires_grad_(False)
         self._selection.sync()
+
+    def _list_frozen(self) -> set[str]:
+        # Coded values have no gradient, and note whether they are to have one.
+        return {
+            name
+            for name, own in self._parameters.items()
+            if own is not None and not (own.requires_grad or getattr(own, "is_trained", False))
+        }
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, as in PEFT."""

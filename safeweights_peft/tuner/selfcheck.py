@@ -62,8 +62,11 @@ def check_adapter(model: nn.Module) -> None:
         raise ModelError("model: expected one with a safety patch, found none; load one into it")
     for layer in root.layers:
         layer.check_active()
-    # Modules of sharded parameters run on such copies anyway, and the root refuses others.
-    shown = {layer.name: layer for layer in root.layers if layer.sharded is None and layer.terms()}
+    # Modules of sharded parameters run on such copies anyway, and the root refuses others; FSDP2
+    # gathers them for a call of what it wraps alone, not for one of the model inside.
+    if any(layer.sharded is not None for layer in root.layers):
+        return
+    shown = {layer.name: layer for layer in root.layers if layer.terms()}
     makers, trained = {}, {}
     for name, layer in shown.items():
         makers[name] = partial(layer.selection.changed, layer.parameter)

@@ -5,11 +5,18 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from safeweights_peft import CorruptAdapterError, read_adapter, round_values, write_map
+from safeweights_peft import (
+    CorruptAdapterError,
+    load_model,
+    merge,
+    read_adapter,
+    round_values,
+    write_map,
+)
 from safeweights_peft.patch.artifacts import in_encoding
 from safeweights_peft.patch.io import read_metadata
 from safeweights_peft.patch.records import Encoding
@@ -107,6 +114,37 @@ def test_a_base_that_is_loaded_in_float32_is_stepped_from_in_its_own_dtype(base,
     wide = PeftModel.from_pretrained(load_base(base, dtype=torch.float32), packed)
     for name, values in values_of(wide).items():
         assert torch.equal(values, values_of(found)[name])
+
+
+@pytest.mark.parametrize("name", ["tiny_llama_bf16", "tiny_tied_llama", "tiny_mixtral"])
+def test_on_a_wider_base_both_encodings_give_the_merged_checkpoint(name, request, tmp_path):
+    """One content id, one output: whichever the encoding, and on every route."""
+    base, wide = request.getfixturevalue(name), {"dtype": torch.float32}
+    plain = save_patch(base, tmp_path / "plain", values_dtype="float32")
+    packed = compact(base, plain, tmp_path / "packed")
+    assert read_metadata(plain).content_id == read_metadata(packed).content_id
+    merge(base, plain, tmp_path / "merged")
+    expected = logits(merged := load_base(tmp_path / "merged", **wide))
+    assert not torch.equal(expected, logits(load_base(base, **wide)))
+    for patch in (plain, packed):
+        by_peft = PeftModel.from_pretrained(load_base(base, **wide), patch)
+        by_transformers = load_base(base, **wide)
+        by_transformers.load_adapter(patch)
+        by_auto = AutoModelForCausalLM.from_pretrained(patch, **wide).eval()
+        by_auto_peft = AutoPeftModelForCausalLM.from_pretrained(patch, **wide).eval()
+        unmerged, loaded = (load_model(base, patch, merge, **wide) for merge in (False, True))
+        for model in (by_peft, by_transformers, by_auto, by_auto_peft, unmerged, loaded):
+            assert torch.equal(logits(model), expected)
+        with by_peft.disable_adapter():
+            logits(by_peft)
+        by_transformers.disable_adapters()
+        by_transformers.enable_adapters()
+        for model in (by_peft, by_transformers):
+            assert torch.equal(logits(model), expected)
+        by_auto_peft.merge_adapter()
+        assert torch.equal(logits(by_auto_peft), expected)
+        assert same_weights(by_peft.merge_and_unload(), merged)
+        assert same_weights(loaded, merged)
 
 
 @pytest.mark.parametrize("by_peft", [True, False])

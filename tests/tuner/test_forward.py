@@ -8,8 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 
+from safeweights_peft import check_adapter
 from safeweights_peft.tuner.layer import layers
 from tests.tuner.patches import (
     INPUT_IDS,
@@ -258,6 +262,74 @@ def test_adapters_of_different_parameters_act_together(tiny_llama, tmp_path):
     assert torch.equal(logits(model), logits(twin(tiny_llama, first, second)))
     model.set_adapter("first")
     assert torch.equal(logits(model), logits(twin(tiny_llama, first)))
+
+
+def test_what_is_switched_off_and_on_is_trained_as_before(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    patch_model(model, tiny_llama, "other", seed=1)
+
+    def trained():
+        names = ("default", "other")
+        return [all(own.requires_grad for own in values_of(model, name).values()) for name in names]
+
+    for frozen in (False, True):
+        model.base_model.set_adapter("default", inference_mode=frozen)
+        for _ in range(2):
+            with model.disable_adapter():
+                assert trained() == [False, False]
+            assert trained() == [not frozen, False]
+    model.base_model.disable_adapter_layers()
+    model.base_model.disable_adapter_layers()
+    model.set_adapter("other")  # to be trained from here on
+    model.base_model.enable_adapter_layers()
+    assert trained() == [False, True]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_changed_copy_is_the_merged_weight_and_has_its_gradient(base, trained):
+    """What stands in for a parameter under torch.compile and where it is sharded."""
+    model = patch_model(load_base(base), base)
+    model.base_model.set_adapter("default", inference_mode=not trained)
+    patch_model(merged := load_base(base), base).merge_and_unload()
+    plain = load_base(base)
+    for layer in layers(model):
+        with torch._C.DisableTorchFunctionSubclass():
+            held = layer.parameter.detach().clone()
+        copy, indices = layer.selection.changed(layer.parameter), layer.indices["default"].long()
+        assert torch.equal(copy, merged.get_parameter(layer.name)), layer.name
+        assert copy.requires_grad is trained
+        if trained:
+            weights = torch.rand(copy.shape).to(copy.dtype)
+            (gradient,) = torch.autograd.grad((copy * weights).sum(), layer["default"])
+            assert torch.equal(gradient, weights.flatten()[indices].float())
+        with torch._C.DisableTorchFunctionSubclass():
+            assert torch.equal(layer.parameter, held)
+        with model.disable_adapter():
+            assert layer.selection.changed(layer.parameter) is None
+            copy = layer.selection.changed(layer.parameter, needs_copy=True)
+            assert torch.equal(copy, plain.get_parameter(layer.name))
+
+
+def test_sharded_in_one_process_the_output_and_gradients_are_those_of_the_dense_twin(base):
+    model = patch_model(load_base(base), base)
+    expected, (dense_loss, gradients) = logits(model), dense_loss_and_gradients(base)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        check_adapter(model)  # such copies are what its modules run on
+        loss = loss_of(model)
+        assert torch.equal(loss, dense_loss)
+        loss.backward()
+        for name, values in values_of(model).items():
+            found = values.grad.full_tensor()
+            limit = 2e-2 if model.dtype is torch.bfloat16 else 1e-5
+            gap = (found - gradients[name]).norm() / gradients[name].norm().clamp_min(1e-9)
+            assert gap <= limit, name
+        assert torch.equal(logits(model), expected)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(load_base(base)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_scale_multiplies_the_values(tiny_llama_bf16, tmp_path):

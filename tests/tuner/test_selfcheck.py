@@ -11,16 +11,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import RwkvConfig, RwkvForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from safeweights_peft import ModelError, check_adapter, load_model
+from safeweights_peft import ModelError, check_adapter, load_model, merge
 from safeweights_peft.cli import main
 from safeweights_peft.freeze import FrozenEntries
+from safeweights_peft.jobs.evaluate import evaluate
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.tuner import selfcheck
 from safeweights_peft.tuner.selfcheck import check_in_place
 from tests.tiny_jobs import Requests
 from tests.tiny_kinds import KINDS, build
-from tests.tiny_models import COMMON, save_tiny_llama
+from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
 from tests.tuner.patches import (
     load_base,
     load_by_peft,
@@ -365,6 +366,17 @@ def test_rwkv_is_right_without_rescaling_or_where_nothing_is_divided(tmp_path):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-2, atol=1e-2)
     names = ["rwkv.blocks.0.feed_forward.value.weight", "head.weight"]
     check_adapter(patch_model(load_base(base), base, names=names))
+
+
+def test_rwkv_is_evaluated_as_its_merged_checkpoint(tmp_path):
+    base = save_tiny_tokenizer(save_rwkv(tmp_path / "base"))
+    patch_model(load_base(base, rescale_every=0), base).save_pretrained(tmp_path / "patch")
+    merge(base, tmp_path / "patch", tmp_path / "merged")
+    settings = Requests(tmp_path).evaluate(limit=2, keep_answers=True)
+    found = evaluate(Job(base), tmp_path / "patch", settings)
+    expected = evaluate(Job(tmp_path / "merged"), None, settings)
+    assert found["harmful"] == expected["harmful"]
+    assert found["benign"] == expected["benign"]
 
 
 # The jobs.
