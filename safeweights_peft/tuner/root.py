@@ -101,6 +101,7 @@ class Root(nn.Module):
             self._compare_values()
         for layer in self._layers:
             layer.selection.sync()
+        self._watched = []  # of a forward that failed, whose entries may have changed since
         if model.training is not self._mode:
             self._watched = [
                 (layer, layer.sample())

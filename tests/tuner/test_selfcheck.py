@@ -449,3 +449,16 @@ def test_the_jobs_of_other_models_check_once_and_go_on(command, call, monkeypatc
     monkeypatch.setattr(selfcheck._Check, "run", lambda self: runs.append(plain(self)))
     assert call(command)[0] == 0
     assert len(runs) == 1
+
+
+def test_a_forward_that_failed_is_not_compared_with_a_later_one(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama).train()
+    with torch.no_grad():
+        model(input_ids=INPUT_IDS)
+        model.eval()
+        with pytest.raises(IndexError):
+            model(input_ids=INPUT_IDS + 10**6)
+        model.train()
+        for values in values_of(model).values():
+            values.add_(1)
+        assert model(input_ids=INPUT_IDS).logits.isfinite().all()
