@@ -23,6 +23,7 @@ from tests.tiny_jobs import Requests
 from tests.tiny_kinds import KINDS, build
 from tests.tiny_models import COMMON, save_tiny_llama, save_tiny_tokenizer
 from tests.tuner.patches import (
+    INPUT_IDS,
     load_base,
     load_by_peft,
     load_by_transformers,
