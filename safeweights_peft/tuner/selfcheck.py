@@ -36,6 +36,10 @@ from safeweights_peft.tuner.parameter import same_bits
 from safeweights_peft.tuner.root import Root
 
 GROUP_BYTES = 1 << 30  # of copies that are in memory at once
+# The gap of gradients that is still rounding, in roots of the dtype's precision: 2e-4, 0.02 or 0.04
+# where the logits are the same bits. Tiny models of 14 kinds show at most 5e-7, 4e-4 and 5e-3; a
+# bfloat16 SmolLM2 whose tied embedding loses one of its two uses, 0.2.
+GRADIENT_NOISE = 0.5
 _ELSEWHERE = "select no entries there, or merge the adapter into the checkpoint"
 
 
@@ -147,14 +151,13 @@ class _Row(nn.Module):
     @cached_property
     def noise(self) -> float:
         """The gap of logits that is still rounding."""
-        return measure_noise(self.model)
+        with self._fork_rng():
+            return measure_noise(self.model)
 
     def differs(self, found: Tensor, expected: Tensor) -> bool:
         """Tell whether logits are others, and not by rounding alone."""
         # Usually the same bits; but some kernels round by where in memory a weight stands.
-        if same_bits(found, expected):
-            return False
-        return not bool(measure_gaps(found, expected).max() <= self.noise)
+        return not same_bits(found, expected) and not _measure_gap(found, expected) <= self.noise
 
 
 class _Check:
@@ -184,9 +187,12 @@ class _Check:
                 if self.row.differs(logits, active):
                     ignored = names
                     break
+                limit = GRADIENT_NOISE * torch.finfo(self.row.model.dtype).eps ** 0.5
+                if not same_bits(logits, active):  # then gradients differ by rounding as well
+                    limit = max(limit, NOISE_FACTOR * _measure_gap(logits, active))
                 for name in expected:
                     for pair in zip(gradients[name], expected[name], strict=True):
-                        _check_gradient(name, *pair, self.row.model.dtype)
+                        _check_gradient(name, *pair, limit)
             else:
                 self._check_the_rest(active, gradients)
         if ignored:
@@ -211,33 +217,47 @@ class _Check:
 
         def is_read(names: Sequence[str]) -> bool:
             others = {name: lambda make=self.makers[name]: 1 - make() for name in names}
-            return not same_bits(self.row.run(others)[0], active)
+            return self.row.differs(self.row.run(others)[0], active)
+
+        def is_used(tensor: Tensor) -> bool:
+            with torch.inference_mode(tensor.is_inference()):
+                before, tensor.data = tensor.data, tensor.data + 1
+            try:
+                return self.row.differs(self.row.run()[0], active)
+            finally:
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.data = before
 
         # An expert that the row isn't sent to has none either, but then the logits don't change.
         silent = [name for name, own in gradients.items() if any(one is None for one in own)]
-        if silent and is_read(silent):
-            raise _no_gradient(_find(silent, is_read))
+        for names in _group(self.row.model, silent):
+            if is_read(names):
+                raise _no_gradient(_find(names, is_read))
         kept = list(_list_kept(self.row.model))
         for name in self.makers:
             parameter = self.row.model.get_parameter(name).detach()
-            places = [place for place, tensor in kept if _is_copy(tensor, parameter)]
-            if places and not is_read([name]):
+            alike = [(place, tensor) for place, tensor in kept if _is_copy(tensor, parameter)]
+            if not alike or is_read([name]):
+                continue
+            # A bias of zeros is like any buffer of zeros, also where the row reads neither.
+            if used := next((place for place, tensor in alike if is_used(tensor)), None):
                 raise ModelError(
                     f"{name}: expected a model that computes with it, found one that computes with "
-                    f"{places[0]}, a copy that doesn't follow; {_ELSEWHERE}"
+                    f"{used}, a copy that doesn't follow; {_ELSEWHERE}"
                 )
 
 
-def _check_gradient(
-    name: str, found: Tensor | None, expected: Tensor | None, dtype: torch.dtype
-) -> None:
+def _measure_gap(found: Tensor, expected: Tensor) -> float:
+    return float(measure_gaps(found, expected).max())
+
+
+def _check_gradient(name: str, found: Tensor | None, expected: Tensor | None, limit: float) -> None:
     if expected is None or not expected.any() or not expected.isfinite().all():
         return  # such as that of an expert which the row isn't sent to
     if found is None:
         raise _no_gradient(name)
     gap = float((found - expected).norm() / expected.norm())
-    # Wide, since dense gradients are summed in the weight's own dtype.
-    if not gap <= NOISE_FACTOR * torch.finfo(dtype).eps ** 0.5:
+    if not gap <= limit:
         raise ModelError(
             f"{name}: expected the gradient of the merged weight, found one that is off by "
             f"{gap:.2g} of it: something reads the parameter past autograd; {_ELSEWHERE}"
@@ -294,8 +314,7 @@ def _is_copy(tensor: Tensor, parameter: Tensor) -> bool:
         tensor = tensor.T if tensor.ndim == 2 else tensor
         tensor = tensor.reshape(parameter.shape)
     same = tensor.to(parameter) == parameter
-    # Norms begin as ones, as do buffers that have nothing to do with them.
-    return bool(same.float().mean() > 0.5 and parameter.min() != parameter.max())
+    return bool(same.float().mean() > 0.5)
 
 
 def _moves(originals: Tensor, scale: float = 1.0) -> Tensor:

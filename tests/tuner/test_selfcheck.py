@@ -73,9 +73,31 @@ class InferenceLinear(FusedLinear):
     kernel = WithoutWeight
 
 
-class HalfFusedLinear(FusedLinear):
+class PartlyFusedLinear(FusedLinear):
+    part = 0.5
+
     def forward(self, x):
-        return (super().forward(x) + F.linear(x, self.weight)) / 2
+        return self.part * super().forward(x) + (1 - self.part) * F.linear(x, self.weight)
+
+
+class FusedLookup(torch.autograd.Function):
+    """An embedding as a kernel of someone's own computes it."""
+
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids, weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ids, weight = ctx.saved_tensors
+        flat = gradient.flatten(0, -2)
+        return None, torch.zeros_like(weight).index_add_(0, ids.flatten(), flat)
+
+
+class FusedEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return FusedLookup.apply(ids, self.weight)
 
 
 class StaleLinear(nn.Linear):
@@ -197,10 +219,28 @@ def test_a_kernel_that_reads_its_weight_past_autograd_is_found(kind, name, base_
     check_adapter(model)  # frozen, it needs no gradient
 
 
-def test_a_gradient_of_which_a_part_is_lost_is_found(tiny_llama):
-    model = patch_model(change(load_base(tiny_llama), DOWN, HalfFusedLinear), tiny_llama)
-    with pytest.raises(ModelError, match=rf"^{DOWN}: .* found one that is off by 0\.5 of it"):
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("base_dtype", DTYPES)
+@pytest.mark.parametrize("part", [0.5, 0.1])
+def test_a_gradient_of_which_a_part_is_lost_is_found(part, base_dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(PartlyFusedLinear, "part", part)
+    base = save_tiny_llama(tmp_path, dtype=base_dtype)
+    model = patch_model(change(load_base(base), DOWN, PartlyFusedLinear), base)
+    with pytest.raises(ModelError, match=rf"^{DOWN}: .* found one that is off by {part} of it"):
         check_adapter(model)
+
+
+@pytest.mark.parametrize("base_dtype", DTYPES)
+@pytest.mark.parametrize("use", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_tied_weight_of_which_one_use_has_no_gradient_is_found(use, base_dtype, tmp_path):
+    base = save_tiny_llama(tmp_path, tied=True, dtype=base_dtype)
+    model = load_base(base)
+    module = getattr(model, use)()
+    module.__class__ = FusedEmbedding if isinstance(module, nn.Embedding) else FusedLinear
+    with pytest.raises(ModelError, match=r"^model\.embed_tokens\.weight: .* is off by 0\.\d"):
+        check_adapter(patch_model(model, base))
 
 
 @pytest.mark.parametrize("name", [DOWN, HEAD])
@@ -237,11 +277,19 @@ def test_entries_that_are_written_in_place_are_checked_too(kind, tiny_llama):
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+class Noisy(nn.Linear):
+    count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return super().forward(x) * (1 + 1e-5 * (self.count % 3))
+
+
 class Experts(nn.ModuleList):
-    """Experts of which the last is sent nothing, and one more parameter that nothing reads."""
+    """Experts of which the last two are sent nothing, and one more parameter that nothing reads."""
 
     def __init__(self):
-        super().__init__(nn.Linear(32, 32, bias=False) for _ in range(3))
+        super().__init__(nn.Linear(32, 32, bias=False) for _ in range(4))
         self.unused = nn.Parameter(torch.rand(4))
 
     def forward(self, x):
@@ -257,8 +305,26 @@ def with_experts(tiny_llama):
 
 def test_parameters_that_the_row_has_nothing_to_do_with_pass(tiny_llama):
     model = with_experts(tiny_llama)
-    names = [f"model.norm.1.{number}.weight" for number in range(3)]
+    names = [f"model.norm.1.{number}.weight" for number in range(4)]
     check_adapter(patch_all(model, names)[0])
+
+
+SILENT = ["model.norm.1.2.weight", "model.norm.1.3.weight"]
+
+
+def test_what_the_row_does_not_read_passes_where_nothing_is_the_same_twice(tiny_llama, monkeypatch):
+    model, _ = patch_all(change(with_experts(tiny_llama), HEAD, Noisy), SILENT)
+    check_adapter(model)
+    monkeypatch.setattr(selfcheck, "GROUP_BYTES", 1)
+    check_adapter(model)
+
+
+def test_zeros_that_the_row_does_not_read_pass_beside_other_zeros(tiny_llama):
+    model = with_experts(tiny_llama)
+    experts = model.model.norm[1]
+    nn.init.zeros_(experts[2].weight)
+    experts.register_buffer("load", torch.zeros(32, 32))
+    check_adapter(patch_all(model, SILENT)[0])
 
 
 def test_dropout_and_the_statistics_of_batches_are_left_alone(tiny_llama):
@@ -286,14 +352,6 @@ def test_dropout_and_the_statistics_of_batches_are_left_alone(tiny_llama):
 
 def test_a_model_that_is_never_the_same_twice_passes(tiny_llama):
     model = load_base(tiny_llama)
-
-    class Noisy(nn.Linear):
-        count = 0
-
-        def forward(self, x):
-            self.count += 1
-            return super().forward(x) * (1 + 1e-5 * self.count)
-
     check_adapter(patch_model(change(model, HEAD, Noisy), tiny_llama))
 
 
