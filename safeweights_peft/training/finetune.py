@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def fine_tune(
             args=arguments,
             train_dataset=deal(examples, settings),
             data_collator=lambda rows: collate_answers(rows, pad_token_id),
-            compute_loss_func=compute_answer_loss,
+            compute_loss_func=partial(compute_answer_loss, router_weight=_weigh_routers(model)),
         )
         return [entry["loss"] for entry in run_trainer(trainer, on_step)]
 
@@ -317,12 +318,28 @@ def collate_answers(examples: Sequence[Example], pad_token_id: int) -> dict[str,
 
 # Not the model's own: some add terms, some don't shift the labels, some count other columns.
 def compute_answer_loss(
-    outputs: ModelOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    outputs: ModelOutput,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | None = None,
+    router_weight: float = 0.0,
 ) -> torch.Tensor:
     """Compute the mean loss of answer tokens, or their part of the mean over a step's batches."""
     # Some models don't know `logits_to_keep`, and compute the logits of all columns.
     logits = outputs.logits[:, -labels.shape[1] :].flatten(0, 1)
     # Labels are shifted rather than logits, which would be a copy of them.
     tokens = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
-    count = (tokens != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-    return F.cross_entropy(logits.float(), tokens, ignore_index=IGNORED, reduction="sum") / count
+    count = (tokens != IGNORED).sum()
+    # Without answers there is nothing to learn: 0, as 0 / 0 would spoil all weights.
+    total = torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp(1)
+    loss = F.cross_entropy(logits.float(), tokens, ignore_index=IGNORED, reduction="sum") / total
+    balance = getattr(outputs, "aux_loss", None)
+    # By answer tokens, so that a step's batches together weigh it once.
+    return loss if balance is None else loss + router_weight * balance * (count / total)
+
+
+def _weigh_routers(model: nn.Module) -> float:
+    """Find what a model's own loss weighs the balance of its experts by, where its config asks."""
+    # The balance is computed under `output_router_logits` alone, by default not.
+    config = model.config.get_text_config()
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), 0.0)

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, MllamaForCausalLM, MllamaTextConfig, Trainer
+from transformers.utils import ModelOutput
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import BaseMismatchError, DataError, TrainingError
@@ -84,6 +85,45 @@ def test_a_step_learns_from_all_its_answer_tokens_alike_in_a_batch_or_row_by_row
     for name, parameter in twin.named_parameters():
         if name not in frozen:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "jetmoe"])
+@pytest.mark.parametrize("pads", [True, False])
+def test_experts_are_balanced_where_the_config_asks_as_by_the_models_own_loss(
+    name: str, pads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeweights_peft.training.finetune.pads_behind", lambda model: pads)
+    save_checkpoint(name, tmp_path / "base")
+    expected, losses = {}, {}
+    for is_asked in (False, True):
+        model = load_checkpoint_model(tmp_path / "base", dtype=torch.float32)
+        model.config.output_router_logits = model.output_router_logits = is_asked
+        settings = PreserveSettings(steps=1, batch_size=2, warmup=0.0)
+        parts = []
+        for rows in [EXAMPLES[:2]] if pads else [[row] for row in EXAMPLES[:2]]:
+            batch = collate_answers(rows, PAD) | {"logits_to_keep": 0}
+            labels = batch["input_ids"].clone()
+            labels[:, : -batch["labels"].shape[1]] = -100
+            labels[:, -batch["labels"].shape[1] :] = batch["labels"]
+            parts.append((model(**batch | {"labels": labels}).loss, (labels != -100).sum()))
+        total = sum(count for _, count in parts)
+        expected[is_asked] = sum(loss.item() * count.item() for loss, count in parts) / total.item()
+        safety_map = make_map(tmp_path / "base", [find_linear(model)[0][0] + ".weight"])
+        (losses[is_asked],) = fine_tune(
+            model, PAD, EXAMPLES[:2], safety_map, settings, tmp_path / f"work{is_asked}"
+        )
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[True] - losses[False] > 1e-3
+
+
+@pytest.mark.parametrize("count", [None, torch.tensor(0), torch.tensor(3)])
+def test_a_batch_without_answers_teaches_nothing(count: torch.Tensor | None) -> None:
+    logits = torch.randn(2, 4, 7, requires_grad=True)
+    labels = torch.full((2, 4), -100)
+    loss = compute_answer_loss(ModelOutput(logits=logits), labels, count)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
 
 
 def test_a_row_longer_than_a_models_positions_is_refused(tmp_path: Path) -> None:
