@@ -337,7 +337,7 @@ def compute_answer_loss(
     return loss if balance is None else loss + router_weight * balance * (count / total)
 
 
-def _weigh_routers(model: nn.Module) -> float:
+def _weigh_routers(model: PreTrainedModel | PeftModel) -> float:
     """Find what a model's own loss weighs the balance of its experts by, where its config asks."""
     # The balance is computed under `output_router_logits` alone, by default not.
     config = model.config.get_text_config()
