@@ -85,7 +85,7 @@ _LABELS = {
     "lost_share": "of all change lost",
     "stored_entries": "weights with padding",
     "differing_entries": "other bits once merged",
-    "changed_values": "values with other bits",
+    "changed_values": "values stored as other numbers, merged to the same bits",
     "size_bytes": "size",
     "write_bytes": "to write",
     "memory_bytes": "memory",

@@ -7,6 +7,7 @@ from safeweights_peft.delta import WEIGHT_DTYPES, Array, digest
 from safeweights_peft.errors import BaseMismatchError
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import Mode, State, TensorRecord, entries_by_block, state_of
+from safeweights_peft.tables import short_digest
 
 
 def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
@@ -19,13 +20,19 @@ def find_state(reader: CheckpointReader, artifact: Artifact) -> State:
             if not state & own:
                 # What other parameters have ruled out is no longer expected of this one: a half
                 # merged base is neither a base nor a merged model.
-                digests = {State.BASE: record.base_digest, State.MERGED: record.merged_digest}
-                expected = [str(digests[left]) for left in state if digests[left]]
-                revision = f" at revision {metadata.revision}" if metadata.revision else ""
+                base = metadata.base_model_name_or_path or "the base of the adapter"
+                base += f" at revision {metadata.revision}" if metadata.revision else ""
+                digests = {
+                    State.BASE: (record.base_digest, base),
+                    State.MERGED: (record.merged_digest, f"{base} with the patch merged in"),
+                }
+                recorded = [digests[left] for left in state]
+                expected = [f"{short_digest(own)} ({whose})" for own, whose in recorded if own]
+                key = "" if copy.keys[0] == name else f"{copy.keys[0]} of "
                 raise BaseMismatchError(
-                    f"{name}: expected in {copy.keys[0]} of {reader.directory} the values with "
-                    f"digest {' or '.join(expected)}, found {digest(entries)}; use "
-                    f"{metadata.base_model_name_or_path or 'the base of the adapter'}{revision}"
+                    f"{name}: expected in {key}{reader.directory} the values with digest "
+                    f"{' or '.join(expected)}, found {short_digest(digest(entries))} (another "
+                    f"model); use {base}"
                 )
             state &= own
     return state

@@ -16,6 +16,7 @@ from safeweights_peft.errors import (
     FormatError,
 )
 from safeweights_peft.patch.placement import STEPS, Block, Stream
+from safeweights_peft.tables import short_digest
 
 # PEFT expects it before the name of every tensor of an adapter.
 _PREFIX = "base_model.model."
@@ -147,8 +148,8 @@ def check_state(
     if expected is State.MERGED:
         model, own = "base with the safety patch merged in at its own scale", record.merged_digest
     raise BaseMismatchError(
-        f"{name}: expected the {model} (entries of digest {own}), found another "
-        f"({digest(entries)}); {hint}"
+        f"{name}: expected the {model} (entries of digest {short_digest(str(own))}), found "
+        f"another ({short_digest(digest(entries))}); {hint}"
     )
 
 

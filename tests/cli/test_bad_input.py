@@ -120,6 +120,8 @@ def places(
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("years of work")
     save_tiny_tokenizer(save_tiny_llama(folder / "other", seed=1))
+    save_tiny_llama(folder / "another", dtype=torch.bfloat16, seed=1)
+    call("merge", run.base, run.out / "patch", "--out", folder / "merged")
     broken = {path.name.partition(".")[0]: str(path) for path in folder.iterdir()}
     own = {"harmful": requests.harmful, "benign": requests.benign, "lessons": requests.lessons}
     kept = {"map": str(run.out / "map"), "patch": str(run.out / "patch"), "run": str(run.out)}
@@ -297,6 +299,27 @@ TABLE = [
     # 36: another base
     bad("merge on another base", "merge {} {patch} --out {out}", line="use ", base="other"),
     bad("training on another base", _TRAIN, "--map {map}", "use ", base="other"),
+    *(
+        bad(
+            f"{command.split()[0]} on a base of other values",
+            *(command, "", "in [^ ]*another the values with digest [0-9a-f]{12} .* model.; use "),
+            base="another",
+        )
+        for command in (
+            "merge {} {patch} --out {out}",
+            "convert {patch} --encoding compact --base {} --out {out}",
+        )
+    ),
+    bad(
+        "converting on another base",
+        *("convert {patch} --encoding compact --base {} --out {out}", "", "found .*; use "),
+        base="wide",
+    ),
+    bad(
+        "probing with the run's map",
+        *("probe {} --map {map} --out {out} --limit 2", "", "give the patch as --map"),
+        base="merged",
+    ),
     # 2: a dtype that loses what training starts from
     *(
         bad(f"{command.split()[0]} in {dtype}", command, f"--dtype {dtype}", line, base="wide")

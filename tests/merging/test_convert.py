@@ -86,7 +86,8 @@ def test_values_become_steps_where_the_base_is_narrow(tmp_path: Path, dtype: str
     assert codings(tmp_path / "compact")[1] in (Coding.STEPS8, Coding.STEPS16)
     assert report.after_bytes_per_entry < report.before_bytes_per_entry / 2
     assert report.before_bytes_per_entry > 8
-    assert report.before_bytes == sum(file.stat().st_size for file in case.patch.iterdir())
+    assert report.before_bytes == inspect(case.patch)["size_bytes"]
+    assert report.after_bytes == inspect(tmp_path / "compact")["size_bytes"]
     assert report.changed_values > 0
     assert read_metadata(tmp_path / "compact").needs_base
 
@@ -148,14 +149,31 @@ def test_steps_need_their_base(case: Case, compact: Path, tmp_path: Path) -> Non
     with pytest.raises(FormatError, match=f"{UP}: expected the base that its values are steps"):
         read_adapter(compact)
     with pytest.raises(FormatError, match="expected the base that its values are steps"):
-        convert(compact, "plain", tmp_path / "plain")
+        convert(compact, "plain", tmp_path / "new-plain")
     case.change_base(lambda tensors: tensors.update({UP: tensors[UP] + tensors[UP]}))
-    with pytest.raises(BaseMismatchError, match=f"{UP}: expected the base that the adapter was"):
-        convert(compact, "plain", tmp_path / "plain", case.base)
-    with pytest.raises(BaseMismatchError, match=f"{UP}: expected the base that the adapter was"):
-        convert(case.patch, "compact", tmp_path / "second", case.base)
-    assert not (tmp_path / "plain").exists()
-    assert not (tmp_path / "second").exists()
+    # By the names that were given, not by those of drafts.
+    message = f"{UP}: expected in {case.base} the values with digest [0-9a-f]{{12}} \\("
+    for patch, encoding in ((compact, "plain"), (case.patch, "compact")):
+        with pytest.raises(BaseMismatchError, match=message) as refused:
+            convert(patch, encoding, tmp_path / f"new-{encoding}", case.base)
+        assert ".tmp" not in str(refused.value)
+    assert not list(tmp_path.glob("new-*"))
+
+
+def test_the_base_is_read_once(
+    case: Case, compact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather, read = CheckpointReader.gather_pieces, []
+
+    def count(reader: CheckpointReader, pieces: dict[str, object], *others: object) -> object:
+        read.extend(pieces)
+        return gather(reader, pieces, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CheckpointReader, "gather_pieces", count)
+    convert(case.patch, "compact", tmp_path / "again", case.base)
+    assert read == [UP]
+    convert(compact, "plain", tmp_path / "plain", case.base)
+    assert read == [UP, UP]
 
 
 def test_a_merged_base_is_no_base(case: Case, compact: Path, tmp_path: Path) -> None:
