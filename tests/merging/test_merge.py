@@ -132,7 +132,7 @@ def test_a_half_merged_base_is_refused(case: Case, tmp_path: Path) -> None:
 def test_another_base_is_refused_by_the_tensors_name_and_nothing_is_written(case: Case) -> None:
     other = random_checkpoint(tied_layout("bfloat16"), seed=7)
     case.change_base(lambda tensors: tensors.update({UP: other[UP]}))
-    with pytest.raises(BaseMismatchError, match=f"^{UP}: expected in {UP} of .*, found sha256:"):
+    with pytest.raises(BaseMismatchError, match=f"^{UP}: expected in .*, found [0-9a-f]{{12}} \\("):
         merge(case.base, case.patch, case.out)
     assert sorted(path.name for path in case.base.parent.iterdir()) == ["base", "patch"]
 
