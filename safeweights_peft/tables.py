@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, zip_longest
 from typing import Any
 
 Row = tuple[str, ...]
@@ -11,6 +11,40 @@ Cells = Sequence[Mapping[str, Any]]
 TOP_LAYERS = 5  # layers that a terminal shows
 TOP_CATEGORIES = 12  # of requests
 CUT_SHORT = "cut before a sentence ended"
+GAP = "  "  # between two columns
+LEAST_WIDTH = 8  # of a column, however narrow the terminal
+
+
+def lay_out(rows: Sequence[Row], width: int | None = None) -> list[str]:
+    """Write rows as aligned lines; cells are folded, never cut, where a line would be wider."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if width is not None:
+        _narrow(widths, width - len(GAP) * (len(widths) - 1))
+    lines = []
+    for row in rows:
+        folded = [_fold(cell, most) for cell, most in zip(row, widths, strict=True)]
+        for parts in zip_longest(*folded, fillvalue=""):
+            cells = (part.ljust(most) for part, most in zip(parts, widths, strict=True))
+            lines.append(GAP.join(cells).rstrip())
+    return lines
+
+
+def _narrow(widths: list[int], total: int) -> None:
+    """Take from the widest column, the last of equal ones, until the columns fit."""
+    while sum(widths) > total and max(widths) > LEAST_WIDTH:
+        widest = max(range(len(widths)), key=lambda place: (widths[place], place))
+        widths[widest] -= 1
+
+
+def _fold(cell: str, width: int) -> list[str]:
+    """Fold a cell, behind a space, slash or hyphen if there is one in a line's second half."""
+    lines = []
+    while len(cell) > width:
+        end = max(cell.rfind(" ", 0, width + 1), *(cell.rfind(c, 0, width) for c in "/-")) + 1
+        end = end if end > width // 2 else width
+        lines.append(cell[:end].rstrip())
+        cell = cell[end:]
+    return [*lines, cell]
 
 
 def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
@@ -18,13 +52,14 @@ def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
     patch, picked = result["patch"], picked_row(result)
     stages = [result["before"], result["after"], *([picked] if picked else [])]
     changed = f"{patch['entries']:,} ({patch['share_of_weights']:.2%})"
+    changes = ["0", changed, *([changed if picked["scale"] else "0"] if picked else [])]
     title = f"at scale {picked['scale']:g}" if picked else ""
     return [
         ("", "before", "after", *([title] if picked else [])),
         *judged_rows(*stages),
         ("KL to the base, nats/token", *(f"{stage['kl']:.4f}" for stage in stages)),
         ("perplexity, base's answers", *(f"{stage['perplexity']:.2f}" for stage in stages)),
-        ("weights changed", "0", *[changed] * (len(stages) - 1)),
+        ("weights changed", *changes),
         ("patch size", "", *[size_text(patch["size_bytes"])] * (len(stages) - 1)),
     ]
 

@@ -1,6 +1,8 @@
 """Saved results as rows of text, to the letter."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safeweights_peft.tables import (
     comparison_rows,
@@ -8,6 +10,7 @@ from safeweights_peft.tables import (
     grid_rows,
     judge_rows,
     judged_rows,
+    lay_out,
     overlap_rows,
     pattern_rows,
     probe_rows,
@@ -31,6 +34,41 @@ def test_a_comparison_sets_every_figure_side_by_side() -> None:
         ("weights changed", "0", "1,345,155 (1.00%)"),
         ("patch size", "", "8.1 MB"),
     ]
+
+
+def test_a_picked_scale_of_0_changes_no_weight() -> None:
+    row = {"scale": 0.0, **RESULT["before"]}
+    rows = dict((title, cells) for title, *cells in comparison_rows(RESULT | row | {"rows": [row]}))
+    assert rows["weights changed"] == ["0", "1,345,155 (1.00%)", "0"]
+
+
+@given(
+    st.integers(1, 5).flatmap(
+        lambda columns: st.lists(
+            st.tuples(*[st.text("ab/- ", max_size=90).map(str.strip)] * columns),
+            min_size=1,
+            max_size=4,
+        )
+    ),
+    st.integers(48, 100),
+)
+def test_rows_fit_any_width_and_lose_nothing(rows: list[tuple[str, ...]], width: int) -> None:
+    lines = lay_out(rows, width)
+    assert max(map(len, lines)) <= width
+    assert count(" ".join(lines)) == count(" ".join(map(" ".join, rows)))
+
+
+def count(text: str) -> list[int]:
+    return [text.count(letter) for letter in "ab/-"]
+
+
+def test_a_folded_path_breaks_behind_a_slash_in_its_own_column() -> None:
+    assert lay_out([("path", "models/of-all/tiny"), ("size", "8 B")], 20) == [
+        "path  models/of-all/",
+        "      tiny",
+        "size  8 B",
+    ]
+    assert lay_out([("path", "models/of-all/tiny")]) == ["path  models/of-all/tiny"]
 
 
 def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import warnings
 from collections import Counter
@@ -16,7 +18,7 @@ import click
 from safeweights_peft.errors import ReportError
 from safeweights_peft.progress import LineProgress, RichProgress
 from safeweights_peft.settings import ComputeSettings
-from safeweights_peft.tables import field_rows, judged_rows, short_digest, size_text
+from safeweights_peft.tables import field_rows, judged_rows, lay_out, short_digest, size_text
 
 COLUMNS = 80
 
@@ -50,11 +52,16 @@ def show(result: Mapping[str, Any], *tables: Sequence[tuple[str, ...]]) -> None:
     for place, rows in enumerate(filter(None, tables or [field_rows(result)])):
         if place:
             click.echo()
-        # Not rich's tables: they cut or wrap cells where the output is piped.
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            click.echo(printable("  ".join(cells).rstrip()))
+        cells = [tuple(printable(cell).replace("\n", r"\n") for cell in row) for row in rows]
+        click.echo("\n".join(lay_out(cells, _terminal_width())))
+
+
+def _terminal_width() -> int | None:
+    """Return the width of the terminal; None where stdout is piped, into a file or a program."""
+    # There a row stays one line, for `grep` and `cut`, unless COLUMNS asks for a width.
+    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def show_answers(answers: Mapping[str, Any]) -> None:
@@ -65,8 +72,8 @@ def show_answers(answers: Mapping[str, Any]) -> None:
 
     if click.get_current_context().meta["json"] or not any(answers.values()):
         return
-    # Wrapped, never cut; as wide on every terminal, and in a file.
-    console = Console(file=sys.stdout, width=COLUMNS)
+    # Wrapped, never cut; as wide on every terminal that has the room, and in a file.
+    console = Console(file=sys.stdout, width=min(COLUMNS, _terminal_width() or COLUMNS))
     for kind, title in (("harmful", "Harmful requests"), ("benign", "Harmless requests")):
         table = Table(title=title, title_justify="left", show_lines=True, expand=True)
         for heading in ("request", "before", "after"):

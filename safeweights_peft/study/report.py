@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from safeweights_peft.errors import ModelError, ReportError
+from safeweights_peft.errors import ModelError, ReportError, SettingsError
 from safeweights_peft.fetching import find_base
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.record import Figures
 from safeweights_peft.jobs.train import LOSSES_FILE
 from safeweights_peft.modeling.layout import check_shape, eligible_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.rates import find_outcome
 from safeweights_peft.selection.pattern import Part, count_parts, tabulate
-from safeweights_peft.settings import flatten
+from safeweights_peft.settings import flatten, restore
 from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_run, plot_sweep
 from safeweights_peft.tables import (
     comparison_rows,
@@ -31,6 +34,12 @@ from safeweights_peft.tables import (
 )
 
 RESULT = "result.json"  # of a run
+PARTS = {  # of a result, with what a page shows of each
+    "base": {"name"},
+    "patch": {"path", "entries", "share_of_weights", "size_bytes"},
+    "settings": {"base", "score", "train", "evaluate"},
+}
+_RUN_AGAIN = "run `safeweights enhance` again, with another --out"
 TOP_EXPERTS = 20  # on the page; a model can have thousands
 
 
@@ -49,18 +58,8 @@ def report_run(
     run: Path, out: Path, base: str | None = None, *, overwrite: bool = False
 ) -> dict[str, Any]:
     """Show a run on one page: what came of it, figures, answers, and where its weights are."""
-    result = read_json(run / RESULT, ReportError)
-    if result.get("kind") != "enhancement":
-        raise ReportError(
-            f"{run / RESULT}: expected the result of `safeweights enhance`, found kind "
-            f"{str(result.get('kind'))[:80]}; give the directory of a run, or a safety map"
-        )
-    if missing := {"answers", "outcome", "sweep"} - result.keys():
-        raise ReportError(
-            f"{run / RESULT}: expected the result of this version, found no "
-            f"{', '.join(sorted(missing))}; call the same `safeweights enhance` once more"
-        )
-    losses = read_json(run / "patch" / LOSSES_FILE, ReportError)["losses"]
+    result = _read_result(run / RESULT)
+    losses = _read_losses(run / "patch" / LOSSES_FILE)
     pattern = _find_pattern(run / "map", out, base, overwrite)
     check_apart(out, {"the patch": run / "patch"}, ReportError)
     report = {
@@ -81,13 +80,47 @@ def report_run(
     return report
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    """Read a run's result; of an earlier version's, what it lacks follows from the rest."""
+    result = read_json(path, ReportError)
+    if result.get("kind") != "enhancement":
+        raise ReportError(
+            f"{path}: expected the result of `safeweights enhance`, found kind "
+            f"{str(result.get('kind'))[:80]}; give the directory of a run, or a safety map"
+        )
+    try:
+        before, after = (asdict(restore(Figures, result.get(s), s)) for s in ("before", "after"))
+        for part, keys in PARTS.items():
+            lacking = keys - (result[part].keys() if isinstance(result.get(part), dict) else set())
+            if lacking:
+                raise SettingsError(f"{part}: expected {', '.join(sorted(lacking))}, found none")
+    except SettingsError as error:
+        raise ReportError(f"{path}: {error}; {_RUN_AGAIN}") from error
+    outcome = find_outcome(before, after)._asdict()
+    return {"content_id": None, "sweep": None, "outcome": outcome, "answers": {}} | result
+
+
+def _read_losses(path: Path) -> list[dict[str, Any]]:
+    """Read the losses of a run's steps."""
+    losses = read_json(path, ReportError, _RUN_AGAIN).get("losses")
+    needed = {"step", "refusal", "retain"}
+    if not isinstance(losses, list) or any(
+        not isinstance(loss, dict) or needed - loss.keys() for loss in losses
+    ):
+        raise ReportError(
+            f"{path}: expected losses, each with {', '.join(sorted(needed))}, found others; "
+            f"{_RUN_AGAIN}"
+        )
+    return losses
+
+
 def _find_sweep(run: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
     """Find a sweep of a run's patch: of the run itself, or put into its directory."""
     if result.get("sweep"):
         return dict(result["sweep"])
     for path in (run / "sweep.json", run / "sweep" / "sweep.json"):
         swept = read_json(path, ReportError) if path.exists() else {}
-        if swept.get("content_id") == result["content_id"]:
+        if swept and swept.get("content_id") == result["content_id"]:
             return {"max_asr": None, "scale": None, **swept}
     return None
 

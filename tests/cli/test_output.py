@@ -515,3 +515,68 @@ def test_chat_answers_what_stdin_asks_until_it_ends_or_says_so(
     assert "/who: expected /base, /scale or /quit" in called.stderr
     shown = CliRunner().invoke(main, arguments[:-1], input="Hello\nHello")
     assert shown.stdout == f"{printable(turns[1]['content'])}\n" + shown.stdout.split("\n", 1)[1]
+
+
+COMMANDS = {
+    "enhance": "enhance {base} --out {run} {enhance}",
+    "score": "score {base} --out {out} {score}",
+    "train": "train {base} --map {run}/map --out {out} {train}",
+    "eval": "eval {base} --adapter {run}/patch@0.5 {eval} --judge {judge} --judge refusals",
+    "sweep": "sweep {base} {run}/patch --out {out} {eval}",
+    "probe": "probe {base} --map {run}/map --out {out} {probe}",
+    "preserve": "preserve {base} --map {run}/map --out {out} {preserve} --judge refusals {limit}",
+    "protect": "protect --tuned {base} --base {base} --map {run}/map --out {out} --no-measure",
+    "inspect": "inspect {run}/patch",
+    "report": "report {run} --out {out}",
+    "report of a map": "report {run}/map --out {out}",
+    "compare": "compare {run}/map {run}/patch",
+    "verify": "verify {run}/patch --base {base}",
+    "merge": "merge {base} {run}/patch@0.5 --out {out}",
+    "a plan": "merge {base} {run}/patch --out {out} --dry-run",
+    "convert": "convert {run}/patch --encoding compact --out {out}",
+    "export": "export {run}/patch --to supertuning --out {out}",
+    "diff": "diff {base} {tuned} --out {out}",
+}
+
+
+@pytest.fixture(scope="module")
+def places(
+    run: Run, options: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """A run of a base, both at long paths, and options that keep jobs short."""
+    long = tmp_path_factory.mktemp("a-group-whose-name-goes-on-for-long") / "models-of-us" / "tiny"
+    shutil.copytree(run.base, long)
+    judge = save_byte_level_tokenizer(long.with_name("a-classifier-of-refusals"))
+    save_tiny_classifier(judge, ["safe", "unsafe"])
+    again = long.with_name("run")
+    texts = {name: " ".join(map(str, values)) for name, values in options.items()}
+    called = call("enhance", long, "--out", again, *options["enhance"])
+    assert called.exit_code == 0, called.output
+    tuned = long.with_name("tuned")
+    assert call("merge", long, again / "patch", "--out", tuned).exit_code == 0
+    limit = " ".join(options["eval"][:6])
+    return texts | {
+        "tuned": str(tuned),
+        "base": str(long),
+        "run": str(again),
+        "judge": f"classifier:{judge}",
+        "limit": limit,
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_tables_of_long_names_fit_80_columns_and_json_is_one_document(
+    name: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    for kind in ("table", "json"):
+        filled = COMMANDS[name].format(**places, out=tmp_path / "an-output" / kind)
+        arguments = [*filled.split(), *(["--json"] if kind == "json" else [])]
+        called = CliRunner(env={"COLUMNS": "80"}).invoke(main, arguments)
+        assert called.exit_code in (0, 3), called.output
+        if kind == "json":
+            assert isinstance(json.loads(called.stdout, parse_constant=pytest.fail), dict)
+        else:
+            sentences = ("With noise", "With the map's")  # of probe
+            lines = [x for x in called.stdout.splitlines() if not x.startswith(sentences)]
+            assert max(map(len, lines)) <= 80
+            assert "…" not in "".join(lines) or name == "enhance"  # of requests there

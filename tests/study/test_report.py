@@ -256,10 +256,51 @@ def test_a_result_of_something_else_is_no_run(run: Run, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"kind": "probe"}')
     with pytest.raises(ReportError, match="expected the result of `safeweights enhance`"):
         report_run(tmp_path, tmp_path / "report")
-    (tmp_path / "result.json").write_text('{"kind": "enhancement", "answers": {}}')
-    with pytest.raises(ReportError, match="found no outcome, sweep; call the same"):
-        report_run(tmp_path, tmp_path / "report")
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+LATER = ("answers", "outcome", "sweep", "content_id")
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_result_of_an_earlier_version_has_a_page_with_what_follows_from_its_figures(
+    run: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(run.out, tmp_path / "run")
+    kept = {k: v for k, v in run.result.items() if k not in LATER}
+    (out / "result.json").write_text(json.dumps(kept))
+    result = report_run(out, tmp_path / "report")["result"]
+    assert result == run.result | {"answers": {}, "sweep": None, "content_id": None}
+    assert run.result["outcome"]["word"].capitalize() in (
+        (tmp_path / "report" / "report.html").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("result.json", {"before": {}}, "before: expected attack_success_rate, .* found no "),
+        ("result.json", {"after": None}, "after: expected attack_success_rate, .* found None"),
+        ("result.json", {"patch": {}}, "patch: expected entries, path, .*, found none"),
+        ("result.json", {"settings": None}, "settings: expected base, .*, found none"),
+        ("patch/training.json", {"losses": [{"step": 1}]}, "expected losses, each with refusal"),
+        ("patch/training.json", {"losses": [1]}, "expected losses, each with refusal"),
+        ("patch/training.json", {"losses": None}, "expected losses, each with refusal"),
+    ],
+)
+def test_a_run_that_lacks_figures_is_refused_in_one_line_that_says_what_to_run(
+    file: str, changes: dict[str, Any], message: str, run: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(run.out, tmp_path / "run")
+    edit(out / file, **changes)
+    with pytest.raises(ReportError, match=message) as error:
+        report_run(out, tmp_path / "report")
+    assert str(error.value).endswith("run `safeweights enhance` again, with another --out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report").exists()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
