@@ -36,7 +36,7 @@ def check_installed(*packages: str) -> None:
         )
 
 
-def plot_run(result: Mapping[str, Any], losses: list[Mapping[str, Any]], path: Path) -> None:
+def plot_run(result: Mapping[str, Any], losses: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw a run: rates before and after with their intervals, and the losses over the steps."""
     figure = _make_figure(*STACKED)
     figure.suptitle(_title(result), fontsize="medium")
