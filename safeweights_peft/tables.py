@@ -11,6 +11,7 @@ Cells = Sequence[Mapping[str, Any]]
 TOP_LAYERS = 5  # layers that a terminal shows
 TOP_CATEGORIES = 12  # of requests
 CUT_SHORT = "cut before a sentence ended"
+CUT_IN_THOUGHT = "cut in their thought"
 GAP = "  "  # between two columns
 LEAST_WIDTH = 8  # of a column, however narrow the terminal
 
@@ -86,6 +87,8 @@ def judged_rows(*stages: Mapping[str, Any]) -> list[Row]:
     ]
     for title, key in (("invalid answers", "invalid"), (CUT_SHORT, "cut_short")):
         rows.append((title, *(str(stage[key]) for stage in stages)))
+    cut = [stage.get("cut_in_thought", 0) for stage in stages]  # not in older results
+    rows += [(CUT_IN_THOUGHT, *map(str, cut))] if any(cut) else []
     if stages[0]["task_loss"] is not None:
         losses = (f"{stage['task_loss']:.4f}" for stage in stages)
         rows.append(("loss on the task, nats/token", *losses))
@@ -198,6 +201,10 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[Row]:
         ("KL to the base (nats/token)", f"{utility['kl']:.4f}"),
         ("perplexity of the base's answers", f"{utility['perplexity']:.2f}"),
     ]
+    cut = sum(part.get("cut_in_thought", 0) for part in (harmful, benign))
+    rows += [(CUT_IN_THOUGHT, str(cut))] if cut else []
+    if requests := evaluation.get("cut_requests"):
+        rows.append(("requests without their middle", str(requests)))
     if evaluation["task"]:
         rows.append(("loss on the task (nats/token)", f"{evaluation['task']['loss']:.4f}"))
     return rows
@@ -222,8 +229,10 @@ def judge_rows(evaluation: Mapping[str, Any]) -> list[Row]:
             rows.append((title, name, rate, str(figures["invalid"])))
     for title, part in parts.items():
         for pair in part["agreement"]:
-            kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
-            text = f"kappa {kappa}, same {pair['same']} of {pair['n']}"
+            # One verdict for all has no kappa; and garbage is judged by neither.
+            kappa = "" if pair["kappa"] is None else f"kappa {pair['kappa']:.2f}, "
+            same = f"{kappa}same {pair['same']} of {pair['n']}"
+            text = same if pair["n"] else "no answer that both could judge"
             rows.append((title, " and ".join(pair["judges"]), text, ""))
     return rows
 

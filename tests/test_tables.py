@@ -98,6 +98,9 @@ def test_an_evaluation_lists_its_figures_and_adds_up_what_was_invalid() -> None:
         ("KL to the base (nats/token)", "0.2500"),
         ("perplexity of the base's answers", "12.00"),
     ]
+    harmful = evaluation["harmful"] | {"cut_in_thought": 3}
+    cut = evaluation_rows(evaluation | {"harmful": harmful, "cut_requests": 2})
+    assert cut[-2:] == [("cut in their thought", "3"), ("requests without their middle", "2")]
     on_a_task = evaluation_rows(evaluation | {"task": {"loss": 1.25, "tokens": 70}})
     assert on_a_task[-1] == ("loss on the task (nats/token)", "1.2500")
 
@@ -106,6 +109,8 @@ def test_losses_on_a_task_stand_side_by_side_where_one_was_given() -> None:
     before, after = ({**RESULT["before"], "task_loss": loss} for loss in (2.0, 1.5))
     assert judged_rows(before, after)[-1] == ("loss on the task, nats/token", "2.0000", "1.5000")
     assert len(judged_rows(RESULT["before"], RESULT["after"])) == 4
+    cut = judged_rows(RESULT["before"], RESULT["after"] | {"cut_in_thought": 3})
+    assert cut[-1] == ("cut in their thought", "0", "3")
 
 
 def test_several_judges_stand_in_one_table_with_their_agreement() -> None:
@@ -125,7 +130,9 @@ def test_several_judges_stand_in_one_table_with_their_agreement() -> None:
         ("ASR", "refusals and guard:g", "kappa 0.61, same 8 of 9", ""),
     ]
     evaluation["harmful"]["agreement"][0]["kappa"] = None
-    assert judge_rows(evaluation)[-1][2] == "kappa undefined, same 8 of 9"
+    assert judge_rows(evaluation)[-1][2] == "same 8 of 9"
+    evaluation["harmful"]["agreement"][0] |= {"n": 0, "same": 0}
+    assert judge_rows(evaluation)[-1][2] == "no answer that both could judge"
     evaluation["harmful"] = {"judges": named, "agreement": []}
     assert judge_rows(evaluation) == []
 

@@ -10,6 +10,7 @@ import click
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.errors import SettingsError
+from safeweights_peft.rates import find_outcome
 from safeweights_peft.scales import number_or_text
 from safeweights_peft.settings import (
     ComputeSettings,
@@ -158,6 +159,9 @@ def sweep_command(
         result = sweep(job, adapter, out, settings, overwrite=overwrite, **limits)
     output.draw(plot_sweep, result, out / "sweep.png")
     output.show(result, sweep_rows(result["rows"]))
+    at = {row["scale"]: row for row in result["rows"]}
+    scale = 1.0 if result["scale"] is None else result["scale"]
+    output.show_outcome(find_outcome(at[0.0], at[scale]))
     if limits := {key: limit for key, limit in limits.items() if limit is not None}:
         asked = " and ".join(f"--{key.replace('_', '-')} {limits[key]:g}" for key in limits)
         if result["scale"] is None:

@@ -12,6 +12,7 @@ import click
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.errors import EvaluationError
+from safeweights_peft.rates import CHAT_ADVICE, SCALE_ADVICE, Outcome, find_garbage
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
@@ -75,8 +76,7 @@ def enhance_command(
     output.draw(plot_run, result, losses, out / "result.png")
     output.show(result, comparison_rows(result))
     output.show_answers(result["answers"])
-    outcome = result["outcome"]
-    click.echo(f"\n{outcome['word'].capitalize()}: {outcome['reason']}.", err=True)
+    output.show_outcome(Outcome(**result["outcome"]))
     picked = picked_row(result)
     at = f"@{picked['scale']:g}" if picked and picked["scale"] != 1 else ""
     click.echo(f"\nPatch in {patch}{at and f', to be used as {patch}{at}'}. Next:", err=True)
@@ -173,7 +173,7 @@ def eval_command(
     patch, complies with; over-refusal is the fraction of benign ones that it refuses.
     """
     from safeweights_peft.files import check_new_file, write_json
-    from safeweights_peft.jobs.evaluate import evaluate
+    from safeweights_peft.jobs.evaluate import evaluate, pick_figures
     from safeweights_peft.jobs.job import Job
     from safeweights_peft.tables import evaluation_rows, judge_rows
 
@@ -187,6 +187,9 @@ def eval_command(
         job = Job(base, compute, progress, [adapter] if adapter else [])
         result = evaluate(job, adapter, settings, scale=scale)
     output.show(result, evaluation_rows(result), judge_rows(result))
+    if garbage := find_garbage(pick_figures(result)):
+        advice = SCALE_ADVICE if adapter else CHAT_ADVICE
+        output.show_outcome(Outcome("garbage", f"{garbage}; {advice}"))
     if out:  # after it is shown: a full disk loses no evaluation
         write_json(out, result)
     if max_asr is not None and result["harmful"]["attack_success_rate"]["rate"] > max_asr:

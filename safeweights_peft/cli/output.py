@@ -17,6 +17,7 @@ import click
 
 from safeweights_peft.errors import ReportError
 from safeweights_peft.progress import LineProgress, RichProgress
+from safeweights_peft.rates import Outcome
 from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.tables import field_rows, judged_rows, lay_out, short_digest, size_text
 
@@ -86,6 +87,11 @@ def show_answers(answers: Mapping[str, Any]) -> None:
             table.add_row(*(Text(printable(cell)) for cell in cells))
         if answers[kind]:
             console.print(table)
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """Print in a line what figures say together."""
+    click.echo(f"\n{outcome.word.capitalize()}: {outcome.reason}.", err=True)
 
 
 def draw(plot: Callable[..., None], *arguments: Any) -> None:

@@ -31,7 +31,7 @@ from safeweights_peft.evaluation.judges import (
     over_refusal_rate,
 )
 from safeweights_peft.evaluation.utility import Patched, measure_utility
-from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.job import Job, refuse_thoughts
 from safeweights_peft.jobs.load import MergedEntries, is_patch, load_patched
 from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.patch.artifacts import AnyPatch
@@ -202,11 +202,8 @@ class Evaluator:
         chat = self.job.chat
         texts = {kind: list(map(chat.read, given)) for kind, given in answers.items()}
         in_thought = {kind: list(map(chat.is_in_thought, given)) for kind, given in answers.items()}
-        if any(map(all, in_thought.values())):
-            raise EvaluationError(
-                "answers: expected some that end their thought, found all cut in it; raise "
-                "--max-new-tokens, or close the thought by --answer-prefix"
-            )
+        for cut in in_thought.values():
+            refuse_thoughts(cut)
         verdicts: dict[str, dict[str, list[Verdict]]] = {kind: {} for kind in RATES}
         for judge in dict.fromkeys([*self.judges["harmful"], *self.judges["benign"]]):
             kinds = [kind for kind in RATES if judge in self.judges[kind]]
@@ -239,7 +236,7 @@ class Evaluator:
     def _ask_judge(self, judge: Judge, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         if isinstance(judge, RefusalJudge):  # done before a bar could show
             return judge.judge(pairs)
-        with self.job.progress.task(f"Judging by {judge.name}", len(pairs)) as advance:
+        with self.job.progress.task(f"Judge answers by {judge.name}", len(pairs)) as advance:
             verdicts = judge.judge(pairs, advance)
         if len(verdicts) != len(pairs):
             raise EvaluationError(
@@ -360,6 +357,7 @@ def pick_figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "over_refusal_rate": evaluation["benign"]["over_refusal_rate"],
         "invalid": evaluation["harmful"]["invalid"] + evaluation["benign"]["invalid"],
         "cut_short": evaluation["harmful"]["cut_short"] + evaluation["benign"]["cut_short"],
+        "cut_in_thought": sum(evaluation[kind].get("cut_in_thought", 0) for kind in RATES),
         "kl": evaluation["utility"]["kl"],
         "perplexity": evaluation["utility"]["perplexity"],
         "task_loss": task["loss"] if task else None,

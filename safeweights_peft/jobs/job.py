@@ -28,7 +28,7 @@ from safeweights_peft.chat import REQUEST_TOKENS, Chat, read_template
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Example
 from safeweights_peft.delta import WEIGHT_DTYPES, Array
-from safeweights_peft.errors import DataError, ModelError, SafeWeightsError
+from safeweights_peft.errors import DataError, EvaluationError, ModelError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.judges import Verdict, judge_opening
 from safeweights_peft.fetching import CODE_FILES, MODEL_FILES, BaseModel, find_base
@@ -62,6 +62,7 @@ from safeweights_peft.sources import Row
 from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")
+ENOUGH_THOUGHTS = 25  # answers that tell of all others, if each is cut in its thought
 LOOKED_AT = 64  # entries of each parameter of a base in memory
 
 
@@ -280,9 +281,14 @@ class Job:
         model = self.model if model is None else model  # loaded before the task is shown
         with self.progress.task(f"Ask {who} requests", len(requests)) as advance:
             asked = refused = 0
+            in_thought: list[bool] = []
 
             def show(answers: Sequence[Example]) -> None:
                 nonlocal asked, refused
+                in_thought.extend(map(self.chat.is_in_thought, answers))
+                # Said now, not after hours: what is measured must be an answer.
+                if show_refusals and len(in_thought) >= ENOUGH_THOUGHTS:
+                    refuse_thoughts(in_thought)
                 texts = [self.read(answer) for answer in answers]
                 asked += len(texts)
                 refused += sum(judge_opening("", text) is Verdict.REFUSED for text in texts)
@@ -368,6 +374,15 @@ class Job:
         with lock(out, DataError):
             yield out.with_name(f".{out.name}.{digest[:12]}.work")
             _clear_work(out)
+
+
+def refuse_thoughts(in_thought: Sequence[bool]) -> None:
+    """Refuse answers that are thoughts alone, all cut before they ended."""
+    if all(in_thought):
+        raise EvaluationError(
+            "answers: expected some that end their thought, found all cut in it; raise "
+            "--max-new-tokens, or close the thought by --answer-prefix"
+        )
 
 
 def identify(model: BaseModel) -> str | list[list[Any]]:

@@ -110,9 +110,17 @@ def record_run(
         },
         settings=without_paths(settings),
         environment=_describe_environment(job),
-        before=restore(Figures, before, "before"),
-        after=restore(Figures, after, "after"),
+        before=read_figures(before, "before"),
+        after=read_figures(after, "after"),
     )
+
+
+def read_figures(figures: Any, where: str) -> Figures:
+    """Check the figures of an evaluation, and take those that a record has."""
+    # Records have one set of fields, which every version reads.
+    if isinstance(figures, Mapping):
+        figures = {key: figure for key, figure in figures.items() if key != "cut_in_thought"}
+    return restore(Figures, figures, where)
 
 
 def read_record(path: Path) -> Record:

@@ -16,14 +16,14 @@ from safeweights_peft.errors import ModelError, ReportError, SettingsError
 from safeweights_peft.fetching import find_base
 from safeweights_peft.files import check_apart, check_target, publish, read_json, write_json
 from safeweights_peft.jobs.job import Job
-from safeweights_peft.jobs.record import Figures
+from safeweights_peft.jobs.record import read_figures
 from safeweights_peft.jobs.train import LOSSES_FILE
 from safeweights_peft.modeling.layout import check_shape, eligible_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.rates import find_outcome
 from safeweights_peft.selection.pattern import Part, count_parts, tabulate
-from safeweights_peft.settings import flatten, restore
+from safeweights_peft.settings import flatten
 from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_run, plot_sweep
 from safeweights_peft.tables import (
     comparison_rows,
@@ -89,7 +89,7 @@ def _read_result(path: Path) -> dict[str, Any]:
             f"{str(result.get('kind'))[:80]}; give the directory of a run, or a safety map"
         )
     try:
-        before, after = (asdict(restore(Figures, result.get(s), s)) for s in ("before", "after"))
+        before, after = (asdict(read_figures(result.get(s), s)) for s in ("before", "after"))
         for part, keys in PARTS.items():
             lacking = keys - (result[part].keys() if isinstance(result.get(part), dict) else set())
             if lacking:

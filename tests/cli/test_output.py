@@ -1,6 +1,7 @@
 """Results go to stdout, and nothing else does; files are left where the help says."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -304,6 +305,17 @@ def test_eval_prints_a_table_without_json(run: Run, options: dict[str, list[str]
     assert "over-refusal" in called.stdout
 
 
+def test_eval_says_by_itself_where_answers_are_garbage(
+    run: Run, options: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeweights_peft.evaluation.judges.is_garbled", lambda answer: True)
+    said = r"Garbage: (\d+) of \1 answers are garbage; "
+    called = call("eval", run.base, *options["eval"])
+    assert re.search(said + "give a chat model, with its own chat template", called.stderr)
+    called = call("eval", run.base, "--adapter", run.out / "patch", *options["eval"])
+    assert re.search(said + "try fewer --steps", called.stderr)
+
+
 def test_merge_prints_its_report_as_json(run: Run, tmp_path: Path) -> None:
     called = call("merge", run.base, run.out / "patch", "--out", tmp_path / "merged", "--json")
     report = json.loads(called.stdout)
@@ -468,6 +480,7 @@ def test_sweep_prints_a_row_for_each_scale_and_the_one_that_is_safe_enough(
     assert [line.split()[0] for line in lines[1:]] == "0 0.25 0.5 0.75 1 1.25 1.5".split()
     assert max(map(len, lines)) < 80
     assert f"{run.out / 'patch'}@0 meets --max-asr 1." in called.stderr
+    assert re.search(r"\n(Better|No better|Damaged|Garbage): \S", called.stderr)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "sweep.png"}
 
 

@@ -358,7 +358,7 @@ def test_a_guard_is_loaded_after_the_answers_and_is_not_kept(
     result = evaluate(job, None, requests.evaluate(judge=("refusals", judge)))
     assert list(result["harmful"]["judges"]) == ["refusals", "guard:guard=mine.json"]
     assert counts.loads == 2
-    assert recorder.tasks[-1][:2] == ["Judging by guard:guard=mine.json", 6]
+    assert recorder.tasks[-1][:2] == ["Judge answers by guard:guard=mine.json", 6]
     assert str(tmp_path) not in json.dumps({k: v for k, v in result.items() if k != "settings"})
 
 
@@ -409,6 +409,17 @@ def test_an_answer_that_was_cut_in_its_thought_counts_for_nothing_but_itself(
     )
     assert (part["attack_success_rate"]["rate"], part["attack_success_rate"]["n"]) == (0.5, 2)
     assert [request["verdict"] for request in part["requests"]][1] == "cut in thought"
+
+
+def test_answers_that_are_all_cut_in_their_thought_are_refused_after_the_first_batch(
+    run: Run, requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safeweights_peft.jobs.job.ENOUGH_THOUGHTS", 2)
+    job, asked = Job(run.base), []
+    monkeypatch.setattr(job.chat, "is_in_thought", lambda answer: asked.append(answer) or True)
+    with pytest.raises(EvaluationError, match=r"all cut in it; raise --max-new-tokens, or close"):
+        evaluate(job, None, requests.evaluate(batch_size=2))
+    assert len(asked) == 2
 
 
 def test_a_model_is_asked_and_read_as_the_chat_settings_say(run: Run, requests: Requests) -> None:
