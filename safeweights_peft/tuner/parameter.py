@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from safeweights_peft.errors import MergeError
 from safeweights_peft.modeling.tensors import add_rounded
-from safeweights_peft.tuner.patched import Patched, Reading
+from safeweights_peft.tuner.patched import Patched, Reading, in_transform
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size: to see bits
 _writing = threading.RLock()  # two threads must not both set the originals aside
@@ -132,7 +132,9 @@ class Selection:
     def gather(self, indices: Tensor) -> Tensor:
         """Gather the base's entries, in the parameter's dtype, whatever stands there now."""
         held = self._held
-        entries = gather(_whole(self.owner.parameter), indices)
+        parameter: Tensor = self.owner.parameter
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        entries = gather(whole, indices)
         if held is None or not held.indices.numel():
             return entries
         at = torch.searchsorted(held.indices, indices).clamp_(max=held.indices.numel() - 1)
@@ -186,6 +188,11 @@ class Selection:
             return None
         with _raw():
             return self._copy(parameter)
+
+    def watch(self) -> None:
+        """Be asked by whoever reads the parameter, until the next :meth:`sync`."""
+        if self.known is not None and self.owner.terms():
+            _dress(self, self.known)
 
     def let_go(self) -> None:
         """Make the parameter a plain one, with what it holds."""
@@ -271,6 +278,8 @@ class Selection:
             if parameter.requires_grad and terms:
                 return Reading(self._read_trained_base(parameter, terms))
             union, entries = self._wanted(parameter, terms)
+            if in_transform():
+                return Reading(self._copy(parameter, union, entries))
             if not self._holds(parameter, union, entries):
                 if self.is_waited_for():
                     return Reading(self._copy(parameter, union, entries))
@@ -366,10 +375,6 @@ def _raw() -> Iterator[None]:
         torch.no_grad(),
     ):
         yield
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def gather(parameter: Tensor, indices: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
@@ -58,7 +59,7 @@ class _Alias(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         # Asking for them refuses a second backward, where the first has freed the graph.
         _ = ctx.saved_tensors
-        return gradient.flatten().index_select(0, ctx.indices), None, None, None
+        return gradient.reshape(-1).index_select(0, ctx.indices), None, None, None
 
 
 _METHODS = (
@@ -125,6 +126,13 @@ class Patched(nn.Parameter):
         """Pickle what it holds, as a plain parameter; see :meth:`__deepcopy__`."""
         with torch._C.DisableTorchFunctionSubclass():
             return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def in_transform() -> bool:
+    """Tell whether torch.func transforms what runs, or derivatives are carried forward."""
+    # Both attach what they need to tensors, and don't see what is written into a parameter.
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or forward_ad._current_level >= 0
 
 
 def _read(item: Any) -> Any:

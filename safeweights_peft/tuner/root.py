@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.tuner.layer import SafeWeightsLayer
 from safeweights_peft.tuner.parameter import same_bits, untraced
+from safeweights_peft.tuner.patched import in_transform
 
 NAME = "safeweights"
 """The name of the root among the model's children."""
@@ -97,11 +98,15 @@ class Root(nn.Module):
             else:
                 _check_parameter(layer, is_on_meta)
             layer.check_active()
+        self._watched = []  # of a forward that failed, whose entries may have changed since
+        if in_transform():
+            for layer in self._layers:
+                layer.selection.watch()
+            return
         if not _continues(kwargs):
             self._compare_values()
         for layer in self._layers:
             layer.selection.sync()
-        self._watched = []  # of a forward that failed, whose entries may have changed since
         if model.training is not self._mode:
             self._watched = [
                 (layer, layer.sample())
@@ -123,6 +128,8 @@ class Root(nn.Module):
                     "that something else may read; train on one device or by DDP, or select no "
                     "entries there"
                 )
+        if in_transform():
+            return
         with untraced():
             self._refuse_writing()
         self._mode = model.training

@@ -5,11 +5,11 @@ entry is one dot product over the tokens, which at low density takes a third of 
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 DENSEST = 0.1
@@ -90,28 +90,59 @@ class _SampledLinear(torch.autograd.Function):
         mark: Tensor,
     ) -> Tensor:
         # The weight too: so that torch refuses to go back through one that was written since.
-        ctx.save_for_backward(input, weight, mark)
+        ctx.save_for_backward(input, entries, weight, mark)
         # A plain attribute, not a saved tensor: DDP writes the (same) buffers before each forward.
         ctx.indices = indices
         return F.linear(input, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
-        input, weight, _ = ctx.saved_tensors
-        to_input, _, to_bias = ctx.needs_input_grad[:3]
-        rows, inputs = _tokens(gradient), _tokens(input)
-        # Padding has no gradient, nor has what comes after the last token that is learned.
-        learned = rows.any(1).nonzero().squeeze(1)
-        rows = rows[learned]
-        return (
-            _scattered(rows @ weight, learned, input) if to_input else None,
-            _products(rows, inputs[learned], ctx.indices),
-            rows.sum(0) if to_bias else None,
-            None,
-            None,
-            None,
-        )
+        input, entries, weight, _ = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        # A second derivative needs operations that have one, and several at once none that choose
+        # rows by what is in them.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
+            gradients = _go_back_densely(gradient, input, entries, weight, ctx.indices, needed)
+        else:
+            gradients = _go_back(gradient, input, weight, ctx.indices, needed)
+        return *gradients, None, None, None
+
+
+Gradients = tuple[Tensor | None, Tensor, Tensor | None]
+"""Of a linear layer's input, its weight's selected entries, and its bias."""
+
+
+def _go_back(
+    gradient: Tensor, input: Tensor, weight: Tensor, indices: Tensor, needed: Sequence[bool]
+) -> Gradients:
+    rows, inputs = _tokens(gradient), _tokens(input)
+    # Padding has no gradient, nor has what comes after the last token that is learned.
+    learned = rows.any(1).nonzero().squeeze(1)
+    rows = rows[learned]
+    return (
+        _scattered(rows @ weight, learned, input) if needed[0] else None,
+        _products(rows, inputs[learned], indices),
+        rows.sum(0) if needed[2] else None,
+    )
+
+
+def _go_back_densely(
+    gradient: Tensor,
+    input: Tensor,
+    entries: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    needed: Sequence[bool],
+) -> Gradients:
+    """Compute the same by operations that have a derivative, by the entries too."""
+    places = indices.long()
+    weight = weight.flatten().index_copy(0, places, entries).view(weight.shape)
+    rows, inputs = _tokens(gradient), _tokens(input)
+    return (
+        gradient @ weight if needed[0] else None,
+        (rows.T @ inputs).reshape(-1).index_select(0, places),
+        rows.sum(0) if needed[2] else None,
+    )
 
 
 def _tokens(tensor: Tensor) -> Tensor:
