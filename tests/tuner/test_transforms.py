@@ -28,9 +28,7 @@ class Pair:
         for values in values_of(self.model).values():
             values.requires_grad_(trained)
         self.plain = load_base(base, attn_implementation="eager").requires_grad_(False)
-        self.indices = {
-            layer.name: layer.indices["default"].long() for layer in layers(self.model)
-        }
+        self.indices = {layer.name: layer.indices["default"].long() for layer in layers(self.model)}
         self.values = {name: own.detach() for name, own in values_of(self.model).items()}
         self.keys = {
             name: next(key for key, own in self.model.named_parameters() if own is values)
