@@ -154,6 +154,7 @@ def show_adapter(content: dict[str, Any], path: Path) -> None:
         *([("revision", str(content["revision"]))] if content["revision"] else []),
         ("weights", f"{content['entries']:,} in {content['parameters']} tensors"),
         ("share", f"{share:.3%} of {whole}"),
+        *([("scale", f"{content['scale']:g}")] if content["scale"] != 1 else []),
         ("size", size_text(content["size_bytes"])),
         *_find_figures(content, path),
     ]

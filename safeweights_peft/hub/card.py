@@ -42,6 +42,8 @@ def write_card(folder: Path, repo_id: str) -> Path:
         repo_id=repo_id,
         is_patch=metadata.mode is Mode.SET,
         method=selection.get("method"),
+        scale=metadata.scale,
+        picked=_read_picked(folder),
         entries=content["entries"],
         total=total if isinstance(total, int) and total > 0 else None,
         tensors=content["parameters"],
@@ -84,6 +86,18 @@ def _card_data(
         eval_results=model_index(measured, repo_id) or None,
         **licence,
     )
+
+
+def _read_picked(folder: Path) -> dict[str, float] | None:
+    """Read at which other scale the run found its patch safe enough, if it was asked."""
+    path = folder / RESULTS / "result.json"
+    swept = read_json(path, HubError).get("sweep") if path.is_file() else None
+    if not isinstance(swept, dict):
+        return None
+    picked = {key: swept.get(key) for key in ("scale", "max_asr")}
+    if not all(isinstance(number, int | float) for number in picked.values()):
+        return None  # at no scale was it safe enough
+    return picked if picked["scale"] != 1 else None  # type: ignore[return-value]
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

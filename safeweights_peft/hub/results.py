@@ -149,9 +149,11 @@ def _check_content(path: Path, content: Mapping[str, Any], content_id: str | Non
     kind, found = content.get("kind"), content.get("content_id")
     is_shown = kind in OF_ADAPTER or (kind == "evaluation" and content.get("adapter") is not None)
     if is_shown and found != content_id:
+        scale = content.get("scale", 1)
+        other = "none" if scale == 1 else f"an evaluation at scale {scale}"
         raise HubError(
             f"{RESULTS}/{path.name}: content_id: expected {content_id}, the adapter's, found "
-            f"{found or 'none'}; evaluate this adapter, or take the file away"
+            f"{found or other}; evaluate this adapter, or take the file away"
         )
 
 

@@ -408,6 +408,13 @@ def test_inspect_prints_a_table_without_json(kind: str, name: str, run: Run) -> 
     assert measured == (kind == "patch")  # by the run that it lies in
 
 
+def test_inspect_shows_a_patch_s_own_scale_unless_it_is_1(run: Run, tmp_path: Path) -> None:
+    patch = shutil.copytree(run.out / "patch", tmp_path / "patch")
+    assert "scale" not in call("inspect", patch).stdout
+    edit_config(patch, lambda config: config.update(scale=0.5))
+    assert ["scale", "0.5"] in [line.split() for line in call("inspect", patch).stdout.splitlines()]
+
+
 @pytest.mark.parametrize(
     "command", ["enhance", "eval", "merge", "preserve", "probe", "score", "train"]
 )

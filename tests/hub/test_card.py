@@ -189,6 +189,40 @@ def test_it_says_exactly_what_it_is(folder: Path) -> None:
     assert f"| weights | {content['entries']:,} in {content['parameters']} tensors |" in card
 
 
+def test_it_names_the_scale_of_its_values_unless_that_is_1(
+    tiny_llama_bf16: Path, folder: Path, tmp_path: Path
+) -> None:
+    assert "| scale |" not in card_of(folder)
+    patch = save_patch(tiny_llama_bf16, tmp_path / "half", scale=0.5)
+    body = body_of(lay_out(patch, tmp_path / "scaled"))
+    assert "| scale | 0.5 of its values, wherever it is loaded, measured or merged |" in body
+
+
+@pytest.mark.parametrize("sweep", [None, {"scale": 0.75, "max_asr": 0.1}])
+def test_it_says_at_which_scale_its_run_found_it_safe_enough(
+    sweep: dict | None, folder: Path
+) -> None:
+    content_id = read_metadata(folder).content_id
+    result = {"kind": "enhancement", "content_id": content_id, "sweep": sweep}
+    put_result(folder, "result.json", result)
+    body = body_of(folder)
+    assert ("figures are at scale 1" in body) == bool(sweep)
+    if sweep:
+        assert "names scale 0.75 as the smallest with an ASR of at most 10 %" in body
+        assert f"safeweights merge {BASE} {REPO}@0.75 --out merged" in body
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_a_run_that_picked_no_other_scale_says_nothing_of_one(
+    scale: float | None, folder: Path
+) -> None:
+    sweep = {"scale": scale, "max_asr": 0.1}
+    content_id = read_metadata(folder).content_id
+    result = {"kind": "enhancement", "content_id": content_id, "sweep": sweep}
+    put_result(folder, "result.json", result)
+    assert "figures are at scale 1" not in body_of(folder)
+
+
 @pytest.mark.parametrize("method", ["random", "bottom"])
 def test_a_control_says_that_it_is_one(method: str, folder: Path) -> None:
     edit_config(folder, lambda config: config["selection"].update(method=method))

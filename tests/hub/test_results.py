@@ -76,6 +76,11 @@ def test_an_evaluation_that_names_no_content_is_refused(folder: Path) -> None:
     assert "the adapter's, found none; evaluate this adapter" in refusal(folder)
 
 
+def test_an_evaluation_at_another_scale_is_refused_by_it(folder: Path) -> None:
+    put_result(folder, "after.json", evaluation(OURS) | {"content_id": None, "scale": 0.5})
+    assert "found an evaluation at scale 0.5; evaluate this adapter" in refusal(folder)
+
+
 @pytest.mark.parametrize("changes", [{"content_id": OTHERS}, {"content_id": None}, {}])
 def test_the_summary_of_another_run_is_refused(changes: dict[str, Any], folder: Path) -> None:
     put_result(folder, "result.json", {"kind": "enhancement"} | changes)
