@@ -216,7 +216,7 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
 
     def sample(self) -> Tensor:
         """Gather a few of the parameter's entries, selected ones and others, as they stand."""
-        own = [self.indices[adapter][:_SAMPLED].long() for adapter in self._originals]
+        own = [term.indices[:_SAMPLED].long() for term in self.terms()]
         step = max(1, self._numel // _SAMPLED)
         spread = torch.arange(0, self._numel, step, device=self.parameter.device)
         return gather(self.parameter, torch.cat([spread, *own]))

@@ -27,7 +27,7 @@ class Root(nn.Module):
         self._sums: list[int] = []  # of frozen values' bits, when they were last looked at
         self._is_paused = False
         self._mode: bool | None = None  # training or not, in the last forward that was watched
-        self._watched: list[tuple[SafeWeightsLayer, Tensor]] = []
+        self._watched: list[tuple[SafeWeightsLayer, list[tuple[str, float]], Tensor]] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> "Root":
@@ -109,7 +109,7 @@ class Root(nn.Module):
             layer.selection.sync()
         if model.training is not self._mode:
             self._watched = [
-                (layer, layer.sample())
+                (layer, _list_shown(layer), layer.sample())
                 for layer in self._layers
                 if layer.sharded is None
                 and not layer.lacks_data()
@@ -137,8 +137,9 @@ class Root(nn.Module):
     def _refuse_writing(self) -> None:
         """Refuse a forward that changes weights, as RWKV's does when it is first evaluated."""
         watched, self._watched = self._watched, []
-        for layer, before in watched:
-            if not same_bits(layer.sample(), before):
+        for layer, shown, before in watched:
+            # A hook, or another thread, may have chosen other adapters meanwhile.
+            if _list_shown(layer) == shown and not same_bits(layer.sample(), before):
                 raise ModelError(
                     f"{layer.name}: expected a forward that leaves weights alone, found one that "
                     "changes them; load the base anew, of RWKV with rescale_every=0, or merge the "
@@ -158,16 +159,22 @@ class Root(nn.Module):
         self._sums = sums
 
 
+def _list_shown(layer: SafeWeightsLayer) -> list[tuple[str, float]]:
+    return [(term.adapter, term.scale) for term in layer.terms()]
+
+
 def _sums_of_bits(layers: Sequence[SafeWeightsLayer]) -> list[int]:
     """Sum the bits of the values that each layer shows, all with one wait for the device."""
     sums = []
     for layer in layers:
         # Trained ones are compared in any case, and nothing is written where it is sharded.
         terms = [] if layer.sharded is not None else layer.terms()
-        frozen = [term.values for term in terms if not term.values.requires_grad]
         total = torch.zeros((), dtype=torch.int64)
-        for value in frozen:
-            total = total.to(value.device) + value.detach().view(torch.int32).sum()
+        for term in terms:
+            if not term.values.requires_grad:
+                # By place: else as many signs that turn up as down would leave the sum as it was.
+                bits = term.values.view(torch.int32).long() * ~term.indices
+                total = total.to(bits.device) + bits.sum()
         sums.append(total)
     if not sums:
         return []

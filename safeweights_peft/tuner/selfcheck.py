@@ -75,9 +75,24 @@ def check_adapter(model: nn.Module) -> None:
     for name, layer in shown.items():
         makers[name] = partial(layer.selection.changed, layer.parameter)
         trained[name] = [term.values for term in layer.terms() if term.values.requires_grad]
+    _refuse_shared_memory(root.model, [name for name, values in trained.items() if values])
     with _undisturbed(root.model):
         row = _Row(root.model, root.paused)
         _Check(row, makers, partial(_moved, shown.values()), trained).run()
+
+
+def _refuse_shared_memory(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to train a parameter that another one reads past autograd."""
+    # No run shows it: copies that stand for one leave the entries in the other's memory.
+    owners = {model.get_parameter(name).data_ptr(): name for name in names}
+    for other, parameter in model.named_parameters():
+        name = owners.get(parameter.data_ptr()) if parameter.numel() else None
+        if name is not None and parameter is not model.get_parameter(name):
+            raise ModelError(
+                f"{name}: expected a parameter with memory of its own, found that of {other}, "
+                "which would train nothing; make them one parameter, as model.tie_weights() does, "
+                "before the adapter is loaded"
+            )
 
 
 def check_in_place(model: PreTrainedModel, places: Sequence[FrozenEntries]) -> None:

@@ -257,6 +257,21 @@ def test_values_that_change_through_data_are_seen(tiny_llama, tmp_path):
     assert not torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("change", [torch.neg, lambda values: values.flip(0)])
+def test_values_whose_bits_have_the_same_sum_are_seen(change, tiny_llama, tmp_path):
+    patch = save_patch(tiny_llama, tmp_path / "patch")
+    model, other = (load_by_peft(tiny_llama, patch) for _ in range(2))
+    for values in values_of(model).values():
+        signs = torch.arange(len(values)) % 2 * 2.0 - 1  # one value is none of two halves
+        values.data.abs_().mul_(signs)[len(values) // 2 * 2 :] = 0
+    before = logits(model)
+    for ours, theirs in zip(values_of(model).values(), values_of(other).values(), strict=True):
+        ours.data.copy_(change(ours.data))
+        theirs.data.copy_(ours.data)
+    assert torch.equal(logits(model), logits(other))
+    assert not torch.equal(logits(model), before)
+
+
 def test_a_merged_model_is_pickled(tiny_llama):
     model = patch_model(load_base(tiny_llama), tiny_llama)
     model.merge_adapter()

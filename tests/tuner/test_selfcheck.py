@@ -521,3 +521,30 @@ def test_a_forward_that_failed_is_not_compared_with_a_later_one(tiny_llama):
         for values in values_of(model).values():
             values.add_(1)
         assert model(input_ids=INPUT_IDS).logits.isfinite().all()
+
+
+def test_adapters_that_are_chosen_within_a_forward_are_no_writing_of_the_models(tiny_llama):
+    model = patch_model(load_base(tiny_llama), tiny_llama)
+    patch_model(model, tiny_llama, "other", seed=1)
+
+    def choose(*_):
+        model.base_model.set_adapter("default", inference_mode=True)
+
+    model.base_model.set_adapter("other", inference_mode=True)
+    model.get_base_model().model.norm.register_forward_hook(choose)
+    logits(model)
+    assert torch.equal(logits(model), logits(patch_model(load_base(tiny_llama), tiny_llama)))
+
+
+def test_training_a_parameter_that_another_reads_in_its_memory_is_refused(tiny_tied_llama):
+    name = "model.embed_tokens.weight"
+    model = load_base(tiny_tied_llama)
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
+    peft_model = patch_model(model, tiny_tied_llama, names=[name])
+    with pytest.raises(ModelError, match=rf"^{name}: .* found that of {HEAD}"):
+        check_adapter(peft_model)
+    peft_model.requires_grad_(False)
+    check_adapter(peft_model)  # whoever reads it sees the entries
+    peft_model.unload()
+    model.tie_weights()
+    check_adapter(patch_model(model, tiny_tied_llama, names=[name]))
