@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.tuner.beside import CodedValues, Door, Indices, is_coded
-from safeweights_peft.tuner.parameter import Selection, Term, gather, move, same_bits
+from safeweights_peft.tuner.entries import gather, move, same_bits
+from safeweights_peft.tuner.parameter import Selection, Term
 from safeweights_peft.tuner.sharded import Sharded, write_shard
 
 _PREFIXES = ("safeweights_values__", "safeweights_indices__")

@@ -13,19 +13,17 @@ back, bit by bit, wherever the base must be seen: disabled, saved, unloaded.
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from safeweights_peft.errors import MergeError
 from safeweights_peft.modeling.tensors import add_rounded
+from safeweights_peft.tuner.entries import gather, move, raw, same_bits, untraced, whole, write
 from safeweights_peft.tuner.patched import Patched, Reading, in_transform
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size: to see bits
 _writing = threading.RLock()  # two threads must not both set the originals aside
 
 
@@ -110,9 +108,12 @@ class Selection:
     def changed(self, parameter: Tensor, needs_copy: bool = False) -> Tensor | None:
         """Return a changed copy of a parameter; None if there is nothing to change."""
         self.owner.check_active()
-        terms = self.owner.terms()
+        terms = self._list_terms(parameter)
         if not terms and not needs_copy:
             return None
+        if parameter.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                return self._change_trained_base(parameter, terms)
         return self._copy(parameter, *self._wanted(parameter, terms))
 
     @property
@@ -132,9 +133,7 @@ class Selection:
     def gather(self, indices: Tensor) -> Tensor:
         """Gather the base's entries, in the parameter's dtype, whatever stands there now."""
         held = self._held
-        parameter: Tensor = self.owner.parameter
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        entries = gather(whole, indices)
+        entries = gather(whole(self.owner.parameter), indices)
         if held is None or not held.indices.numel():
             return entries
         at = torch.searchsorted(held.indices, indices).clamp_(max=held.indices.numel() - 1)
@@ -163,20 +162,26 @@ class Selection:
         parameter = self.known
         if parameter is None or parameter is not self.owner.parameter or parameter.is_meta:
             return
-        with _writing, _raw():
-            terms = self.owner.terms()
+        with _writing, raw():
+            terms = self._list_terms(parameter)
             state = _describe(parameter, terms)
             if state is None or state != self._state or self._held is not self._unite(terms):
                 self._update(parameter, terms, force)
                 self._state = state
             self._dress_as_needed(parameter, terms)
 
+    def sync_compiled(self) -> None:
+        """Let a base that is to be trained hold its own entries, and else leave all to copies."""
+        # Rarely: this ends a graph that is being compiled.
+        if self._held is not None and self.owner.parameter.requires_grad:
+            self.sync()
+
     @torch.compiler.disable
     def show_base(self, force: bool = False) -> None:
         """Put the base's own entries back; under a waiting graph only by ``force``."""
         parameter = self.known
         if parameter is not None and self._held is not None:
-            with _writing, _raw():
+            with _writing, raw():
                 if force or not self.is_waited_for():
                     self._restore(parameter)
                 self._dress_as_needed(parameter, self.owner.terms())
@@ -186,7 +191,7 @@ class Selection:
         parameter = self.known
         if parameter is None or self._held is None:
             return None
-        with _raw():
+        with raw():
             return self._copy(parameter)
 
     def watch(self) -> None:
@@ -203,7 +208,7 @@ class Selection:
         """Hold what is to be seen, in memory of its own if a graph needs what is held."""
         parameter = self.known
         if parameter is not None and not parameter.is_meta and self.is_waited_for():
-            with _writing, _raw():
+            with _writing, raw():
                 terms = self.owner.terms()
                 union, entries = self._wanted(parameter, terms)
                 if not self._holds(parameter, union, entries):
@@ -229,26 +234,33 @@ class Selection:
         return bool(self._marks)
 
     def _update(self, parameter: nn.Parameter, terms: Sequence[Term], force: bool) -> None:
-        if self._trained_base and not parameter.requires_grad:
-            self._trained_base = False
-            self.owner.take_originals()
-            terms = self.owner.terms()
         if parameter.requires_grad:
             terms = ()  # the base is trained: an optimizer must find its own entries
         union, entries = self._wanted(parameter, terms)
         if not self._holds(parameter, union, entries) and (force or not self.is_waited_for()):
             self._put(parameter, union, entries)
 
+    def _list_terms(self, parameter: Tensor) -> list[Term]:
+        """List what is to be seen, on top of what a base is once its training is over."""
+        if self._trained_base and not parameter.requires_grad:
+            self._take_originals()
+        return self.owner.terms()
+
+    @torch.compiler.disable
+    def _take_originals(self) -> None:
+        self._trained_base = False
+        self.owner.take_originals()
+
     def _put(self, parameter: Tensor, union: Union | None, entries: Tensor | None) -> None:
         if self._held is not None and self._held is not union:
             self._restore(parameter)
         if union is not None and entries is not None:
-            _write(parameter, union.indices, entries)
+            write(parameter, union.indices, entries)
             self._held = union
 
     def _restore(self, parameter: Tensor) -> None:
         assert self._held is not None
-        _write(parameter, self._held.indices, self._held.originals)
+        write(parameter, self._held.indices, self._held.originals)
         self._held = self._state = None
 
     def _holds(self, parameter: Tensor, union: Union | None, entries: Tensor | None) -> bool:
@@ -274,7 +286,7 @@ class Selection:
         if parameter is not self.known:  # while it is being sharded
             return Reading(parameter)
         with _writing, untraced():
-            terms = self.owner.terms()
+            terms = self._list_terms(parameter)
             if parameter.requires_grad and terms:
                 return Reading(self._read_trained_base(parameter, terms))
             union, entries = self._wanted(parameter, terms)
@@ -283,7 +295,7 @@ class Selection:
             if not self._holds(parameter, union, entries):
                 if self.is_waited_for():
                     return Reading(self._copy(parameter, union, entries))
-                with _raw():
+                with raw():
                     self._put(parameter, union, entries)
             if union is None or entries is None or not entries.requires_grad:
                 return Reading(parameter)
@@ -294,8 +306,11 @@ class Selection:
     def _read_trained_base(self, parameter: nn.Parameter, terms: Sequence[Term]) -> Tensor:
         """Change a copy of a base that is trained beside its adapters; both get their gradient."""
         if self._held is not None:
-            with _raw():
+            with raw():
                 self._restore(parameter)
+        return self._change_trained_base(parameter, terms)
+
+    def _change_trained_base(self, parameter: Tensor, terms: Sequence[Term]) -> Tensor:
         self._trained_base = True
         flat = parameter.flatten()
         for term in terms:
@@ -354,50 +369,6 @@ class Selection:
         return total.to(parameter.dtype)
 
 
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Keep what is compared and written here out of a graph that ``torch.jit`` records."""
-    state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _raw() -> Iterator[None]:
-    """See parameters themselves, without gradients."""
-    # A tensor made in inference mode could not be used in training later.
-    with (
-        torch._C.DisableTorchFunctionSubclass(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        yield
-
-
-def gather(parameter: Tensor, indices: Tensor) -> Tensor:
-    """Gather what stands in a parameter itself; flat indices, ``(count,)``."""
-    with _raw():
-        return parameter.detach().flatten().index_select(0, indices)
-
-
-def _write(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Write entries, without gradients or torch functions."""
-    # A parameter that was made in inference mode can be written only there.
-    with torch.inference_mode(parameter.is_inference()):
-        target, entries = parameter.detach(), entries.detach().to(parameter.dtype)
-        if target.is_contiguous():
-            # As integers: on a CPU this takes two thirds of index_copy_'s time, scatter_ of floats
-            # four times as long.
-            integers = _INTEGERS[target.element_size()]
-            bits = target.view(-1).view(integers)
-            bits.scatter_(0, indices.long(), entries.view(integers))
-        else:
-            target[torch.unravel_index(indices.long(), target.shape)] = entries
-
-
 def _dress(selection: Selection, parameter: nn.Parameter) -> None:
     """Have whatever reads a parameter ask its selection first."""
     if type(parameter) is not Patched:
@@ -432,19 +403,5 @@ def _describe(parameter: Tensor, terms: Sequence[Term]) -> tuple | None:
     return parameter.dtype, parameter.data_ptr(), parameter.requires_grad, *values
 
 
-def move(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Move a tensor as ``fn`` does, but keep its dtype."""
-    moved = fn(tensor)
-    if moved.dtype == tensor.dtype:
-        return moved
-    return tensor if moved.device == tensor.device else tensor.to(moved.device)
-
-
 def _are_same(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two tensors of one dtype hold the same bits."""
-    integers = _INTEGERS[left.element_size()]
-    return torch.equal(left.view(integers), right.detach().view(integers))

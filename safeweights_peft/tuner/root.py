@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
+from safeweights_peft.tuner.entries import same_bits, untraced
 from safeweights_peft.tuner.layer import SafeWeightsLayer
-from safeweights_peft.tuner.parameter import same_bits, untraced
 from safeweights_peft.tuner.patched import in_transform
 
 NAME = "safeweights"
@@ -83,11 +83,16 @@ class Root(nn.Module):
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> None:
         """Bring all parameters up to date, and refuse those that were replaced."""
-        if torch.compiler.is_compiling() or self._is_paused:
+        if self._is_paused:
+            return
+        if torch.compiler.is_compiling():
+            for layer in self._layers:
+                layer.selection.sync_compiled()
             return
         with untraced():
             self._refresh(model, args, kwargs)
 
+    @torch.compiler.disable  # where a graph ends in these hooks, the rest of them is not compiled
     def _refresh(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if model is not self.model and torch.is_grad_enabled():
             _refuse_replica(self._layers)
@@ -134,6 +139,7 @@ class Root(nn.Module):
             self._refuse_writing()
         self._mode = model.training
 
+    @torch.compiler.disable
     def _refuse_writing(self) -> None:
         """Refuse a forward that changes weights, as RWKV's does when it is first evaluated."""
         watched, self._watched = self._watched, []

@@ -31,8 +31,8 @@ from safeweights_peft.modeling.answers import (
     without_dropout,
 )
 from safeweights_peft.tuner.beside import Indices
+from safeweights_peft.tuner.entries import same_bits
 from safeweights_peft.tuner.layer import SafeWeightsLayer
-from safeweights_peft.tuner.parameter import same_bits
 from safeweights_peft.tuner.root import Root
 
 GROUP_BYTES = 1 << 30  # of copies that are in memory at once

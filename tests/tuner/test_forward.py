@@ -310,6 +310,50 @@ def test_a_changed_copy_is_the_merged_weight_and_has_its_gradient(base, trained)
             assert torch.equal(copy, plain.get_parameter(layer.name))
 
 
+def train_base(model, run):
+    """Train the base alone beside its adapter; return the losses, and the logits at the end."""
+    base = [weight for name, weight in model.named_parameters() if "safeweights" not in name]
+    for weight in base:
+        weight.requires_grad_(True)
+    optimizer, losses = torch.optim.SGD(base, lr=1.0), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = run(input_ids=INPUT_IDS, labels=INPUT_IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    check_adapter(model)
+    for weight in base:
+        weight.requires_grad_(False)
+    return losses, logits(run)
+
+
+# torch looks at each input's gradient, of tensors between two graphs as well.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    ("engine", "frozen"), [("compiled", False), ("compiled", True), ("sharded", False)]
+)
+def test_a_base_trains_beside_its_adapter_under_an_engine_as_without(engine, frozen, tiny_llama):
+    model, plain = (patch_model(load_base(tiny_llama), tiny_llama) for _ in range(2))
+    for one in (model, plain):
+        one.base_model.set_adapter("default", inference_mode=frozen)
+        logits(one)  # which leaves the adapter's entries in the base
+    expected, left = train_base(plain, plain)
+    assert expected[-1] < expected[0] - 0.5
+    if engine == "compiled":
+        torch.compiler.reset()
+        found, right = train_base(model, torch.compile(model, backend="aot_eager"))
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            found, right = train_base(model, model)
+        finally:
+            dist.destroy_process_group()
+    assert found == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
 def test_sharded_in_one_process_the_output_and_gradients_are_those_of_the_dense_twin(base):
     model = patch_model(load_base(base), base)
     expected, (dense_loss, gradients) = logits(model), dense_loss_and_gradients(base)
