@@ -222,7 +222,8 @@ def _do(chat: Chat, word: str, argument: str) -> None:
 def _read_line(prompt: str) -> str:
     """Read a line; empty at the end of the input, and never without its newline before it."""
     click.echo(prompt, nl=False, err=True)
-    return sys.stdin.readline()
+    # Bytes that aren't UTF-8 come as lone surrogates, which no tokenizer takes.
+    return sys.stdin.readline().encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _ignore(text: str) -> None:

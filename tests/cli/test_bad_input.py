@@ -560,3 +560,13 @@ def test_an_interruption_of_the_imports_is_quiet() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_a_conversation_takes_bytes_that_are_no_text(run: Run) -> None:
+    command = [sys.executable, "-m", "safeweights_peft", "chat", str(run.base), "--json"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(
+        command, input=b"h\xff\xfei\n", capture_output=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["turns"][0]["content"] == "h\ufffd\ufffdi"
