@@ -4,12 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; end quietly if interrupted while it is imported."""
+    """Run the command line; say in one line that it was interrupted, imports included."""
     try:
         from safeweights_peft.cli import main as run
+
+        run()
     except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
         sys.exit(130)
-    run()
 
 
 if __name__ == "__main__":

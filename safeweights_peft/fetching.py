@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import time
@@ -45,6 +46,9 @@ MAX_WAIT_SECONDS = 300.0
 
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 """Statuses that another try may not get."""
+
+_ABSENT = (OfflineModeIsEnabled, LocalEntryNotFoundError, RepositoryNotFoundError)
+"""What says that a name is nothing, or nothing yet, to the Hub or its cache."""
 
 HUB_ERRORS = (HTTPError, XetDownloadError, OSError, ValueError, RuntimeError)
 """What huggingface_hub raises when the Hub, the network or a name is at fault."""
@@ -139,6 +143,9 @@ def download(
 ) -> Path:
     """Download files of a Hub repository into the cache, unless they are there."""
 
+    if not Path(source).exists() and _is_path(source):  # no hub is asked for it
+        raise error(f"{source}: expected {expected}, found no such directory; {_spelling(source)}")
+
     def fetch() -> str:
         folder: str = huggingface_hub.snapshot_download(
             source, revision=revision, allow_patterns=list(patterns)
@@ -149,7 +156,24 @@ def download(
         return Path(retry(fetch))
     except HUB_ERRORS as reason:
         at = f" at revision {revision}" if revision else ""
-        raise error(f"{source}: expected {expected}{at}, {explain(reason, source)}") from reason
+        explained = explain(reason, source)
+        if isinstance(_cause(reason), _ABSENT) and not Path(source).exists():
+            absent = explained.removeprefix("found ")
+            explained = f"found no such directory here, and {absent}; {_spelling(source)}"
+        raise error(f"{source}: expected {expected}{at}, {explained}") from reason
+
+
+def _is_path(source: str) -> bool:
+    """Tell whether a name is written as a path, as no repository's is."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
+def _spelling(source: str) -> str:
+    """Say to check a path's spelling, with the sibling that is called most alike."""
+    path = Path(source)
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(path.name, names, 1)
+    return f"did you mean {path.with_name(nearest[0])}?" if nearest else "check the spelling"
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
@@ -209,7 +233,7 @@ def explain(error: BaseException, repo_id: str) -> str:
 def _describe(error: BaseException, repo_id: str) -> tuple[str, str]:
     if isinstance(error, OfflineModeIsEnabled):
         found = "not all of it in the cache, and HF_HUB_OFFLINE set"
-        return found, "unset it, or check the spelling"
+        return found, "unset it to ask the Hub"
     if isinstance(error, GatedRepoError):
         page = f"{huggingface_hub.constants.ENDPOINT}/{repo_id}"
         return "a gated repository", f"ask for access at {page}, and log in with `hf auth login`"

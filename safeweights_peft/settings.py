@@ -321,7 +321,11 @@ class EvaluateSettings(Settings):
         "builtin:benign_eval", "Benign requests to measure over-refusal on", flag="--eval-benign"
     )
     limit: int | None = setting(
-        None, "Use at most N requests of each kind.", group="Data", least=1, unset="all"
+        None,
+        "Measure on at most N requests of each kind; training's requests stay as they are.",
+        group="Data",
+        least=1,
+        unset="all",
     )
     task: str | None = _requests(None, "Requests with answers to measure the loss on")
     max_new_tokens: int = setting(32, "Cut answers after N tokens.", least=1)

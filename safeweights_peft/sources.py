@@ -293,6 +293,11 @@ def _row(
         answer = fields.get(key)
         if said := _read_turns(answer):
             answer = said[-1][1]
+    if needs_output and answer is None and not fields.keys() & set(answers):
+        raise DataError(
+            f"{where}: expected a column of answers ({', '.join(answers)}), found "
+            f"{', '.join(map(str, item))[:200]}; give rows with one"
+        )
     answer = _check_text(answer, columns.get(key, key), where, is_needed=needs_output)
     texts = (fields.get(column) for column in CATEGORY_COLUMNS)
     category = next((text for text in texts if isinstance(text, str) and text.strip()), None)

@@ -155,6 +155,8 @@ def _value_text(name: str, value: Any) -> str:
     if name.endswith("_bytes"):
         return size_text(value)
     if name.endswith("_share"):
+        if 0 < value < 0.0001:  # never a rounded 0: something is lost
+            return "less than 0.01%"
         return f"{value:.3g}" if value > 1 else f"{value:.2%}"
     if name == "seconds":
         return f"{value:.1f} s"

@@ -42,6 +42,28 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_refused_by_name(name: str) 
         resolve_base(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("bsae", "no such directory here, and not all of it in the cache.*; did you mean base?"),
+        ("./bsae", "no such directory; did you mean base?"),
+        ("run/pacth", "no such directory here, and .*; did you mean run/patch?"),
+        ("./nosuch", "no such directory; check the spelling"),
+    ],
+)
+def test_a_misspelt_directory_is_said_to_be_missing_with_the_nearest_name(
+    name: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("base", "run/patch"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ModelError, match=f"^{name}: expected .*, found {found}".replace("?", "[?]")
+    ):
+        resolve_base(name)
+
+
 def test_a_cached_hub_model_resolves_to_its_commit(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def test_a_benchmarks_own_file_is_read_as_it_is(tmp_path: Path, name: str) -> No
     assert {row.category for row in rows} == {None if name == "AdvBench" else "kitchen"}
     # A target is how a harmful answer begins: never an answer to learn.
     assert {row.output for row in rows} == {None}
-    with pytest.raises(DataError, match="row 1: expected a non-empty text in 'output'"):
+    with pytest.raises(DataError, match="row 1: expected a column of answers "):
         read_rows(str(path), needs_output=True)
 
 

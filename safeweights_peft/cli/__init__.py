@@ -62,6 +62,13 @@ class _Group(click.Group):
             with formatter.section(heading):
                 formatter.write_dl(list(zip(names, helps, strict=True)))
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt:  # click would call it aborted, with exit code 1
+            click.echo("Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

@@ -75,8 +75,9 @@ def merge_command(
             report = plan(directory, adapters, out, on_overlap=on_overlap)
         elif out is None:
             report = asdict(merge_in_place(directory, adapters, on_overlap=on_overlap))
-            if report["was_merged"]:
-                click.echo(f"{base} was merged already: nothing changed", err=True)
+            if report["was_merged"] and not click.get_current_context().meta["json"]:
+                click.echo(f"{base}: already merged with these patches; nothing was changed")
+                return
         else:
             done = merge(
                 *(directory, adapters, out),

@@ -11,7 +11,7 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.files import check_apart, check_new, lock, read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.evaluate import RATES, Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.jobs.job import Job, find_work, once
 from safeweights_peft.jobs.record import record_run
 from safeweights_peft.jobs.score import check_base, read_inputs, requests_of, score
 from safeweights_peft.jobs.sweep import describe, measure_scales, pick_scale
@@ -188,13 +188,17 @@ def _compare(out: Path, settings: RunSettings) -> None:
         f"{key} ({recorded.get(key)} there, {given.get(key)} here)"
         for key in sorted(recorded.keys() | given.keys())
         if recorded.get(key) != given.get(key)
-        and any((out / name).exists() for name in _MADE_WITH.get(key.split(".")[0], _RESULTS))
+        and any(
+            (out / name).exists() or find_work(out / name)  # a step that was interrupted
+            for name in _MADE_WITH.get(key.split(".")[0], _RESULTS)
+        )
     ]
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise DataError(
             f"{out}: expected a run with these settings, found one with other "
-            f"{', '.join(changed[:5])}{more}; give another --out, or delete that directory"
+            f"{', '.join(changed[:5])}{more}; the same command as then resumes it, another --out "
+            "or deleting that directory starts anew"
         )
 
 

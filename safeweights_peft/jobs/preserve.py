@@ -105,7 +105,7 @@ def _fine_tune(
         record["lora_left_out"] = find_linear(model)[1]
         model = add_lora(model, settings)
         correct(model, artifact)  # refused now, not after the training
-    with job.work(out, record) as work_dir:
+    with job.work(out, record, overwrite) as work_dir:
         with job.steps("Fine-tune", settings.steps, each=1) as reach:
             record["losses"] = fine_tune(
                 model,

@@ -85,7 +85,7 @@ def score(
         "profile": asdict(read_profile(settings.profile)) if settings.profile else None,
         "contrast_digest": data_digest(benign),
     }
-    with job.work(out, identity) as work_dir:
+    with job.work(out, identity, overwrite) as work_dir:
         if kind.needs_gradient:
             scoring = Scoring(job, settings, work_dir)
             excluded: dict[str, Array] = {}

@@ -41,7 +41,7 @@ def sweep(
     )
     MergedEntries(job.reader, [patch], [adapter])  # another base is refused before it is loaded
     record = job.record("sweep", patch, settings, adapter=str(adapter), **describe(evaluator))
-    with job.work(out, record) as work_dir:
+    with job.work(out, record, overwrite) as work_dir:
         rows = measure_scales(evaluator, adapter, patch, work_dir)
         picked = pick_scale(rows, max_asr, max_over_refusal)
         limits = {"max_asr": max_asr, "max_over_refusal": max_over_refusal}

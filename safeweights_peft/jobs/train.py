@@ -56,7 +56,7 @@ def train(
     metadata = replace(
         safety_map.metadata, base_model_name_or_path=job.base.name, revision=job.base.revision
     )
-    with job.work(out, record) as work_dir:
+    with job.work(out, record, overwrite) as work_dir:
         benign = job.ask("the base benign", benign_rows, settings.answer_tokens)
         model = create_adapter(job.take_model(), metadata, safety_map.indices)
         try:

@@ -89,7 +89,7 @@ def probe(
             "compute": to_json(job.compute),
         },
     )
-    with job.work(out, record) as work_dir:
+    with job.work(out, record, overwrite) as work_dir:
         bottom = _find_bottom(job, artifact.indices, rows, score_settings, work_dir)
         selections = {"map": artifact.indices, "bottom": bottom}
         result = record | _summarize(_measure_draws(evaluator, selections, settings, work_dir))

@@ -117,6 +117,7 @@ def places(
     _break_models(tiny_llama, folder)
     _break_patches(run.out / "patch", folder)
     (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "unanswered.jsonl").write_text('{"prompt": "Go", "reply": "I went"}')
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("years of work")
     save_tiny_tokenizer(save_tiny_llama(folder / "other", seed=1))
@@ -215,6 +216,14 @@ TABLE = [
     # 13: settings without their partner
     bad("nothing to contrast", _SCORE, "--contrast-density 0.1", "--contrast-density: expected"),
     bad("temperature alone", _SCORE, "--temperature 1", "--temperature: expected --guard or"),
+    bad(
+        "data without answers",
+        *(
+            _PRESERVE,
+            "--data {unanswered}",
+            "column of answers .*output.*found prompt, reply; give",
+        ),
+    ),
     bad("a rank of nothing", _PRESERVE, "--rank 2", "--rank: expected --method lora"),
     bad("a guard alone", _SCORE, "--guard {wide}", "--guard: expected --guard-profile"),
     bad("no profile", _SCORE, "--guard {wide} --guard-profile nope", "nope: expected a JSON file"),
@@ -399,6 +408,30 @@ def test_a_run_that_has_only_measured_its_base_takes_other_settings_of_what_is_t
     assert "other score.density (0.05 there, 0.1 here)" in lines_of(again)[-1]
 
 
+def test_a_run_that_was_interrupted_while_it_trained_takes_no_other_settings_of_training(
+    run: Run, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    words = ["enhance", run.base, *run.options[2:], "--out", out]
+
+    def interrupt(*arguments: Any, **_: Any) -> None:
+        (arguments[5] / "checkpoint-1").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safeweights_peft.jobs.train.train_to_refuse", interrupt)
+        assert call(*words, "--steps", "3").exit_code == 130
+    left = content(out)
+    refused = call(*words, "--steps", "5")
+    assert refused.exit_code == 1
+    (line,) = lines_of(refused)
+    assert "other train.steps (3 there, 5 here); the same command as then resumes it" in line
+    assert "another --out or deleting that directory starts anew" in line
+    assert content(out) == left
+    done = call(*words, "--steps", "3")
+    assert done.exit_code == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["before.json", "settings.json"])
 def test_a_broken_file_of_a_run_is_said_with_what_to_do(
     name: str, run: Run, tmp_path: Path
@@ -548,7 +581,7 @@ def test_an_interrupted_command_says_whether_it_goes_on(
     assert line == f"Interrupted{says}"
 
 
-def test_an_interruption_of_the_imports_is_quiet() -> None:
+def test_an_interruption_of_the_imports_is_one_line() -> None:
     code = (
         "import sys\n"
         "class Interrupt:\n"
@@ -559,7 +592,7 @@ def test_an_interruption_of_the_imports_is_quiet() -> None:
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"Interrupted.\n")
 
 
 def test_a_conversation_takes_bytes_that_are_no_text(run: Run) -> None:
@@ -570,3 +603,14 @@ def test_a_conversation_takes_bytes_that_are_no_text(run: Run) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["turns"][0]["content"] == "h\ufffd\ufffdi"
+
+
+def test_an_interruption_while_arguments_are_read_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safeweights_peft.cli._Group.parse_args", interrupt)
+    called = call("inspect", "nowhere")
+    assert (called.exit_code, called.stdout, called.stderr) == (130, "", "Interrupted.\n")

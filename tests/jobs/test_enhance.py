@@ -145,7 +145,7 @@ def test_other_settings_are_refused_by_name(
         settings = replace(settings, **{job: changed})
     with pytest.raises(DataError) as caught:
         enhance(settings, run.out)
-    assert f"found one with other {named}; give another" in str(caught.value)
+    assert f"found one with other {named}; the same command as then resumes it" in str(caught.value)
     assert content(run.out) == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safeweights_peft.errors import ModelError
+from safeweights_peft.errors import DataError, ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.jobs import job as frame
 from safeweights_peft.jobs.evaluate import evaluate
@@ -98,21 +98,31 @@ def test_a_record_names_base_adapter_settings_and_versions(run: Run) -> None:
 def interrupt(base: Path, out: Path) -> Path:
     """Leaves work of a job that did not end."""
     with suppress(Interrupted), Job(base).work(out, {"seed": 1}) as folder:
-        folder.mkdir()
+        (folder / "half").touch()
         raise Interrupted
     return folder
 
 
 @pytest.mark.parametrize("change", ["nothing", "identity", "base"])
-def test_work_is_found_again_unless_what_it_depends_on_has_changed(
+def test_work_is_found_again_and_refused_where_what_it_depends_on_has_changed(
     change: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     base, out = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "out"
     folder = interrupt(base, out)
     if change == "base":
         (base / "config.json").write_text((base / "config.json").read_text() + "\n")
-    with Job(base).work(out, {"seed": 2 if change == "identity" else 1}) as found:
-        assert found.exists() == (change == "nothing")
+    identity = {"seed": 2 if change == "identity" else 1}
+    if change != "nothing":
+        other = r"seed \(1 there, 2 here\)" if change == "identity" else "base "
+        message = (
+            f"other {other}.*the same command as then resumes it, another --out or --overwrite"
+        )
+        with pytest.raises(DataError, match=message), Job(base).work(out, identity):
+            pass
+        assert [path.name for path in folder.iterdir() if path.name != "identity"] == ["half"]
+        assert len(list(tmp_path.iterdir())) == 2
+    with Job(base).work(out, identity, overwrite=change != "nothing") as found:
+        assert (found / "half").exists() == (change == "nothing")
         assert folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 

@@ -264,7 +264,7 @@ def test_progress_reaches_its_total(
 
 
 @pytest.mark.parametrize("change", ["setting", "weights"])
-def test_a_changed_setting_or_base_starts_afresh(
+def test_a_changed_setting_or_base_is_refused_and_starts_afresh_if_that_is_asked_for(
     change: str, tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_llama, tmp_path / "base")
@@ -276,7 +276,9 @@ def test_a_changed_setting_or_base_starts_afresh(
         tensors = load_file(base / "model.safetensors")
         tensors["model.norm.weight"] *= 2  # no map selects from it
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    call(*job, settings)
+    with pytest.raises(DataError, match=r"found one with other (seed|base) "):
+        call(*job, settings)
+    call(*job, settings, overwrite=True)
     straight = str(base), map_dir, requests.lessons, tmp_path / "straight"
     call(*straight, settings)
     assert content(tmp_path / "model") == content(tmp_path / "straight")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from safeweights_peft.chat import Chat
 from safeweights_peft.checkpoint.reader import CheckpointReader
-from safeweights_peft.errors import FormatError, ModelError, SelectionError
+from safeweights_peft.errors import DataError, FormatError, ModelError, SelectionError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs import score as scoring
@@ -295,7 +295,10 @@ def test_a_judge_that_was_changed_meanwhile_judges_from_the_beginning(
         score(Job(tiny_llama, progress=Recorder("Score safety", 2)), tmp_path / "map", settings)
     profile.write_text(json.dumps({"safe": ["x"], "unsafe": ["y"]}))
     straight = score(Job(tiny_llama), tmp_path / "straight", settings)
-    assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
+    with pytest.raises(DataError, match=r"other .*profile\.safe \("):
+        score(Job(tiny_llama), tmp_path / "map", settings)
+    again = score(Job(tiny_llama), tmp_path / "map", settings, overwrite=True)
+    assert same(again, straight)
     assert not list(tmp_path.glob(".map.*"))
 
 
@@ -307,7 +310,7 @@ def test_work_that_cannot_be_read_is_done_again(
     broken = Recorder("Score safety", after=3)
     with pytest.raises(Interrupted):
         score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
-    (kept,) = tmp_path.glob(".map.*/*")
+    (kept,) = tmp_path.glob(".map.*/*.safetensors")
     kept.write_bytes(kept.read_bytes()[:100])
     straight = score(Job(tiny_llama), tmp_path / "straight", settings)
     assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)

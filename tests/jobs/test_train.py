@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from safeweights_peft.errors import BaseMismatchError, FormatError
+from safeweights_peft.errors import BaseMismatchError, DataError, FormatError
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
@@ -132,7 +132,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     with pytest.raises(Interrupted):
         train(broken(tiny_llama), *rest)
     (work_dir,) = tmp_path.iterdir()
-    (checkpoint,) = work_dir.iterdir()
+    (checkpoint,) = work_dir.glob("checkpoint-*")
     written = checkpoint.stat().st_mtime_ns
 
     class Watch(Recorder):
@@ -144,13 +144,17 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(
     train(Job(tiny_llama, progress=Watch()), *rest)
 
 
-def test_a_changed_setting_starts_afresh(
+def test_a_changed_setting_is_refused_and_starts_afresh_if_that_is_asked_for(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     train(Job(tiny_llama), map_dir, tmp_path / "straight", requests.train(seed=1))
     with pytest.raises(Interrupted):
         train(broken(tiny_llama), map_dir, tmp_path / "broken", requests.train(seed=0))
-    train(Job(tiny_llama), map_dir, tmp_path / "broken", requests.train(seed=1))
+    left = content(tmp_path)
+    with pytest.raises(DataError, match=r"found one with other seed \(0 there, 1 here\)"):
+        train(Job(tiny_llama), map_dir, tmp_path / "broken", requests.train(seed=1))
+    assert content(tmp_path) == left
+    train(Job(tiny_llama), map_dir, tmp_path / "broken", requests.train(seed=1), overwrite=True)
     assert content(tmp_path / "broken") == content(tmp_path / "straight")
 
 
@@ -159,7 +163,7 @@ def test_a_map_of_another_base_is_refused_before_the_base_is_asked_anything(
 ) -> None:
     other = save_tiny_tokenizer(save_tiny_llama(tmp_path / "other", seed=1))
     recorder = Recorder()
-    with pytest.raises(BaseMismatchError, match="expected in model"):
+    with pytest.raises(BaseMismatchError, match=r"expected in .* the values with digest"):
         train(Job(other, progress=recorder), map_dir, tmp_path / "patch", requests.train())
     assert recorder.tasks == []
     assert not (tmp_path / "patch").exists()

@@ -293,14 +293,16 @@ def test_what_was_finished_before_an_interrupt_is_not_done_again(
     assert recorder.tasks[-1][1] == recorder.tasks[-1][2]
 
 
-def test_a_probe_with_other_settings_starts_afresh(
+def test_a_probe_with_other_settings_is_refused_unless_it_may_start_afresh(
     probed: Probed, requests: Requests, tmp_path: Path
 ) -> None:
     job = probed.base, probed.patch, tmp_path / "probe", requests
     other = {"settings": replace(SETTINGS, seed=6)}
     with pytest.raises(Interrupted):
         call(*job, progress=Recorder("Ask perturbed models", 40), **other)
-    assert call(*job) == probed.result
+    with pytest.raises(DataError, match=r"other probe\.seed"):
+        call(*job)
+    assert call(*job, overwrite=True) == probed.result
 
 
 @pytest.mark.parametrize("base", ["tiny_tied_llama", "tiny_mixtral"])
