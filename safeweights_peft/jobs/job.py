@@ -41,6 +41,7 @@ from safeweights_peft.files import (
     sync,
     write_json,
 )
+from safeweights_peft.jobs.work import IDENTITY, clear_work, find_work, holds_work, refuse_work
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.answers import find_positions
 from safeweights_peft.modeling.layout import describe, eligible_parameters
@@ -57,13 +58,12 @@ from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.progress import Advance, Joined, Progress, Quiet
-from safeweights_peft.settings import ComputeSettings, Settings, flatten, to_json
+from safeweights_peft.settings import ComputeSettings, Settings, to_json
 from safeweights_peft.sources import Row
-from safeweights_peft.tables import short_digest, size_text
+from safeweights_peft.tables import size_text
 
 PACKAGES = ("safeweights-peft", "transformers", "torch")
 ENOUGH_THOUGHTS = 25  # answers that tell of all others, if each is cut in its thought
-IDENTITY = "identity"  # in a directory to resume from: all that the result depends on
 LOOKED_AT = 64  # entries of each parameter of a base in memory
 
 
@@ -379,16 +379,16 @@ class Job:
             work_dir = out.with_name(f".{out.name}.{digest[:12]}.work")
             for other in find_work(out):
                 if other.name != work_dir.name and not overwrite:
-                    _refuse_work(out, other, content)
+                    refuse_work(out, other, content)
             work_dir.mkdir(parents=True, exist_ok=True)
             write_json(work_dir / IDENTITY, content)
             try:
                 yield work_dir
             except BaseException:
-                if not _holds_work(work_dir):
+                if not holds_work(work_dir):
                     shutil.rmtree(work_dir, ignore_errors=True)
                 raise
-            _clear_work(out)
+            clear_work(out)
 
 
 def refuse_thoughts(in_thought: Sequence[bool]) -> None:
@@ -411,54 +411,6 @@ def identify(model: BaseModel) -> str | list[list[Any]]:
 
 def _find_versions() -> dict[str, str]:
     return {f"{name.replace('-', '_')}_version": version(name) for name in PACKAGES}
-
-
-def find_work(out: Path) -> list[Path]:
-    """Find the directories from which jobs for a result would resume."""
-    return [path for path in _work_directories(out) if _holds_work(path)]
-
-
-def _work_directories(out: Path) -> list[Path]:
-    parent = out.absolute().parent
-    return [
-        path
-        for path in (parent.iterdir() if parent.is_dir() else ())
-        if path.name.startswith(f".{out.name}.") and path.name.endswith(".work")
-    ]
-
-
-def _holds_work(work_dir: Path) -> bool:
-    return any(path.name != IDENTITY for path in work_dir.iterdir())
-
-
-def _refuse_work(out: Path, work_dir: Path, content: Mapping[str, Any]) -> None:
-    """Say how an interrupted job for a result differs from the one that is asked for."""
-    source = work_dir / IDENTITY
-    # A work directory of an earlier version says nothing of itself.
-    there = flatten(read_json(source, DataError)) if source.is_file() else {}
-    here = flatten(json.loads(json.dumps(content)))
-    changed = [
-        f"{key.removeprefix('settings.')} ({_shorten(there.get(key))} there, "
-        f"{_shorten(here.get(key))} here)"
-        for key in sorted(there.keys() | here.keys())
-        if there and there.get(key) != here.get(key)
-    ]
-    raise DataError(
-        f"{out}: expected no interrupted job with other settings, found one with other "
-        f"{', '.join(changed[:5]) or 'settings or versions'}; the same command as then resumes it, "
-        f"another --out or --overwrite starts anew (within a run, delete {work_dir})"
-    )
-
-
-def _shorten(value: Any) -> str:
-    text = short_digest(str(value)) if str(value).isprintable() else repr(value)
-    return text if len(text) <= 60 else "another"
-
-
-def _clear_work(out: Path) -> None:
-    """Remove what jobs for a result have left beside it, those with other settings included."""
-    for path in _work_directories(out):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

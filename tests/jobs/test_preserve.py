@@ -298,7 +298,7 @@ def test_rows_without_answers_are_refused(
     tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
 ) -> None:
     job = str(tiny_llama), map_dir, requests.benign, tmp_path / "model", requests.preserve()
-    with pytest.raises(DataError, match="expected a non-empty text in 'output'"):
+    with pytest.raises(DataError, match="expected a column of answers"):
         call(*job)
 
 
