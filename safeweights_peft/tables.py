@@ -53,7 +53,7 @@ def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
     patch, picked = result["patch"], picked_row(result)
     stages = [result["before"], result["after"], *([picked] if picked else [])]
     changed = f"{patch['entries']:,} ({patch['share_of_weights']:.2%})"
-    changes = ["0", changed, *([changed if picked["scale"] else "0"] if picked else [])]
+    changes = ["0", changed, *([changed] if picked else [])]
     title = f"at scale {picked['scale']:g}" if picked else ""
     return [
         ("", "before", "after", *([title] if picked else [])),
@@ -66,9 +66,9 @@ def comparison_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def picked_row(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Find the figures at the scale that a run or a sweep picked; None if it picked none."""
+    """Find the figures at the scale that a run or a sweep picked; None if none, or the base."""
     swept = result.get("sweep", result)
-    if not swept or "rows" not in swept:
+    if not swept or "rows" not in swept or swept["scale"] == 0:
         return None
     return next((row for row in swept["rows"] if row["scale"] == swept["scale"]), None)
 

@@ -160,14 +160,18 @@ def sweep_command(
     output.draw(plot_sweep, result, out / "sweep.png")
     output.show(result, sweep_rows(result["rows"]))
     at = {row["scale"]: row for row in result["rows"]}
-    scale = 1.0 if result["scale"] is None else result["scale"]
-    output.show_outcome(find_outcome(at[0.0], at[scale]))
+    output.show_outcome(find_outcome(at[0.0], at[result["scale"] or 1.0]))
     if limits := {key: limit for key, limit in limits.items() if limit is not None}:
         asked = " and ".join(f"--{key.replace('_', '-')} {limits[key]:g}" for key in limits)
         if result["scale"] is None:
             click.echo(f"\nNo scale meets {asked}.", err=True)
             sys.exit(output.INCONCLUSIVE)
-        click.echo(f"\n{adapter}@{result['scale']:g} meets {asked}.", err=True)
+        if result["scale"] == 0 and limits.keys() == {"max_over_refusal"}:
+            click.echo(f"\nThe base meets {asked}, and no scale that does is safer.", err=True)
+        elif result["scale"] == 0:
+            click.echo(f"\nThe base meets {asked} already, without a patch.", err=True)
+        else:
+            click.echo(f"\n{adapter}@{result['scale']:g} meets {asked}.", err=True)
 
 
 @options.command("chat")

@@ -94,7 +94,10 @@ def enhance_command(
     for line in _NEXT:
         words = {name: shlex.quote(text) for name, text in quoted.items()}
         click.echo(f"  safeweights {line.format(**words)}", err=True)
-    if max_asr is not None and picked is None:
+    scale = result["sweep"]["scale"] if max_asr is not None else 1
+    if scale == 0:
+        click.echo(f"\nThe base meets --max-asr {max_asr:g} already, without a patch.", err=True)
+    if scale is None:
         click.echo(f"\nAt no scale is the ASR at most --max-asr {max_asr:g}.", err=True)
         sys.exit(output.INCONCLUSIVE)
 

@@ -97,7 +97,8 @@ def _read_picked(folder: Path) -> dict[str, float] | None:
     picked = {key: swept.get(key) for key in ("scale", "max_asr")}
     if not all(isinstance(number, int | float) for number in picked.values()):
         return None  # at no scale was it safe enough
-    return picked if picked["scale"] != 1 else None  # type: ignore[return-value]
+    # At 0 the base is, without a patch.
+    return picked if picked["scale"] not in (0, 1) else None  # type: ignore[return-value]
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def _run(
         swept = once(out / "sweep.json", lambda: _sweep(evaluator, patch_dir, patch, **figures))
         _check_content(swept, content_id, out / "sweep.json")
         scale = pick_scale(swept["rows"], max_asr, None)
-        chosen = next((row for row in swept["rows"] if row["scale"] == scale), chosen)
+        # Where the base is safe enough, the question is still what the patch does.
+        chosen = next((row for row in swept["rows"] if scale and row["scale"] == scale), chosen)
         swept = {"max_asr": max_asr, "scale": scale, "rows": swept["rows"]}
     result = {
         "kind": "enhancement",

@@ -486,7 +486,7 @@ def test_sweep_prints_a_row_for_each_scale_and_the_one_that_is_safe_enough(
     assert lines[0].split("  ")[0] == "scale"
     assert [line.split()[0] for line in lines[1:]] == "0 0.25 0.5 0.75 1 1.25 1.5".split()
     assert max(map(len, lines)) < 80
-    assert f"{run.out / 'patch'}@0 meets --max-asr 1." in called.stderr
+    assert "The base meets --max-asr 1 already, without a patch." in called.stderr
     assert re.search(r"\n(Better|No better|Damaged|Garbage): \S", called.stderr)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "sweep.png"}
 
@@ -504,8 +504,9 @@ def test_sweep_and_enhance_exit_with_3_if_no_scale_is_safe_enough(
     assert called.exit_code == 3, called.output
     assert "At no scale is the ASR at most --max-asr 0." in called.stderr
     shown = call("enhance", run.base, *named, "--max-asr", "1")
-    assert f"to be used as {out / 'patch'}@0" in shown.stderr
-    assert f"safeweights merge {run.base} {out / 'patch'}@0 --out {out}-merged" in shown.stderr
+    assert "The base meets --max-asr 1 already, without a patch." in shown.stderr
+    assert "@0" not in shown.stderr + shown.stdout
+    assert f"safeweights merge {run.base} {out / 'patch'} --out {out}-merged" in shown.stderr
 
 
 def test_report_of_a_run_prints_its_comparison_and_where_its_weights_are(

@@ -212,7 +212,7 @@ def test_it_says_at_which_scale_its_run_found_it_safe_enough(
         assert f"safeweights merge {BASE} {REPO}@0.75 --out merged" in body
 
 
-@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("scale", [None, 0.0, 1.0])
 def test_a_run_that_picked_no_other_scale_says_nothing_of_one(
     scale: float | None, folder: Path
 ) -> None:

@@ -252,6 +252,26 @@ def test_a_run_without_a_sweep_has_a_page_too_and_another_patchs_sweep_is_not_it
     assert report_run(out, tmp_path / "other")["result"]["sweep"] is None
 
 
+@pytest.mark.parametrize(
+    ("picked", "sentence"),
+    [
+        ({"max_asr": 0.5, "scale": 0.75}, "at this scale the ASR is at most 0.5."),
+        ({"max_asr": 1.0, "scale": 0.0}, "Of the base, without a patch, the ASR is at most 1"),
+        ({"max_over_refusal": 0.1, "scale": 0.5}, "at this scale over-refusal is at most 0.1."),
+    ],
+)
+def test_a_page_says_at_which_scale_the_limits_are_met(
+    picked: dict[str, float], sentence: str, swept: Run, tmp_path: Path
+) -> None:
+    out = shutil.copytree(swept.out, tmp_path / "run")
+    path = out / "sweep" / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | picked))
+    report_run(out, tmp_path / "report")
+    html = " ".join((tmp_path / "report" / "report.html").read_text().split())
+    assert sentence in html
+    assert ("Use it as <b>" in html) == bool(picked["scale"])
+
+
 def test_a_result_of_something_else_is_no_run(run: Run, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"kind": "probe"}')
     with pytest.raises(ReportError, match="expected the result of `safeweights enhance`"):
