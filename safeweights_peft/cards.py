@@ -41,5 +41,14 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+
+
+def write_exactly(text: str) -> Markup:
+    """Keep all characters of a text that must be told from others; none of them is markup."""
+    # A character given by its number is text to Markdown and HTML, and ends no cell.
+    return Markup(re.sub(r"[^\w.,+/ -]|_", lambda match: f"&#{ord(match[0])};", text))
+
+
+_TEMPLATES.filters["exact"] = write_exactly
 _TEMPLATES.filters["commas"] = "{:,}".format
 _TEMPLATES.filters["shell"] = lambda name: Markup(quote(escape(name)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import DataError
+from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.sources import Row
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ OTHER_TEXT, OTHER_ANSWER, OTHER_THOUGHT = "Another text.", "Some answer.", "Some
 # How a thought begins and ends, and what stands between these and its text.
 THOUGHTS = (("<think>", "</think>", "\n"), ("[THINK]", "[/THINK]", ""))
 CHANNELS = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>", "")
+_THOUGHTS = (*THOUGHTS, CHANNELS)
 THOUGHT_SWITCHES = ("enable_thinking", "thinking")
 
 
@@ -48,6 +50,17 @@ def read_template(name: str | None) -> str | None:
             f"--chat-template {name}: expected {PLAIN}, or a Jinja file in UTF-8, found "
             f"{type(error).__name__}; check the path"
         ) from error
+
+
+def list_settings(compute: ComputeSettings) -> dict[str, str]:
+    """List what of the chat is set, with a template's text in place of its file."""
+    template = compute.chat_template
+    texts = {
+        "system_prompt": compute.system_prompt,
+        "chat_template": template if template == PLAIN else read_template(template),
+        "answer_prefix": compute.answer_prefix,
+    }
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 class Chat:
@@ -169,22 +182,38 @@ class Chat:
 
     def read(self, answer: Example) -> str:
         """Decode an answer, without a thought before it."""
-        return self._read(answer)[0]
+        count = self.count_thought(answer)
+        if count is None:
+            return ""
+        return str(self.tokenizer.decode(answer.answer_ids[count:], skip_special_tokens=True))
 
     def is_in_thought(self, answer: Example) -> bool:
         """Tell whether an answer was cut before its thought ended."""
-        return self._read(answer)[1]
+        return self.count_thought(answer) is None
 
-    def _read(self, answer: Example) -> tuple[str, bool]:
+    def count_thought(self, answer: Example) -> int | None:
+        """Count the tokens of the thought before an answer; None if it doesn't end."""
         ids, decode = answer.answer_ids, self.tokenizer.decode
-        said, before = decode(ids).lstrip(), decode(answer.prompt_ids[-16:]).rstrip()
-        for start, end, _ in (*THOUGHTS, CHANNELS):
+        said, before = self._read_ends(answer)
+        for start, end, _ in _THOUGHTS:
             if said.startswith(start) or before.endswith(start):
                 if end not in said:
-                    return "", True
-                done = next(n for n in range(len(ids) + 1) if end in decode(ids[:n]))
-                ids = ids[done:]
-        return str(decode(ids, skip_special_tokens=True)), False
+                    return None
+                return next(n for n in range(len(ids) + 1) if end in decode(ids[:n]))
+        return 0
+
+    def may_begin_thought(self, answer: Example) -> bool:
+        """Tell whether what is written so far is too little to tell a thought from an answer."""
+        said, before = self._read_ends(answer)
+        starts = [start for start, _, _ in _THOUGHTS]
+        return not before.endswith((*starts,)) and any(
+            start.startswith(said) and said != start for start in starts
+        )
+
+    def _read_ends(self, answer: Example) -> tuple[str, str]:
+        """Decode an answer, and the end of its prompt, markup included."""
+        decode = self.tokenizer.decode
+        return decode(answer.answer_ids).lstrip(), decode(answer.prompt_ids[-16:]).rstrip()
 
     def _turns(self, request: Row | str) -> Turns:
         row = Row(request) if isinstance(request, str) else request

@@ -8,6 +8,8 @@ from typing import Any
 
 Row = tuple[str, ...]
 Cells = Sequence[Mapping[str, Any]]
+SHOWN_CHARACTERS = 40  # of a request
+CHAT_CHARACTERS = 80  # of a system prompt and its like
 TOP_LAYERS = 5  # layers that a terminal shows
 TOP_CATEGORIES = 12  # of requests
 CUT_SHORT = "cut before a sentence ended"
@@ -165,6 +167,24 @@ def _value_text(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return short_digest(str(value))
+
+
+def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
+    """Shorten a request or an answer to part of one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= characters else line[: characters - 1] + "…"
+
+
+def chat_rows(chat: Mapping[str, str]) -> list[Row]:
+    """Lay out what of the chat is set."""
+    return [(key.replace("_", " "), quote_text(text)) for key, text in chat.items()]
+
+
+def quote_text(text: str | None) -> str:
+    """Write a setting of the chat on one line: exactly, or the beginning of a long one."""
+    if text is None:
+        return "not set"
+    return repr(text if len(text) <= CHAT_CHARACTERS else shorten(text, CHAT_CHARACTERS))
 
 
 def short_digest(text: str) -> str:

@@ -1,5 +1,6 @@
 """Every card is made of its template; whatever stands in a file of a stranger stays plain text."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from jinja2 import UndefinedError
 from markupsafe import Markup
 
 import safeweights_peft.cards
-from safeweights_peft.cards import escape, render_card
+from safeweights_peft.cards import escape, render_card, write_exactly
 from safeweights_peft.hub.card import VERSIONS
 from safeweights_peft.hub.layout import Base
 from safeweights_peft.hub.results import Evaluation, Measured, Requests
@@ -35,9 +36,10 @@ def measured(text: str) -> list[Measured]:
 def facts(text: str) -> dict[str, dict[str, Any]]:
     """What each card is told, with this text wherever there is text."""
     counts = {"entries": 12_345, "tensors": 3}
+    chat = [("system prompt", text)]
     merged = {"name": text, "content_id": "sha256:0", "scale": 0.5, "entries": 1}
     return {
-        "patch": counts,
+        "patch": counts | {"chat": chat},
         "lora": counts | {"artifact": text, "is_corrected": True},
         "preserved": counts | {"artifact": text},
         "merged": {"patches": [merged, merged], "shared": 1000},
@@ -52,6 +54,9 @@ def facts(text: str) -> dict[str, dict[str, Any]]:
             "measured": measured(text),
             "pictures": ["heatmap.png", "experts.png", "result.png"],
             "has_map": True,
+            "chat": chat,
+            "scale": 0.5,
+            "picked": {"scale": 0.75, "max_asr": 0.1},
             "versions": dict.fromkeys(VERSIONS, text),
             "data_files": [text],
         },
@@ -117,3 +122,10 @@ def test_a_fact_that_is_not_told_is_noticed() -> None:
 )
 def test_only_what_cannot_be_markup_is_kept(text: object, expected: str) -> None:
     assert escape(text) == expected
+
+
+@pytest.mark.parametrize("text", ["</think>\n\n", "**a** | _b_ `c` [d](e) <f> &lt; é", "plain"])
+def test_a_text_that_must_be_exact_has_all_characters_and_no_markup(text: str) -> None:
+    written = write_exactly(text)
+    assert html.unescape(written) == text
+    assert not set("_*`|<>[]()\n") & {*written}

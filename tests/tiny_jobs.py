@@ -10,6 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from safeweights_peft.data import Example
 from safeweights_peft.progress import Advance
 from safeweights_peft.settings import (
     EvaluateSettings,
@@ -135,3 +139,17 @@ def content(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def let_write(text: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every model stream a text, a token at a time."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(prompts: Any, model: Any, config: Any, layout: Any, streamer: Any) -> list[Example]:
+        if layout.generates:  # else nothing streams
+            for token in ([7], *([token] for token in ids)):  # the prompt first
+                streamer.put(torch.tensor(token))
+            streamer.end()
+        return [Example(prompts[0].prompt_ids, tuple(ids))]
+
+    monkeypatch.setattr("safeweights_peft.evaluation.generate._answer", answer)

@@ -205,6 +205,8 @@ def chat_command(base: str, patch: tuple[Path, float] | None, **values: Any) -> 
             chat.ask(line.strip(), _ignore if is_json else _write)
             if not is_json:
                 click.echo()
+            if chat.turns[-1].get("cut_in_thought"):
+                click.echo("Cut in its thought; --answer-prefix can close that.", err=True)
     if is_json:
         output.show({"base": base, "turns": chat.turns})
 
@@ -230,10 +232,14 @@ def _read_line(prompt: str) -> str:
     return sys.stdin.readline().encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _ignore(text: str) -> None:
+def _ignore(text: str, is_thought: bool) -> None:
     """Write nothing."""
 
 
-def _write(text: str) -> None:
-    click.echo(output.printable(text), nl=False)
+def _write(text: str, is_thought: bool) -> None:
+    """Write an answer; a thought before it is for a person's eyes alone."""
+    if is_thought and not sys.stdout.isatty():
+        return
+    shown = output.printable(text)
+    click.echo(click.style(shown, dim=True) if is_thought else shown, nl=False)
     sys.stdout.flush()

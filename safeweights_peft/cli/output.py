@@ -19,7 +19,14 @@ from safeweights_peft.errors import ReportError
 from safeweights_peft.progress import LineProgress, RichProgress
 from safeweights_peft.rates import Outcome
 from safeweights_peft.settings import ComputeSettings
-from safeweights_peft.tables import field_rows, judged_rows, lay_out, short_digest, size_text
+from safeweights_peft.tables import (
+    chat_rows,
+    field_rows,
+    judged_rows,
+    lay_out,
+    short_digest,
+    size_text,
+)
 
 COLUMNS = 80
 
@@ -137,6 +144,7 @@ def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:
 
 def show_adapter(content: dict[str, Any], path: Path) -> None:
     """Print what an adapter's headers say."""
+    from safeweights_peft.patch.metadata import read_chat
     from safeweights_peft.patch.records import Mode
 
     unknown = "not in the headers; `safeweights verify` computes it"
@@ -155,6 +163,7 @@ def show_adapter(content: dict[str, Any], path: Path) -> None:
         ("weights", f"{content['entries']:,} in {content['parameters']} tensors"),
         ("share", f"{share:.3%} of {whole}"),
         *([("scale", f"{content['scale']:g}")] if content["scale"] != 1 else []),
+        *chat_rows(read_chat(content["selection"])),
         ("size", size_text(content["size_bytes"])),
         *_find_figures(content, path),
     ]

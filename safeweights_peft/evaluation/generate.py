@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 
 import torch
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from safeweights_peft.chat import Chat
 from safeweights_peft.data import Batching, Example, Layout, collate
@@ -69,12 +71,12 @@ def answer_prompts(
 
 def stream_answer(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
-    on_text: Callable[[str], None],
-) -> str:
-    """Let a model answer a prompt greedily, and pass on the text as it is written."""
+    on_text: Callable[[str, bool], None],
+) -> Example:
+    """Let a model answer a prompt greedily; pass on the text as it is written, and if a thought."""
     layout, prompt = find_layout(model), Example(tuple(prompt_ids), ())
     if layout.positions is not None:
         max_new_tokens = min(max_new_tokens, layout.positions - len(prompt_ids))
@@ -83,25 +85,75 @@ def stream_answer(
             f"conversation: expected fewer tokens than the {layout.positions} positions of the "
             f"model, found {len(prompt_ids)}; begin another"
         )
-    config = _configure(model, tokenizer, max_new_tokens)
-    streamer = _Streamer(tokenizer, on_text) if layout.generates else None
+    config = _configure(model, chat.tokenizer, max_new_tokens)
+    streamer = _Streamer(chat, prompt, on_text)
     (answer,) = _answer([prompt], model, config, layout, streamer)
-    text = tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
-    if streamer is None:
-        on_text(str(text))
-    return str(text)
+    if not layout.generates:
+        streamer.put(torch.tensor(prompt.prompt_ids))
+        streamer.put(torch.tensor(answer.answer_ids))
+        streamer.end()
+    return answer
 
 
-class _Streamer(TextStreamer):
+class _Streamer(BaseStreamer):
+    """Passes on finished words, those of a thought apart from those of the answer."""
+
+    def __init__(self, chat: Chat, prompt: Example, on_text: Callable[[str, bool], None]) -> None:
+        self._chat, self._prompt, self._is_prompt = chat, prompt, True
+        self._ids: list[int] = []
+        self._passed = 0  # tokens
+        self._thought: int | None = None  # tokens of the thought, once it has ended
+        self._words = {
+            is_thought: _Words(chat.tokenizer, on_text, is_thought) for is_thought in (True, False)
+        }
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then each token."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        if not self._chat.may_begin_thought(self._answer):
+            self._pass_on()
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        self._pass_on()
+        for words in self._words.values():
+            words.end()
+
+    @property
+    def _answer(self) -> Example:
+        return Example(self._prompt.prompt_ids, tuple(self._ids))
+
+    def _pass_on(self) -> None:
+        if self._thought is None:
+            self._thought = self._chat.count_thought(self._answer)
+        end = len(self._ids) if self._thought is None else self._thought
+        if thought := self._ids[self._passed : end]:
+            self._words[True].put(torch.tensor(thought))
+        if answer := self._ids[max(self._passed, end) :]:
+            self._words[True].end()
+            self._words[False].put(torch.tensor(answer))
+        self._passed = len(self._ids)
+
+
+class _Words(TextStreamer):
     """Passes on finished words instead of printing them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_text: Callable[[str, bool], None],
+        is_thought: bool,
+    ) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._on_text, self._is_thought = on_text, is_thought
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Take the next piece."""
-        self._on_text(text)
+        if text:
+            self._on_text(text, self._is_thought)
 
 
 def _configure(

@@ -21,9 +21,10 @@ from safeweights_peft.hub.results import (
     write_eval_results,
 )
 from safeweights_peft.patch.io import inspect, read_artifact
-from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.metadata import AdapterMetadata, read_chat
 from safeweights_peft.patch.records import Mode
 from safeweights_peft.sources import is_file_name
+from safeweights_peft.tables import chat_rows
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 VERSIONS = ("safeweights-peft", "torch", "transformers", "peft", "python")
@@ -51,6 +52,7 @@ def write_card(folder: Path, repo_id: str) -> Path:
         content_id=metadata.content_id,
         licence=licence.get("license_name") or licence.get("license"),
         measured=measured,
+        chat=chat_rows(read_chat(selection)),
         pictures=[path.name for path in (folder / IMAGES).glob("*.png")],
         has_map=(folder / MAP).is_dir(),
         **_read_record(folder),

@@ -20,6 +20,7 @@ from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.signing import SIGNATURE_FILE
 
 _OWN = ("adapter", "map", "path")  # keys of results whose values are paths of the run's own parts
+_TEXTS = ("system_prompt", "answer_prefix")
 
 _SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}",
@@ -159,7 +160,8 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, str, re.Pattern[str]]]:
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str, re.Pattern[str]]]:
     if isinstance(value, str):
-        yield where, value, _VALUE
+        # A prompt is a text, and may begin with a command such as "/no_think".
+        yield where, value, _IN_TEXT if where.endswith(_TEXTS) else _VALUE
     elif isinstance(value, dict):
         for key, item in value.items():
             yield f"{where}: key", key, _IN_TEXT

@@ -11,7 +11,7 @@ from safeweights_peft.errors import SettingsError
 from safeweights_peft.evaluation.generate import stream_answer
 from safeweights_peft.evaluation.utility import Patched
 from safeweights_peft.jobs.job import Job
-from safeweights_peft.jobs.load import MergedEntries
+from safeweights_peft.jobs.load import MergedEntries, note_chat
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.scales import SCALE
 from safeweights_peft.sources import Row
@@ -28,6 +28,8 @@ class Chat:
         self._adapter, self._patch = adapter, read_patch(adapter) if adapter else None
         self._scale = self._scale_of_patch = scale if adapter else 0.0
         job.check([Row("Hello")])
+        if self._patch:
+            note_chat(job, self._patch)
         self._patched = self._switch()
 
     @property
@@ -47,16 +49,19 @@ class Chat:
         self._scale = 0.0 if self._scale else self._scale_of_patch
         self._patched = self._switch()
 
-    def ask(self, text: str, on_text: Callable[[str], None] = lambda _: None) -> str:
-        """Let the model answer, knowing all turns so far; pass on what it writes as it does."""
-        tokenizer, asked = self.job.tokenizer, {"role": "user", "content": text}
-        turns = tuple((turn["role"], turn["content"]) for turn in self.turns)
-        chat = self.job.chat
+    def ask(self, text: str, on_text: Callable[[str, bool], None] = lambda *_: None) -> str:
+        """Let the model answer, knowing all turns so far, but no thoughts.
+
+        What it writes is passed on as it does, and whether that is a thought.
+        """
+        chat, turns = self.job.chat, tuple((turn["role"], turn["content"]) for turn in self.turns)
         ids = chat.encode(chat.render_prompt(Row(text, turns=turns)))
         with self._patched() as model:
-            answer = stream_answer(model, tokenizer, ids, MAX_NEW_TOKENS, on_text)
-        self.turns += [asked, {"role": "assistant", "content": answer, "scale": self._scale}]
-        return answer
+            answer = stream_answer(model, chat, ids, MAX_NEW_TOKENS, on_text)
+        said = {"role": "assistant", "content": chat.read(answer), "scale": self._scale}
+        cut = {"cut_in_thought": True} if chat.is_in_thought(answer) else {}
+        self.turns += [{"role": "user", "content": text}, said | cut]
+        return chat.read(answer)
 
     def _switch(self) -> Patched:
         """Make a context of the base with the patch at the present scale."""

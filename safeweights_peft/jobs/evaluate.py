@@ -32,16 +32,14 @@ from safeweights_peft.evaluation.judges import (
 )
 from safeweights_peft.evaluation.utility import Patched, measure_utility
 from safeweights_peft.jobs.job import Job, refuse_thoughts
-from safeweights_peft.jobs.load import MergedEntries, is_patch, load_patched
+from safeweights_peft.jobs.load import MergedEntries, is_patch, load_patched, note_chat
 from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.rates import Rate
 from safeweights_peft.settings import EvaluateSettings
 from safeweights_peft.sources import Row, data_digest, read_rows
-
-SHOWN_CHARACTERS = 40
-"""Results show this much of a request."""
+from safeweights_peft.tables import shorten
 
 SAMPLE_CHARACTERS = {"harmful": 60, "benign": 120}
 """Samples show this much of an answer: of one that may harm, how it begins."""
@@ -80,6 +78,8 @@ def evaluate(
             f"scale {scale:g}; leave the scale out"
         )
     evaluator.check()
+    if patch:
+        note_chat(job, patch)
     return evaluator.evaluate(adapter, patch, scale)
 
 
@@ -362,9 +362,3 @@ def pick_figures(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "perplexity": evaluation["utility"]["perplexity"],
         "task_loss": task["loss"] if task else None,
     }
-
-
-def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """Shorten a request or an answer for results and logs."""
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[: characters - 1] + "…"

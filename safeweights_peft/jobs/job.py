@@ -374,7 +374,9 @@ class Job:
         # The name is made of all that the result depends on. Work of other settings is refused,
         # not dropped: it may have taken hours.
         content = {**identity, "base": identify(self.base), **_find_versions()}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        if template := read_template(self.compute.chat_template):  # whose file may change
+            content["chat_template_digest"] = _digest(template)
+        digest = _digest(json.dumps(content, sort_keys=True)).removeprefix("sha256:")
         with lock(out, DataError):
             work_dir = out.with_name(f".{out.name}.{digest[:12]}.work")
             for other in find_work(out):
@@ -407,6 +409,10 @@ def identify(model: BaseModel) -> str | list[list[Any]]:
     # Digests would tell more, and read gigabytes.
     stats = [(path.name, path.stat()) for path in sorted(model.path.iterdir()) if path.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _digest(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _find_versions() -> dict[str, str]:

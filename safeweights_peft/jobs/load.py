@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from safeweights_peft.chat import list_settings
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import FormatError, ModelError
 from safeweights_peft.evaluation.utility import Patched
@@ -21,14 +22,16 @@ from safeweights_peft.files import PathLike, read_json
 from safeweights_peft.freeze import FrozenEntries, make_switch
 from safeweights_peft.hub.pull import fetch_adapter
 from safeweights_peft.jobs.correction import CORRECTION
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.sums import merged_entries
 from safeweights_peft.modeling.loading import load_model as load_base
 from safeweights_peft.modeling.loading import pick_device, pick_dtype
 from safeweights_peft.modeling.tensors import to_torch
-from safeweights_peft.patch.artifacts import AnyPatch
+from safeweights_peft.patch.artifacts import AnyPatch, StoredPatch
 from safeweights_peft.patch.io import CONFIG_FILE, read_metadata, read_patch
-from safeweights_peft.patch.metadata import PEFT_TYPE
+from safeweights_peft.patch.metadata import CHAT_SETTINGS, PEFT_TYPE, read_chat
 from safeweights_peft.scales import split_scale
+from safeweights_peft.tables import quote_text
 from safeweights_peft.tuner.loading import find_parameter
 from safeweights_peft.tuner.selfcheck import check_in_place
 
@@ -184,6 +187,19 @@ class MergedEntries:
         for name, (indices, merged) in self._entries.items():
             parameter = find_parameter(model, name, self._records[name])
             yield FrozenEntries(name, parameter, to_torch(indices)), to_torch(merged).to(parameter)
+
+
+def note_chat(job: Job, patch: StoredPatch) -> None:
+    """Say where a patch was trained with another chat than it is asked by."""
+    theirs, ours = read_chat(patch.metadata.selection), list_settings(job.compute)
+    differing = [
+        f"{key.replace('_', ' ')} {quote_text(theirs.get(key))} there, "
+        f"{quote_text(ours.get(key))} here"
+        for key in CHAT_SETTINGS
+        if theirs.get(key) != ours.get(key)
+    ]
+    if theirs and differing:
+        job.progress.note(f"The patch was trained with another chat: {'; '.join(differing)}")
 
 
 def is_patch(adapter: Path) -> bool:

@@ -13,7 +13,7 @@ from safeweights_peft.evaluation.judge_kinds import AnyJudge
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
 from safeweights_peft.jobs.job import Job, once
-from safeweights_peft.jobs.load import MergedEntries
+from safeweights_peft.jobs.load import MergedEntries, note_chat
 from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.settings import EvaluateSettings
@@ -39,6 +39,7 @@ def sweep(
     evaluator.check(
         out=out, inputs={"the patch": adapter}, overwrite=overwrite, error=EvaluationError
     )
+    note_chat(job, patch)
     MergedEntries(job.reader, [patch], [adapter])  # another base is refused before it is loaded
     record = job.record("sweep", patch, settings, adapter=str(adapter), **describe(evaluator))
     with job.work(out, record, overwrite) as work_dir:

@@ -9,14 +9,16 @@ from typing import Any
 from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
+from safeweights_peft.chat import list_settings
 from safeweights_peft.errors import FormatError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import find_state
 from safeweights_peft.patch.io import read_map
-from safeweights_peft.patch.metadata import AdapterMetadata
+from safeweights_peft.patch.metadata import CHAT, AdapterMetadata, read_chat
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
+from safeweights_peft.tables import chat_rows
 from safeweights_peft.training.refuse import train_to_refuse
 from safeweights_peft.tuner.adapter import create_adapter, round_values
 
@@ -53,8 +55,12 @@ def train(
         harmful_digest=data_digest(harmful_rows),
         benign_digest=data_digest(benign_rows),
     )
+    chat = list_settings(job.compute)
     metadata = replace(
-        safety_map.metadata, base_model_name_or_path=job.base.name, revision=job.base.revision
+        safety_map.metadata,
+        base_model_name_or_path=job.base.name,
+        revision=job.base.revision,
+        selection=safety_map.metadata.selection | ({CHAT: chat} if chat else {}),
     )
     with job.work(out, record, overwrite) as work_dir:
         benign = job.ask("the base benign", benign_rows, settings.answer_tokens)
@@ -77,7 +83,11 @@ def read_requests(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
 
 
 def _save(
-    model: PeftModel, metadata: AdapterMetadata, out: Path, record: dict[str, Any], overwrite: bool
+    model: PeftModel,
+    metadata: AdapterMetadata,
+    out: Path,
+    record: dict[str, Any],
+    overwrite: bool,
 ) -> None:
     """Round the values to their storage dtype, and publish the patch whole."""
     # Where the base itself has only 16 bits, float32 values would double the size for nothing.
@@ -90,6 +100,7 @@ def _save(
         metadata.revision,
         entries=sum(tensor.count for tensor in metadata.tensors.values()),
         tensors=len(metadata.tensors),
+        chat=chat_rows(read_chat(metadata.selection)),
     )
     with publish(out, overwrite, FormatError) as draft:
         model.save_pretrained(str(draft))

@@ -27,6 +27,9 @@ Choice = TypeVar("Choice", bound=StrEnum)
 
 CORRECTION_OF = "correction_of"
 """In `selection`, what a correction is beside."""
+CHAT = "chat"
+"""In `selection`, what of the chat was set for training: whole texts, by setting."""
+CHAT_SETTINGS = ("system_prompt", "chat_template", "answer_prefix")
 FORMAT_VERSION = 1
 FORMAT_MINOR = 1
 PEFT_TYPE = "SAFEWEIGHTS"
@@ -130,6 +133,13 @@ class AdapterMetadata:
         )
         _check_complete(metadata, fields)
         return metadata
+
+
+def read_chat(selection: Mapping[str, Any]) -> dict[str, str]:
+    """Read what of the chat a patch was trained with; what is no text is nobody's setting."""
+    chat = selection.get(CHAT)
+    given = chat if isinstance(chat, Mapping) else {}
+    return {key: given[key] for key in CHAT_SETTINGS if isinstance(given.get(key), str)}
 
 
 @dataclass(frozen=True)

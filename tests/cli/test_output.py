@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import testing
 from click.testing import CliRunner
 
 from safeweights_peft.cli import main
 from safeweights_peft.cli.output import printable
+from safeweights_peft.fetching import resolve_base
+from safeweights_peft.modeling.loading import load_tokenizer
 from safeweights_peft.patch.io import inspect, read_artifact
 from safeweights_peft.study.compare import compare
 from tests.cli.conftest import Run, call, call_afresh
 from tests.tiny_files import edit_config
 from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_classifier
-from tests.tiny_jobs import Requests, content
+from tests.tiny_jobs import Requests, content, let_write
 
 
 def described(adapter: Path) -> dict[str, Any]:
@@ -415,6 +418,17 @@ def test_inspect_shows_a_patch_s_own_scale_unless_it_is_1(run: Run, tmp_path: Pa
     assert ["scale", "0.5"] in [line.split() for line in call("inspect", patch).stdout.splitlines()]
 
 
+def test_inspect_shows_how_a_patch_was_asked_and_shortens_it(run: Run, tmp_path: Path) -> None:
+    patch = shutil.copytree(run.out / "patch", tmp_path / "patch")
+    chat = {"system_prompt": "Be kind. " * 99, "answer_prefix": "</think>\n"}
+    edit_config(patch, lambda config: config["selection"].update(chat=chat))
+    lines = call("inspect", patch).stdout.splitlines()
+    (prompt,) = (line for line in lines if line.startswith("system prompt"))
+    assert prompt.endswith("'Be kind. " + "Be kind. " * 7 + "Be kind…'")
+    assert any(re.fullmatch(r"answer prefix +'</think>\\n'", line) for line in lines)
+    assert not any(line.startswith("chat template") for line in lines)
+
+
 @pytest.mark.parametrize(
     "command", ["enhance", "eval", "merge", "preserve", "probe", "score", "train"]
 )
@@ -536,6 +550,29 @@ def test_chat_answers_what_stdin_asks_until_it_ends_or_says_so(
     assert "/who: expected /base, /scale or /quit" in called.stderr
     shown = CliRunner().invoke(main, arguments[:-1], input="Hello\nHello")
     assert shown.stdout == f"{printable(turns[1]['content'])}\n" + shown.stdout.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_chat_shows_thoughts_to_a_person_alone(
+    is_terminal: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(resolve_base(str(run.base)))
+    let_write("<think>Hm.</think>No.", tokenizer, monkeypatch)
+    if is_terminal:
+        monkeypatch.setattr(testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+    called = CliRunner().invoke(main, ["chat", str(run.base)], input="Hello\n", color=True)
+    assert called.exit_code == 0, called.output
+    assert called.stdout == ("\x1b[2m<think>Hm.</think>\x1b[0m" if is_terminal else "") + "No.\n"
+
+
+def test_chat_says_that_an_answer_was_cut_in_its_thought(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_write("<think>Hm", load_tokenizer(resolve_base(str(run.base))), monkeypatch)
+    called = CliRunner().invoke(main, ["chat", str(run.base), "--json"], input="Hello\n")
+    answer = json.loads(called.stdout)["turns"][1]
+    assert (answer["content"], answer["cut_in_thought"]) == ("", True)
+    assert "Cut in its thought; --answer-prefix can close that." in called.stderr
 
 
 COMMANDS = {

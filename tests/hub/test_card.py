@@ -1,5 +1,6 @@
 """The card of a shared patch: every figure from a result, every line true, the snippet runs."""
 
+import html
 import json
 import os
 import re
@@ -196,6 +197,15 @@ def test_it_names_the_scale_of_its_values_unless_that_is_1(
     patch = save_patch(tiny_llama_bf16, tmp_path / "half", scale=0.5)
     body = body_of(lay_out(patch, tmp_path / "scaled"))
     assert "| scale | 0.5 of its values, wherever it is loaded, measured or merged |" in body
+
+
+def test_it_says_how_it_was_asked_where_that_was_set(folder: Path) -> None:
+    assert "prompt" not in body_of(folder)
+    chat = {"system_prompt": "Be kind.", "answer_prefix": "</think>", "others": 1}
+    edit_config(folder, lambda config: config["selection"].update(chat=chat))
+    body = html.unescape(body_of(folder))
+    assert "| system prompt | 'Be kind.' | | answer prefix | '</think>' |" in body
+    assert "others" not in body
 
 
 @pytest.mark.parametrize("sweep", [None, {"scale": 0.75, "max_asr": 0.1}])

@@ -74,6 +74,14 @@ def test_a_path_within_a_value_is_found(text: str, tmp_path: Path) -> None:
         check_private(tmp_path)
 
 
+def test_a_prompt_may_begin_with_a_command_and_may_not_hold_a_path(tmp_path: Path) -> None:
+    write(tmp_path, "results/a.json", json.dumps({"settings": {"system_prompt": "/no_think"}}))
+    check_private(tmp_path)
+    write(tmp_path, "results/a.json", json.dumps({"system_prompt": "/no_think /home/ann/x"}))
+    with pytest.raises(HubError, match="found the path /home/ann/x"):
+        check_private(tmp_path)
+
+
 def test_the_current_directory_is_found_wherever_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

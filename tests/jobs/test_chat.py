@@ -12,8 +12,9 @@ from safeweights_peft.jobs.chat import Chat
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.answers import find_layout
+from safeweights_peft.settings import ComputeSettings
 from tests.jobs.conftest import Counts, Run
-from tests.tiny_jobs import HARMFUL
+from tests.tiny_jobs import HARMFUL, let_write
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def test_a_first_answer_is_that_of_the_merged_model_at_each_scale(
     for scale in (1.0, 0.5, 0.0):
         chat.set_scale(scale)
         chat.turns.clear()
-        found[scale] = chat.ask(HARMFUL[0], pieces.append)
+        found[scale] = chat.ask(HARMFUL[0], lambda text, _: pieces.append(text))
     assert counts.loads == 1
     assert "".join(pieces) == "".join(found.values())
     for scale, answer in found.items():
@@ -62,9 +63,9 @@ def test_every_answer_knows_the_turns_before_it(run: Run, monkeypatch: pytest.Mo
     chat = Chat(Job(run.base))
     prompts: list[str] = []
 
-    def stream(model, tokenizer, ids, *others):
-        prompts.append(tokenizer.decode(ids))
-        return stream_answer(model, tokenizer, ids, *others)
+    def stream(model, chat, ids, *others):
+        prompts.append(chat.tokenizer.decode(ids))
+        return stream_answer(model, chat, ids, *others)
 
     monkeypatch.setattr("safeweights_peft.jobs.chat.stream_answer", stream)
     answer = chat.ask("Name a barn")
@@ -99,7 +100,52 @@ def test_an_answer_ends_with_the_models_positions_and_a_longer_conversation_is_r
     job = Job(run.base)
     layout = replace(find_layout(job.model), positions=16)
     monkeypatch.setattr("safeweights_peft.evaluation.generate.find_layout", lambda _: layout)
-    short = stream_answer(job.model, job.tokenizer, [5] * 14, 11, lambda _: None)
-    assert len(job.tokenizer(short)["input_ids"]) <= 2 + 4  # a byte may be written as several
+    short = stream_answer(job.model, job.chat, [5] * 14, 11, lambda *_: None)
+    assert len(short.answer_ids) <= 2
     with pytest.raises(EvaluationError, match=r"fewer tokens than the 16 .* begin another"):
-        stream_answer(job.model, job.tokenizer, [5] * 16, 11, lambda _: None)
+        stream_answer(job.model, job.chat, [5] * 16, 11, lambda *_: None)
+
+
+@pytest.mark.parametrize("generates", [True, False])
+@pytest.mark.parametrize(
+    ("written", "thought", "answer", "is_cut"),
+    [
+        ("<think>Hm. A b\n</think>\n\nI won't.", "<think>Hm. A b\n</think>", "\n\nI won't.", False),
+        ("No <think> of it.", "", "No <think> of it.", False),
+        ("<th", "", "<th", False),  # held back until it ends there
+        ("<thin ice> ahead", "", "<thin ice> ahead", False),
+        ("<think>Hm, I", "<think>Hm, I", "", True),
+        ("<think></think>Yes.", "<think></think>", "Yes.", False),
+        ("", "", "", False),
+    ],
+)  # fmt: skip
+def test_thoughts_are_passed_on_apart_and_are_no_part_of_the_conversation(
+    written: str,
+    thought: str,
+    answer: str,
+    is_cut: bool,
+    generates: bool,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chat = Chat(Job(run.base))
+    layout = replace(find_layout(chat.job.model), generates=generates)
+    monkeypatch.setattr("safeweights_peft.evaluation.generate.find_layout", lambda _: layout)
+    let_write(written, chat.job.tokenizer, monkeypatch)
+    pieces: list[tuple[str, bool]] = []
+    assert chat.ask("Hi", lambda *piece: pieces.append(piece)) == answer
+    for is_thought, text in ((True, thought), (False, answer)):
+        assert "".join(piece for piece, kind in pieces if kind == is_thought) == text
+    kinds = [kind for _, kind in pieces]
+    assert kinds == sorted(kinds, reverse=True)  # the thought first
+    assert not generates or len(pieces) >= written.count(" ")  # as it is written
+    assert chat.turns[1]["content"] == answer
+    assert chat.turns[1].get("cut_in_thought", False) == is_cut
+
+
+def test_a_thought_that_the_prompt_begins_is_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(Job(run.base, ComputeSettings(answer_prefix="<think>\n")))
+    let_write("Hm, so.</think>No.", chat.job.tokenizer, monkeypatch)
+    pieces: list[tuple[str, bool]] = []
+    assert chat.ask("Hi", lambda *piece: pieces.append(piece)) == "No."
+    assert pieces == [("Hm, ", True), ("so.</think>", True), ("No.", False)]

@@ -1,6 +1,7 @@
 """The evaluation job: what is measured is the merged checkpoint, and what is kept is little."""
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.judges import Judge, Verdict, judge_opening
 from safeweights_peft.evaluation.utility import measure_utility
 from safeweights_peft.fetching import resolve_base
+from safeweights_peft.jobs.chat import Chat as Conversation
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.load import note_chat
 from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
+from safeweights_peft.patch.io import read_patch
 from safeweights_peft.progress import Quiet
 from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.sources import read_rows
 from tests.jobs.conftest import Counts, Run
+from tests.tiny_files import edit_config
 from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_guard
 from tests.tiny_jobs import BENIGN, HARMFUL, REFUSAL, Interrupted, Recorder, Requests
 from tests.tiny_kinds import KINDS, build
@@ -431,6 +436,33 @@ def test_a_model_is_asked_and_read_as_the_chat_settings_say(run: Run, requests: 
     plain = evaluate(Job(run.base), None, requests.evaluate())
     assert plain["answers_begin_after"] is None
     assert plain["utility"] != result["utility"]
+
+
+def test_a_patch_that_was_trained_with_another_chat_is_said_once(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    patch = shutil.copytree(run.out / "patch", tmp_path / "patch")
+
+    def notes(chat: object, compute: ComputeSettings) -> list[str]:
+        edit_config(patch, lambda config: config["selection"].update(chat=chat))
+        recorder = Recorder()
+        note_chat(Job(run.base, compute, recorder), read_patch(patch))
+        return recorder.notes
+
+    kind = {"system_prompt": "Be kind."}
+    assert notes(kind, ComputeSettings(system_prompt="Be kind.")) == []
+    for hostile in ([], "x", {"system_prompt": 7}, {}):  # names nothing that could differ
+        assert notes(hostile, ComputeSettings(system_prompt="Be brief.")) == []
+    assert notes(kind, ComputeSettings(chat_template="plain")) == [
+        "The patch was trained with another chat: system prompt 'Be kind.' there, not set here; "
+        "chat template not set there, 'plain' here"
+    ]
+    recorder = Recorder()
+    evaluate(Job(run.base, progress=recorder), patch, requests.evaluate(limit=1))
+    Conversation(Job(run.base, progress=recorder), patch)
+    assert [note for note in recorder.notes if "another chat" in note] == 2 * [
+        "The patch was trained with another chat: system prompt 'Be kind.' there, not set here"
+    ]
 
 
 def test_requests_that_are_learned_from_and_measured_are_counted(

@@ -1,7 +1,8 @@
 """The training job: from a map to a patch that PEFT loads, whole or not at all."""
 
+import html
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from safeweights_peft.chat import PLAIN_TEMPLATE
 from safeweights_peft.errors import BaseMismatchError, DataError, FormatError
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.merging.verify import verify
-from safeweights_peft.patch.io import read_adapter, read_map
+from safeweights_peft.patch.io import inspect, read_adapter, read_map
+from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.tuner.layer import layers
 from tests.killing import Ending, end_at_every_write
 from tests.patch.test_interruptions import PREPARE, is_old
@@ -38,6 +41,41 @@ def test_the_patch_changes_the_entries_of_the_map_and_no_others(
     deltas, indices = read_adapter(tmp_path / "patch").deltas, read_map(map_dir).indices
     assert deltas.keys() == indices.keys()
     assert all(np.array_equal(deltas[name].indices, indices[name]) for name in indices)
+
+
+def test_the_patch_says_what_of_the_chat_was_set_and_else_nothing(
+    tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
+) -> None:
+    (tmp_path / "chat.jinja").write_text(PLAIN_TEMPLATE + "\n")
+    prompt = "Be kind. " * 100
+    compute = ComputeSettings(system_prompt=prompt, chat_template=str(tmp_path / "chat.jinja"))
+    train(Job(tiny_llama, compute), map_dir, tmp_path / "patch", requests.train(steps=1))
+    selection = read_map(map_dir).metadata.selection
+    chat = {"system_prompt": prompt, "chat_template": PLAIN_TEMPLATE + "\n"}
+    assert inspect(tmp_path / "patch")["selection"] == selection | {"chat": chat}
+    card = html.unescape((tmp_path / "patch" / "README.md").read_text())
+    assert "- system prompt: 'Be kind. Be kind. " in card
+    assert len(card) < 2000
+    train(Job(tiny_llama), map_dir, tmp_path / "bare", requests.train(steps=1))
+    assert inspect(tmp_path / "bare")["selection"] == selection
+    assert "prompt" not in (tmp_path / "bare" / "README.md").read_text()
+
+
+def test_work_with_a_template_that_changed_since_is_not_resumed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(PLAIN_TEMPLATE)
+    job = Job(tiny_llama, ComputeSettings(chat_template=str(template)))
+    with suppress(Interrupted), job.work(tmp_path / "patch", {}) as work_dir:
+        (work_dir / "losses").touch()
+        raise Interrupted
+    template.write_text(PLAIN_TEMPLATE + "\n")
+    with pytest.raises(DataError, match="chat_template_digest"), job.work(tmp_path / "patch", {}):
+        pass
+    template.write_text(PLAIN_TEMPLATE)
+    with job.work(tmp_path / "patch", {}) as again:
+        assert again == work_dir
 
 
 @pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_bf16", "tiny_tied_llama"])
