@@ -202,7 +202,7 @@ def reproduction_rows(comparison: Mapping[str, Any]) -> list[Row]:
         overlap = f"{entries['shared']:,} in common, IoU {entries['iou']:.4f}"
         rows.append(("entries", f"{entries['recorded']:,}", f"{entries['found']:,}", overlap))
     for key, rates in comparison["rates"].items():
-        stage, _, rate = key.partition(".")
+        stage, _, rate = key.rpartition(".")
         title = f"{'ASR' if rate == 'attack_success_rate' else 'over-refusal'} {stage}"
         verdict = "within the interval" if rates["within"] else "OUTSIDE the interval"
         rows.append((title, rate_text(rates["recorded"]), rate_text(rates["found"]), verdict))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,21 @@ from safeweights_peft.hub.layout import RESULTS
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.jobs.record import (
+    Figures,
     ModelFiles,
     Record,
     describe_model,
     judges_of,
+    read_figures,
     read_record,
     sources_of,
     with_sources,
     without_paths,
 )
+from safeweights_peft.jobs.sweep import SCALES
 from safeweights_peft.patch.io import read_metadata
 from safeweights_peft.progress import Progress
+from safeweights_peft.rates import Rate
 from safeweights_peft.settings import RunSettings, restore
 from safeweights_peft.sources import (
     is_file_name,
@@ -34,9 +38,19 @@ from safeweights_peft.sources import (
     with_column,
 )
 from safeweights_peft.study.compare import compare
+from safeweights_peft.tables import picked_row
 
 STAGES = ("before", "after")
 RATES = ("attack_success_rate", "over_refusal_rate")
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The scale that a run names beside its patch, and what was measured there."""
+
+    max_asr: float
+    scale: float
+    figures: Figures
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Recorded:
     patch: Path | None  # the recorded one, if it is beside the record
     record: Record
     settings: RunSettings  # the recorded ones, with the places of base and data on this machine
+    picked: Picked | None = None  # if the run names another scale than 1
 
 
 def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()) -> Recorded:
@@ -64,17 +79,26 @@ def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()
     for key, judge in record.judges.items():
         _check_model(key, judges.get(key, judge.name), None, judge)
     compute = replace(settings.compute, revision=revision)
-    return Recorded(path.parent, patch, record, replace(settings, base=name, compute=compute))
+    settings = replace(settings, base=name, compute=compute)
+    return Recorded(path.parent, patch, record, settings, _read_picked(path.parent, record))
 
 
 def reproduce(recorded: Recorded, out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Run a recorded run again, and compare the two."""
     if out.resolve() == recorded.folder.resolve():
         raise DataError(f"{out}: expected a directory for a new run, found the recorded run itself")
-    enhance(recorded.settings, out, progress)
+    picked = recorded.picked
+    result = enhance(recorded.settings, out, progress, picked.max_asr if picked else None)
     old, new = recorded.record, read_record(out / REPRODUCE)
+    stages = {stage: (getattr(old, stage), getattr(new, stage)) for stage in STAGES}
+    if picked:
+        rows = {row["scale"]: row for row in result["sweep"]["rows"]}
+        again = _figures_of(rows[picked.scale], "again")
+        stages[f"at scale {picked.scale:g}"] = picked.figures, again
     rates = {
-        f"{stage}.{key}": _compare_rates(old, new, stage, key) for stage in STAGES for key in RATES
+        f"{stage}.{key}": _compare_rates(getattr(before, key), getattr(after, key))
+        for stage, (before, after) in stages.items()
+        for key in RATES
     }
     digests = {
         key: _pair(getattr(old, key), getattr(new, key)) for key in ("content_id", "merged_digest")
@@ -103,6 +127,30 @@ def _find_patch(folder: Path, record: Record) -> Path | None:
         except FormatError:
             continue
     return None
+
+
+def _read_picked(folder: Path, record: Record) -> Picked | None:
+    """Read the scale that a run names in its result, which the record doesn't have."""
+    path = folder / "result.json"
+    result = read_json(path, DataError) if path.is_file() else {}
+    if not result.get("sweep") or result.get("content_id") != record.content_id:
+        return None
+    try:
+        row, max_asr = picked_row(result), result["sweep"]["max_asr"]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: sweep: expected rows, scale and max_asr, found {type(error).__name__}: "
+            f"{error}; give the run's {REPRODUCE} alone"
+        ) from error
+    if row is None or row["scale"] not in SCALES or row["scale"] == 1:
+        return None
+    where = f"{path}: sweep at {row['scale']:g}"
+    picked = {"max_asr": max_asr, "scale": row["scale"], "figures": asdict(_figures_of(row, where))}
+    return restore(Picked, picked, str(path))
+
+
+def _figures_of(row: Mapping[str, Any], where: str) -> Figures:
+    return read_figures({key: figure for key, figure in row.items() if key != "scale"}, where)
 
 
 def _localize(folder: Path, record: Record) -> RunSettings:
@@ -183,8 +231,7 @@ def _compare_entries(old: Path, new: Path) -> dict[str, Any]:
     return {**_pair(*sizes), "shared": pair["shared"], "iou": pair["iou"]}
 
 
-def _compare_rates(old: Record, new: Record, stage: str, key: str) -> dict[str, Any]:
-    recorded, found = (getattr(getattr(record, stage), key) for record in (old, new))
+def _compare_rates(recorded: Rate, found: Rate) -> dict[str, Any]:
     within = recorded.low <= found.rate <= recorded.high
     return {**_pair(asdict(recorded), asdict(found)), "within": within}
 

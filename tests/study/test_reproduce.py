@@ -18,8 +18,10 @@ from safeweights_peft.errors import BaseMismatchError, DataError, ModelError, Se
 from safeweights_peft.jobs.enhance import enhance
 from safeweights_peft.jobs.record import read_record
 from safeweights_peft.patch.io import read_adapter, read_metadata, write_adapter
+from safeweights_peft.settings import RunSettings, restore
 from safeweights_peft.sources import BUILTIN_SETS, source_digest
 from safeweights_peft.study.reproduce import find_recorded, reproduce
+from safeweights_peft.tables import reproduction_rows
 from tests.jobs.conftest import Run
 from tests.tiny_files import copy_checkpoint, edit_config
 from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_guard
@@ -217,6 +219,45 @@ def test_a_rate_outside_the_recorded_interval_differs(copied: Path, again: Path)
     assert not found["same"]
     within = {key: each["within"] for key, each in found["rates"].items()}
     assert within == dict.fromkeys(within, True) | {"after.attack_success_rate": False}
+
+
+def name_scale(out: Path, scale: object, again: Path) -> None:
+    """Let a run name a scale, with the figures that the run made again has there."""
+    settings = restore(RunSettings, json.loads((again / "settings.json").read_text()), "settings")
+    swept = enhance(settings, again, max_asr=1.0)["sweep"] | {"scale": scale}
+    path = out / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sweep": swept}))
+
+
+def test_a_scale_that_the_run_names_is_compared_too(copied: Path, again: Path) -> None:
+    name_scale(copied, 0.75, again)
+    found = reproduce(find_recorded(copied), again)
+    assert found["same"]
+    rates = found["rates"]
+    assert list(rates)[-2] == "at scale 0.75.attack_success_rate"
+    assert "ASR at scale 0.75" in [row[0] for row in reproduction_rows(found)]
+    path = copied / "result.json"
+    result = json.loads(path.read_text())
+    row = next(row for row in result["sweep"]["rows"] if row["scale"] == 0.75)
+    row["attack_success_rate"] |= {"rate": 2.0, "low": 1.5, "high": 3.0}
+    path.write_text(json.dumps(result))
+    found = reproduce(find_recorded(copied), again)
+    assert not found["same"]
+    assert [key for key, rate in found["rates"].items() if not rate["within"]] == [
+        "at scale 0.75.attack_success_rate"
+    ]
+    del result["sweep"]["max_asr"]
+    path.write_text(json.dumps(result))
+    with pytest.raises(DataError, match=r"sweep: expected rows, scale and max_asr, found KeyError"):
+        find_recorded(copied)
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 1.0])
+def test_a_run_that_names_no_other_scale_is_compared_at_1_alone(
+    scale: float | None, copied: Path, again: Path
+) -> None:
+    name_scale(copied, scale, again)
+    assert find_recorded(copied).picked is None
 
 
 def test_another_environment_is_named(copied: Path, again: Path) -> None:
