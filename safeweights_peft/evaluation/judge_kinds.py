@@ -41,6 +41,18 @@ def find_model(judge: str) -> str | None:
     return split_model(detail)[0] if kind in MODELS else None
 
 
+def find_profile_file(judge: str) -> str | None:
+    """Find a guard's own profile in what `--judge` says."""
+    kind, _, detail = judge.partition(":")
+    profile = split_model(detail)[1] if kind == "guard" else None
+    return profile if profile and profile.endswith(".json") else None
+
+
+def with_profile(judge: str, profile: str) -> str:
+    """Put another profile's file into what `--judge` says."""
+    return f"guard:{find_model(judge)}={profile}"
+
+
 def name_judge(judge: str) -> str:
     """Put names in place of paths in what `--judge` says."""
     if (model := find_model(judge)) is None:

@@ -15,7 +15,12 @@ import torch
 
 from safeweights_peft.chat import PLAIN
 from safeweights_peft.errors import DataError
-from safeweights_peft.evaluation.judge_kinds import find_model, name_judge
+from safeweights_peft.evaluation.judge_kinds import (
+    find_model,
+    find_profile_file,
+    name_judge,
+    with_profile,
+)
 from safeweights_peft.fetching import MODEL_FILES, BaseModel, public_name, resolve_base
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.results import REPRODUCE
@@ -154,7 +159,7 @@ def _hash(path: Path) -> str:
 
 
 def sources_of(settings: RunSettings) -> dict[str, str]:
-    """List the sources of requests, and a guard's profile that is a file, by setting."""
+    """List the sources of requests, and the guards' profiles that are files, by setting."""
     named = {
         f"{job}.{key}": getattr(getattr(settings, job), key)
         for job, keys in SOURCES.items()
@@ -164,15 +169,24 @@ def sources_of(settings: RunSettings) -> dict[str, str]:
         named["compute.chat_template"] = settings.compute.chat_template
     if (profile := settings.score.profile) and profile.endswith(".json"):
         named["score.profile"] = profile
+    named |= {
+        f"evaluate.judge.{place}": find_profile_file(judge)
+        for place, judge in enumerate(settings.evaluate.judge)
+    }
     return {key: source for key, source in named.items() if source is not None}
 
 
 def with_sources(settings: RunSettings, sources: Mapping[str, str]) -> RunSettings:
     """Copy settings with other sources."""
-    jobs: dict[str, dict[str, str]] = {}
+    jobs: dict[str, dict[str, Any]] = {}
+    judges = [*settings.evaluate.judge]
     for name, source in sources.items():
-        job, key = name.split(".")
-        jobs.setdefault(job, {})[key] = source
+        job, key, *place = name.split(".")
+        if place:
+            judges[int(*place)] = with_profile(judges[int(*place)], source)
+        else:
+            jobs.setdefault(job, {})[key] = source
+    jobs["evaluate"] = jobs.get("evaluate", {}) | {"judge": tuple(judges)}
     changed = {job: replace(getattr(settings, job), **keys) for job, keys in jobs.items()}
     return replace(settings, **changed)
 

@@ -378,6 +378,17 @@ def test_the_models_that_judge_are_recorded_without_their_places_and_held_to_the
     assert str(tmp_path) not in text
     assert json.loads(text)["settings"]["evaluate"]["judge"][1] == "guard:guard=mine.json"
     assert find_recorded(tmp_path / "run").settings.evaluate.judge == judges
+    own = (tmp_path / "mine.json").read_bytes()
+    recorded = json.loads(text)["data"]["evaluate.judge.1"]
+    digest = f"sha256:{hashlib.sha256(own).hexdigest()}"
+    assert recorded == {"name": "mine.json", "digest": digest}
+    (tmp_path / "mine.json").write_text(json.dumps(profile | {"safe": ["t"]}))
+    with pytest.raises(DataError, match=rf"^evaluate\.judge\.1: .*mine\.json: expected {digest}"):
+        find_recorded(tmp_path / "run")
+    (tmp_path / "kept.json").write_bytes(own)
+    found = find_recorded(tmp_path / "run", data=[tmp_path / "kept.json"]).settings.evaluate.judge
+    assert found == ("refusals", f"guard:{guard}={tmp_path / 'kept.json'}")
+    (tmp_path / "mine.json").write_bytes(own)
     save_tiny_guard(guard, torch.bfloat16)
     with pytest.raises(BaseMismatchError, match=r"^evaluate\.judge\.1: .*model\.safetensors"):
         find_recorded(tmp_path / "run")
