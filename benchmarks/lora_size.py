@@ -12,8 +12,6 @@ second call goes on.
 
 import argparse
 import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from selection_study import measure, merit
 from transformers import get_cosine_schedule_with_warmup
 
 from safeweights_peft.chat import Chat
-from safeweights_peft.data import Example, collate, shuffle_endlessly
+from safeweights_peft.data import Example, collate
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
@@ -34,7 +32,8 @@ from safeweights_peft.settings import EvaluateSettings, PreserveSettings, TrainS
 from safeweights_peft.sources import read_rows, with_refusals
 from safeweights_peft.tables import rate_text
 from safeweights_peft.training.finetune import add_lora
-from safeweights_peft.training.refuse import compute_losses
+from safeweights_peft.training.losses import compute_losses, compute_targets
+from safeweights_peft.training.refuse import deal_steps
 
 RECIPE = TrainSettings()
 
@@ -87,6 +86,7 @@ def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
     tokenizer = load_tokenizer(base)
     model = load_model(base, getattr(torch, arguments.dtype), torch.device("cpu"))
     harmful, benign = read_examples(model, tokenizer)
+    targets = compute_targets(model, tokenizer, benign, settings)
     wrapped = add_lora(model, PreserveSettings(rank=rank, seed=settings.seed)).train()
     optimizer = torch.optim.AdamW(
         [weight for weight in wrapped.parameters() if weight.requires_grad],
@@ -94,8 +94,12 @@ def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
         weight_decay=0.0,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    for refusals, answers in islice(batches(harmful, benign), settings.steps):
-        set_loss(wrapped, refusals, answers, tokenizer.pad_token_id).backward()
+    rows = {example: row for row, example in enumerate(benign)}
+    for refusals, answers in deal_steps(harmful, benign, [], settings):
+        batch = collate(refusals + answers, tokenizer.pad_token_id, find_layout(wrapped))
+        kept = targets.pick([rows[example] for example in answers])
+        losses = compute_losses(wrapped, batch, kept, settings)
+        losses.weigh(settings).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -111,30 +115,6 @@ def read_examples(model: Any, tokenizer: Any) -> tuple[list[Example], list[Examp
     return refusals, generate_answers(
         model, Chat(tokenizer), requests, max_new_tokens=RECIPE.answer_tokens
     )
-
-
-def batches(
-    harmful: list[Example], benign: list[Example]
-) -> Iterator[tuple[list[Example], list[Example]]]:
-    """Deal the examples of each step."""
-    generator = torch.Generator().manual_seed(RECIPE.seed)
-    first, second = shuffle_endlessly(harmful, generator), shuffle_endlessly(benign, generator)
-    while True:
-        yield (
-            list(islice(first, RECIPE.harmful_batch_size)),
-            list(islice(second, RECIPE.benign_batch_size)),
-        )
-
-
-def set_loss(
-    model: PeftModel, refusals: list[Example], answers: list[Example], pad_token_id: int
-) -> torch.Tensor:
-    """Compute SET's loss of one step."""
-    settings, layout = RECIPE, find_layout(model)
-    whole = collate(refusals + answers, pad_token_id, layout)
-    benign = collate(answers, pad_token_id, layout)
-    refusal, retain = compute_losses(model, whole, benign, settings.token_decay)
-    return refusal + settings.retain_weight * retain
 
 
 def test(arguments: argparse.Namespace, adapter: Path) -> dict[str, Any]:

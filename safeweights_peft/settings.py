@@ -37,6 +37,8 @@ class Setting(NamedTuple):
     most: float = sys.float_info.max
     choices: tuple[str, ...] = ()
     unset: str = ""  # what None means
+    word: str = ""  # by which options and files, which have no None, may give it
+    older: Any = None  # the value in records that are older than the setting
     # `settings_of` reads these from the field.
     name: str = ""
     kind: type[Any] = str  # bool, int, float, str or a StrEnum
@@ -53,7 +55,7 @@ class Setting(NamedTuple):
 
     def check(self, value: Any) -> Any:
         """Return a value, as a member where it is an enum's; refuse what the setting can't be."""
-        if value is None and self.is_optional:
+        if (value is None and self.is_optional) or self.is_word(value):
             return None
         if self.is_repeated:
             return self._check_items(value)
@@ -67,8 +69,13 @@ class Setting(NamedTuple):
             return value
         else:
             expected = f"a number {self.range}" if self.range else "a finite number"
+        expected += f" or {self.word!r}" if self.word else ""
         found = repr(value)[:80]
         raise SettingsError(f"{self.name}: expected {expected}, found {found}; choose another")
+
+    def is_word(self, value: Any) -> bool:
+        """Tell whether a value is the word for None."""
+        return self.word != "" and value == self.word
 
     def _check_items(self, values: Any) -> tuple[Any, ...]:
         item = self._replace(is_repeated=False)
@@ -124,6 +131,7 @@ def settings_of(job: type[Settings]) -> tuple[Setting, ...]:
             name=item.name,
             flag=option.flag or f"--{item.name.replace('_', '-')}",
             group=option.group or job.heading,
+            unset=option.unset or option.word,
             kind=kind,
             choices=tuple(map(str, kind)) if issubclass(kind, StrEnum) else option.choices,
             is_optional=NoneType in others,
@@ -132,6 +140,11 @@ def settings_of(job: type[Settings]) -> tuple[Setting, ...]:
         )
         settings.append(completed)
     return tuple(settings)
+
+
+def find_older(job: type[Settings]) -> dict[str, Any]:
+    """List the values that settings have in records older than themselves."""
+    return {item.name: item.older for item in settings_of(job) if item.older is not None}
 
 
 class Method(StrEnum):
@@ -264,8 +277,31 @@ class TrainSettings(Settings):
 
     harmful: str = _requests("builtin:harmful_train", "Harmful requests to learn from")
     benign: str = _requests("builtin:benign_train", "Benign requests to keep answering as before")
+    boundary: str | None = _requests(
+        None, "More benign requests, such as builtin:boundary_train, which look harmful"
+    )
+    boundary_fraction: float | None = setting(
+        None,
+        'Fraction of those of category "looks-harmful" among the benign requests of a step.',
+        group="Data",
+        above=0,
+        most=1,
+        unset="as they come",
+    )
     steps: int = setting(100, "Optimizer steps.", least=1)
-    learning_rate: float = setting(5e-4, "Peak learning rate of AdamW.", above=0, flag="--lr")
+    learning_rate: float | None = setting(
+        5e-4,
+        "Peak learning rate of AdamW, or auto: by --step-gain.",
+        above=0,
+        flag="--lr",
+        word="auto",
+    )
+    step_gain: float = setting(
+        0.5,
+        "Likelihood of refusals that one step gains, to first order, in nats (with --lr auto).",
+        above=0,
+        older=0.5,
+    )
     warmup_steps: int = setting(5, "Steps of linear warm-up.", least=0)
     harmful_batch_size: int = setting(12, "Harmful requests per step.", least=1)
     benign_batch_size: int = setting(36, "Benign requests per step.", least=1)
@@ -277,7 +313,30 @@ class TrainSettings(Settings):
     retain_weight: float = setting(
         14.0, "Weight of the retain loss (KL to the base) against the refusal loss.", least=0
     )
+    hinge_weight: float = setting(
+        0.0,
+        "Weight of the hinge loss: how much likelier refusals begin amid benign answers.",
+        least=0,
+        older=0.0,
+    )
+    hinge_tokens: int = setting(
+        24, "Look for them up to the N-th token (with --hinge-weight).", least=1, older=24
+    )
     seed: int = _seed()
+
+    def __post_init__(self) -> None:
+        """Check every setting, and that the hinge has tokens of its own."""
+        super().__post_init__()
+        if self.hinge_weight and self.hinge_tokens <= self.answer_tokens:
+            raise SettingsError(
+                f"hinge_tokens: expected more than answer_tokens, {self.answer_tokens}, found "
+                f"{self.hinge_tokens}; raise it"
+            )
+
+    @property
+    def benign_tokens(self) -> int:
+        """How many tokens of benign answers the losses look at."""
+        return self.hinge_tokens if self.hinge_weight else self.answer_tokens
 
 
 @dataclass(frozen=True)
@@ -393,7 +452,11 @@ def restore(kind: type[Kind], values: Any, where: str, *, partial: bool = False)
     needed = {name for name, default in known.items() if default is MISSING or not partial}
     if issubclass(kind, Settings):
         # A record that is older than a setting was made without it.
+        older = find_older(kind)
         needed -= {name for name, default in known.items() if default is None or default is False}
+        needed -= older.keys()
+        if isinstance(values, Mapping) and not partial:
+            values = older | {**values}
     if not isinstance(values, Mapping) or not needed <= values.keys() <= known.keys():
         found = _compare_names(values, known, needed)
         raise SettingsError(f"{where}: expected {', '.join(known)}, found {found}; {fix}")

@@ -18,7 +18,8 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.fetching import public_name
 
 BUILTIN = "builtin:"
-BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
+BUILTIN_SETS = ("harmful_train", "harmful_eval", "benign_train", "boundary_train", "benign_eval")
+LOOKS_HARMFUL = "looks-harmful"  # the category of benign requests near the boundary
 # In order: JailbreakBench has the request in "Goal", and a title of it in "Behavior".
 REQUEST_COLUMNS = (
     *("instruction", "prompt", "forbidden_prompt", "goal", "question", "behavior"),

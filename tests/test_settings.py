@@ -63,7 +63,14 @@ def test_a_number_out_of_range_or_of_another_type_is_refused_by_name(
         (ScoreSettings, {"harmful": None}, "expected str, found None"),
         (TrainSettings, {"steps": 0}, "a number at least 1, found 0"),
         (TrainSettings, {"steps": 1.5}, "expected int, found 1.5"),
-        (TrainSettings, {"learning_rate": math.nan}, "a number above 0, found nan"),
+        (TrainSettings, {"learning_rate": math.nan}, "a number above 0 or 'auto', found nan"),
+        (TrainSettings, {"learning_rate": "best"}, "expected float or 'auto', found 'best'"),
+        (TrainSettings, {"boundary_fraction": 1.1}, "a number above 0 and at most 1, found 1.1"),
+        (
+            TrainSettings,
+            {"hinge_weight": 1, "hinge_tokens": 4},
+            "expected more than answer_tokens, 4",
+        ),
         (ComputeSettings, {"dtype": "int8"}, "one of auto, float32, bfloat16, float16, found"),
         (EvaluateSettings, {"keep_answers": 1}, "expected bool, found 1"),
         (EvaluateSettings, {"judge": "refusals"}, "at least one, and none twice, found 'refusals'"),
@@ -141,6 +148,22 @@ def test_a_record_of_another_version_is_refused_by_what_differs() -> None:
     record["train"] = {"enhance": record["train"].pop("steps"), **record["train"]}
     with pytest.raises(SettingsError, match="found enhance beside them and no steps; use the ver"):
         restore(RunSettings, record, "here")
+
+
+def test_a_record_that_is_older_than_a_setting_was_made_without_it() -> None:
+    record = asdict(RUN)
+    for name in ("boundary", "boundary_fraction", "step_gain", "hinge_weight", "hinge_tokens"):
+        del record["train"][name]
+    assert restore(RunSettings, record, "here") == RUN
+
+
+def test_auto_is_none_in_python_in_toml_and_in_records(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nlearning_rate = "auto"\n')
+    settings = TrainSettings(learning_rate="auto")  # type: ignore[arg-type]
+    assert settings.learning_rate is None
+    assert settings == TrainSettings(learning_rate=None) == RunSettings.read(path).train
+    assert restore(TrainSettings, to_json(settings), "here") == settings
 
 
 def test_settings_of_parts_are_named_by_their_path() -> None:

@@ -49,6 +49,24 @@ class _Option(click.Option):
         self.group = group
 
 
+class _NumberOrWord(click.ParamType):
+    """A number, or the word of a setting that can be left to find itself."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.number, self.setting = click.types.convert_type(setting.kind), setting
+        self.name = f"{self.number.name}|{setting.word}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Convert all but the word."""
+        return value if self.setting.is_word(value) else self.number.convert(value, param, ctx)
+
+
+def _find_type(setting: Setting) -> Any:
+    if setting.word:
+        return _NumberOrWord(setting)
+    return click.Choice(setting.choices) if setting.choices else setting.kind
+
+
 def command(name: str, **attributes: Any) -> Callable[[Function], Command]:
     """Make a command of a function, with `--json`, which `output.show` reads."""
 
@@ -72,6 +90,8 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
     """Make an option of a setting; without a value given it is None."""
 
     def check(ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        if setting.is_word(value):
+            return value  # as a word, since None is what was not given
         try:
             return setting.check(value) if value not in (None, ()) else None
         except SettingsError as error:
@@ -83,7 +103,7 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
         cls=_Option,
         group=group,
         # Not click's ranges: they let NaN pass, and refuse in other words than Python does.
-        type=click.Choice(setting.choices) if setting.choices else setting.kind,
+        type=_find_type(setting),
         is_flag=setting.kind is bool,
         multiple=setting.is_repeated,
         # Not the setting's default: a --settings file comes before that, an option before both.

@@ -21,7 +21,15 @@ from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import find_outcome
-from safeweights_peft.settings import ComputeSettings, RunSettings, flatten, to_json
+from safeweights_peft.settings import (
+    ComputeSettings,
+    RunSettings,
+    ScoreSettings,
+    TrainSettings,
+    find_older,
+    flatten,
+    to_json,
+)
 from safeweights_peft.sources import Row
 
 SAMPLES = 5  # answers of each kind that a result shows
@@ -183,8 +191,9 @@ def _compare(out: Path, settings: RunSettings) -> None:
                 "give another --out"
             )
         return
-    # A run that is older than a setting of the chat was made without it.
-    defaults = flatten({"compute": to_json(ComputeSettings())})
+    # A run that is older than a setting was made without it.
+    older = {"score": find_older(ScoreSettings), "train": find_older(TrainSettings)}
+    defaults = flatten({"compute": to_json(ComputeSettings()), **older})
     recorded, given = defaults | _read_settings(out), flatten(settings)
     changed = [
         f"{key} ({recorded.get(key)} there, {given.get(key)} here)"

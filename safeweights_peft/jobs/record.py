@@ -34,7 +34,7 @@ RECORD_KIND = "reproduction"
 # The settings that name requests, by job.
 SOURCES = {
     "score": ("harmful", "contrast"),
-    "train": ("harmful", "benign"),
+    "train": ("harmful", "benign", "boundary"),
     "evaluate": ("harmful", "benign", "task"),
 }
 # The settings of scoring that name models.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,16 @@ from peft import PeftModel
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.chat import list_settings
-from safeweights_peft.errors import FormatError
+from safeweights_peft.errors import DataError, FormatError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.merging.gather import find_state
 from safeweights_peft.patch.io import read_map
 from safeweights_peft.patch.metadata import CHAT, AdapterMetadata, read_chat
 from safeweights_peft.settings import TrainSettings
-from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
+from safeweights_peft.sources import LOOKS_HARMFUL, Row, data_digest, read_refusals, read_rows
 from safeweights_peft.tables import chat_rows
-from safeweights_peft.training.refuse import train_to_refuse
+from safeweights_peft.training.refuse import find_learning_rate, train_to_refuse
 from safeweights_peft.tuner.adapter import create_adapter, round_values
 
 LOSSES_FILE = "training.json"
@@ -47,6 +49,8 @@ def train(
     find_state(job.reader, safety_map)  # another base is refused before it is loaded
     job.check_exact(safety_map.metadata.tensors.values())
     harmful = job.chat.encode_rows(harmful_rows, settings.refusal_tokens)
+    # Drawn apart, or with the others as they come.
+    drawn = [bool(settings.boundary_fraction) and _looks_harmful(row) for row in benign_rows]
     record = job.record(
         "training",
         safety_map,
@@ -54,6 +58,7 @@ def train(
         map=str(map_dir),
         harmful_digest=data_digest(harmful_rows),
         benign_digest=data_digest(benign_rows),
+        boundary_digest=data_digest([*compress(benign_rows, drawn)]) if any(drawn) else None,
     )
     chat = list_settings(job.compute)
     metadata = replace(
@@ -63,12 +68,20 @@ def train(
         selection=safety_map.metadata.selection | ({CHAT: chat} if chat else {}),
     )
     with job.work(out, record, overwrite) as work_dir:
-        benign = job.ask("the base benign", benign_rows, settings.answer_tokens)
+        answers = job.ask("the base benign", benign_rows, settings.benign_tokens)
+        boundary = [*compress(answers, drawn)]
+        benign = [*compress(answers, map(not_, drawn))]
         model = create_adapter(job.take_model(), metadata, safety_map.indices)
         try:
+            if settings.learning_rate is None:
+                rate = find_learning_rate(model, job.tokenizer, harmful, settings)
+                job.progress.note(f"--lr {rate:g} gains {settings.step_gain:g} nats per step")
+                settings = replace(settings, learning_rate=rate)
+            record["learning_rate"] = settings.learning_rate
             with job.steps("Train", settings.steps, each=1) as reach:
                 losses = train_to_refuse(
-                    model, job.tokenizer, harmful, benign, settings, work_dir, reach
+                    *(model, job.tokenizer, harmful, benign, settings, work_dir, reach),
+                    boundary=boundary,
                 )
             record["losses"] = [asdict(loss) for loss in losses]
             _save(model, metadata, out, record, overwrite)
@@ -79,7 +92,21 @@ def train(
 
 def read_requests(settings: TrainSettings) -> tuple[list[Row], list[Row]]:
     """Read the harmful requests, with refusals, and the benign ones."""
-    return read_refusals(settings.harmful), read_rows(settings.benign)
+    benign = read_rows(settings.benign)
+    if settings.boundary:
+        benign += [replace(row, category=LOOKS_HARMFUL) for row in read_rows(settings.boundary)]
+    looks_harmful = sum(map(_looks_harmful, benign))
+    if settings.boundary_fraction and not 0 < looks_harmful < len(benign):
+        raise DataError(
+            f'boundary_fraction: expected benign requests of category "{LOOKS_HARMFUL}" and '
+            f"others, found {looks_harmful} of {len(benign)} of it; give --boundary "
+            "builtin:boundary_train, or leave --boundary-fraction out"
+        )
+    return read_refusals(settings.harmful), benign
+
+
+def _looks_harmful(row: Row) -> bool:
+    return row.category == LOOKS_HARMFUL
 
 
 def _save(

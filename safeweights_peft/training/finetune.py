@@ -45,7 +45,7 @@ from safeweights_peft.training.preserve import ArtifactOrPath, preserve
 # Batches sorted by length together; unsorted, a third or more of their tokens is padding.
 BATCHES_SORTED = 16
 SAVE_SECONDS = 60  # between checkpoints
-TERMS = ("refusal", "retain")  # of SET's loss, which its trainer logs
+TERMS = ("refusal", "retain", "hinge")  # of SET's loss, which its trainer logs
 LEARNING_RATES = {PreserveMethod.FULL: 2e-5, PreserveMethod.LORA: 2e-4}
 
 

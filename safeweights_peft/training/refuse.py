@@ -6,32 +6,44 @@ to the base on the base's own answers. Source: arXiv 2604.08297, which has only 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from safeweights_peft.data import IGNORED, Batch, Example, Layout, collate, shuffle_endlessly
+from safeweights_peft.data import Batch, Example, collate, shuffle_endlessly
 from safeweights_peft.errors import TrainingError
-from safeweights_peft.modeling.answers import answer_logits, find_layout
+from safeweights_peft.modeling.answers import answer_logits, find_layout, without_dropout
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.finetune import make_arguments, run_trainer
+from safeweights_peft.training.losses import (
+    Targets,
+    compute_losses,
+    compute_refusal_loss,
+    compute_targets,
+)
 from safeweights_peft.tuner.adapter import saving_checkpoints
 from safeweights_peft.tuner.selfcheck import check_adapter
+
+GRADIENT_ROWS = 64  # by which a learning rate is found
+Step = tuple[list[Example], list[Example]]  # harmful and benign examples
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """The loss of one step, counted from 1: each term in nats per token, weighted."""
+    """The loss of one step, counted from 1: each term in nats, not weighted."""
 
     step: int
     refusal: float
     retain: float
+    hinge: float = 0.0
 
 
 def train_to_refuse(
@@ -42,55 +54,137 @@ def train_to_refuse(
     settings: TrainSettings,
     work_dir: Path,
     on_step: Callable[..., None] = lambda step, **losses: None,
+    boundary: Sequence[Example] = (),
 ) -> list[StepLoss]:
-    """Train an adapter's values in place; resume from the last checkpoint in the directory."""
-    if not harmful or not benign:
+    """Train an adapter's values in place; resume from the last checkpoint in the directory.
+
+    Boundary examples are benign ones that look harmful, drawn by `settings.boundary_fraction`.
+    """
+    if not harmful or not (benign or boundary):
         raise TrainingError(
             f"examples: expected harmful and benign ones, found {len(harmful)} and {len(benign)}"
         )
+    rate = settings.learning_rate or find_learning_rate(model, tokenizer, harmful, settings)
     arguments = make_arguments(
         settings,
         work_dir,
         next(model.parameters()).device,
         per_device_train_batch_size=1,  # an item holds a whole step
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,  # of differences, it would pull the model back to its base
         max_grad_norm=0.0,
     )
     layout = find_layout(model)
     check_adapter(model)
-    generator = torch.Generator().manual_seed(settings.seed)
-    harmful_steps = _deal(harmful, settings.harmful_batch_size, settings.steps, generator)
-    benign_steps = _deal(benign, settings.benign_batch_size, settings.steps, generator)
+    steps = deal_steps(harmful, benign, boundary, settings)
+    kept = list(dict.fromkeys(example for _, answers in steps for example in answers))
+    with model.disable_adapter():
+        targets = compute_targets(model, tokenizer, kept, settings, harmful)
+    rows = {example: row for row, example in enumerate(kept)}
+
+    def collate_step(items: list[Step]) -> dict[str, Any]:
+        ((refusals, answers),) = items
+        return {
+            "whole": collate(refusals + answers, tokenizer.pad_token_id, layout),
+            "targets": targets.pick([rows[example] for example in answers]),
+        }
+
     trainer = _RefusalTrainer(
-        settings,
-        model=model,
-        args=arguments,
-        train_dataset=list(zip(harmful_steps, benign_steps, strict=True)),
-        data_collator=lambda items: _collate_step(items, tokenizer.pad_token_id, layout),
+        settings, model=model, args=arguments, train_dataset=steps, data_collator=collate_step
     )
     with saving_checkpoints(model):
         log = run_trainer(trainer, on_step)
-    return [StepLoss(int(entry["step"]), entry["refusal"], entry["retain"]) for entry in log]
+    return [
+        StepLoss(int(entry["step"]), entry["refusal"], entry["retain"], entry.get("hinge", 0.0))
+        for entry in log
+    ]
+
+
+def deal_steps(
+    harmful: Sequence[Example],
+    benign: Sequence[Example],
+    boundary: Sequence[Example],
+    settings: TrainSettings,
+) -> list[Step]:
+    """Deal the examples of each step in random order, all of a kind before any comes again."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    size, fraction = settings.benign_batch_size, settings.boundary_fraction or 0.0
+    if fraction:
+        # The fraction holds over the steps so far, as one of so few rows can't at each.
+        ends = [math.floor(step * size * fraction + 1e-9) for step in range(settings.steps + 1)]
+        drawn = [end - start for start, end in pairwise(ends)]
+    else:
+        benign, drawn = [*benign, *boundary], [0] * settings.steps
+    refusals = _deal(harmful, [settings.harmful_batch_size] * settings.steps, generator)
+    answers = _deal(benign, [size - count for count in drawn], generator)
+    borderline = _deal(boundary, drawn, generator)
+    return [
+        (first, second + third)
+        for first, second, third in zip(refusals, answers, borderline, strict=True)
+    ]
 
 
 def _deal(
-    examples: Sequence[Example], size: int, steps: int, generator: torch.Generator
+    examples: Sequence[Example], sizes: Sequence[int], generator: torch.Generator
 ) -> list[list[Example]]:
+    if not examples and any(sizes):
+        raise TrainingError(
+            "boundary_fraction: expected benign examples that look harmful and others, found only "
+            "one kind; give --boundary builtin:boundary_train, or leave --boundary-fraction out"
+        )
     dealt = shuffle_endlessly(examples, generator)
-    return [[next(dealt) for _ in range(size)] for _ in range(steps)]
+    return [list(islice(dealt, size)) for size in sizes]
 
 
-def _collate_step(
-    items: list[tuple[list[Example], list[Example]]], pad_token_id: int, layout: Layout
-) -> dict[str, Batch]:
-    ((harmful, benign),) = items
-    # The benign rows come alone as well, because the base answers them alone.
-    return {
-        "whole": collate(harmful + benign, pad_token_id, layout),
-        "benign": collate(benign, pad_token_id, layout),
-    }
+def find_learning_rate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[Example],
+    settings: TrainSettings,
+) -> float:
+    """Find the rate at which a step gains `settings.step_gain` nats of refusals, to first order."""
+    # Adam moves each value by about the rate, whatever its gradient: the gain of a step is the rate
+    # times the sum of absolute gradients, of which selections and densities have very different
+    # ones. At equal rates they would be compared at steps of different size.
+    count = min(GRADIENT_ROWS, len(harmful))
+    # Evenly spaced, as rows are sorted by category; and the same ones for every seed.
+    examples = [harmful[row * len(harmful) // count] for row in range(count)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _add_gradient(model, tokenizer, examples, settings)
+    total = 0.0
+    for parameter in trained:
+        if parameter.grad is not None:
+            total += float(parameter.grad.abs().sum())
+            parameter.grad = None
+    if not 0 < total < math.inf:
+        raise TrainingError(
+            f"--lr auto: expected a finite gradient of the refusal loss, found a sum of {total:g}; "
+            "give --lr a number"
+        )
+    # Few digits are enough, easy to give again, and the same where a device sums in any order.
+    return float(f"{settings.step_gain / total:.3g}")
+
+
+def _add_gradient(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+) -> None:
+    """Add the gradient of the refusal loss of examples, as of one batch."""
+    decay, size = settings.token_decay, settings.harmful_batch_size + settings.benign_batch_size
+
+    def weigh(rows: Sequence[Example]) -> float:
+        return sum(decay**place for row in rows for place in range(len(row.answer_ids)))
+
+    layout, device = find_layout(model), next(model.parameters()).device
+    with torch.enable_grad(), without_dropout(model):
+        for start in range(0, len(examples), size):  # no more rows at once than a step has
+            rows = examples[start : start + size]
+            batch = collate(rows, tokenizer.pad_token_id, layout).to(device)
+            loss = compute_refusal_loss(answer_logits(model, batch), batch.answer_ids, decay)
+            (weigh(rows) / weigh(examples) * loss).backward()
 
 
 class _RefusalTrainer(Trainer):
@@ -104,58 +198,17 @@ class _RefusalTrainer(Trainer):
     def compute_loss(
         self,
         model: PeftModel,
-        inputs: dict[str, Batch],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
     ) -> torch.Tensor:
-        device = self.args.device
-        whole, benign = inputs["whole"].to(device), inputs["benign"].to(device)
-        refusal, retain = compute_losses(model, whole, benign, self._settings.token_decay)
-        self._terms = {"refusal": refusal.item(), "retain": retain.item()}
-        return refusal + self._settings.retain_weight * retain
+        whole: Batch = inputs["whole"].to(self.args.device)
+        targets: Targets = inputs["targets"].to(self.args.device)
+        losses = compute_losses(model, whole, targets, self._settings)
+        terms = losses._asdict().items()
+        self._terms = {name: loss.item() for name, loss in terms if loss is not None}
+        return losses.weigh(self._settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Into the trainer's own log, which its checkpoints keep: a resumed run returns all steps.
         super().log(logs | self._terms if "loss" in logs else logs, start_time)
-
-
-def compute_losses(
-    model: PeftModel, whole: Batch, benign: Batch, decay: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute both terms of SET's loss, for a batch whose last rows are the benign ones."""
-    with torch.no_grad(), model.disable_adapter():
-        base = answer_logits(model, benign)
-    logits = answer_logits(model, whole)
-    harmful = len(logits) - len(base)
-    refusal = compute_refusal_loss(logits[:harmful], whole.answer_ids[:harmful], decay)
-    retain = compute_retain_loss(logits[harmful:, : base.shape[1]], base, benign.answer_ids, decay)
-    return refusal, retain
-
-
-def compute_refusal_loss(
-    logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
-) -> torch.Tensor:
-    """Compute the weighted negative log-likelihood of refusals."""
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), answer_ids, ignore_index=IGNORED, reduction="none"
-    )
-    return (losses * weigh_tokens(answer_ids, decay)).sum()
-
-
-def compute_retain_loss(
-    logits: torch.Tensor, base_logits: torch.Tensor, answer_ids: torch.Tensor, decay: float
-) -> torch.Tensor:
-    """Compute the weighted KL(base || model) over the base's own answers."""
-    scored = answer_ids != IGNORED
-    base = F.log_softmax(base_logits[scored], -1)
-    tuned = F.log_softmax(logits[scored], -1)
-    divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
-    return (divergence * weigh_tokens(answer_ids, decay)[scored]).sum()
-
-
-def weigh_tokens(answer_ids: torch.Tensor, decay: float) -> torch.Tensor:
-    """Weight answer tokens so that each has `decay` times the weight of the one before; sum 1."""
-    # The first answer tokens decide between refusing and helping.
-    steps = torch.arange(answer_ids.shape[1], device=answer_ids.device)
-    weights = decay**steps * (answer_ids != IGNORED)
-    return weights / weights.sum()

@@ -72,6 +72,23 @@ def test_a_number_is_refused_on_the_command_line_as_in_python(
             assert f"Invalid value for '{setting.flag}': {text}" in called.stderr
 
 
+@pytest.mark.parametrize("command", ["enhance", "train"])
+def test_a_rate_is_a_number_or_auto(command: str) -> None:
+    called = call(command, "--lr", "fast")
+    assert called.exit_code == 2
+    assert "Invalid value for '--lr': 'fast' is not a valid float" in called.stderr
+    called = call(command, "--lr", "auto")
+    assert called.exit_code == 2
+    assert "Missing argument 'BASE'" in called.stderr
+
+
+def test_auto_comes_before_the_rate_of_a_file(run: Run) -> None:
+    arguments = ["--settings", run.out / "settings.json", "--out", run.out, "--lr", "auto"]
+    called = call("enhance", run.base, *arguments)
+    assert called.exit_code == 1
+    assert " there, None here);" in called.stderr
+
+
 def test_every_number_that_a_command_takes_has_a_range() -> None:
     free = [
         (name, option.opts[0])
@@ -145,7 +162,7 @@ def test_a_step_takes_its_part_of_the_settings_of_a_run(run: Run, tmp_path: Path
     ("text", "message"),
     [
         ("train.steps = 0", "train.steps: expected a number at least 1, found 0"),
-        ("train.step = 1", "train: expected harmful, benign, steps"),
+        ("train.step = 1", "train: expected harmful, benign, boundary"),
         ("steps = 1", "expected base, score, train, evaluate, compute, found steps beside them"),
         ("steps", "expected settings in TOML or JSON"),
     ],

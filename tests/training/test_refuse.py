@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from safeweights_peft.chat import Chat
@@ -21,12 +21,22 @@ from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Mode
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training import finetune
-from safeweights_peft.training.refuse import (
-    StepLoss,
+from safeweights_peft.training.losses import (
+    Targets,
+    compute_hinge_loss,
     compute_refusal_loss,
     compute_retain_loss,
-    train_to_refuse,
+    compute_targets,
+    find_likeliest,
+    find_openers,
+    sum_up,
     weigh_tokens,
+)
+from safeweights_peft.training.refuse import (
+    StepLoss,
+    deal_steps,
+    find_learning_rate,
+    train_to_refuse,
 )
 from safeweights_peft.tuner.adapter import create_adapter
 from safeweights_peft.tuner.layer import layers
@@ -124,6 +134,13 @@ def test_the_refusal_loss_is_that_of_a_plain_loop_over_tokens() -> None:
     )
 
 
+def keep(base: Tensor, openers: tuple[int, ...] = ()) -> Targets:
+    """Keep what is kept of a base's logits."""
+    ids, chances = find_likeliest(base), base.softmax(-1)
+    silence = torch.log(1 - chances[..., list(openers)].sum(-1))
+    return Targets(ids.int(), sum_up(base, ids), torch.tensor(openers, dtype=torch.int64), silence)
+
+
 def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
     logits, base, decay = torch.randn(3, 4, 7), torch.randn(3, 4, 7), 0.7
     total = weights = 0.0
@@ -135,23 +152,267 @@ def test_the_retain_loss_is_that_of_a_plain_loop_over_tokens() -> None:
                 kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
                 total += decay**position * kl
                 weights += decay**position
-    actual = compute_retain_loss(logits, base, ANSWERS, decay).item()
+    actual = compute_retain_loss(logits, keep(base), ANSWERS, decay).item()
     assert actual == pytest.approx(total / weights, rel=1e-5)
+
+
+def full_kl(base: Tensor, tuned: Tensor) -> Tensor:
+    p, q = base.double().log_softmax(-1), tuned.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("change", [0.03, 0.3, 3.0])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_the_likeliest_tokens_and_the_rest_have_about_the_kl_of_all(
+    spread: float, change: float
+) -> None:
+    # As far spread as a model's logits, 2 to 4, the 64 likeliest of 2,000 hold much of the mass.
+    random = torch.Generator().manual_seed(0)
+    base = spread * torch.randn(50, 1, 2000, generator=random)
+    tuned = base + change * torch.randn(50, 1, 2000, generator=random)
+    answers = torch.zeros(50, 1, dtype=torch.int64)
+    expected = full_kl(base, tuned).mean().item()
+    actual = compute_retain_loss(tuned, keep(base), answers, 0.7).item()
+    assert actual <= expected
+    if spread == 4.0:
+        assert actual >= 0.9 * expected
 
 
 def test_what_stands_after_an_answers_end_changes_no_loss() -> None:
     logits, base = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
-    before = (
-        compute_refusal_loss(logits, ANSWERS, 0.7),
-        compute_retain_loss(logits, base, ANSWERS, 0.7),
-    )
+
+    def losses() -> tuple[Tensor, ...]:
+        return (
+            compute_refusal_loss(logits, ANSWERS, 0.7),
+            compute_retain_loss(logits, keep(base), ANSWERS, 0.7),
+            compute_hinge_loss(logits, keep(base, (1, 5)), ANSWERS),
+        )
+
+    before = losses()
     logits[ANSWERS == IGNORED] = 1e4
     base[ANSWERS == IGNORED] = -1e4
-    after = (
-        compute_refusal_loss(logits, ANSWERS, 0.7),
-        compute_retain_loss(logits, base, ANSWERS, 0.7),
+    assert losses() == before
+
+
+def test_the_hinge_is_that_of_a_plain_loop_over_tokens() -> None:
+    logits, base, openers = torch.randn(3, 4, 7), torch.randn(3, 4, 7), (1, 5)
+    total = 0.0
+    for row in range(3):
+        for position in range(4):
+            if int(ANSWERS[row, position]) != IGNORED:
+                was, now = (
+                    1 - x[row, position].double().softmax(-1)[list(openers)].sum().item()
+                    for x in (base, logits)
+                )
+                total += max(0.0, math.log(was) - math.log(now))
+    actual = compute_hinge_loss(logits, keep(base, openers), ANSWERS).item()
+    assert actual == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_the_hinge_costs_nothing_where_openers_are_no_likelier_than_in_the_base() -> None:
+    base = torch.randn(3, 4, 7)
+    logits = base.clone().requires_grad_()
+    lower = torch.zeros(7).index_fill(0, torch.tensor([1, 5]), -0.1)
+    loss = compute_hinge_loss(logits + lower, keep(base, (1, 5)), ANSWERS)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("gap", [0.1, 10.0, 1e4])
+def test_the_hinge_pushes_openers_down_and_stays_finite(gap: float) -> None:
+    base = torch.randn(3, 4, 7)
+    logits = base + gap * torch.eye(7)[1]
+    logits.requires_grad_()
+    loss = compute_hinge_loss(logits, keep(base, (1, 5)), ANSWERS)
+    loss.backward()
+    assert loss.item() > 0
+    assert logits.grad.isfinite().all()
+    if gap < 20:  # from where there is no slope in float32
+        assert (logits.grad[..., 1][ANSWERS != IGNORED] > 0).all()
+
+
+def test_openers_are_the_first_tokens_of_refusals_wherever_a_text_goes_on(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(resolve_base(str(tiny_llama)))
+    chat = Chat(tokenizer)
+    refusals = [chat.encode_example("Go", text, 8) for text in ("I can't.", "No.", "I won't.")]
+    openers = find_openers(tokenizer, refusals)
+    assert {refusal.answer_ids[0] for refusal in refusals} <= set(openers)
+    assert {tokenizer.decode([token]).strip() for token in openers} == {"I", "N"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+def test_targets_are_what_the_base_predicts_for_each_row_alone(tiny_llama: Path, size: int) -> None:
+    job = Job(tiny_llama)
+    chat = Chat(job.tokenizer)
+    texts = ["Yes.", "Well, yes.", "No", "Yes, of course, and more.", "Y", "Yes."]
+    pairs = zip(BENIGN, texts, strict=True)
+    rows = [chat.encode_example(request, text, 9) for request, text in pairs]
+    settings = dataclasses.replace(
+        SETTINGS, benign_batch_size=size, hinge_weight=1.0, hinge_tokens=9
     )
-    assert after == before
+    targets = compute_targets(job.model, job.tokenizer, rows, settings, job.harmful)
+    for place, row in enumerate(rows):
+        with torch.no_grad():
+            alone = answer_logits_alone(job.plain, row).log_softmax(-1)
+        count, near = len(row.answer_ids), min(len(row.answer_ids), 4)
+        kept = targets.token_ids[place, :near].long()
+        assert torch.allclose(
+            targets.log_probs[place, :near, :-1], alone[:near].gather(-1, kept), atol=1e-4
+        )
+        others = alone[:near].exp().scatter(-1, kept, 0.0).sum(-1).log()
+        assert torch.allclose(targets.log_probs[place, :near, -1], others, atol=1e-4)
+        silent = (1 - alone[near:].exp()[:, targets.openers].sum(-1)).log()
+        assert torch.allclose(targets.silence[place, : count - near], silent, atol=1e-4)
+
+
+def test_the_base_is_asked_once_for_each_benign_answer(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, asked = Job(tiny_llama), []
+    module = sys.modules[train_to_refuse.__module__]
+
+    def spy(model: nn.Module, tokenizer: object, examples: list[Example], *rest: object) -> object:
+        asked.extend(examples)
+        return compute_targets(model, tokenizer, examples, *rest)
+
+    monkeypatch.setattr(module, "compute_targets", spy)
+    job.run(tmp_path, steps=6)
+    assert len(asked) == len(set(asked)) == len(set(job.benign))
+
+
+def test_the_hinge_keeps_later_tokens_of_benign_answers_from_refusals(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    lost = []
+    for weight in (1e-6, 10.0):
+        job = Job(tiny_llama)
+        chat = Chat(job.tokenizer)
+        job.benign = [chat.encode_example(text, "Yes, of course.", 12) for text in BENIGN]
+        changes = {"hinge_weight": weight, "hinge_tokens": 12, "steps": 20, "retain_weight": 0.0}
+        losses = job.run(tmp_path / str(weight), benign_batch_size=6, **changes)
+        assert losses[0].hinge == pytest.approx(0, abs=1e-5)
+        lost.append(losses[-1].hinge)
+    assert lost[1] < lost[0] / 2
+
+
+def steps_of(benign: int, boundary: int, **changes: object) -> list[list[tuple[str, int]]]:
+    """Deal examples, and tell of each benign one its kind and number."""
+    kinds = [
+        [Example((kind, number), (0,)) for number in range(count)]
+        for kind, count in enumerate((3, benign, boundary))
+    ]
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return [
+        [(" bB"[kind], number) for kind, number in (row.prompt_ids for row in rows)]
+        for _, rows in deal_steps(*kinds, settings)
+    ]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.35, 0.4, 1.0])
+def test_boundary_rows_are_their_fraction_of_the_benign_ones(fraction: float) -> None:
+    steps = steps_of(9, 7, boundary_fraction=fraction, steps=40, benign_batch_size=10)
+    assert {len(rows) for rows in steps} == {10}
+    drawn = [sum(kind == "B" for kind, _ in rows) for rows in steps]
+    assert max(drawn) - min(drawn) <= 1
+    assert sum(drawn) == round(400 * fraction)
+    for kind, count in (("b", 9), ("B", 7)):
+        dealt = [row for rows in steps for row in rows if row[0] == kind]
+        rounds = [dealt[at : at + count] for at in range(0, len(dealt) // count * count, count)]
+        assert all(len(set(rows)) == count for rows in rounds)
+
+
+def test_without_a_fraction_boundary_rows_come_with_the_others() -> None:
+    together = steps_of(9, 7, steps=8, benign_batch_size=4)
+    assert len({row for rows in together[:4] for row in rows}) == 16
+
+
+@pytest.mark.parametrize(("benign", "boundary"), [(0, 5), (5, 0)])
+def test_a_fraction_of_one_kind_alone_is_refused(benign: int, boundary: int) -> None:
+    with pytest.raises(TrainingError, match=r"^boundary_fraction: .* found only one kind"):
+        steps_of(benign, boundary, boundary_fraction=0.4)
+
+
+def absolute_gradient(model: nn.Module, indices: dict[str, np.ndarray], loss: Tensor) -> float:
+    loss.backward()
+    return sum(
+        float(model.get_parameter(name).grad.flatten()[torch.from_numpy(at)].abs().sum())
+        for name, at in indices.items()
+    )
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_auto_divides_the_gain_by_the_plain_sum_of_absolute_gradients(
+    size: int, tiny_llama: Path
+) -> None:
+    job = Job(tiny_llama)
+    job.plain.requires_grad_(True)
+    loss = plain_refusal_loss(job.plain, job.harmful, SETTINGS.token_decay)
+    expected = 0.25 / absolute_gradient(job.plain, job.indices, loss)
+    settings = dataclasses.replace(
+        SETTINGS, step_gain=0.25, harmful_batch_size=size, benign_batch_size=1
+    )
+    rate = find_learning_rate(job.model, job.tokenizer, job.harmful, settings)
+    assert rate == pytest.approx(expected, rel=6e-3)
+    assert rate == float(f"{rate:.3g}")
+    assert all(parameter.grad is None for parameter in job.model.parameters())
+
+
+def test_a_step_at_the_rate_found_gains_what_was_asked(tiny_llama: Path, tmp_path: Path) -> None:
+    losses = Job(tiny_llama).run(
+        *(tmp_path,),
+        **{"learning_rate": None, "step_gain": 0.05, "steps": 2, "warmup_steps": 0},
+        harmful_batch_size=6,
+    )
+    assert losses[0].refusal - losses[1].refusal == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_rate_found_and_given_by_hand_is_the_same_training(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    found, given = Job(tiny_llama), Job(tiny_llama)
+    losses = found.run(tmp_path / "found", learning_rate=None)
+    settings = dataclasses.replace(SETTINGS, learning_rate=None)
+    rate = find_learning_rate(given.model, given.tokenizer, given.harmful, settings)
+    assert given.run(tmp_path / "given", learning_rate=rate) == losses
+    assert same(found.values(), given.values())
+
+
+def test_an_interrupted_run_with_all_options_ends_bitwise_like_a_straight_one(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = {"learning_rate": None, "hinge_weight": 1.0, "hinge_tokens": 6, "answer_tokens": 2}
+    straight, resumed = Job(tiny_llama), Job(tiny_llama)
+    losses = straight.run(tmp_path / "straight", **options)
+    with pytest.raises(Interrupted):
+        Job(tiny_llama).run(tmp_path / "broken", 3, **options)
+    assert resumed.run(tmp_path / "broken", **options) == losses
+    assert same(resumed.values(), straight.values())
+
+
+def test_a_rate_is_found_for_a_lora_too(tiny_llama: Path) -> None:
+    job = Job(tiny_llama)
+    config = LoraConfig(r=2, target_modules=["up_proj", "o_proj"], init_lora_weights=True)
+    lora = get_peft_model(job.plain, config)
+    settings = dataclasses.replace(SETTINGS, step_gain=0.01)
+    rate = find_learning_rate(lora, job.tokenizer, job.harmful, settings)
+    with torch.no_grad():
+        before = plain_refusal_loss(lora, job.harmful, SETTINGS.token_decay).item()
+    plain_refusal_loss(lora, job.harmful, SETTINGS.token_decay).backward()
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            if parameter.requires_grad:
+                parameter -= rate * parameter.grad.sign()
+        after = plain_refusal_loss(lora, job.harmful, SETTINGS.token_decay).item()
+    assert before - after == pytest.approx(0.01, rel=0.2)
+
+
+def test_no_rate_is_found_where_the_loss_is_not_finite(tiny_llama: Path) -> None:
+    job = Job(tiny_llama)
+    with torch.no_grad():
+        job.model.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"^--lr auto: expected a finite gradient .* nan; give"):
+        find_learning_rate(job.model, job.tokenizer, job.harmful, SETTINGS)
 
 
 def test_token_weights_fall_by_the_decay_and_sum_to_one() -> None:
