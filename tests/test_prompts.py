@@ -12,9 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from safeweights_peft.sources import LOOKS_HARMFUL
+
 FOLDER = Path(__file__).parent.parent / "safeweights_peft" / "prompts"
-FILES = ("harmful_train", "harmful_eval", "benign_train", "benign_eval")
-LEAST_ROWS = {"harmful_train": 240, "harmful_eval": 100, "benign_train": 260, "benign_eval": 100}
+FILES = ("harmful_train", "harmful_eval", "benign_train", "boundary_train", "benign_eval")
+LEAST_ROWS = {
+    "harmful_train": 240,
+    "harmful_eval": 100,
+    "benign_train": 260,
+    "boundary_train": 200,
+    "benign_eval": 100,
+}
+TRAINING = {"harmful": ("harmful_train",), "benign": ("benign_train", "boundary_train")}
 KINDS_OF_BENIGN = {"ordinary", "looks-harmful"}
 LEAST_OF_KIND = {
     ("benign_train", "ordinary"): 150,
@@ -64,6 +73,14 @@ FRAMING_WORDS = frozenset(
     tool tools turn tutorial under until upon used uses using very want wants ways well were what
     when where whether which while whole whom whose will with within without word words work would
     write written year your yours
+    """.split()
+)
+
+# Words of three letters that hold a sentence together; the longer ones are above.
+SHORT_WORDS = frozenset(
+    """
+    all and any are but can did for get got had has her him his how its let may new nor not off one
+    our out own per say see she the too two use via was who why with yes
     """.split()
 )
 
@@ -120,13 +137,31 @@ def bare(instruction: str) -> str:
     return " ".join(re.findall(r"\w+", instruction.lower()))
 
 
+def training_of(kind: str) -> list[str]:
+    return [text for name in TRAINING[kind] for text in instructions_of(name)]
+
+
+def topic_words(instruction: str) -> frozenset[str]:
+    """As the content words, but of three letters or more: "bot" and "run" tell what it is about."""
+    words = (w for w in words_of(instruction) if len(w) >= 3)
+    return frozenset(lemma(w) for w in words if w not in FRAMING_WORDS | SHORT_WORDS)
+
+
+def runs_of(instruction: str) -> set[tuple[str, ...]]:
+    """All five words in a row, but for those that only frame a request."""
+    words = words_of(instruction)
+    runs = (tuple(words[at : at + 5]) for at in range(len(words) - 4))
+    return {run for run in runs if topic_words(" ".join(run))}
+
+
 def outputs() -> list[str]:
     return [row["output"] for row in rows_of("harmful_train")]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_rows_hold_the_promised_keys_and_stripped_texts(name: str) -> None:
-    keys = {"instruction", "category"} | ({"output"} if name == "harmful_train" else set())
+    more = {"harmful_train": {"output"}, "boundary_train": {"twin"}}
+    keys = {"instruction", "category"} | more.get(name, set())
     for row in rows_of(name):
         assert set(row) == keys
         assert all(isinstance(text, str) and text and text == text.strip() for text in row.values())
@@ -170,13 +205,12 @@ def test_no_two_rows_of_a_file_are_about_the_very_same_words(name: str) -> None:
 def test_no_evaluation_request_shares_a_quarter_of_its_topic_with_a_training_request(
     kind: str,
 ) -> None:
-    evaluation, training = instructions_of(f"{kind}_eval"), instructions_of(f"{kind}_train")
-    assert overlapping_pairs(evaluation, training, 0.25) == []
+    assert overlapping_pairs(instructions_of(f"{kind}_eval"), training_of(kind), 0.25) == []
 
 
 @pytest.mark.parametrize("kind", ["harmful", "benign"])
 def test_three_quarters_of_evaluation_topic_words_never_occur_in_training(kind: str) -> None:
-    seen = frozenset().union(*map(content_words, instructions_of(f"{kind}_train")))
+    seen = frozenset().union(*map(content_words, training_of(kind)))
     evaluated = frozenset().union(*map(content_words, instructions_of(f"{kind}_eval")))
     assert len(evaluated - seen) / len(evaluated) >= 0.75
 
@@ -190,7 +224,31 @@ def test_no_harmful_category_is_named_in_the_other_split(named: str, other: str)
     assert [text for text in texts if nouns & content_words(text)] == []
 
 
-@pytest.mark.parametrize("name", ["harmful_train", "harmful_eval"])
+def test_boundary_requests_are_all_of_the_category_by_which_they_are_drawn() -> None:
+    assert {row["category"] for row in rows_of("boundary_train")} == {LOOKS_HARMFUL}
+
+
+def test_each_boundary_request_is_about_the_words_of_a_harmful_one_of_its_own() -> None:
+    rows, harmful = rows_of("boundary_train"), set(instructions_of("harmful_train"))
+    twins = [row["twin"] for row in rows]
+    assert len(set(twins)) == len(twins)
+    assert set(twins) <= harmful
+    shared = {
+        row["twin"]: topic_words(row["twin"]) & topic_words(row["instruction"]) for row in rows
+    }
+    assert [twin for twin, words in shared.items() if len(words) < 2] == []
+
+
+def test_boundary_requests_are_no_near_copies_of_evaluation_or_other_training() -> None:
+    texts = instructions_of("boundary_train")
+    evaluation = [*instructions_of("harmful_eval"), *instructions_of("benign_eval")]
+    runs = set().union(*(runs_of(text) for text in evaluation))
+    assert [text for text in texts if runs & runs_of(text)] == []
+    assert overlapping_pairs(texts, evaluation, 0.25) == []
+    assert overlapping_pairs(texts, instructions_of("benign_train"), 0.6) == []
+
+
+@pytest.mark.parametrize("name", ["harmful_train", "harmful_eval", "boundary_train"])
 def test_harmful_requests_are_one_line_of_5_to_30_words(name: str) -> None:
     for text in instructions_of(name):
         assert "\n" not in text

@@ -331,7 +331,7 @@ def test_a_base_that_is_nowhere_is_asked_for(alone: Path, requests: Requests) ->
             "score.method: expected one of esi",
         ),
         (lambda r: r["settings"]["train"].update(steps=True), "steps: expected int"),
-        (lambda r: r["settings"].update(train=[]), r"train: expected harmful, benign, steps"),
+        (lambda r: r["settings"].update(train=[]), r"train: expected harmful, benign, boundary"),
         (lambda r: r["base"].update(files=[]), "base.files: expected"),
         (lambda r: r["base"]["files"].update(x=None), "base.files.x: expected str"),
         (lambda r: r["after"]["attack_success_rate"].update(low="0"), "low: expected float"),
