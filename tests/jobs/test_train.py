@@ -2,7 +2,9 @@
 
 import html
 import json
+import sys
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.tuner.layer import layers
 from tests.killing import Ending, end_at_every_write
 from tests.patch.test_interruptions import PREPARE, is_old
-from tests.tiny_jobs import HARMFUL, Interrupted, Recorder, Requests, content
+from tests.tiny_jobs import BENIGN, HARMFUL, Interrupted, Recorder, Requests, content
 from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 
@@ -123,6 +125,79 @@ def test_the_record_beside_the_patch_is_what_was_returned(
     stored = json.loads((tmp_path / "patch" / "training.json").read_text())
     assert stored == json.loads(json.dumps(record))
     assert [loss["step"] for loss in stored["losses"]] == [1, 2, 3]
+
+
+def test_a_rate_that_is_found_is_told_and_gives_the_same_patch_by_hand(
+    tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
+) -> None:
+    progress, settings = Recorder(), requests.train(learning_rate=None, step_gain=0.01)
+    record = train(Job(tiny_llama, progress=progress), map_dir, tmp_path / "auto", settings)
+    rate = record["learning_rate"]
+    assert f"--lr {rate:g} gains 0.01 nats per step" in progress.notes
+    by_hand = requests.train(learning_rate=rate)
+    assert train(Job(tiny_llama), map_dir, tmp_path / "hand", by_hand)["learning_rate"] == rate
+    auto, hand = (read_adapter(tmp_path / name).deltas for name in ("auto", "hand"))
+    assert all(np.array_equal(auto[name].values, hand[name].values) for name in auto)
+
+
+def write_benign(path: Path, categories: list[str | None]) -> str:
+    rows = [{"instruction": text} for text in BENIGN[: len(categories)]]
+    for row, category in zip(rows, categories, strict=True):
+        row |= {"category": category} if category else {}
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("source", ["by their category", "by their source"])
+def test_requests_that_look_harmful_are_drawn_by_their_fraction(
+    source: str,
+    tiny_llama: Path,
+    map_dir: Path,
+    requests: Requests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dealt, chat = [], Job(tiny_llama).chat
+    monkeypatch.setattr(
+        sys.modules[train.__module__],
+        "train_to_refuse",
+        lambda *given, boundary: dealt.append((given[3], boundary)) or [],
+    )
+    if source == "by their category":
+        marks = [None, "looks-harmful", "other", None, "looks-harmful"]
+        settings = requests.train(benign=write_benign(tmp_path / "all.json", marks))
+        expected = [BENIGN[1], BENIGN[4]]
+    else:
+        write_benign(tmp_path / "more.json", ["other"])
+        settings = requests.train(boundary=str(tmp_path / "more.json"))
+        expected = [BENIGN[0]]
+    for fraction in (None, 0.4):
+        given = replace(settings, boundary_fraction=fraction)
+        train(Job(tiny_llama), map_dir, tmp_path / str(fraction), given)
+    (together, none), (others, boundary) = dealt
+    assert none == []
+    assert [row.prompt_ids for row in boundary] == [chat.encode_prompt(text) for text in expected]
+    assert len(together) == len(others) + len(boundary)
+
+
+@pytest.mark.parametrize("marks", [[None, None], ["looks-harmful", "looks-harmful"]])
+def test_a_fraction_of_requests_of_one_kind_is_refused_before_the_base_is_loaded(
+    marks: list[str | None], requests: Requests, map_dir: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    benign = write_benign(tmp_path / "benign.json", marks)
+    settings = requests.train(benign=benign, boundary_fraction=0.4)
+    job = Job(tiny_llama)
+    with pytest.raises(DataError, match=r"^boundary_fraction: .* found [02] of 2 of it; give"):
+        train(job, map_dir, tmp_path / "patch", settings)
+    assert "model" not in vars(job)
+
+
+def test_the_hinge_asks_for_longer_answers(
+    tiny_llama: Path, map_dir: Path, requests: Requests, tmp_path: Path
+) -> None:
+    settings = requests.train(steps=2, hinge_weight=1.0, hinge_tokens=9)
+    record = train(Job(tiny_llama), map_dir, tmp_path / "patch", settings)
+    assert [loss["hinge"] >= 0 for loss in record["losses"]] == [True, True]
 
 
 def test_a_patch_says_how_its_entries_were_chosen(
