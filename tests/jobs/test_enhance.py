@@ -149,6 +149,19 @@ def test_other_settings_are_refused_by_name(
     assert content(run.out) == before
 
 
+def test_a_run_that_is_older_than_a_setting_goes_on(
+    run: Run, requests: Requests, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run.out, out)
+    settings = json.loads((out / "settings.json").read_text())
+    for name in ("boundary", "boundary_fraction", "step_gain", "hinge_weight", "hinge_tokens"):
+        del settings["train"][name]
+    (out / "settings.json").write_text(json.dumps(settings))
+    (out / "result.json").unlink()
+    assert figures(again(run, out, requests)) == figures(run.result)
+
+
 def test_another_base_is_refused_by_name(run: Run, requests: Requests, tiny_llama: Path) -> None:
     with pytest.raises(DataError, match=r"other base \("):
         enhance(requests.run(tiny_llama, steps=20), run.out)
