@@ -96,8 +96,8 @@ def setting(default: Any, help: str, **option: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(help, **option)})
 
 
-def _requests(default: str | None, help: str, flag: str = "") -> Any:
-    return setting(default, f"{help}: {SOURCES}.", flag=flag, group="Data")
+def _requests(default: str | None, help: str, **option: Any) -> Any:
+    return setting(default, f"{help}: {SOURCES}.", group="Data", **option)
 
 
 def _judge(default: Any, help: str, **option: Any) -> Any:
@@ -148,11 +148,23 @@ def find_older(job: type[Settings]) -> dict[str, Any]:
 
 
 class Method(StrEnum):
-    """How weights are selected: by ESI, or by a control with the same count."""
+    """What weights are selected by: a score, or a control with the same count."""
 
     ESI = "esi"
+    FISHER = "fisher"
     RANDOM = "random"
     BOTTOM = "bottom"
+    MAGNITUDE = "magnitude"
+    MOVEMENT = "movement"
+
+
+class Granularity(StrEnum):
+    """What is selected: single weights, or whole rows or columns of matrices."""
+
+    ENTRY = "entry"
+    ROW = "row"
+    COLUMN = "column"
+    AUTO = "auto"
 
 
 class Aggregation(StrEnum):
@@ -224,8 +236,30 @@ class ScoreSettings(Settings):
     harmful: str = _requests("builtin:harmful_train", "Harmful requests to learn from")
     examples: int = setting(64, "Number of harmful requests to score with.", group="Data", least=1)
     contrast: str | None = _requests(None, "Benign requests whose weights to exclude")
+    benign: str = _requests(
+        "builtin:benign_train",
+        "Benign requests to keep answering as before",
+        older="builtin:benign_train",
+    )
+    benign_examples: int = setting(
+        256,
+        "Number of benign requests to score with (with --method fisher or movement).",
+        group="Data",
+        least=1,
+        older=256,
+    )
     density: float = setting(0.01, "Fraction of all weights to select.", above=0, most=1)
-    method: Method = setting(Method.ESI, "Select by ESI, or as many weights by a control.")
+    method: Method = setting(
+        Method.ESI, "Select by ESI, by safety gained per harm done, or by another score."
+    )
+    granularity: Granularity = setting(
+        Granularity.ENTRY,
+        "Select single weights, or whole rows or columns; auto takes the better for each matrix.",
+        older=Granularity.ENTRY,
+    )
+    movement_steps: int = setting(
+        10, "Train all weights for N steps (with --method movement).", least=1, older=10
+    )
     aggregation: Aggregation = setting(
         Aggregation.ABS_OF_MEAN, "Absolute value of the mean gradient, or mean of absolute values."
     )

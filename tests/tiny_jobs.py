@@ -53,7 +53,12 @@ class Requests:
 
     def score(self, **changes: Any) -> ScoreSettings:
         settings = ScoreSettings(
-            harmful=self.harmful, examples=6, density=0.2, batch_size=4, refusal_tokens=12
+            harmful=self.harmful,
+            benign=self.benign,
+            examples=6,
+            density=0.2,
+            batch_size=4,
+            refusal_tokens=12,
         )
         return replace(settings, **changes)
 

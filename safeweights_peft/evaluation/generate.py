@@ -1,14 +1,16 @@
-"""Batched greedy answers of a model to requests."""
+"""Batched answers of a model to requests, greedy or drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import signature
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -35,14 +37,17 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = 25,
     on_batch: Callable[[Sequence[Example]], None] = lambda _: None,
+    seed: int | None = None,
 ) -> list[Example]:
-    """Let a model answer requests greedily, each on its own."""
+    """Let a model answer requests, each on its own: greedily, or drawn at temperature 1."""
     if not requests:
         raise EvaluationError("prompts: expected at least one request, found none")
     prompts = [Example(chat.encode_prompt(request, max_new_tokens), ()) for request in requests]
     texts = [request if isinstance(request, str) else request.instruction for request in requests]
     _check_room(texts, prompts, find_layout(model).positions, max_new_tokens)
-    return answer_prompts(model, chat.tokenizer, prompts, max_new_tokens, batch_size, on_batch)
+    return answer_prompts(
+        model, chat.tokenizer, prompts, max_new_tokens, batch_size, on_batch, seed
+    )
 
 
 def answer_prompts(
@@ -52,8 +57,9 @@ def answer_prompts(
     max_new_tokens: int,
     batch_size: int,
     on_batch: Callable[[Sequence[Example]], None] = lambda _: None,
+    seed: int | None = None,
 ) -> list[Example]:
-    """Let a model go on from prompts greedily, each on its own."""
+    """Let a model go on from prompts, each on its own: greedily, or drawn if there is a seed."""
     layout = find_layout(model)
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].prompt_ids))
@@ -63,7 +69,8 @@ def answer_prompts(
     answers: dict[int, Example] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        examples = _answer([prompts[row] for row in rows], model, config, layout)
+        noise = None if seed is None else _Noise(seed, rows)
+        examples = _answer([prompts[row] for row in rows], model, config, layout, noise=noise)
         answers.update(zip(rows, examples, strict=True))
         on_batch(examples)
     return [answers[row] for row in range(len(prompts))]
@@ -156,6 +163,25 @@ class _Words(TextStreamer):
             self._on_text(text, self._is_thought)
 
 
+class _Noise(LogitsProcessor):
+    """Adds Gumbel noise, under which the largest of the logits is a token drawn from them."""
+
+    def __init__(self, seed: int, rows: Sequence[int]) -> None:
+        # A generator for each row: neither the batch size nor the device changes the noise.
+        states = (np.random.SeedSequence((seed, row)).generate_state(1) for row in rows)
+        self._generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores + torch.stack(
+            [self.draw(row, scores[row]) for row in range(len(self._generators))]
+        )
+
+    def draw(self, row: int, logits: torch.Tensor) -> torch.Tensor:
+        """Draw the noise of one row's next token, on the logits' device; ``(vocabulary,)``."""
+        drawn = torch.empty(logits.shape[-1]).exponential_(generator=self._generators[row])
+        return -drawn.clamp_min(torch.finfo(torch.float32).tiny).log().to(logits.device)
+
+
 def _configure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
@@ -197,9 +223,13 @@ def _answer(
     config: GenerationConfig,
     layout: Layout,
     streamer: _Streamer | None = None,
+    noise: _Noise | None = None,
 ) -> list[Example]:
     if not layout.generates:
-        return [_answer_without_cache(prompt, model, config, layout) for prompt in prompts]
+        return [
+            _answer_without_cache(prompt, model, config, layout, noise, row)
+            for row, prompt in enumerate(prompts)
+        ]
     batch = collate(prompts, config.pad_token_id, layout).to(model.device)
     # `generate` refuses what a model doesn't know.
     knows_columns = "logits_to_keep" in signature(model.forward).parameters
@@ -209,6 +239,7 @@ def _answer(
             attention_mask=batch.attention_mask,
             generation_config=config,
             **({"streamer": streamer} if streamer else {}),
+            **({"logits_processor": [noise]} if noise else {}),
             **({"logits_to_keep": last_columns(1)} if knows_columns else {}),
         )
     width = batch.input_ids.shape[1]
@@ -219,14 +250,20 @@ def _answer(
 
 
 def _answer_without_cache(
-    prompt: Example, model: PreTrainedModel, config: GenerationConfig, layout: Layout
+    prompt: Example,
+    model: PreTrainedModel,
+    config: GenerationConfig,
+    layout: Layout,
+    noise: _Noise | None,
+    row: int,
 ) -> Example:
     """Predict each token from all before it, where `generate` fails or counts other positions."""
     answer: tuple[int, ...] = ()
     while len(answer) < config.max_new_tokens and not {*answer[-1:]} & {*config.eos_token_id}:
-        row = Example(prompt.prompt_ids, (*answer, config.pad_token_id))
-        batch = collate([row], config.pad_token_id, layout).to(model.device)
-        answer += (int(answer_logits(model, batch)[0, -1].argmax()),)
+        example = Example(prompt.prompt_ids, (*answer, config.pad_token_id))
+        batch = collate([example], config.pad_token_id, layout).to(model.device)
+        logits = answer_logits(model, batch)[0, -1]
+        answer += (int((logits if noise is None else logits + noise.draw(row, logits)).argmax()),)
     return Example(prompt.prompt_ids, answer)
 
 

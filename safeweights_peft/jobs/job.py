@@ -277,8 +277,9 @@ class Job:
         batch_size: int = 25,
         model: PreTrainedModel | None = None,
         show_refusals: bool = False,
+        seed: int | None = None,
     ) -> list[Example]:
-        """Let the base, or another model of its tokenizer, answer requests."""
+        """Let the base, or another model of its tokenizer, answer requests: greedily, or drawn."""
         model = self.model if model is None else model  # loaded before the task is shown
         with self.progress.task(f"Ask {who} requests", len(requests)) as advance:
             asked = refused = 0
@@ -303,6 +304,7 @@ class Job:
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 on_batch=show,
+                seed=seed,
             )
 
     def read(self, answer: Example) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from safeweights_peft.data import Example
@@ -20,7 +19,8 @@ from safeweights_peft.delta import Array
 from safeweights_peft.errors import FormatError, SelectionError
 from safeweights_peft.evaluation.generate import find_end_tokens
 from safeweights_peft.fetching import BaseModel, resolve_base
-from safeweights_peft.jobs.job import Job, identify, load_arrays, save_arrays
+from safeweights_peft.jobs.job import Job, identify
+from safeweights_peft.jobs.scoring import Scoring
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import (
     build_empty,
@@ -28,9 +28,10 @@ from safeweights_peft.modeling.loading import (
     load_model,
     load_tokenizer,
 )
-from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.io import write_map
+from safeweights_peft.selection.fisher import ANSWER_TOKENS
+from safeweights_peft.selection.groups import find_longest, make_ranking
 from safeweights_peft.selection.guards import read_profile
 from safeweights_peft.selection.objective import (
     Answered,
@@ -40,19 +41,14 @@ from safeweights_peft.selection.objective import (
 )
 from safeweights_peft.selection.scores import (
     SCORES,
-    GradientSum,
-    Score,
+    Reads,
     build_map,
     score_entries,
-    split_by_layer,
-    sum_gradients,
 )
 from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, SoftJudge
-from safeweights_peft.selection.topk import Order, Selected, TopK, select
-from safeweights_peft.settings import Aggregation, Method, ScoreSettings
+from safeweights_peft.selection.topk import Selected
+from safeweights_peft.settings import Aggregation, Granularity, Method, ScoreSettings, TrainSettings
 from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
-
-SAVE_SECONDS = 60  # between saves of the sum of gradients, which is as large as the scored weights
 
 
 def score(
@@ -61,7 +57,7 @@ def score(
     """Select the entries that carry safety, and write them as a safety map."""
     settings, started = settings or ScoreSettings(), time.perf_counter()
     inputs = read_inputs(settings)
-    harmful, benign, judges = inputs
+    harmful, contrast, benign, judges = inputs
     places = {f"the judge {judge.name}": judge.path for judge in judges}
     job.check(
         *requests_of(settings, inputs),
@@ -78,39 +74,55 @@ def score(
         "data_digest": data_digest(harmful),
         "safeweights_peft_version": version("safeweights-peft"),
     }
+    if benign:
+        selection["benign_digest"] = data_digest(benign)
     identity = {
         **selection,
         **asdict(job.compute),
         "judges": [identify(judge) for judge in judges],
         "profile": asdict(read_profile(settings.profile)) if settings.profile else None,
-        "contrast_digest": data_digest(benign),
+        "contrast_digest": data_digest(contrast),
     }
     with job.work(out, identity, overwrite) as work_dir:
         if kind.needs_gradient:
             scoring = Scoring(job, settings, work_dir)
             excluded: dict[str, Array] = {}
-            if benign:
-                usefulness = _build_usefulness(job, benign, settings)
+            if contrast:
+                usefulness = _build_usefulness(job, contrast, settings)
                 useful = scoring.select("usefulness", usefulness, excluded_count)
                 excluded = {name: entries.indices for name, entries in useful.items()}
             safety = build_safety(job, harmful, settings)
-            selected = scoring.select("safety", safety, count, kind, excluded)
+            drawn = _draw_answers(job, benign, settings) if benign else []
+            grain = settings.granularity
+            selected = scoring.select("safety", safety, count, kind, excluded, grain, drawn)
             if isinstance(safety, JudgedObjective):
                 selection["mean_safety"] = safety.mean_safety
         else:
-            parameters = eligible_parameters(job.model)
-            scores = score_entries(kind, parameters, {}, settings.seed)
-            selected = select(scores, count, kind.order)
+            selected = _select_without_gradient(job, settings, inputs, count)
         selection["seconds"] = round(time.perf_counter() - started, 1)
         safety_map = build_map(job.model, job.base, selected, selection, job.layout)
         write_map(out, safety_map, overwrite=overwrite)
     return safety_map
 
 
+def _select_without_gradient(
+    job: Job, settings: ScoreSettings, inputs: Inputs, count: int
+) -> dict[str, Selected]:
+    """Select by a score of the weights alone, or of what training does to them."""
+    kind, parameters = SCORES[settings.method], eligible_parameters(job.model)
+    changes = _measure_movement(job, settings, inputs) if inputs.benign else {}
+    grain, eligible = settings.granularity, sum(map(torch.numel, parameters.values()))
+    best = make_ranking(count, eligible, grain, kind.order)
+    for name, scores in score_entries(kind, parameters, changes, settings.seed, granularity=grain):
+        best.add(name, scores)
+    return best.result()
+
+
 class Inputs(NamedTuple):
     """What scoring reads beside the base."""
 
     harmful: list[Row]
+    contrast: list[Row]
     benign: list[Row]
     judges: list[BaseModel]
 
@@ -118,14 +130,23 @@ class Inputs(NamedTuple):
 def read_inputs(settings: ScoreSettings) -> Inputs:
     """Refuse settings that don't go together; read requests, and find the judges."""
     _check_settings(settings)
-    benign = _sample(read_rows(settings.contrast), settings) if settings.contrast else []
-    return Inputs(sample_rows(settings), benign, find_judges(settings))
+    contrast, benign = [], []
+    if settings.contrast:
+        contrast = _sample(read_rows(settings.contrast), settings.examples, settings.seed)
+    if uses_benign(settings):
+        benign = _sample(read_rows(settings.benign), settings.benign_examples, settings.seed)
+    return Inputs(sample_rows(settings), contrast, benign, find_judges(settings))
+
+
+def uses_benign(settings: ScoreSettings) -> bool:
+    """Find whether a score reads benign requests."""
+    return SCORES[settings.method].reads in (Reads.HARM, Reads.CHANGE)
 
 
 def requests_of(settings: ScoreSettings, inputs: Inputs) -> tuple[list[Row], list[Row]]:
     """List the requests that the base is to answer, and those that it reads with an answer."""
     has_judge = bool(inputs.judges)
-    asked = inputs.benign + (inputs.harmful if has_judge else [])
+    asked = inputs.contrast + inputs.benign + (inputs.harmful if has_judge else [])
     return asked, [] if has_judge else inputs.harmful
 
 
@@ -133,8 +154,8 @@ def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
     """Check that a base can be scored so; count the entries to select, and to exclude before."""
     # All from headers: a base that can't be patched on disk, a density of nothing, or a judge
     # without the label are refused before weights are loaded.
-    sizes = [record.numel for record in job.layout.values()]
-    counts = _count_entries(sum(sizes), total_parameters(job.empty), settings)
+    shapes = [record.shape for record in job.layout.values()]
+    counts = _count_entries(shapes, total_parameters(job.empty), settings)
     if settings.guard or settings.classifier:
         _load_judge(job, settings, without_weights=True)
     return counts
@@ -142,11 +163,11 @@ def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
 
 def sample_rows(settings: ScoreSettings) -> list[Row]:
     """Draw the harmful requests to score with."""
-    return _sample(read_refusals(settings.harmful), settings)
+    return _sample(read_refusals(settings.harmful), settings.examples, settings.seed)
 
 
-def _sample(rows: list[Row], settings: ScoreSettings) -> list[Row]:
-    return random.Random(settings.seed).sample(rows, min(settings.examples, len(rows)))
+def _sample(rows: list[Row], count: int, seed: int) -> list[Row]:
+    return random.Random(seed).sample(rows, min(count, len(rows)))
 
 
 def _name_objective(settings: ScoreSettings) -> str:
@@ -155,97 +176,50 @@ def _name_objective(settings: ScoreSettings) -> str:
     return "classifier" if settings.classifier else "reference"
 
 
-def _count_entries(eligible: int, total: int, settings: ScoreSettings) -> tuple[int, int]:
+def _count_entries(
+    shapes: Sequence[tuple[int, ...]], total: int, settings: ScoreSettings
+) -> tuple[int, int]:
     excluded = round(settings.contrast_density * total) if settings.contrast else 0
-    if settings.contrast and (settings.method is not Method.ESI or excluded < 1):
+    is_plain = settings.method is Method.ESI and settings.granularity is Granularity.ENTRY
+    if settings.contrast and (not is_plain or excluded < 1):
         raise SelectionError(
-            f"--contrast: expected --method esi and a --contrast-density of at least one entry, "
-            f"found {settings.method} and {excluded} entries; leave --contrast out, or correct them"
+            f"--contrast: expected --method esi, --granularity entry and a --contrast-density of "
+            f"at least one entry, found {settings.method}, {settings.granularity} and {excluded} "
+            "entries; leave --contrast out, or correct them"
         )
-    count, most = round(settings.density * total), eligible - excluded
+    count, most = round(settings.density * total), sum(map(math.prod, shapes)) - excluded
     if not 1 <= count <= most:
         raise SelectionError(
             f"--density: expected 1 to {most} entries of {total} (the eligible ones), "
             f"found {count}; choose a density of at most {most / total:.3f}"
         )
+    if count < (longest := find_longest(shapes, settings.granularity)):
+        raise SelectionError(
+            f"--density: expected room for the longest {settings.granularity}, {longest} entries "
+            f"of {total}, found {count}; choose a density of at least "
+            f"{math.ceil(1e6 * longest / total) / 1e6:g}, or --granularity entry"
+        )
     return count, excluded
 
 
-class Scoring:
-    """Scores of one model's entries, streamed into selections; an interrupted one resumes."""
+def _measure_movement(job: Job, settings: ScoreSettings, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Measure how far a few steps of training all weights move them."""
+    from safeweights_peft.training.movement import measure_movement  # TODO top
 
-    def __init__(self, job: Job, settings: ScoreSettings, work_dir: Path) -> None:
-        self._job, self._settings, self._work_dir = job, settings, work_dir
-        self._parameters = eligible_parameters(job.model)
-
-    def select(
-        self,
-        what: str,
-        objective: SafetyObjective,
-        count: int,
-        kind: Score = SCORES[Method.ESI],
-        excluded: Mapping[str, Array] = MappingProxyType({}),
-    ) -> dict[str, Selected]:
-        """Score all entries pass by pass, and keep the first `count`."""
-        passes = split_by_layer(self._parameters, self._settings.layers_per_pass)
-        best, path = TopK(count, kind.order), self._work_dir / f"{what}.safetensors"
-        arrays = load_arrays(path) or {"passes": np.zeros(1, np.int64)}
-        done = int(arrays.pop("passes")[0])
-        if done:
-            best.restore(arrays)
-        with self._job.steps(f"Score {what}", len(objective) * len(passes)) as reach:
-            for number in range(done, len(passes)):
-                group = {name: self._parameters[name] for name in passes[number]}
-                sum_path = self._work_dir / f"{what}-gradients-{number}.safetensors"
-                first = number * len(objective)
-                gradients = self._sum_gradients(group, objective, sum_path, reach, first)
-                for name, scores in score_entries(kind, group, gradients, self._settings.seed):
-                    best.add(name, scores, excluded.get(name))
-                # The next pass's sum is as large: two would not fit where one just does.
-                del gradients
-                save_arrays(path, best.state() | {"passes": np.array([number + 1])})
-                sum_path.unlink(missing_ok=True)
-        selected = best.result()
-        if kind.order is Order.TOP and not any(part.scores.any() for part in selected.values()):
-            raise SelectionError(
-                f"{what}: expected weights on which it depends, found none: every score is 0; "
-                "check the objective and the model"
-            )
-        return selected
-
-    def _sum_gradients(
-        self,
-        group: Mapping[str, torch.nn.Parameter],
-        objective: SafetyObjective,
-        path: Path,
-        reach: Callable[[int], None],
-        first: int,
-    ) -> dict[str, torch.Tensor]:
-        """Sum one pass's gradients; save the sum now and then, and resume from what was saved."""
-        saved, saved_at = None, time.monotonic()
-        if arrays := load_arrays(path):
-            gradients = {
-                name: torch.from_numpy(arrays[name]).to(parameter.device)
-                for name, parameter in group.items()
-            }
-            saved = GradientSum(gradients, int(arrays["terms"][0]))
-
-        def on_term(total: GradientSum) -> None:
-            nonlocal saved_at
-            reach(first + total.terms)
-            if time.monotonic() - saved_at >= SAVE_SECONDS:
-                arrays = {name: to_numpy(tensor) for name, tensor in total.gradients.items()}
-                save_arrays(path, arrays | {"terms": np.array([total.terms])})
-                saved_at = time.monotonic()
-
-        return sum_gradients(
-            self._job.model,
-            group,
-            objective,
-            on_term,
-            aggregation=self._settings.aggregation,
-            resume_from=saved,
+    recipe = TrainSettings(steps=settings.movement_steps, seed=settings.seed, learning_rate=None)
+    harmful = job.chat.encode_rows(inputs.harmful, recipe.refusal_tokens)
+    benign = job.ask("the base benign", inputs.benign, recipe.answer_tokens)
+    parameters = eligible_parameters(job.model)
+    with job.steps("Train all weights", recipe.steps) as reach:
+        return measure_movement(
+            job.model, parameters, job.tokenizer, harmful, benign, recipe, reach
         )
+
+
+def _draw_answers(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> list[Example]:
+    """Draw the base's answers to benign requests, at temperature 1."""
+    size = settings.batch_size
+    return job.ask("benign", rows, ANSWER_TOKENS, size, seed=settings.seed)
 
 
 def build_safety(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> SafetyObjective:
@@ -282,6 +256,22 @@ def _check_settings(settings: ScoreSettings) -> None:
     if not settings.contrast and settings.contrast_density != ScoreSettings.contrast_density:
         raise SelectionError(
             "--contrast-density: expected --contrast with it, found none; give benign requests"
+        )
+    reads = SCORES[settings.method].reads
+    is_trained = reads is Reads.CHANGE
+    for name, fits, methods in (
+        ("benign_examples", uses_benign(settings), "fisher or movement"),
+        ("movement_steps", is_trained, "movement"),
+    ):
+        if not fits and getattr(settings, name) != getattr(ScoreSettings, name):
+            raise SelectionError(
+                f"--{name.replace('_', '-')}: expected --method {methods} with it, found "
+                f"{settings.method}; leave it out"
+            )
+    if is_trained and settings.layers_per_pass:
+        raise SelectionError(
+            f"--layers-per-pass: expected another method than {settings.method}, which trains all "
+            "layers at once; leave it out"
         )
     if settings.guard and settings.classifier:
         raise SelectionError("--guard: expected one judge, found --classifier too; choose one")

@@ -1,7 +1,9 @@
 """Scores that rank entries, the gradients behind them, and maps of the selected entries.
 
-Source: arXiv 2604.08297, ESI(theta_i) = |sigma(theta_i) * dS(theta)/dtheta_i|, with sigma the
-standard deviation of the tensor that holds theta_i.
+Sources: arXiv 2604.08297, ESI(theta_i) = |sigma(theta_i) * dS(theta)/dtheta_i|, with sigma the
+standard deviation of the tensor that holds theta_i. Near the base, KL(base || theta) is half of
+sum F_i * d_i^2 over changes d, F being the diagonal of the Fisher information: the most that an
+entry gains of S per KL goes as g^2 / F.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,22 +32,47 @@ from safeweights_peft.modeling.layout import describe
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Mode, TensorRecord, entries_by_block
+from safeweights_peft.selection.groups import AXES
 from safeweights_peft.selection.objective import SafetyObjective
 from safeweights_peft.selection.pattern import find_place
 from safeweights_peft.selection.topk import Order, Selected
-from safeweights_peft.settings import Aggregation, Method
+from safeweights_peft.settings import Aggregation, Granularity, Method
 
-NO_GRADIENT = torch.empty(0)
+NOTHING = torch.empty(0)
+DAMPING = 0.1  # of the mean of F, added to F: of some hundred rows, F is 0 where it can't be
+
+
+class Evidence(NamedTuple):
+    """What one parameter's scores are computed from: tensors of its shape, or `NOTHING`."""
+
+    parameter: Tensor
+    gradient: Tensor  # dS/dtheta, or the change by training
+    harm: Tensor  # damped Fisher information of benign answers
+    generator: np.random.Generator
+    granularity: Granularity  # of what is selected
+
+
+class Reads(StrEnum):
+    """What a score reads beside the weights."""
+
+    NOTHING = "nothing"
+    GRADIENT = "gradient"  # of safety
+    HARM = "harm"  # the gradient, and what changes do to benign answers
+    CHANGE = "change"  # what training does to the weights
 
 
 @dataclass(frozen=True)
 class Score:
     """One way to score entries, and which end of the ranking is selected."""
 
-    # Of a parameter, its gradient (`NO_GRADIENT` unless needed) and a generator of its own.
-    compute: Callable[[Tensor, Tensor, np.random.Generator], Tensor]
+    compute: Callable[[Evidence], Tensor]
     order: Order = Order.TOP
-    needs_gradient: bool = True
+    reads: Reads = Reads.GRADIENT
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether safety is differentiated."""
+        return self.reads in (Reads.GRADIENT, Reads.HARM)
 
 
 def compute_sigma(parameter: Tensor) -> Tensor:
@@ -52,21 +80,36 @@ def compute_sigma(parameter: Tensor) -> Tensor:
     return parameter.detach().float().std()
 
 
-def _compute_esi(parameter: Tensor, gradient: Tensor, _: np.random.Generator) -> Tensor:
-    return (compute_sigma(parameter) * gradient).abs_()
+def _compute_esi(evidence: Evidence) -> Tensor:
+    return (compute_sigma(evidence.parameter) * evidence.gradient).abs_()
 
 
-def _draw_uniform(parameter: Tensor, _: Tensor, generator: np.random.Generator) -> Tensor:
-    return torch.from_numpy(generator.random(tuple(parameter.shape), dtype=np.float32))
+def _compute_gain_per_harm(evidence: Evidence) -> Tensor:
+    # The division comes first: squares of small gradients are no float32 numbers.
+    return (evidence.gradient / evidence.harm).mul_(evidence.gradient)
+
+
+def _draw_uniform(evidence: Evidence) -> Tensor:
+    # One number for all of a group: means over groups would favour the shortest ones.
+    shape, granularity = list(evidence.parameter.shape), evidence.granularity
+    if granularity is Granularity.AUTO:
+        granularity = Granularity.ROW if evidence.generator.random() < 0.5 else Granularity.COLUMN
+    if granularity in AXES:
+        shape[AXES[granularity]] = 1
+    drawn = torch.from_numpy(evidence.generator.random(shape, dtype=np.float32))
+    return drawn.expand(evidence.parameter.shape)
 
 
 # A new score is a member of `settings.Method` and an entry here.
 SCORES: Mapping[Method, Score] = MappingProxyType(
     {
         Method.ESI: Score(_compute_esi),
-        # Controls: the weights that matter least, and weights that were not chosen at all.
+        Method.FISHER: Score(_compute_gain_per_harm, reads=Reads.HARM),
+        # Controls: weights that were not chosen at all, and the weights that matter least.
+        Method.RANDOM: Score(_draw_uniform, reads=Reads.NOTHING),
         Method.BOTTOM: Score(_compute_esi, Order.BOTTOM),
-        Method.RANDOM: Score(_draw_uniform, needs_gradient=False),
+        Method.MAGNITUDE: Score(lambda it: it.parameter.float().abs(), reads=Reads.NOTHING),
+        Method.MOVEMENT: Score(lambda it: it.gradient.abs(), reads=Reads.CHANGE),
     }
 )
 
@@ -76,13 +119,16 @@ def score_entries(
     parameters: Mapping[str, nn.Parameter],
     gradients: Mapping[str, Tensor],
     *seed: int,
+    harms: Mapping[str, Tensor] = MappingProxyType({}),
+    granularity: Granularity = Granularity.ENTRY,
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield each parameter's name and scores, float32 of its shape."""
     for name, parameter in parameters.items():
         # Seeded by name, so that neither the order of parameters nor passes change a draw.
         generator = np.random.default_rng([*seed, zlib.crc32(name.encode())])
-        gradient = gradients.get(name, NO_GRADIENT)
-        yield name, score.compute(parameter.detach(), gradient, generator).float().cpu().numpy()
+        gradient, harm = (kind.get(name, NOTHING) for kind in (gradients, harms))
+        evidence = Evidence(parameter.detach(), gradient, harm, generator, granularity)
+        yield name, score.compute(evidence).float().cpu().numpy()
 
 
 @dataclass
@@ -109,32 +155,36 @@ def sum_gradients(
             for name, parameter in parameters.items()
         }
     )
-    with _add_gradients(model, parameters, total.gradients, aggregation):
+    is_signed = aggregation is Aggregation.ABS_OF_MEAN
+
+    def add(name: str, gradient: Tensor) -> None:
+        total.gradients[name].add_(gradient if is_signed else gradient.abs())
+
+    with receiving_gradients(model, parameters, add):
         for term in objective.terms(model, total.terms):
             if term.requires_grad:
                 term.backward()
             total.terms += 1
             if total.terms == 1:  # before hours are spent on the others
-                _check_finite(total.gradients)
+                check_finite(total.gradients)
             on_term(total)
     return total.gradients
 
 
 @contextmanager
-def _add_gradients(
+def receiving_gradients(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    totals: Mapping[str, Tensor],
-    aggregation: Aggregation,
+    receive: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
-    """Add each gradient to its total as soon as a backward pass has made it."""
+    """Hand over each gradient as soon as a backward pass has made it, and keep none."""
     is_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     hooks = []
     for name, parameter in parameters.items():
         parameter.requires_grad_(True)
         parameter.grad = None
-        hook = _make_hook(totals[name], aggregation)
+        hook = _make_hook(name, receive)
         hooks.append(parameter.register_post_accumulate_grad_hook(hook))
     try:
         yield
@@ -145,18 +195,18 @@ def _add_gradients(
             parameter.requires_grad_(was_trained)
 
 
-def _make_hook(total: Tensor, aggregation: Aggregation) -> Callable[[Tensor], None]:
-    def add(parameter: Tensor) -> None:
+def _make_hook(name: str, receive: Callable[[str, Tensor], None]) -> Callable[[Tensor], None]:
+    def hand_over(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            is_signed = aggregation is Aggregation.ABS_OF_MEAN
-            total.add_(parameter.grad if is_signed else parameter.grad.abs())
+            receive(name, parameter.grad)
             # Freed at once: the totals are the only memory of the model's size.
             parameter.grad = None
 
-    return add
+    return hand_over
 
 
-def _check_finite(gradients: Mapping[str, Tensor]) -> None:
+def check_finite(gradients: Mapping[str, Tensor]) -> None:
+    """Refuse gradients, or their squares, that hold what is no number."""
     for name, gradient in gradients.items():
         if not gradient.isfinite().all():
             raise SelectionError(

@@ -77,7 +77,7 @@ class TopK:
         if name in self._kept:
             raise SelectionError(f"{name}: expected to be scored once, found it twice")
         flat = np.ascontiguousarray(scores, dtype=np.float32).reshape(-1)
-        _check_scores(name, flat)
+        check_scores(name, flat)
         if excluded is not None:
             flat = flat.copy()
             flat[excluded] = LAST[self.order]
@@ -164,7 +164,8 @@ class TopK:
             yield start, bits if self.order is Order.TOP else ~bits
 
 
-def _check_scores(name: str, scores: NDArray[np.float32]) -> None:
+def check_scores(name: str, scores: NDArray[np.float32]) -> None:
+    """Refuse scores, flat, that can't be ranked."""
     for start in range(0, scores.size, CHUNK):
         chunk = scores[start : start + CHUNK]
         if not (np.isfinite(chunk).all() and (chunk >= 0).all()):

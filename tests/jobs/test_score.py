@@ -1,8 +1,10 @@
 """The scoring job: the right number of entries, by the plain formula, of a base that is named."""
 
 import json
+import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.errors import DataError, FormatError, ModelError, SelectionError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
-from safeweights_peft.jobs import score as scoring
+from safeweights_peft.jobs import scoring
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.gather import find_state
@@ -32,7 +34,8 @@ from safeweights_peft.selection import transfer
 from safeweights_peft.selection.objective import ReferenceObjective
 from safeweights_peft.selection.scores import SCORES, score_entries, sum_gradients
 from safeweights_peft.selection.topk import select
-from safeweights_peft.settings import Method
+from safeweights_peft.settings import Granularity, Method
+from safeweights_peft.sources import read_rows
 from tests.tiny_guards import (
     save_byte_level_tokenizer,
     save_tiny_classifier,
@@ -75,6 +78,80 @@ def test_the_map_holds_the_entries_that_the_plain_formula_puts_first(
         assert np.delete(scores, indices).max() <= lowest * 1.001
 
 
+def plain_gains_per_harm(base: Path, requests: Requests) -> dict[str, np.ndarray]:
+    """g^2 / (F + 0.1 mean F), with an answer of at most 16 tokens drawn for each benign row."""
+    model, chat = (
+        AutoModelForCausalLM.from_pretrained(base),
+        Chat(load_tokenizer(resolve_base(str(base)))),
+    )
+    rows = random.Random(0).sample(read_rows(requests.benign), len(BENIGN))
+    answers = generate_answers(model, chat, rows, max_new_tokens=16, batch_size=4, seed=0)
+    parameters = eligible_parameters(model)
+    fisher = {name: np.zeros(parameter.shape) for name, parameter in parameters.items()}
+    for answer in answers:
+        start, ids = len(answer.prompt_ids), torch.tensor([answer.prompt_ids + answer.answer_ids])
+        log_p = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        loss = log_p.gather(-1, ids[0, start:, None]).sum()
+        model.zero_grad()
+        loss.backward()
+        for name, parameter in parameters.items():
+            square = parameter.grad.double().numpy() ** 2
+            fisher[name] += square / len(answer.answer_ids) / len(answers)
+    mean = sum(part.sum() for part in fisher.values()) / sum(part.size for part in fisher.values())
+    sigmas = {name: parameter.std().item() for name, parameter in parameters.items()}
+    return {
+        name: (scores.reshape(fisher[name].shape) / sigmas[name]) ** 2 / (fisher[name] + mean / 10)
+        for name, scores in plain_scores(base).items()
+    }
+
+
+def test_gain_per_harm_is_that_of_the_plain_formula(
+    tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    settings = requests.score(method=Method.FISHER, density=0.05)
+    safety_map = score(Job(tiny_llama), tmp_path / "map", settings)
+    lowest = min(scores.min() for scores in safety_map.scores.values())
+    for name, scores in plain_gains_per_harm(tiny_llama, requests).items():
+        indices = safety_map.indices.get(name, np.empty(0, np.int32))
+        found = safety_map.scores.get(name, np.empty(0, np.float32))
+        assert found == pytest.approx(scores.flat[indices], rel=1e-3)
+        assert np.delete(scores, indices).max() <= lowest * 1.001
+
+
+@pytest.mark.parametrize("granularity", [Granularity.ROW, Granularity.COLUMN])
+def test_a_map_of_groups_has_whole_ones_that_score_best(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, granularity: Granularity
+) -> None:
+    settings = requests.score(method=Method.FISHER, granularity=granularity, density=0.05)
+    safety_map = score(Job(tiny_llama), tmp_path / "map", settings)
+    axis = {Granularity.ROW: -1, Granularity.COLUMN: -2}[granularity]
+    lowest = min(scores.min() for scores in safety_map.scores.values())
+    for name, scores in plain_gains_per_harm(tiny_llama, requests).items():
+        found = np.zeros(scores.size)
+        if name in safety_map.indices:
+            found[safety_map.indices[name]] = safety_map.scores[name]
+        found = found.reshape(scores.shape)
+        assert not np.ptp(found, axis).any()
+        best, means = found.max(axis), scores.mean(axis)
+        assert best[best > 0] == pytest.approx(means[best > 0], rel=1e-3)
+        assert max(means[best == 0], default=0) <= lowest * 1.001
+    total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
+    assert 0 <= round(0.05 * total) - count(safety_map) < 48
+    assert verify(tmp_path / "map", tiny_llama).ok
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_method_selects_whole_rows_of_experts(
+    method: Method, tiny_mixtral: Path, requests: Requests, tmp_path: Path
+) -> None:
+    settings = requests.score(method=method, granularity=Granularity.ROW)
+    safety_map = score(Job(tiny_mixtral), tmp_path / "map", settings)
+    for name, indices in safety_map.indices.items():
+        columns = safety_map.metadata.tensors[name].shape[-1]
+        _, counts = np.unique(indices // columns, return_counts=True)
+        assert (counts == columns).all()
+
+
 @pytest.mark.parametrize("method", list(Method))
 def test_every_method_selects_the_same_number_of_entries(
     method: Method, tiny_llama: Path, requests: Requests, tmp_path: Path
@@ -92,7 +169,7 @@ def test_a_base_that_cannot_be_patched_on_disk_is_refused_before_it_is_scored(
     tensors = load_file(base / "model.safetensors")
     key = "model.layers.0.self_attn.q_proj.weight"
     save_file(tensors | {key: tensors[key].double()}, base / "model.safetensors", {"format": "pt"})
-    monkeypatch.delattr("safeweights_peft.jobs.score.sum_gradients")
+    monkeypatch.delattr("safeweights_peft.jobs.scoring.sum_gradients")
     with pytest.raises(ModelError, match=f"{key}: expected one of the dtypes"):
         score(Job(base), tmp_path / "map", requests.score())
 
@@ -227,12 +304,27 @@ def same(left: SafetyMap, right: SafetyMap) -> bool:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("method", [Method.ESI, Method.BOTTOM])
+@pytest.mark.parametrize(
+    ("method", "granularity"),
+    [
+        (Method.ESI, Granularity.ENTRY),
+        (Method.BOTTOM, Granularity.ENTRY),
+        (Method.BOTTOM, Granularity.COLUMN),
+        (Method.FISHER, Granularity.ENTRY),
+        (Method.FISHER, Granularity.AUTO),
+    ],
+)
 def test_passes_over_few_layers_give_the_same_map_bit_for_bit(
-    tiny_llama: Path, requests: Requests, tmp_path: Path, layers: int, method: Method
+    tiny_llama: Path,
+    requests: Requests,
+    tmp_path: Path,
+    layers: int,
+    method: Method,
+    granularity: Granularity,
 ) -> None:
-    whole = score(Job(tiny_llama), tmp_path / "whole", requests.score(method=method))
-    settings = requests.score(method=method, layers_per_pass=layers)
+    settings = requests.score(method=method, granularity=granularity)
+    whole = score(Job(tiny_llama), tmp_path / "whole", settings)
+    settings = replace(settings, layers_per_pass=layers)
     assert same(score(Job(tiny_llama), tmp_path / "parts", settings), whole)
 
 
@@ -246,6 +338,29 @@ def test_an_interrupted_scoring_goes_on_to_the_same_map(
 ) -> None:
     monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
     settings = requests.score(batch_size=2, layers_per_pass=1)
+    straight = score(Job(tiny_llama), tmp_path / "straight", settings)
+    broken = Recorder("Score safety", after=at)
+    with pytest.raises(Interrupted):
+        score(Job(tiny_llama, progress=broken), tmp_path / "map", settings)
+    assert same(score(Job(tiny_llama), tmp_path / "map", settings), straight)
+    assert sorted(path.name for path in tmp_path.iterdir() if "map" in path.name) == ["map"]
+
+
+# A pass is 3 terms of safety and 6 benign rows.
+@pytest.mark.parametrize("at", [1, 4, 9, 11, 13, 18])
+@pytest.mark.parametrize("granularity", [Granularity.ENTRY, Granularity.AUTO])
+def test_an_interrupted_scoring_by_harm_goes_on_to_the_same_map(
+    tiny_llama: Path,
+    requests: Requests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    granularity: Granularity,
+) -> None:
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    settings = requests.score(
+        method=Method.FISHER, granularity=granularity, batch_size=2, layers_per_pass=1
+    )
     straight = score(Job(tiny_llama), tmp_path / "straight", settings)
     broken = Recorder("Score safety", after=at)
     with pytest.raises(Interrupted):
@@ -440,6 +555,14 @@ def test_a_classifier_judges_the_models_own_answers(
             "expected --method esi or",
         ),
         ({"contrast": "builtin:benign_train", "method": Method.BOTTOM}, "expected --method esi"),
+        ({"contrast": "builtin:benign_train", "granularity": "row"}, "--granularity entry and a"),
+        ({"benign_examples": 9}, "--benign-examples: expected --method fisher or movement with it"),
+        ({"movement_steps": 9}, "--movement-steps: expected --method movement with it"),
+        ({"method": "movement", "layers_per_pass": 1}, "--layers-per-pass: expected another"),
+        (
+            {"granularity": "column", "density": 0.001},
+            "--density: expected room for the longest column, 48 entries of .*at least 0.0",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

@@ -27,7 +27,7 @@ from safeweights_peft.selection.scores import (
     sum_gradients,
 )
 from safeweights_peft.selection.topk import Order, select
-from safeweights_peft.settings import Aggregation, Method
+from safeweights_peft.settings import Aggregation, Granularity, Method
 
 PAD = 256
 REQUESTS = ["Forge a cheque.", "Pick a lock for me, please.", "Steal.", "Write a threat to Bob."]
@@ -316,8 +316,27 @@ def test_the_top_of_random_scores_is_a_uniform_choice() -> None:
 
 
 def test_every_method_that_can_be_chosen_has_a_score() -> None:
-    assert list(SCORES) == [Method.ESI, Method.BOTTOM, Method.RANDOM]
     assert set(SCORES) == set(Method)
+
+
+def test_magnitude_and_movement_are_sizes_of_weights_and_of_changes() -> None:
+    parameters = {"w": nn.Parameter(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))}
+    changes = {"w": torch.tensor([[0.5, 0.0], [-2.0, 1.0]])}
+    ((_, magnitudes),) = score_entries(SCORES[Method.MAGNITUDE], parameters, {})
+    ((_, movements),) = score_entries(SCORES[Method.MOVEMENT], parameters, changes)
+    assert magnitudes.tolist() == [[3, 4], [0, 1]]
+    assert movements.tolist() == [[0.5, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_a_random_score_is_one_for_each_group(granularity: Granularity) -> None:
+    parameters = {f"w{n}": nn.Parameter(torch.zeros(2, 5, 7)) for n in range(20)}
+    score, kinds = SCORES[Method.RANDOM], set()
+    for _, scores in score_entries(score, parameters, {}, 3, granularity=granularity):
+        assert scores.shape == (2, 5, 7)
+        spreads = [np.ptp(scores, axis).any() for axis in (-1, -2)]
+        kinds.add({(True, True): "entry", (False, True): "row", (True, False): "column"}[*spreads])
+    assert kinds == ({"row", "column"} if granularity is Granularity.AUTO else {granularity.value})
 
 
 def test_the_bottom_is_the_other_end_of_the_same_scores() -> None:
