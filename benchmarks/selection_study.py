@@ -29,6 +29,7 @@ from safeweights_peft.settings import (
 )
 from safeweights_peft.tables import rate_text
 
+METHODS = (Method.ESI, Method.RANDOM, Method.BOTTOM)
 RECIPE = TrainSettings(
     refusal_tokens=8,
     answer_tokens=4,
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--benign", required=True, help="test requests, never trained on")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--densities", nargs="+", type=float, default=[0.0005, 0.002, 0.01])
-    parser.add_argument("--methods", nargs="+", type=Method, default=list(Method))
+    parser.add_argument("--methods", nargs="+", type=Method, default=[*METHODS])
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3])
     parser.add_argument("--validation", type=int, default=50, help="validation requests of a kind")
     parser.add_argument("--dtype", default="auto", help="computed in; scores always in float32")

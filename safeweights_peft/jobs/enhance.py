@@ -169,7 +169,7 @@ def _check(
     job.check([*requests, *benign], [*answered, *harmful])
     check_base(job, settings.score)
     job.check_exact(job.layout.values())
-    return [*inputs.harmful, *harmful, *benign]
+    return [*inputs.harmful, *inputs.benign, *harmful, *benign]
 
 
 def _claim(out: Path, settings: RunSettings, job: Job) -> None:

@@ -15,7 +15,7 @@ from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import is_patch
 from safeweights_peft.jobs.score import find_judges
 from safeweights_peft.selection.pattern import find_place
-from safeweights_peft.selection.scores import split_by_layer
+from safeweights_peft.selection.scores import SCORES, Reads, split_by_layer
 from safeweights_peft.settings import (
     EvaluateSettings,
     PreserveMethod,
@@ -53,7 +53,9 @@ def estimate(
         passes = split_by_layer(scored, score.layers_per_pass)
         gradients = max(sum(counts[key] for key in keys) for keys in passes)
         judge_bytes = sum(_read_sizes(job, judge)[1] for judge in find_judges(score))
-        extra_bytes.append(judge_bytes + 4 * gradients)  # gradients are summed in float32
+        # Sums in float32: of gradients, and of squares; or gradients, AdamW's moments and a copy.
+        sums = {Reads.HARM: 2, Reads.CHANGE: 4}.get(SCORES[score.method].reads, 1)
+        extra_bytes.append(judge_bytes + 4 * sums * gradients)
     if train:
         extra_bytes.append(parameters // 4)  # activations: a guess
     judges = filter(None, map(find_model, evaluate.judge if evaluate else ()))

@@ -25,15 +25,16 @@ from safeweights_peft.fetching import MODEL_FILES, BaseModel, public_name, resol
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.score import uses_benign
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.rates import Rate
-from safeweights_peft.settings import RunSettings, restore
+from safeweights_peft.settings import RunSettings, ScoreSettings, restore
 from safeweights_peft.sources import public_source, source_digest
 
 RECORD_KIND = "reproduction"
 # The settings that name requests, by job.
 SOURCES = {
-    "score": ("harmful", "contrast"),
+    "score": ("harmful", "contrast", "benign"),
     "train": ("harmful", "benign", "boundary"),
     "evaluate": ("harmful", "benign", "task"),
 }
@@ -165,6 +166,8 @@ def sources_of(settings: RunSettings) -> dict[str, str]:
         for job, keys in SOURCES.items()
         for key in keys
     }
+    if not uses_benign(settings.score) and settings.score.benign == ScoreSettings.benign:
+        del named["score.benign"]  # unused; older records don't have it
     if settings.compute.chat_template != PLAIN:
         named["compute.chat_template"] = settings.compute.chat_template
     if (profile := settings.score.profile) and profile.endswith(".json"):

@@ -1,4 +1,4 @@
-"""Batched greedy answers, held to plain generation of one request at a time."""
+"""Batched answers, greedy or drawn, held to plain generation of one request at a time."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.chat import Chat
-from safeweights_peft.data import Example
+from safeweights_peft.data import Batching, Example, Layout
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
@@ -91,6 +91,56 @@ def test_batched_answers_are_those_of_the_models_own_generate(case: Case) -> Non
     found = generate_answers(case.model, Chat(case.tokenizer), REQUESTS, max_new_tokens=LIMIT)
     expected = [generate_alone(case.model, case.tokenizer, request) for request in REQUESTS]
     assert [example.answer_ids for example in found] == expected
+
+
+def draw_answers(case: Case, requests: list[str], seed: int, batch_size: int = 25) -> list[Example]:
+    return generate_answers(
+        case.model,
+        Chat(case.tokenizer),
+        requests,
+        max_new_tokens=LIMIT,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def test_drawn_answers_hang_on_the_seed_and_not_on_the_batch(case: Case) -> None:
+    first = draw_answers(case, REQUESTS, 0)
+    assert first == draw_answers(case, REQUESTS, 0, batch_size=3)
+    assert first != draw_answers(case, REQUESTS, 1)
+    assert first[1] != first[3]  # the same request, drawn apart
+    assert first != case.expected
+
+
+def test_drawing_leaves_the_random_state_alone(tiny_llama: Path) -> None:
+    case, before = Case(*load(tiny_llama), []), torch.get_rng_state()
+    draw_answers(case, REQUESTS[:2], 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("generates", [True, False])
+def test_tokens_are_drawn_from_what_the_model_predicts(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generates: bool
+) -> None:
+    model, tokenizer = load(with_ends(tmp_path, tiny_llama, 3))  # settings that nobody asked for
+    if not generates:
+        layout = Layout(Batching.ALONE, generates=False)
+        monkeypatch.setattr("safeweights_peft.evaluation.generate.find_layout", lambda _: layout)
+    count = 2000 if generates else 300
+    found = generate_answers(
+        model, Chat(tokenizer), ["Sew."] * count, max_new_tokens=1, batch_size=500, seed=5
+    )
+    prompt = torch.tensor([Chat(tokenizer).encode_prompt("Sew.")])
+    with torch.no_grad():
+        expected = model(prompt).logits[0, -1].double().softmax(-1)
+    tokens = torch.tensor([answer.answer_ids[0] for answer in found])
+    # Of 259 tokens: chi-square in ten bins of about a tenth each.
+    order = expected.argsort(descending=True)
+    bins = torch.empty(len(expected), dtype=torch.int64)
+    bins[order] = (expected[order].cumsum(0) * 10).long().clamp(max=9)
+    wanted = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, expected) * count
+    counted = torch.bincount(bins[tokens], minlength=10)
+    assert ((counted - wanted) ** 2 / wanted).sum() < 27.9  # 0.1 % of draws, by chance
 
 
 def test_answers_keep_the_order_of_their_requests(tiny_llama: Path) -> None:

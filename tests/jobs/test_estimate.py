@@ -35,6 +35,16 @@ def test_scoring_needs_the_weights_and_the_layers_gradients_in_float32(
     assert needs.memory_bytes == 4 * needs.parameters + 4 * layers
 
 
+@pytest.mark.parametrize(("method", "sums"), [("esi", 1), ("fisher", 2), ("movement", 4)])
+def test_scores_need_the_sums_that_they_read(
+    tiny_llama: Path, requests: Requests, method: str, sums: int
+) -> None:
+    needs = estimate(Job(tiny_llama), score=requests.score(method=method))
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    layers = sum(each.numel() for each in model.model.layers.parameters())
+    assert needs.memory_bytes == 4 * needs.parameters + 4 * sums * layers
+
+
 def test_passes_over_few_layers_need_less_memory(tiny_llama: Path, requests: Requests) -> None:
     whole, parts = (
         estimate(Job(tiny_llama), score=requests.score(layers_per_pass=n)) for n in (None, 1)
