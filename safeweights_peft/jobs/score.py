@@ -49,6 +49,7 @@ from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, 
 from safeweights_peft.selection.topk import Selected
 from safeweights_peft.settings import Aggregation, Granularity, Method, ScoreSettings, TrainSettings
 from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
+from safeweights_peft.training.movement import measure_movement
 
 
 def score(
@@ -204,8 +205,6 @@ def _count_entries(
 
 def _measure_movement(job: Job, settings: ScoreSettings, inputs: Inputs) -> dict[str, torch.Tensor]:
     """Measure how far a few steps of training all weights move them."""
-    from safeweights_peft.training.movement import measure_movement  # TODO top
-
     recipe = TrainSettings(steps=settings.movement_steps, seed=settings.seed, learning_rate=None)
     harmful = job.chat.encode_rows(inputs.harmful, recipe.refusal_tokens)
     benign = job.ask("the base benign", inputs.benign, recipe.answer_tokens)
