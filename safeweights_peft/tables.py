@@ -285,9 +285,15 @@ def overlap_rows(result: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
     maps, pairs = result["maps"], result["pairs"]
     numbers = combinations(range(1, len(maps) + 1), 2)
     return [
-        ("map", "kind", "weights", "base"),
+        ("map", "kind", "selected by", "weights", "base"),
         *(
-            (f"{n}: {m['path']}", m["artifact"], f"{m['entries']:,}", str(m["base"]))
+            (
+                f"{n}: {m['path']}",
+                m["artifact"],
+                f"{m['method'] or '?'}, {m['granularity']}",
+                f"{m['entries']:,}",
+                str(m["base"]),
+            )
             for n, m in enumerate(maps, 1)
         ),
     ], [

@@ -27,6 +27,9 @@ def compare(paths: Sequence[PathLike]) -> dict[str, Any]:
             "artifact": artifacts[name].metadata.mode.artifact,
             "base": artifacts[name].metadata.base_model_name_or_path,
             "revision": artifacts[name].metadata.revision,
+            "method": artifacts[name].metadata.selection.get("method"),
+            # Maps were of single weights before there were others.
+            "granularity": artifacts[name].metadata.selection.get("granularity", "entry"),
             "entries": sum(indices.size for indices in artifacts[name].indices.values()),
         }
         for name in names
