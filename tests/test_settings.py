@@ -154,6 +154,8 @@ def test_a_record_that_is_older_than_a_setting_was_made_without_it() -> None:
     record = asdict(RUN)
     for name in ("boundary", "boundary_fraction", "step_gain", "hinge_weight", "hinge_tokens"):
         del record["train"][name]
+    for name in ("benign", "benign_examples", "granularity", "movement_steps"):
+        del record["score"][name]
     assert restore(RunSettings, record, "here") == RUN
 
 

@@ -165,7 +165,15 @@ def test_a_size_is_written_in_the_largest_unit_that_leaves_at_least_1(
 
 def test_a_comparison_of_maps_numbers_them_and_lists_every_two() -> None:
     maps = [
-        {"path": path, "artifact": "safety map", "base": "tiny", "revision": None, "entries": 1500}
+        {
+            "path": path,
+            "artifact": "safety map",
+            "base": "tiny",
+            "revision": None,
+            "method": None,
+            "granularity": "row",
+            "entries": 1500,
+        }
         for path in ("a", "b", "c")
     ]
     pair = {
@@ -177,8 +185,8 @@ def test_a_comparison_of_maps_numbers_them_and_lists_every_two() -> None:
         "expected_iou_within_tensors": 0.0101,
     }
     named, pairs = overlap_rows({"maps": maps, "same_base": True, "pairs": [pair] * 3})
-    assert named[0] == ("map", "kind", "weights", "base")
-    assert named[3] == ("3: c", "safety map", "1,500", "tiny")
+    assert named[0] == ("map", "kind", "selected by", "weights", "base")
+    assert named[3] == ("3: c", "safety map", "?, row", "1,500", "tiny")
     assert pairs[0] == ("maps", "shared", "IoU", "by chance", "by chance, tensor by tensor")
     assert [row[0] for row in pairs[1:]] == ["1 and 2", "1 and 3", "2 and 3"]
     assert pairs[1][1:] == ("1,200", "0.6667", "0.0050", "0.0101")

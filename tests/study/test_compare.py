@@ -117,6 +117,18 @@ def test_a_patch_is_compared_by_its_indices_like_a_map(tmp_path: Path) -> None:
     assert {each["entries"] for each in found["maps"]} == {len(entries(patch.indices))}
 
 
+def test_a_map_says_by_what_it_was_selected(tmp_path: Path) -> None:
+    old = as_map(make())
+    rows = replace(
+        old, metadata=replace(old.metadata, selection={"method": "fisher", "granularity": "row"})
+    )
+    found = compare(write(tmp_path, old, rows))["maps"]
+    assert [(each["method"], each["granularity"]) for each in found] == [
+        (old.metadata.selection.get("method"), "entry"),
+        ("fisher", "row"),
+    ]
+
+
 def test_the_order_of_two_maps_does_not_matter(tmp_path: Path) -> None:
     paths = write(tmp_path, as_map(make(seed=1)), as_map(make(density=0.6, seed=2)))
     forth, back = (compare(each)["pairs"][0] for each in (paths, paths[::-1]))

@@ -89,8 +89,8 @@ def test_a_record_names_the_patch_and_what_it_merges_to(run: Run) -> None:
 def test_a_record_holds_the_settings_with_names_for_paths(run: Run, requests: Requests) -> None:
     settings = read_record(run.out / "reproduce.json").settings
     assert settings.base == run.base.name
-    assert settings.score == replace(requests.score(), harmful="harmful.json")
     own = {"harmful": "harmful.json", "benign": "benign.jsonl"}
+    assert settings.score == replace(requests.score(), **own)
     assert settings.train == requests.train(steps=20, **own)
 
 
@@ -112,6 +112,7 @@ def test_a_record_has_the_digest_of_every_file_of_requests(run: Run, requests: R
     data = read_record(run.out / "reproduce.json").data
     assert set(data) == {
         "score.harmful",
+        "score.benign",
         "train.harmful",
         "train.benign",
         "evaluate.harmful",
