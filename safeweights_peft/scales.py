@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safeweights_peft.settings import Setting
+from safeweights_peft.schema import Setting
 
 # Beyond these bounds a patch ruins a model, whatever is in it.
 SCALE = Setting("", name="scale", kind=float, least=-10, most=10)

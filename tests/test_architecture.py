@@ -24,6 +24,7 @@ NUMPY_ROOMS = (
     "progress",
     "rates",
     "scales",
+    "schema",
     "settings",
     "tables",
     "cards",

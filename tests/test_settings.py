@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from safeweights_peft.errors import SettingsError
+from safeweights_peft.schema import Settings, flatten, restore, settings_of, to_json
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
@@ -17,12 +18,7 @@ from safeweights_peft.settings import (
     ProbeSettings,
     RunSettings,
     ScoreSettings,
-    Settings,
     TrainSettings,
-    flatten,
-    restore,
-    settings_of,
-    to_json,
 )
 
 KINDS = [

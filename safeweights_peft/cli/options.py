@@ -12,7 +12,8 @@ import click
 
 from safeweights_peft.errors import SettingsError
 from safeweights_peft.scales import split_scale
-from safeweights_peft.settings import RunSettings, Setting, Settings, settings_of
+from safeweights_peft.schema import Setting, Settings, settings_of
+from safeweights_peft.settings import RunSettings
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]

@@ -11,7 +11,7 @@ import click
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.progress import percent
-from safeweights_peft.settings import Setting
+from safeweights_peft.schema import Setting
 
 
 def find_base_directory(base: str, adapters: Sequence[Path], revision: str | None = None) -> Path:

@@ -19,7 +19,7 @@ from safeweights_peft.errors import HubError, SettingsError
 from safeweights_peft.files import read_json
 from safeweights_peft.hub.layout import FIGURES, RESULTS, Base
 from safeweights_peft.rates import Outcome, Rate, find_outcome
-from safeweights_peft.settings import restore
+from safeweights_peft.schema import restore
 from safeweights_peft.sources import public_source
 
 REPRODUCE = "reproduce.json"

@@ -21,15 +21,8 @@ from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import find_outcome
-from safeweights_peft.settings import (
-    ComputeSettings,
-    RunSettings,
-    ScoreSettings,
-    TrainSettings,
-    find_older,
-    flatten,
-    to_json,
-)
+from safeweights_peft.schema import find_older, flatten, to_json
+from safeweights_peft.settings import ComputeSettings, RunSettings, ScoreSettings, TrainSettings
 from safeweights_peft.sources import Row
 
 SAMPLES = 5  # answers of each kind that a result shows

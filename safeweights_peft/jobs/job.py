@@ -58,7 +58,8 @@ from safeweights_peft.modeling.tensors import to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.progress import Advance, Joined, Progress, Quiet
-from safeweights_peft.settings import ComputeSettings, Settings, to_json
+from safeweights_peft.schema import Settings, to_json
+from safeweights_peft.settings import ComputeSettings
 from safeweights_peft.sources import Row
 from safeweights_peft.tables import size_text
 

@@ -28,7 +28,8 @@ from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import uses_benign
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.rates import Rate
-from safeweights_peft.settings import RunSettings, ScoreSettings, restore
+from safeweights_peft.schema import restore
+from safeweights_peft.settings import RunSettings, ScoreSettings
 from safeweights_peft.sources import public_source, source_digest
 
 RECORD_KIND = "reproduction"

@@ -23,15 +23,10 @@ from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.rates import Rate, wilson
+from safeweights_peft.schema import to_json
 from safeweights_peft.selection.scores import SCORES, check_left, score_entries
 from safeweights_peft.selection.topk import Order, select
-from safeweights_peft.settings import (
-    EvaluateSettings,
-    Method,
-    ProbeSettings,
-    ScoreSettings,
-    to_json,
-)
+from safeweights_peft.settings import EvaluateSettings, Method, ProbeSettings, ScoreSettings
 from safeweights_peft.sources import Row, data_digest
 from safeweights_peft.study.perturb import noise, perturb, zeros
 from safeweights_peft.study.pictures import check_installed, plot_probe

@@ -22,8 +22,8 @@ from safeweights_peft.modeling.layout import check_shape, eligible_parameters
 from safeweights_peft.modeling.loading import build_empty
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.rates import find_outcome
+from safeweights_peft.schema import flatten
 from safeweights_peft.selection.pattern import Part, count_parts, tabulate
-from safeweights_peft.settings import flatten
 from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_run, plot_sweep
 from safeweights_peft.tables import (
     comparison_rows,

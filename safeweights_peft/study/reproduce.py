@@ -29,7 +29,8 @@ from safeweights_peft.jobs.sweep import SCALES
 from safeweights_peft.patch.io import read_metadata
 from safeweights_peft.progress import Progress
 from safeweights_peft.rates import Rate
-from safeweights_peft.settings import RunSettings, restore
+from safeweights_peft.schema import restore
+from safeweights_peft.settings import RunSettings
 from safeweights_peft.sources import (
     is_file_name,
     is_missing,

@@ -10,6 +10,7 @@ import pytest
 
 from safeweights_peft.cli import main
 from safeweights_peft.errors import SettingsError
+from safeweights_peft.schema import Setting, Settings, settings_of
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
@@ -17,10 +18,7 @@ from safeweights_peft.settings import (
     ProbeSettings,
     RunSettings,
     ScoreSettings,
-    Setting,
-    Settings,
     TrainSettings,
-    settings_of,
 )
 from tests.cli.conftest import Run, call
 
