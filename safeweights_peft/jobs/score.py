@@ -159,6 +159,15 @@ def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
     counts = _count_entries(shapes, total_parameters(job.empty), settings)
     if settings.guard or settings.classifier:
         _load_judge(job, settings, without_weights=True)
+    if SCORES[settings.method].reads is Reads.CHANGE:
+        dtypes = {record.dtype for record in job.layout.values()}
+        if isinstance(job.dtype, torch.dtype):
+            dtypes = {str(job.dtype).removeprefix("torch.")}
+        if dtypes != {"float32"}:
+            raise SelectionError(
+                f"--method movement: expected weights in float32, found {', '.join(dtypes)}, which "
+                "rounds small steps away; give --dtype float32"
+            )
     return counts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safeweights_peft.errors import DataError
 from safeweights_peft.files import read_json
-from safeweights_peft.settings import flatten
+from safeweights_peft.schema import flatten
 from safeweights_peft.tables import short_digest
 
 IDENTITY = "identity"  # in a directory to resume from: all that the result depends on

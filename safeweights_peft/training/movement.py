@@ -30,12 +30,7 @@ def measure_movement(
     settings: TrainSettings,
     on_step: Callable[..., None] = lambda step, **losses: None,
 ) -> dict[str, Tensor]:
-    """Train parameters, and return by how much each entry moved; the model stays as it was."""
-    if wrong := {parameter.dtype for parameter in parameters.values()} - {torch.float32}:
-        raise TrainingError(
-            f"--method movement: expected weights in float32, found {wrong.pop()}, which rounds "
-            "small steps away; give --dtype float32"
-        )
+    """Train parameters, in float32, and return how far entries moved; the model stays as it was."""
     with _training(model, parameters) as originals, without_dropout(model):
         rate = settings.learning_rate or find_learning_rate(model, tokenizer, harmful, settings)
         optimizer = torch.optim.AdamW(parameters.values(), rate, weight_decay=0.0)

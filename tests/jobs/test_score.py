@@ -34,7 +34,7 @@ from safeweights_peft.selection import transfer
 from safeweights_peft.selection.objective import ReferenceObjective
 from safeweights_peft.selection.scores import SCORES, score_entries, sum_gradients
 from safeweights_peft.selection.topk import select
-from safeweights_peft.settings import Granularity, Method
+from safeweights_peft.settings import ComputeSettings, Granularity, Method
 from safeweights_peft.sources import read_rows
 from tests.tiny_guards import (
     save_byte_level_tokenizer,
@@ -138,6 +138,26 @@ def test_a_map_of_groups_has_whole_ones_that_score_best(
     total = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_llama).parameters())
     assert 0 <= round(0.05 * total) - count(safety_map) < 48
     assert verify(tmp_path / "map", tiny_llama).ok
+
+
+def test_movement_by_a_dtype_that_rounds_steps_away_is_refused_before_anything_is_asked(
+    tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    job, settings = Job(tiny_llama, ComputeSettings(dtype="bfloat16")), requests.score()
+    with pytest.raises(SelectionError, match=r"expected weights in float32, found bfloat16"):
+        score(job, tmp_path / "map", replace(settings, method=Method.MOVEMENT))
+    assert "model" not in vars(job)
+
+
+def test_scoring_by_movement_leaves_the_base_as_it_was(
+    tiny_llama: Path, requests: Requests, tmp_path: Path
+) -> None:
+    job, settings = Job(tiny_llama), requests.score(method=Method.MOVEMENT, movement_steps=2)
+    before = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+    first = score(job, tmp_path / "map", settings)
+    assert all(torch.equal(tensor, before[n]) for n, tensor in job.model.state_dict().items())
+    assert same(score(job, tmp_path / "again", settings), first)
+    assert first.metadata.selection["benign_digest"].startswith("sha256:")
 
 
 @pytest.mark.parametrize("method", list(Method))
