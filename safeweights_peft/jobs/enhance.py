@@ -11,12 +11,12 @@ from safeweights_peft.errors import DataError
 from safeweights_peft.files import check_apart, check_new, lock, read_json, write_json
 from safeweights_peft.hub.results import REPRODUCE
 from safeweights_peft.jobs.evaluate import RATES, Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.record import record_run
 from safeweights_peft.jobs.score import check_base, read_inputs, requests_of, score
 from safeweights_peft.jobs.sweep import describe, measure_scales, pick_scale
 from safeweights_peft.jobs.train import read_requests, train
-from safeweights_peft.jobs.work import find_work
+from safeweights_peft.jobs.work import find_work, once
 from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import inspect, read_patch
 from safeweights_peft.progress import Progress

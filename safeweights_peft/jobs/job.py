@@ -6,9 +6,8 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -20,14 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.chat import REQUEST_TOKENS, Chat, read_template
 from safeweights_peft.checkpoint.reader import CheckpointReader
 from safeweights_peft.data import Example
-from safeweights_peft.delta import WEIGHT_DTYPES, Array
+from safeweights_peft.delta import WEIGHT_DTYPES
 from safeweights_peft.errors import DataError, EvaluationError, ModelError, SafeWeightsError
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.evaluation.judges import Verdict, judge_opening
@@ -37,8 +34,6 @@ from safeweights_peft.files import (
     check_apart,
     check_target,
     lock,
-    read_json,
-    sync,
     write_json,
 )
 from safeweights_peft.jobs.work import IDENTITY, clear_work, find_work, holds_work, refuse_work
@@ -420,32 +415,3 @@ def _digest(text: str) -> str:
 
 def _find_versions() -> dict[str, str]:
     return {f"{name.replace('-', '_')}_version": version(name) for name in PACKAGES}
-
-
-def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Do a step unless its result is there."""
-    if not path.exists():
-        write_json(path, measure())
-    return read_json(path, DataError, "delete it, and it is made again")
-
-
-def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Save arrays to resume from; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        save_file(dict(arrays), str(draft))
-        sync(draft)
-        draft.replace(path)
-    except SafetensorError as error:  # the library's name for a full disk
-        raise OSError(f"{path}: expected to be written, was not: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def load_arrays(path: Path) -> dict[str, Array] | None:
-    """Read what `save_arrays` left; None if there is nothing, or nothing that can be read."""
-    try:
-        return load_file(str(path))
-    except (OSError, SafetensorError):
-        return None

@@ -13,7 +13,8 @@ import torch
 from safeweights_peft.data import Example
 from safeweights_peft.delta import Array
 from safeweights_peft.errors import SelectionError
-from safeweights_peft.jobs.job import Job, load_arrays, save_arrays
+from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.work import load_arrays, save_arrays
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.selection.fisher import SquareSum, average, damp, sum_squares

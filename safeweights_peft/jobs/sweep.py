@@ -12,8 +12,9 @@ from safeweights_peft.errors import EvaluationError
 from safeweights_peft.evaluation.judge_kinds import AnyJudge
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import MergedEntries, note_chat
+from safeweights_peft.jobs.work import once
 from safeweights_peft.patch.artifacts import StoredPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.settings import EvaluateSettings

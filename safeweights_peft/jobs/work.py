@@ -1,15 +1,20 @@
-"""The directories beside results from which interrupted jobs resume, and whose they are."""
+"""What interrupted jobs resume from: directories beside results, whose they are, files in them."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import DataError
-from safeweights_peft.files import read_json
+from safeweights_peft.files import read_json, sync, write_json
 from safeweights_peft.schema import flatten
 from safeweights_peft.tables import short_digest
 
@@ -63,3 +68,32 @@ def clear_work(out: Path) -> None:
     """Remove what jobs for a result have left beside it, those with other settings included."""
     for path in _work_directories(out):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do a step unless its result is there."""
+    if not path.exists():
+        write_json(path, measure())
+    return read_json(path, DataError, "delete it, and it is made again")
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Save arrays to resume from; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file(dict(arrays), str(draft))
+        sync(draft)
+        draft.replace(path)
+    except SafetensorError as error:  # the library's name for a full disk
+        raise OSError(f"{path}: expected to be written, was not: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_arrays(path: Path) -> dict[str, Array] | None:
+    """Read what `save_arrays` left; None if there is nothing, or nothing that can be read."""
+    try:
+        return load_file(str(path))
+    except (OSError, SafetensorError):
+        return None

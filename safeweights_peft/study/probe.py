@@ -15,9 +15,10 @@ from safeweights_peft.delta import Array
 from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
-from safeweights_peft.jobs.job import Job, load_arrays, once, save_arrays
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import build_safety, sample_rows
 from safeweights_peft.jobs.scoring import Scoring
+from safeweights_peft.jobs.work import load_arrays, once, save_arrays
 from safeweights_peft.merging.gather import check_safety
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.patch.artifacts import Artifact

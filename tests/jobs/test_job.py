@@ -12,9 +12,10 @@ from safeweights_peft.errors import DataError, ModelError
 from safeweights_peft.fetching import BaseModel, resolve_base
 from safeweights_peft.jobs import job as frame
 from safeweights_peft.jobs.evaluate import evaluate
-from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.preserve import preserve_model
 from safeweights_peft.jobs.protect import protect_lora, protect_tuned
+from safeweights_peft.jobs.work import once
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.settings import ComputeSettings, PreserveMethod, ScoreSettings
 from tests.jobs.conftest import Run
