@@ -36,7 +36,7 @@ from safeweights_peft.files import (
     lock,
     write_json,
 )
-from safeweights_peft.jobs.work import IDENTITY, clear_work, find_work, holds_work, refuse_work
+from safeweights_peft.jobs.work import FILES, IDENTITY, clear_work, find_work, holds_work, refuse_work
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.answers import find_positions
 from safeweights_peft.modeling.layout import describe, eligible_parameters
@@ -371,7 +371,7 @@ class Job:
         """Name a directory beside a result for work to resume from; clear it once all is done."""
         # The name is made of all that the result depends on. Work of other settings is refused,
         # not dropped: it may have taken hours.
-        content = {**identity, "base": identify(self.base), **_find_versions()}
+        content = {**identity, FILES: identify(self.base), **_find_versions()}
         if template := read_template(self.compute.chat_template):  # whose file may change
             content["chat_template_digest"] = _digest(template)
         digest = _digest(json.dumps(content, sort_keys=True)).removeprefix("sha256:")
@@ -381,8 +381,8 @@ class Job:
                 if other.name != work_dir.name and not overwrite:
                     refuse_work(out, other, content)
             work_dir.mkdir(parents=True, exist_ok=True)
-            write_json(work_dir / IDENTITY, content)
             try:
+                write_json(work_dir / IDENTITY, content)
                 yield work_dir
             except BaseException:
                 if not holds_work(work_dir):

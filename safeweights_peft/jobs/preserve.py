@@ -58,10 +58,29 @@ def preserve_model(
         overwrite=overwrite,
         error=CheckpointError,
     )
-    before = evaluator.evaluate() if evaluator else None
-    if evaluator:
-        job.take_model()  # gives its memory to the model that is trained
-    record = _fine_tune(job, map_dir, data, rows, artifact, out, settings, overwrite)
+    check_safety(job.reader, artifact)  # another base is refused before it is loaded
+    layout = describe(job.empty, [name for name, _ in job.empty.named_parameters()], job.base.path)
+    dtype = _pick_matrix_dtype(job, layout)
+    record = job.record(
+        "preserving",
+        artifact,
+        settings,
+        map=str(map_dir),
+        artifact=artifact.metadata.mode.artifact,
+        frozen_entries=sum(indices.size for indices in artifact.indices.values()),
+        data=data,
+        data_digest=data_digest(rows),
+    )
+    if settings.method is PreserveMethod.LORA:
+        record["lora_left_out"] = find_linear(job.empty)[1]
+    with job.work(out, record, overwrite) as work_dir:
+        before = evaluator.evaluate() if evaluator else None
+        if evaluator:
+            job.take_model()  # gives its memory to the model that is trained
+        _fine_tune(
+            *(job, rows, artifact, layout, dtype, settings),
+            *(work_dir, out, record, overwrite),
+        )
     if evaluator and before:
         after = (
             evaluator.evaluate(out)
@@ -75,55 +94,42 @@ def preserve_model(
 
 def _fine_tune(
     job: Job,
-    map_dir: Path,
-    data: str,
     rows: list[Row],
     artifact: Artifact,
-    out: Path,
+    layout: Mapping[str, TensorRecord],
+    dtype: torch.dtype,
     settings: PreserveSettings,
+    work_dir: Path,
+    out: Path,
+    record: dict[str, Any],
     overwrite: bool,
-) -> dict[str, Any]:
+) -> None:
     """Train and publish; what is held for that is free when this returns."""
     examples = job.chat.encode_rows(rows, settings.max_answer_tokens)
     # Trained in float32, whatever the products are computed in: steps are smaller than what
     # bfloat16 resolves. Written in the dtypes of the base's checkpoint.
     model: nn.Module = load_model(job.base, torch.float32, job.device)
-    layout = describe(model, [name for name, _ in model.named_parameters()], job.base.path)
-    dtype = _pick_matrix_dtype(job, layout)
-    record = job.record(
-        "preserving",
-        artifact,
-        settings,
-        map=str(map_dir),
-        artifact=artifact.metadata.mode.artifact,
-        frozen_entries=sum(indices.size for indices in artifact.indices.values()),
-        data=data,
-        data_digest=data_digest(rows),
-    )
     by_lora = settings.method is PreserveMethod.LORA
     if by_lora:
-        record["lora_left_out"] = find_linear(model)[1]
         model = add_lora(model, settings)
         correct(model, artifact)  # refused now, not after the training
-    with job.work(out, record, overwrite) as work_dir:
-        with job.steps("Fine-tune", settings.steps, each=1) as reach:
-            record["losses"] = fine_tune(
-                model,
-                job.tokenizer.pad_token_id,
-                examples,
-                artifact,
-                settings,
-                work_dir,
-                dtype,
-                reach,
-            )
-        if by_lora:
-            with publish(out, overwrite, CheckpointError) as draft:
-                write_corrected(draft, model, job, artifact, correct(model, artifact))
-                write_json(draft / RECORD_FILE, record)
-        else:
-            _write_model(out, model, job, layout, artifact, record, overwrite)
-    return record
+    with job.steps("Fine-tune", settings.steps, each=1) as reach:
+        record["losses"] = fine_tune(
+            model,
+            job.tokenizer.pad_token_id,
+            examples,
+            artifact,
+            settings,
+            work_dir,
+            dtype,
+            reach,
+        )
+    if by_lora:
+        with publish(out, overwrite, CheckpointError) as draft:
+            write_corrected(draft, model, job, artifact, correct(model, artifact))
+            write_json(draft / RECORD_FILE, record)
+    else:
+        _write_model(out, model, job, layout, artifact, record, overwrite)
 
 
 def _check_settings(settings: PreserveSettings) -> None:

@@ -307,6 +307,9 @@ TABLE = [
     ),
     # 36: another base
     bad("merge on another base", "merge {} {patch} --out {out}", line="use ", base="other"),
+    bad("preserving another base", _PRESERVE, line="; use ", base="wide"),
+    bad("preserving a patch that isn't merged", _PRESERVE, "--map {patch}", "found it without"),
+    bad("eval on another base", _EVAL, "--adapter {patch}", "use ", base="other"),
     bad("training on another base", _TRAIN, "--map {map}", "use ", base="other"),
     *(
         bad(
@@ -328,6 +331,16 @@ TABLE = [
         "probing with the run's map",
         *("probe {} --map {map} --out {out} --limit 2", "", "give the patch as --map"),
         base="merged",
+    ),
+    # 37: a base that is merged already
+    *(
+        bad(f"{command.split()[0]} on a merged base", command, more, line, base="merged")
+        for command, more, line in (
+            ("merge {} {patch} --out {out}", "", "found .* already merged into it; use it as"),
+            (_EVAL, "--adapter {patch}", "found .* already merged into it; use it as it is"),
+            (_TRAIN, "--map {map}", "another model.; use "),
+            (_PRESERVE, "", "or give the patch as --map"),
+        )
     ),
     # 2: a dtype that loses what training starts from
     *(

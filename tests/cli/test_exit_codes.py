@@ -113,7 +113,8 @@ def test_preserving_under_a_patch_that_is_not_merged_is_a_failure_of_one_line(
     called = call("preserve", run.base, *inputs, *options["preserve"])
     assert called.exit_code == 1
     assert called.stdout == ""
-    assert error_lines(called.stderr)[-1].endswith("merge the patch first")
+    (line,) = error_lines(called.stderr)
+    assert line.endswith("give the checkpoint that `safeweights merge` wrote")
     assert list(tmp_path.iterdir()) == []
 
 

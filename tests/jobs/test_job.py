@@ -104,20 +104,28 @@ def interrupt(base: Path, out: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("change", ["nothing", "identity", "base"])
+REFUSED = {
+    "nothing": "",
+    "identity": r"seed \(1 there, 2 here\); the same command as then resumes it, another --out or",
+    "base": "files of the base, so it can't be resumed; another --out or --overwrite starts anew",
+    "version": r"torch_version \(.* there, 9\.9 here\), so it can't be resumed; another --out or",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
 def test_work_is_found_again_and_refused_where_what_it_depends_on_has_changed(
-    change: str, tiny_llama: Path, tmp_path: Path
+    change: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, out = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "out"
     folder = interrupt(base, out)
     if change == "base":
         (base / "config.json").write_text((base / "config.json").read_text() + "\n")
+    if change == "version":
+        version = frame.version
+        monkeypatch.setattr(frame, "version", lambda n: "9.9" if n == "torch" else version(n))
     identity = {"seed": 2 if change == "identity" else 1}
     if change != "nothing":
-        other = r"seed \(1 there, 2 here\)" if change == "identity" else "base "
-        message = (
-            f"other {other}.*the same command as then resumes it, another --out or --overwrite"
-        )
+        message = f"found one with other {REFUSED[change]}"
         with pytest.raises(DataError, match=message), Job(base).work(out, identity):
             pass
         assert [path.name for path in folder.iterdir() if path.name != "identity"] == ["half"]
@@ -126,6 +134,20 @@ def test_work_is_found_again_and_refused_where_what_it_depends_on_has_changed(
         assert (found / "half").exists() == (change == "nothing")
         assert folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_a_process_left_that_was_killed_before_its_first_checkpoint_refuses_nothing(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / ".out.0123456789ab.work").mkdir()
+    (tmp_path / ".out.0123456789ab.work" / ".identity.0123abcd.tmp").touch()
+    with Job(tiny_llama).work(out, {}):
+        pass
+    (tmp_path / ".out.file.work").touch()  # a file of somebody's
+    with Job(tiny_llama).work(out, {}):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".out.file.work"]
 
 
 def test_work_on_a_commit_is_found_again_though_its_files_were_fetched_anew(
