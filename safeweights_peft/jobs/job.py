@@ -36,7 +36,14 @@ from safeweights_peft.files import (
     lock,
     write_json,
 )
-from safeweights_peft.jobs.work import FILES, IDENTITY, clear_work, find_work, holds_work, refuse_work
+from safeweights_peft.jobs.work import (
+    FILES,
+    IDENTITY,
+    clear_work,
+    find_work,
+    holds_work,
+    refuse_work,
+)
 from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.modeling.answers import find_positions
 from safeweights_peft.modeling.layout import describe, eligible_parameters

@@ -276,7 +276,9 @@ def test_a_changed_setting_or_base_is_refused_and_starts_afresh_if_that_is_asked
         tensors = load_file(base / "model.safetensors")
         tensors["model.norm.weight"] *= 2  # no map selects from it
         save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(DataError, match=r"found one with other (seed |files of the base, so it can)"):
+    with pytest.raises(
+        DataError, match=r"found one with other (seed |files of the base, so it can)"
+    ):
         call(*job, settings)
     call(*job, settings, overwrite=True)
     straight = str(base), map_dir, requests.lessons, tmp_path / "straight"
@@ -289,7 +291,9 @@ def test_a_map_of_another_base_is_refused_and_nothing_is_left(
 ) -> None:
     other = save_tiny_tokenizer(save_tiny_llama(tmp_path / "other", seed=1))
     job = str(other), map_dir, requests.lessons, tmp_path / "model", requests.preserve()
-    with pytest.raises(BaseMismatchError, match=r"\(another model\); .*; or give the patch as --map"):
+    with pytest.raises(
+        BaseMismatchError, match=r"\(another model\); .*; or give the patch as --map"
+    ):
         call(*job)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
