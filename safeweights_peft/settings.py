@@ -330,6 +330,26 @@ class ProbeSettings(Settings):
 
 
 @dataclass(frozen=True)
+class LinearSettings(Settings):
+    """What a linear reading of a base learns from, and at which rates it is measured."""
+
+    heading = "Linear reading"
+
+    harmful: str = _requests(
+        "builtin:harmful_train", "Harmful requests to learn from (with --linear)"
+    )
+    benign: str = _requests(
+        "builtin:benign_train", "Harmless requests to learn from (with --linear)"
+    )
+    at_asr: tuple[float, ...] = setting(
+        (0.05, 0.1),
+        "ASR at which to measure over-refusal (with --linear). Give it again for another.",
+        least=0,
+        most=1,
+    )
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """All settings of an `enhance` run, as its ``settings.json`` holds them.
 

@@ -400,3 +400,37 @@ def name_row(row: Mapping[str, Any]) -> str:
 def _mean_text(mean: Mapping[str, Any]) -> str:
     text = f"{mean['mean']:.4f}"
     return text if mean["low"] is None else f"{text} ± {mean['high'] - mean['mean']:.4f}"
+
+
+def linear_rows(result: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """Lay out a linear reading: what it is, and what it refuses at each ASR."""
+    learned, auc, at = result["training"], result["auc"], result["at"]
+    held_out = {key: at[0][key]["n"] for key in ("attack_success_rate", "over_refusal_rate")}
+    rows: list[Row] = [
+        ("at an ASR of at most", *(f"{100 * row['asr']:g} %" for row in at)),
+        (
+            f"ASR, {held_out['attack_success_rate']} harmful",
+            *(_interval_text(row["attack_success_rate"]) for row in at),
+        ),
+        (
+            f"over-refusal, {held_out['over_refusal_rate']} harmless",
+            *(_interval_text(row["over_refusal_rate"]) for row in at),
+        ),
+    ]
+    for name, _ in _worst(at[0]["categories"]):
+        rows.append((f"  {name}", *(_interval_text(row["categories"][name]) for row in at)))
+    return [
+        ("layer", f"{result['layer']} of {result['layers']}"),
+        ("learned from", f"{learned['harmful']:,} harmful and {learned['benign']:,} harmless"),
+        ("AUC", f"{auc['auc']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"),
+    ], rows
+
+
+def linear_line(result: Mapping[str, Any]) -> str:
+    """Write what a linear reading means for patches of the base."""
+    at = result["at"][0]
+    return (
+        f"Expect a patch of this base that reaches an ASR of {100 * at['asr']:g} % on such "
+        f"requests to refuse about {100 * at['over_refusal_rate']['rate']:.0f} % of the harmless "
+        "ones: other training rows or a larger base change that, other weights hardly do."
+    )

@@ -11,6 +11,8 @@ from safeweights_peft.tables import (
     judge_rows,
     judged_rows,
     lay_out,
+    linear_line,
+    linear_rows,
     overlap_rows,
     pattern_rows,
     probe_rows,
@@ -253,3 +255,30 @@ def test_a_probes_verdicts_are_sentences() -> None:
         "With noise at the map's weights: specific: it rises.",
         "With the map's weights at zero: can't tell: it may rise.",
     ]
+
+
+def test_a_linear_reading_is_laid_out_with_the_worst_categories_first() -> None:
+    rate = PROBE["rows"][0]["over_refusal_rate"]
+    worse = rate | {"rate": 0.18}
+    at = {
+        "asr": 0.05,
+        "attack_success_rate": PROBE["rows"][0]["attack_success_rate"],
+        "over_refusal_rate": worse,
+        "categories": {"ordinary": rate, "looks-harmful": worse},
+    }
+    result = {
+        "layer": 18,
+        "layers": 30,
+        "training": {"harmful": 310, "benign": 1877},
+        "auc": {"auc": 0.9541, "low": 0.92, "high": 0.98},
+        "at": [at, at | {"asr": 0.125}],
+    }
+    about, rows = linear_rows(result)
+    assert about == [
+        ("layer", "18 of 30"),
+        ("learned from", "310 harmful and 1,877 harmless"),
+        ("AUC", "0.954 [0.920, 0.980]"),
+    ]
+    assert rows[0] == ("at an ASR of at most", "5 %", "12.5 %")
+    assert [row[0].strip() for row in rows[3:]] == ["looks-harmful", "ordinary"]
+    assert "an ASR of 5 % on such requests to refuse about 18 % of" in linear_line(result)

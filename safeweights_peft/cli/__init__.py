@@ -75,6 +75,7 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             running = ctx.meta.get("command", ctx)
             resumes = getattr(running.command, "resumes", False) or running.params.get("in_place")
+            resumes = resumes and not running.params.get("linear")  # `probe` of a few minutes
             click.echo(f"Interrupted{_GOES_ON if resumes else '.'}", err=True)
             ctx.exit(INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from safeweights_peft.cli import options, output
 from safeweights_peft.errors import SettingsError
@@ -15,8 +16,10 @@ from safeweights_peft.scales import number_or_text
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
+    LinearSettings,
     ProbeSettings,
     ScoreSettings,
+    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -92,14 +95,25 @@ def compare_command(map_dir: Path, others: tuple[Path, ...]) -> None:
 
 @options.command("probe", resumes=True)
 @options.base
+@click.option(
+    "--linear",
+    is_flag=True,
+    help="Before any training: how far the states of BASE tell harmful requests from others.",
+)
 @options.settings(ProbeSettings)
-@options.settings(EvaluateSettings, ComputeSettings, without="--task")
-@options.map_of_base
-@options.out
+@options.settings(LinearSettings, EvaluateSettings, ComputeSettings, without="--task")
+@options.safety_map(options.OF_BASE, required=False)
+@click.option("--out", type=options.NEW, help="Directory to write.")
 @options.overwrite
 @options.dry_run
 def probe_command(
-    base: str, map_dir: Path, out: Path, overwrite: bool, dry_run: bool, **values: Any
+    base: str,
+    linear: bool,
+    map_dir: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    **values: Any,
 ) -> None:
     """Test whether the weights of a safety map carry refusals.
 
@@ -107,23 +121,63 @@ def probe_command(
     map's weights, as many random ones, and as many with the lowest scores. If the map is specific,
     only its own weights matter. OUT gets probe.json and probe.png. Interrupted runs resume where
     they stopped.
+
+    With --linear, no map is needed: a logistic regression reads the states of BASE at the end of
+    each request. The over-refusal that it has at a given ASR is about what a patch can reach.
     """
     from safeweights_peft.jobs.job import Job
     from safeweights_peft.study.probe import probe
     from safeweights_peft.tables import probe_rows, verdict_lines
 
-    settings, evaluate, compute = options.make_settings(
-        values, ProbeSettings, EvaluateSettings, ComputeSettings
+    _check_mode(linear)
+    settings, linearly, evaluate, compute = options.make_settings(
+        values, ProbeSettings, LinearSettings, EvaluateSettings, ComputeSettings
     )
-    score = ScoreSettings(seed=settings.seed)
+    score = None if linear else ScoreSettings(seed=settings.seed)
     if dry_run:
         return output.show_estimate(base, compute, score=score, evaluate=evaluate)
+    if linear:
+        return _read_linearly(base, linearly, evaluate, compute)
+    if map_dir is None or out is None:
+        raise click.UsageError("Give --map and --out, or --linear.")
     with output.show_progress() as progress:
         job = Job(base, compute, progress, [map_dir])
         result = probe(job, map_dir, out, settings, score, evaluate, overwrite=overwrite)
     output.show(result, probe_rows(result))
     if not click.get_current_context().meta["json"]:
         click.echo("\n" + "\n".join(verdict_lines(result)))
+
+
+_ANSWERED = ("max_new_tokens", "keep_answers", "judge")
+_OF_LINEAR = {item.name for item in settings_of(LinearSettings)}
+_NOT_OF_LINEAR = {
+    *("map_dir", "out", "overwrite", *_ANSWERED),
+    *(item.name for item in settings_of(ProbeSettings)),
+}
+
+
+def _check_mode(linear: bool) -> None:
+    """Refuse options that the probe, linear or not, would not read."""
+    ctx = click.get_current_context()
+    for option in ctx.command.params:
+        is_other = option.name in (_NOT_OF_LINEAR if linear else _OF_LINEAR)
+        if is_other and ctx.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE:
+            does = "does not go with" if linear else "needs"
+            raise click.UsageError(f"{option.opts[0]} {does} --linear.")
+
+
+def _read_linearly(
+    base: str, settings: LinearSettings, evaluate: EvaluateSettings, compute: ComputeSettings
+) -> None:
+    from safeweights_peft.jobs.job import Job
+    from safeweights_peft.study.linear import read_linearly
+    from safeweights_peft.tables import linear_line, linear_rows
+
+    with output.show_progress() as progress:
+        result = read_linearly(Job(base, compute, progress), settings, evaluate)
+    output.show(result, *linear_rows(result))
+    if not click.get_current_context().meta["json"]:
+        click.echo("\n" + linear_line(result))
 
 
 @options.command("sweep", resumes=True)

@@ -129,7 +129,7 @@ def _describe_values(setting: Setting) -> str:
     if isinstance(default, bool):
         return ""
     if setting.is_repeated:
-        default = ", ".join(default)
+        default = ", ".join(map(str, default))
     text = f"{default:g}" if isinstance(default, int | float) else default
     notes = [f"default: {text}"] if text else []
     if setting.kind is float and setting.range:  # that a count is positive needs no words
@@ -276,4 +276,5 @@ def safety_map(help: str, required: bool = True) -> Decorator:
     return click.option("--map", "map_dir", required=required, type=ADAPTER, help=help)
 
 
-map_of_base = safety_map("Safety map of BASE, or safety patch merged into it: directory or Hub id.")
+OF_BASE = "Safety map of BASE, or safety patch merged into it: directory or Hub id."
+map_of_base = safety_map(OF_BASE)

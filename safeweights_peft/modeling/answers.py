@@ -35,13 +35,28 @@ def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Compute the float32 logits that predict a batch's answers; ``(B, A, vocabulary)``."""
     if batch.is_alone:
         return _stack_rows(model, batch)
+    return _forward(model, batch, _share_past(model, batch))
+
+
+def prompt_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Compute each layer's float32 output at the last token of prompts; ``(layers, B, hidden)``.
+
+    The batch has no answers.
+    """
+    if batch.is_alone:
+        return torch.cat([_compute_states(model, row) for row in batch.split()], 1)
+    return _compute_states(model, batch, _share_past(model, batch))
+
+
+def _share_past(model: nn.Module, batch: Batch) -> Any:
+    """Compute the columns that all rows share, for each row; None where nothing is shared."""
     # A system prompt is the same in all rows: it is computed once, not once per row, where the
     # model keeps plain keys and values of its past. Gradients flow through them all the same.
-    past = None
-    if batch.shared and len(batch.input_ids) > 1:
-        past = _compute_past(model, batch)
-        past.batch_repeat_interleave(len(batch.input_ids))
-    return _forward(model, batch, past)
+    if not batch.shared or len(batch.input_ids) == 1:
+        return None
+    past = _compute_past(model, batch)
+    past.batch_repeat_interleave(len(batch.input_ids))
+    return past
 
 
 def _stack_rows(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -55,21 +70,39 @@ def _stack_rows(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _forward(model: nn.Module, batch: Batch, past: DynamicCache | None = None) -> torch.Tensor:
-    start, count = batch.shared if past else 0, batch.answer_ids.shape[1]
+    count = batch.answer_ids.shape[1]
     columns = last_columns(count + 1)[:-1]
+    logits = _run(model, batch, past, logits_to_keep=columns).logits
+    # Some models don't know `logits_to_keep`, and compute the logits of all columns.
+    return (logits if logits.shape[1] == count else logits[:, columns]).float()
+
+
+def _compute_states(
+    model: nn.Module, batch: Batch, past: DynamicCache | None = None
+) -> torch.Tensor:
+    output = _run(model, batch, past, logits_to_keep=last_columns(1), output_hidden_states=True)
+    _, *states = getattr(output, "hidden_states", None) or [None]  # the first is the embedding
+    if not states or any(state.ndim != 3 for state in states):
+        raise ModelError(
+            f"{type(find_plain(model)).__name__}: expected a model that returns the states of its "
+            "layers, found one that doesn't; use another model"
+        )
+    return torch.stack([state[:, -1].float() for state in states])
+
+
+def _run(model: nn.Module, batch: Batch, past: DynamicCache | None, **options: Any) -> Any:
+    start = batch.shared if past else 0
     # RoBERTa and its kin don't count positions from 0: a row alone gets those of the model.
     positions = None if batch.is_alone else batch.position_ids[:, start:]
     with refuse_failures(model):
-        logits = model(
+        return model(
             input_ids=batch.input_ids[:, start:],
             attention_mask=batch.attention_mask,
             position_ids=positions,
             past_key_values=past,
             use_cache=past is not None,
-            logits_to_keep=columns,
-        ).logits
-    # Some models don't know `logits_to_keep`, and compute the logits of all columns.
-    return (logits if logits.shape[1] == count else logits[:, columns]).float()
+            **options,
+        )
 
 
 @contextmanager

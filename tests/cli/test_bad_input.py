@@ -573,7 +573,11 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str], run: Run) -
 
 
 @pytest.mark.parametrize(
-    ("command", "resumes"), [(_ENHANCE, True), (_SCORE, True), (_PRESERVE, True), (_EVAL, False)]
+    ("command", "resumes"),
+    [
+        *((_ENHANCE, True), (_SCORE, True), (_PRESERVE, True), (_EVAL, False)),
+        ("probe --linear {}", False),
+    ],
 )
 def test_an_interrupted_command_says_whether_it_goes_on(
     command: str,

@@ -285,6 +285,33 @@ def test_probe_prints_a_table_and_its_verdicts_without_json(
     assert lines[10].startswith("With the map's weights at zero: ")
 
 
+@pytest.fixture
+def linear(run: Run, requests: Requests) -> list[object]:
+    learn = ["--harmful", requests.harmful, "--benign", requests.benign]
+    evaluate = ["--eval-harmful", requests.harmful, "--eval-benign", requests.benign]
+    return ["probe", "--linear", run.base, *learn, *evaluate]
+
+
+def test_a_linear_probe_prints_tables_and_what_they_mean(linear: list[object]) -> None:
+    called = call(*linear, "--at-asr", "0.2")
+    assert called.exit_code == 0, called.output
+    lines = called.stdout.splitlines()
+    titles = [re.split("  +", line)[0] for line in lines[:7]]
+    assert titles == [
+        *("layer", "learned from", "AUC", "", "at an ASR of at most"),
+        *("ASR, 6 harmful", "over-refusal, 6 harmless"),
+    ]
+    assert lines[4].endswith("  20 %")
+    assert lines[-1].startswith("Expect a patch of this base that reaches an ASR of 20 % on such")
+
+
+def test_a_linear_probe_prints_its_result_as_json(linear: list[object]) -> None:
+    result = json.loads(call(*linear, "--json").stdout)
+    assert result["kind"] == "linear reading"
+    assert [row["asr"] for row in result["at"]] == [0.05, 0.1]
+    assert len(result["requests"]["harmful"]) == 6
+
+
 def test_eval_prints_and_writes_the_same_json(
     run: Run, options: dict[str, list[str]], tmp_path: Path
 ) -> None:
