@@ -77,7 +77,7 @@ def test_figures_are_read_where_the_asr_is_reached(figures: ModuleType) -> None:
     # A line through 15, 5 and 0 % falls by 7.5 % a step of the scale, from 6.67 % in its middle.
     assert found["scale"] == pytest.approx(1, abs=1e-4)
     assert found["asr"] == pytest.approx(0.05)
-    assert found["kl"] == pytest.approx(0.01)
+    assert found["kl"] == pytest.approx(0.01, abs=1e-5)
     assert found["over_refusal"] == pytest.approx(0.02, abs=1e-4)
     assert found["builtin_asr"] == pytest.approx(0.2, abs=1e-4)
     stronger = figures.Tests([make_test()]).figure(0.0)
@@ -202,7 +202,9 @@ def make_study(
     return make
 
 
-@pytest.mark.parametrize("row", ["esi-entry-20", "lora-2", "shira-2", "supertuning-10"])
+@pytest.mark.parametrize(
+    "row", ["esi-entry-20", "fisher-row-20", "lora-2", "shira-2", "supertuning-10"]
+)
 @torch.no_grad()
 def test_a_base_with_a_change_answers_as_the_adapter_and_is_itself_again(
     row: str, cells: ModuleType, make_study: Make, tmp_path: Path
