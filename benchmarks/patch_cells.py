@@ -37,6 +37,7 @@ from safeweights_peft.settings import (
     Method,
     PreserveSettings,
     RunSettings,
+    ScoreSettings,
     TrainSettings,
 )
 from safeweights_peft.sources import LOOKS_HARMFUL, Row, data_digest
@@ -163,13 +164,8 @@ class Study:
         density = size if granularity is Granularity.AUTO else max([size, *alike])
         path = self.out / "maps" / f"{kind}-{granularity}-{100 * density:g}-seed-{seed}"
         if not path.exists():
-            settings = replace(
-                self.recipe.score,
-                method=Method(kind),
-                granularity=granularity,
-                density=density,
-                seed=seed,
-            )
+            settings = pick_scoring(self.recipe.score, Method(kind))
+            settings = replace(settings, granularity=granularity, density=density, seed=seed)
             score(self.job, path, settings)
         found = read_map(path)
         return found if density == size else narrow(found, granularity, size)
@@ -320,6 +316,18 @@ class Study:
             bits += int(np.bitwise_count(flipped).sum())
             width = 8 * dtype.itemsize
         return {"weights_changed": weights / total, "bits_changed": bits / (total * width)}
+
+
+def pick_scoring(recipe: ScoreSettings, method: Method) -> ScoreSettings:
+    """Pick from a recipe of all methods what one of them reads; it refuses the others'."""
+    own: dict[str, Any] = {"method": method}
+    if method is Method.MOVEMENT:
+        own["layers_per_pass"] = None
+    else:
+        own["movement_steps"] = ScoreSettings.movement_steps
+    if method not in (Method.FISHER, Method.MOVEMENT):
+        own["benign_examples"] = ScoreSettings.benign_examples
+    return replace(recipe, **own)
 
 
 def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -308,6 +308,18 @@ def test_kl_and_refusals_are_those_of_the_changed_base(make_study: Make) -> None
     assert study.find_refused(rows, change, 0.1) == [False] * 3
 
 
+@pytest.mark.parametrize("method", Method)
+def test_a_recipe_for_all_methods_is_read_by_each(
+    method: Method, cells: ModuleType, requests: Requests, tiny_llama_bf16: Path, tmp_path: Path
+) -> None:
+    recipe = requests.score(
+        **{"benign": requests.benign, "benign_examples": 3, "movement_steps": 2, "density": 0.1}
+    )
+    settings = cells.pick_scoring(recipe, method)
+    score(Job(tiny_llama_bf16), tmp_path / "map", settings)
+    assert read_map(tmp_path / "map").metadata.selection["method"] == method
+
+
 # --- a whole study ---
 
 
