@@ -309,7 +309,9 @@ def print_tables(arguments: argparse.Namespace, rows: Sequence[str]) -> None:
     )
     titles = ["row", "seeds", "τ", "lr", "scale", "bytes", "bits changed", "ASR", "ASR, built-in"]
     titles += ["KL", "over-refusal", "built-in", *categories]
-    print(f"At an ASR of {target:.0%}, but for the first ASR, which is at the validated scale:\n")
+    where = f"At an ASR of {target:.0%}, but for the first one, which is at the validated scale:"
+    is_read = any(len(tests.tests[0]["scales"]) > 1 for tests in tested.values())
+    print(where if is_read else f"At the scale validated for an ASR of {target:.0%}:", end="\n\n")
     print_row(titles)
     print_row(["---"] * len(titles))
     for row, tests in tested.items():
@@ -341,7 +343,7 @@ def print_tables(arguments: argparse.Namespace, rows: Sequence[str]) -> None:
 
 def print_comparison(estimates: Mapping[str, Mapping[str, Estimate]], against: str) -> None:
     """Print each row's KL as a multiple of another's, and how much more it refuses."""
-    print(f"\nAgainst {against}, at the same ASR; in bold where the interval holds no equality:\n")
+    print(f"\nAgainst {against}; in bold where the interval holds no equality:\n")
     print_row(["row", "KL, times", "over-refusal, points", "built-in, points"])
     print_row(["---"] * 4)
     for row, found in estimates.items():

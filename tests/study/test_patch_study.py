@@ -346,6 +346,7 @@ def test_a_study_prints_its_tables_and_resumes(
     script.main()
     printed, before = capsys.readouterr().out, content(tmp_path / "out")
     lines = printed.splitlines()
+    assert lines[0] == "At the scale validated for an ASR of 100%:"
     assert [line.split(" | ")[0] for line in lines[2:6]] == [
         *("| row", "| ---", "| esi-entry-5", "| lora-1"),
     ]
