@@ -40,7 +40,6 @@ class Tests:
         self.kl = np.array([test["kl"] for test in tests])  # (seeds, scales, answers)
         self.tokens = np.array(tests[0]["tokens"])  # (answers,)
         self.log_scales = np.log([test["scales"] for test in tests])  # (seeds, scales)
-        self.groups: dict[str, NDArray[np.int64]] = {}
         by_category = defaultdict(list)
         for place, category in enumerate(tests[0]["categories"]):
             by_category[category].append(place)

@@ -177,6 +177,8 @@ class Cells:
         first, *_ = self._arguments.seeds
         validated = {gain: self._validated(gain, first) for gain in self._arguments.gains}
         gain = min(validated, key=lambda gain: rank(validated[gain], self._arguments.asr))
+        if len(validated) > 1 and gain in (min(validated), max(validated)):
+            print(f"{self._row}: τ {gain:g} is an end of --gains; try more", file=sys.stderr)
         for seed in self._arguments.seeds:
             cell = self._validated(gain, seed)
             once(self._folder / f"test-{gain:g}-seed-{seed}.json", partial(self._test, cell))
