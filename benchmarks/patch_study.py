@@ -33,13 +33,14 @@ from patch_cells import Choice, Study, adapter_bytes
 from patch_figures import Estimate, Tests, compare
 
 from safeweights_peft.files import write_json
-from safeweights_peft.jobs.job import Job, once
+from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.work import once
+from safeweights_peft.schema import to_json
 from safeweights_peft.settings import (
     ComputeSettings,
     Granularity,
     Method,
     RunSettings,
-    to_json,
 )
 from safeweights_peft.sources import Row, read_rows
 

@@ -13,13 +13,13 @@ from safeweights_peft.cli import options, output
 from safeweights_peft.errors import SettingsError
 from safeweights_peft.rates import find_outcome
 from safeweights_peft.scales import number_or_text
+from safeweights_peft.schema import settings_of
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
     LinearSettings,
     ProbeSettings,
     ScoreSettings,
-    settings_of,
 )
 
 if TYPE_CHECKING:

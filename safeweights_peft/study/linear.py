@@ -22,7 +22,8 @@ from safeweights_peft.jobs.evaluate import Evaluator, shorten
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.modeling.answers import find_layout, prompt_states
 from safeweights_peft.rates import Rate, wilson
-from safeweights_peft.settings import EvaluateSettings, LinearSettings, to_json
+from safeweights_peft.schema import to_json
+from safeweights_peft.settings import EvaluateSettings, LinearSettings
 from safeweights_peft.sources import Row, data_digest, read_rows
 
 FOLDS = 5

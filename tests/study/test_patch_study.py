@@ -16,7 +16,8 @@ from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.train import train
 from safeweights_peft.patch.io import read_adapter, read_map
-from safeweights_peft.settings import Granularity, Method, to_json
+from safeweights_peft.schema import to_json
+from safeweights_peft.settings import Granularity, Method
 from safeweights_peft.sources import Row
 from tests.tiny_jobs import Requests, content
 
