@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from safeweights_peft.errors import MergeError
 from safeweights_peft.modeling.tensors import add_rounded
@@ -83,10 +84,12 @@ class Selection:
         self._state: tuple | None = None  # of frozen values, when they were last written
         self._marks: list[weakref.ref[Tensor]] = []
         self._trained_base = False  # the base's entries may have changed since they were set aside
+        self._terms: list[Term] | None = None  # that were asked for last
+        self._is_training = False  # in a forward of the model that autograd records
         self._known: Callable[[], nn.Parameter | None] = weakref.ref(owner.parameter)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_marks": [], "_state": None, "_known": self.known}
+        return {**self.__dict__, "_marks": [], "_state": None, "_terms": None, "_known": self.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         parameter = state["_known"]
@@ -114,7 +117,7 @@ class Selection:
         if parameter.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 return self._change_trained_base(parameter, terms)
-        return self._copy(parameter, *self._wanted(parameter, terms))
+        return self._copy(parameter, *self._wanted(parameter, terms, self._is_recorded()))
 
     @property
     def known(self) -> nn.Parameter | None:
@@ -142,7 +145,7 @@ class Selection:
 
     def check_finite(self, terms: Sequence[Term]) -> None:
         """Refuse terms that don't merge to finite entries."""
-        _, entries = self._wanted(self.owner.parameter, terms)
+        _, entries = self._wanted(self.owner.parameter, terms, is_recorded=False)
         assert entries is not None
         bad = int(entries.numel() - entries.isfinite().sum())
         if bad:
@@ -159,22 +162,44 @@ class Selection:
     @torch.compiler.disable
     def sync(self, force: bool = False) -> None:
         """Make the parameter hold what is to be seen; under a waiting graph only by ``force``."""
-        parameter = self.known
+        parameter, is_recorded = self.known, self._is_recorded()
         if parameter is None or parameter is not self.owner.parameter or parameter.is_meta:
             return
         with _writing, raw():
-            terms = self._list_terms(parameter)
+            terms = self._terms = self._list_terms(parameter)
             state = _describe(parameter, terms)
             if state is None or state != self._state or self._held is not self._unite(terms):
-                self._update(parameter, terms, force)
+                self._update(parameter, terms, force, is_recorded)
                 self._state = state
             self._dress_as_needed(parameter, terms)
+
+    def begin_forward(self) -> None:
+        """Note whether autograd records the forward of the model that begins, and sync."""
+        self._is_training = torch.is_grad_enabled()
+        self.sync()
+
+    def end_forward(self) -> None:
+        """Let whoever reads the parameter outside of a forward see what its own mode asks for."""
+        self._is_training = False
 
     def sync_compiled(self) -> None:
         """Let a base that is to be trained hold its own entries, and else leave all to copies."""
         # Rarely: this ends a graph that is being compiled.
         if self._held is not None and self.owner.parameter.requires_grad:
             self.sync()
+        elif torch.compiler.is_exporting():
+            self._sync_exported()
+
+    @torch._dynamo.assume_constant_result
+    def _sync_exported(self) -> None:
+        """Write entries that an exporter will read from memory, though it traces other tensors."""
+        # The layers' own values and indices may be such tensors too.
+        parameter, terms = self.known, self._terms
+        if parameter is None or parameter.is_meta or parameter.requires_grad or terms is None:
+            return
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), _writing, raw():
+            self._update(parameter, terms, force=False, is_recorded=False)
+            self._dress_as_needed(parameter, terms)
 
     @torch.compiler.disable
     def show_base(self, force: bool = False) -> None:
@@ -184,7 +209,8 @@ class Selection:
             with _writing, raw():
                 if force or not self.is_waited_for():
                     self._restore(parameter)
-                self._dress_as_needed(parameter, self.owner.terms())
+                self._terms = self.owner.terms()
+                self._dress_as_needed(parameter, self._terms)
 
     def hidden_base(self) -> Tensor | None:
         """Copy the base's weight where entries of adapters had to stay in its place."""
@@ -210,14 +236,14 @@ class Selection:
         if parameter is not None and not parameter.is_meta and self.is_waited_for():
             with _writing, raw():
                 terms = self.owner.terms()
-                union, entries = self._wanted(parameter, terms)
+                union, entries = self._wanted(parameter, terms, is_recorded=True)
                 if not self._holds(parameter, union, entries):
                     parameter.data = self._copy(parameter, union, entries)
                     self._held, self._state, self._marks = union, None, []
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow ``model.to(...)`` and the like to another device."""
-        self._state = None
+        self._state = self._terms = None
         if self._held is not None:
             parts, indices, originals, positions = self._held
             self._held = Union(
@@ -233,10 +259,12 @@ class Selection:
         self._marks = [mark for mark in self._marks if mark() is not None]
         return bool(self._marks)
 
-    def _update(self, parameter: nn.Parameter, terms: Sequence[Term], force: bool) -> None:
+    def _update(
+        self, parameter: nn.Parameter, terms: Sequence[Term], force: bool, is_recorded: bool
+    ) -> None:
         if parameter.requires_grad:
             terms = ()  # the base is trained: an optimizer must find its own entries
-        union, entries = self._wanted(parameter, terms)
+        union, entries = self._wanted(parameter, terms, is_recorded)
         if not self._holds(parameter, union, entries) and (force or not self.is_waited_for()):
             self._put(parameter, union, entries)
 
@@ -289,7 +317,7 @@ class Selection:
             terms = self._list_terms(parameter)
             if parameter.requires_grad and terms:
                 return Reading(self._read_trained_base(parameter, terms))
-            union, entries = self._wanted(parameter, terms)
+            union, entries = self._wanted(parameter, terms, self._is_recorded())
             if in_transform():
                 return Reading(self._copy(parameter, union, entries))
             if not self._holds(parameter, union, entries):
@@ -318,11 +346,17 @@ class Selection:
             flat = flat.index_copy(0, term.indices.long(), entries)
         return flat.view(parameter.shape)
 
+    def _is_recorded(self) -> bool:
+        # Reentrant checkpointing runs layers without gradients, within a forward that has them.
+        if self._is_training or torch.is_grad_enabled():
+            return True
+        return not torch.compiler.is_compiling() and in_transform()
+
     def _wanted(
-        self, parameter: Tensor, terms: Sequence[Term]
+        self, parameter: Tensor, terms: Sequence[Term], is_recorded: bool
     ) -> tuple[Union | None, Tensor | None]:
         union = self._unite(terms)
-        return union, None if union is None else self._add(parameter, union, terms)
+        return union, None if union is None else self._add(parameter, union, terms, is_recorded)
 
     def _copy(
         self, parameter: Tensor, union: Union | None = None, entries: Tensor | None = None
@@ -354,7 +388,9 @@ class Selection:
         self._union = Union(parts, indices, originals, positions)
         return self._union
 
-    def _add(self, parameter: Tensor, union: Union, terms: Sequence[Term]) -> Tensor:
+    def _add(
+        self, parameter: Tensor, union: Union, terms: Sequence[Term], is_recorded: bool
+    ) -> Tensor:
         """Add the terms' values one after the other in float32, and round once."""
         total = union.originals.float()
         if len(terms) == 1:
@@ -362,9 +398,9 @@ class Selection:
         else:
             for term, positions in zip(terms, union.positions, strict=True):
                 total = total.index_add(0, positions, term.values.float() * term.scale)
-        # Frozen entries are those of the merged checkpoint, whatever dtype the base is loaded in.
-        # Trained ones are not rounded to it: updates below half a unit would be lost.
-        if not any(term.values.requires_grad for term in terms):
+        # Entries are those of the merged checkpoint, whatever dtype the base is loaded in. Steps of
+        # training don't round to it: updates below half a unit would be lost.
+        if not (is_recorded and any(term.values.requires_grad for term in terms)):
             total = total.to(union.originals.dtype)
         return total.to(parameter.dtype)
 

@@ -1,5 +1,6 @@
 """The hook on the model itself: before each forward, every parameter is what it is to be."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +27,13 @@ class Root(nn.Module):
         self._handles: list[RemovableHandle] = []
         self._sums: list[int] = []  # of frozen values' bits, when they were last looked at
         self._is_paused = False
-        self._mode: bool | None = None  # training or not, in the last forward that was watched
-        self._watched: list[tuple[SafeWeightsLayer, list[tuple[str, float]], Tensor]] = []
+        self._modes: list[bool] = []  # of all modules, training or not, in the last forward
+        self._seen: set[str] = set()  # layers that a forward in these modes left alone
+        self._refusal = ""  # of a forward that changed weights, which have been others since
+        # By thread, for a forward may call itself, and several threads a model.
+        self._depths: dict[int, int] = {}
+        self._watched: dict[int, list[tuple[SafeWeightsLayer, list[tuple[str, float]], Tensor]]]
+        self._watched = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "Root":
@@ -40,7 +46,7 @@ class Root(nn.Module):
             hook = root.before_forward
             root._handles = [
                 model.register_forward_pre_hook(hook, with_kwargs=True),
-                model.register_forward_hook(root.after_forward),
+                model.register_forward_hook(root.after_forward, always_call=True),
             ]
         return root
 
@@ -89,6 +95,8 @@ class Root(nn.Module):
             for layer in self._layers:
                 layer.selection.sync_compiled()
             return
+        thread = threading.get_ident()
+        self._depths[thread] = self._depths.get(thread, 0) + 1
         with untraced():
             self._refresh(model, args, kwargs)
 
@@ -96,6 +104,8 @@ class Root(nn.Module):
     def _refresh(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if model is not self.model and torch.is_grad_enabled():
             _refuse_replica(self._layers)
+        if self._refusal:
+            raise ModelError(self._refusal)
         is_on_meta = _are_on_meta([*args, *kwargs.values()])
         for layer in self._layers:
             if layer.sharded is not None:
@@ -103,54 +113,79 @@ class Root(nn.Module):
             else:
                 _check_parameter(layer, is_on_meta)
             layer.check_active()
-        self._watched = []  # of a forward that failed, whose entries may have changed since
         if in_transform():
             for layer in self._layers:
                 layer.selection.watch()
             return
-        if not _continues(kwargs):
+        is_first = not _continues(kwargs)
+        if is_first:
             self._compare_values()
         for layer in self._layers:
-            layer.selection.sync()
-        if model.training is not self._mode:
-            self._watched = [
-                (layer, _list_shown(layer), layer.sample())
-                for layer in self._layers
-                if layer.sharded is None
-                and not layer.lacks_data()
-                # Else entries may be written as soon as the graph is freed, in this forward.
-                and not layer.selection.is_waited_for()
-            ]
+            layer.selection.begin_forward()
+        if is_first:
+            self._watch()
+
+    def _watch(self) -> None:
+        """Note what parameters hold before the first forward in the modes that modules are in."""
+        modes = [module.training for module in self.model.modules()]
+        if modes != self._modes:
+            self._modes, self._seen = modes, set()
+        if len(self._seen) == len(self._layers):
+            return
+        watched = self._watched.setdefault(threading.get_ident(), [])
+        if watched:  # by the forward that calls this one
+            return
+        watched.extend(
+            (layer, _list_shown(layer), layer.sample())
+            for layer in self._layers
+            if layer.name not in self._seen
+            and layer.sharded is None
+            and not layer.lacks_data()
+            # Else entries may be written as soon as the graph is freed, in this forward.
+            and not layer.selection.is_waited_for()
+        )
 
     def after_forward(self, model: nn.Module, args: Sequence[Any], output: Any) -> None:
-        """Refuse sharded parameters whose module was not called, though it may have been read."""
+        """Refuse what a forward did that leaves the patch unseen, or weights that are others."""
         if torch.compiler.is_compiling() or self._is_paused:
             return
+        thread = threading.get_ident()
+        self._depths[thread] = self._depths.get(thread, 1) - 1
+        watched: list[Any] = []
+        if self._depths[thread] <= 0:
+            del self._depths[thread]
+            watched = self._watched.pop(thread, [])
+            for layer in self._layers:
+                layer.selection.end_forward()
+        if output is None:  # it failed
+            return
         for layer in self._layers:
+            # Its module was not called, though the parameter may have been read.
             if layer.sharded is not None and not layer.sharded.was_used:
                 raise UnsupportedFeatureError(
                     f"{layer.name}: expected a sharded parameter whose module is called, found one "
                     "that something else may read; train on one device or by DDP, or select no "
                     "entries there"
                 )
-        if in_transform():
-            return
-        with untraced():
-            self._refuse_writing()
-        self._mode = model.training
+        if not in_transform():
+            with untraced():
+                self._refuse_writing(watched)
 
     @torch.compiler.disable
-    def _refuse_writing(self) -> None:
+    def _refuse_writing(self, watched: Sequence[Any]) -> None:
         """Refuse a forward that changes weights, as RWKV's does when it is first evaluated."""
-        watched, self._watched = self._watched, []
         for layer, shown, before in watched:
             # A hook, or another thread, may have chosen other adapters meanwhile.
-            if _list_shown(layer) == shown and not same_bits(layer.sample(), before):
-                raise ModelError(
+            if _list_shown(layer) != shown:
+                continue
+            if not same_bits(layer.sample(), before):
+                self._refusal = (
                     f"{layer.name}: expected a forward that leaves weights alone, found one that "
                     "changes them; load the base anew, of RWKV with rescale_every=0, or merge the "
                     "adapter into the checkpoint"
                 )
+                raise ModelError(self._refusal)
+            self._seen.add(layer.name)
 
     def _compare_values(self) -> None:
         """Note frozen values that changed behind autograd's back, as through ``.data``."""

@@ -77,7 +77,7 @@ def check_adapter(model: nn.Module) -> None:
         trained[name] = [term.values for term in layer.terms() if term.values.requires_grad]
     _refuse_shared_memory(root.model, [name for name, values in trained.items() if values])
     with _undisturbed(root.model):
-        row = _Row(root.model, root.paused)
+        row = _Row(root.model, root.paused, any(trained.values()))
         _Check(row, makers, partial(_moved, shown.values()), trained).run()
 
 
@@ -123,9 +123,10 @@ class _Row(nn.Module):
         self,
         model: PreTrainedModel,
         pause: Callable[[], AbstractContextManager[None]] = nullcontext,
+        is_trained: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self._pause = model, pause
+        self.model, self._pause, self._is_trained = model, pause, is_trained
         _, longest = make_probe(model.config.get_text_config().vocab_size)
         tokens = longest.prompt_ids + longest.answer_ids
         example = Example(tokens[:1], tokens[1:])
@@ -141,7 +142,8 @@ class _Row(nn.Module):
     ) -> tuple[Tensor, Gradients]:
         """Compute the logits, with copies if given, and the gradients of what is trained."""
         values = [value for own in trained.values() for value in own]
-        with self._fork_rng(), torch.set_grad_enabled(bool(values)):
+        # In all runs alike: entries are rounded otherwise where autograd doesn't record.
+        with self._fork_rng(), torch.set_grad_enabled(self._is_trained):
             if makers is None:
                 logits = self()
             else:
@@ -149,7 +151,7 @@ class _Row(nn.Module):
                 with self._pause():
                     logits = functional_call(self, copies, ())
             gradients: Sequence[Tensor | None] = [None] * len(values)
-            if logits.requires_grad:
+            if values and logits.requires_grad:
                 loss = F.cross_entropy(logits[0], self._batch.answer_ids[0])
                 # Not `backward`, which would leave gradients behind, and call DDP's hooks.
                 gradients = torch.autograd.grad(loss, values, allow_unused=True)

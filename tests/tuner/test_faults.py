@@ -219,10 +219,27 @@ def test_a_traced_model_holds_the_patch(trained, after):
             model.state_dict()
         traced = torch.jit.trace(base, (x,))
         assert torch.equal(traced(x), expected)
-        exported = torch.export.export(base, (x,)) if not trained else None
     assert not torch.equal(expected, plain)
-    if exported is not None:
-        assert torch.equal(exported.module()(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:While compiling:UserWarning")  # of transformers
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_export_after_saving_holds_the_patch_in_memory(trained, strict, tiny_llama, tmp_path):
+    """An ONNX file is written from that memory, past torch's functions."""
+    model = PeftModel.from_pretrained(load_base(tiny_llama), save_patch(tiny_llama, tmp_path))
+    model.base_model.set_adapter("default", inference_mode=not trained)
+    merged = dict(twin(tiny_llama, tmp_path).named_parameters())
+    model.state_dict()
+    options = {"attention_mask": torch.ones_like(INPUT_IDS), "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model.get_base_model(), (INPUT_IDS,), options, strict=strict)
+        expected = logits(model)
+        assert torch.equal(exported.module()(INPUT_IDS, **options).logits, expected)
+    with torch._C.DisableTorchFunctionSubclass():
+        held = {name: own for name, own in exported.state_dict.items() if name in merged}
+        assert held
+        assert all(torch.equal(own, merged[name]) for name, own in held.items())
 
 
 def test_an_average_of_a_model_that_never_changes_is_the_model(tiny_llama):

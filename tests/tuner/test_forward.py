@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
@@ -262,6 +263,46 @@ def test_adapters_of_different_parameters_act_together(tiny_llama, tmp_path):
     assert torch.equal(logits(model), logits(twin(tiny_llama, first, second)))
     model.set_adapter("first")
     assert torch.equal(logits(model), logits(twin(tiny_llama, first)))
+
+
+def test_what_is_evaluated_in_training_is_what_is_merged(tiny_llama_bf16, tmp_path):
+    patch = save_patch(tiny_llama_bf16, tmp_path / "a", seed=1)
+    other = save_patch(tiny_llama_bf16, tmp_path / "b", seed=2)
+    model = PeftModel.from_pretrained(load_base(tiny_llama_bf16, dtype=torch.float32), patch)
+    model.load_adapter(other, "b")
+    model.set_adapter("b")  # to be trained, as PEFT has it
+    expected = logits(twin(tiny_llama_bf16, other).float())
+    assert torch.equal(logits(model), expected)
+    # Steps keep updates that are less than half a unit of bfloat16.
+    before = loss_of(model)
+    held = before.detach()
+    values = values_of(model, "b").values()
+    (first, *_) = torch.autograd.grad(before, [*values], retain_graph=True)
+    assert torch.equal(logits(model), expected)  # while a graph waits
+    (again, *_) = torch.autograd.grad(before, [*values])
+    assert torch.equal(first, again)
+    with torch.no_grad():
+        for own in values:
+            own.mul_(1 + 2**-12)
+    assert loss_of(model) != held
+    assert torch.equal(loss_of(model), loss_of(model))
+    check_adapter(model)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_layers_that_run_without_gradients_in_a_step_are_not_rounded(tiny_llama_bf16):
+    losses = []
+    for checkpointing in (False, True):
+        base = load_base(tiny_llama_bf16, dtype=torch.float32)
+        model = patch_model(base, tiny_llama_bf16).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        loss = loss_of(model)
+        loss.backward()
+        losses.append((loss.detach(), *(own.grad for own in values_of(model).values())))
+    for plain, checkpointed in zip(*losses, strict=True):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_what_is_switched_off_and_on_is_trained_as_before(tiny_llama):

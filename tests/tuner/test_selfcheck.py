@@ -401,7 +401,65 @@ def test_a_forward_that_writes_weights_is_refused_by_name(first, tmp_path):
         model.eval()
     if first == "the base":
         model.base_model.disable_adapter_layers()
-    with pytest.raises(ModelError, match=message):
+    for _ in range(2):  # later ones would compute with what the first has left
+        with pytest.raises(ModelError, match=message):
+            logits(model)
+
+
+def test_a_model_that_the_check_has_changed_is_refused_from_then_on(tmp_path):
+    base = save_rwkv(tmp_path)
+    model = patch_model(load_base(base), base, names=[DIVIDED])
+    for run in (check_adapter, logits, check_adapter):
+        with pytest.raises(ModelError, match="of RWKV with rescale_every=0"):
+            run(model)
+
+
+def test_weights_that_are_written_in_another_mode_of_a_part_are_found(tmp_path):
+    base = save_rwkv(tmp_path)
+    model = patch_model(load_base(base), base, names=[DIVIDED])
+    model.get_base_model().rwkv.train()
+    logits(model)
+    model.get_base_model().rwkv.eval()
+    with pytest.raises(ModelError, match=DIVIDED):
+        logits(model)
+
+
+def write_once(model, name):
+    """Let a model change a weight in its next forward."""
+
+    def hook(module, *_):
+        handle.remove()
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            model.get_parameter(name).detach().mul_(0.5)
+
+    handle = model.model.norm.register_forward_hook(hook)
+
+
+def test_a_layer_that_could_not_be_watched_is_watched_later(tiny_llama):
+    name = "model.layers.0.mlp.up_proj.weight"
+    model = patch_model(load_base(tiny_llama), tiny_llama, names=[name]).train()
+    loss = model(input_ids=INPUT_IDS, labels=INPUT_IDS).loss
+    logits(model.eval())  # while a graph waits
+    loss.backward()
+    del loss
+    write_once(model.get_base_model(), name)
+    with pytest.raises(ModelError, match=f"^{name}: expected a forward that leaves weights alone"):
+        logits(model)
+
+
+def test_a_forward_that_calls_the_model_again_is_watched_to_its_end(tiny_llama):
+    name = "model.layers.0.mlp.up_proj.weight"
+    model = patch_model(load_base(tiny_llama), tiny_llama, names=[name])
+    base = model.get_base_model()
+
+    def call(*_):
+        handle.remove()
+        write_once(base, name)
+        base.model.norm(torch.zeros(1, 1, base.config.hidden_size))
+        logits(base)
+
+    handle = base.model.layers[0].register_forward_hook(call)
+    with pytest.raises(ModelError, match=f"^{name}: expected a forward that leaves weights alone"):
         logits(model)
 
 
