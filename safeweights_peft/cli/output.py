@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -37,7 +37,11 @@ INCONCLUSIVE = 3
 def show_progress() -> RichProgress | LineProgress:
     """Show progress on stderr while the context lasts: bars on a terminal, lines in a log."""
     _quiet_transformers()
-    return RichProgress() if sys.stderr.isatty() else LineProgress()
+    return RichProgress() if _is_terminal(sys.stderr) else LineProgress()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()  # None where a shell closed it, as by `>&-`
 
 
 def _quiet_transformers() -> None:
@@ -67,7 +71,7 @@ def show(result: Mapping[str, Any], *tables: Sequence[tuple[str, ...]]) -> None:
 def _terminal_width() -> int | None:
     """Return the width of the terminal; None where stdout is piped, into a file or a program."""
     # There a row stays one line, for `grep` and `cut`, unless COLUMNS asks for a width.
-    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
+    if not _is_terminal(sys.stdout) and not os.environ.get("COLUMNS"):
         return None
     return shutil.get_terminal_size().columns
 

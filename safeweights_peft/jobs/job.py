@@ -201,8 +201,8 @@ class Job:
         self.chat.encode_rows(list(answered), 1)
         if len(self.chat.cut) > noted:
             self.progress.note(
-                f"{len(self.chat.cut)} requests are longer than {REQUEST_TOKENS} tokens, or than "
-                "the model's positions: their middle is left out"
+                f"requests longer than {REQUEST_TOKENS} tokens, or than the model's positions, "
+                f"lose their middle: {len(self.chat.cut)}"
             )
 
     def _check_lent(self, model: PreTrainedModel) -> None:

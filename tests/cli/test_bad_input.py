@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,11 @@ REQUESTS: dict[str, bytes] = {
     "number.json": b'[{"instruction": 7}]',
     "lists.jsonl": b"[1]\n",
     "blank.json": b'[{"instruction": " "}]',
+    "strings.json": b'["Go"]',
+    "half.json": b'[{"instruction": "\\ud800"}]',
+    "open.csv": b'goal\n"Go',
+    "nameless.csv": b"id,size\n1,2\n",
+    "page.xml": b"<rows/>",
 }
 
 
@@ -118,6 +124,7 @@ def places(
     _break_patches(run.out / "patch", folder)
     (folder / "model.gguf").write_bytes(b"GGUF")
     (folder / "unanswered.jsonl").write_text('{"prompt": "Go", "reply": "I went"}')
+    (folder / "bare").mkdir()
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("years of work")
     save_tiny_tokenizer(save_tiny_llama(folder / "other", seed=1))
@@ -213,6 +220,7 @@ TABLE = [
     ),
     bad("no requests", _ENHANCE, "--harmful nowhere.json", "nowhere.json: expected a file"),
     bad("no such set", _ENHANCE, "--benign builtin:nope", "builtin:nope: expected one of"),
+    bad("a directory of requests", _EVAL, "--eval-harmful {bare}", "contain any data files"),
     # 13: settings without their partner
     bad("nothing to contrast", _SCORE, "--contrast-density 0.1", "--contrast-density: expected"),
     bad("temperature alone", _SCORE, "--temperature 1", "--temperature: expected --guard or"),
@@ -279,8 +287,14 @@ TABLE = [
     ),
     # 22 to 24: a run's directory
     *(
-        bad(f"a run in {place}", _ENHANCE, f"--out {place}", "found something else; give another")
-        for place in ("{object}", "{full}")
+        bad(f"a run in {place}", _ENHANCE, f"--out={place}", "found something else; give another")
+        for place in ("{object}", "{full}", ".", "")
+    ),
+    *(
+        bad(f"{command.split()[0]} here", command, f"{more} --out .", "found the current one; give")
+        for command, more in (
+            *((_SCORE, ""), (_TRAIN, "--map {map}"), (_PRESERVE, ""), ("merge {} {patch}", "")),
+        )
     ),
     bad("a file for eval", _EVAL, "--out {object}", "expected no file there, found one"),
     bad("a file below a file", _EVAL, "--out {object}/r.json", "expected a path below directories"),
@@ -297,12 +311,24 @@ TABLE = [
     # 35: adapters
     *(
         bad(f"{command.split()[0]} {name}", command, f"{option} {{{name}}}", line)
-        for command, option in ((_EVAL, "--adapter"), ("merge {} --out {out}", ""))
+        for command, option in (
+            *((_EVAL, "--adapter"), ("merge {} --out {out}", "")),
+            ("convert --encoding plain --out {out}", ""),
+        )
         for name, line in (
             ("cut_patch", "adapter_model.safetensors: expected [0-9]+ bytes"),
             ("tensorless_patch", "expected adapter_model.safetensors, found none"),
             ("misconfigured_patch", "adapter_config.json: expected JSON"),
             ("nan_patch", "adapter_model|digest|finite"),
+        )
+    ),
+    *(
+        bad(f"inspect {name}", f"inspect {{{name}}}", line=line)
+        for name, line in (
+            ("cut_patch", "adapter_model.safetensors: expected [0-9]+ bytes"),
+            ("tensorless_patch", "expected adapter_model.safetensors, found none"),
+            ("misconfigured_patch", "adapter_config.json: expected JSON"),
+            ("lora", "peft_type: expected SAFEWEIGHTS, found 'LORA'"),
         )
     ),
     # 36: another base
@@ -352,7 +378,31 @@ TABLE = [
     ),
     bad("preserving in float16", _PRESERVE, "--dtype float16", "expected an accelerator"),
     bad("a device", _EVAL, "--device cuda:99", "--device cuda:99: expected a torch device"),
+    # 38: nothing to undo
+    bad("unmerging a base", "unmerge {}", line="expected the undo journal .* found none"),
+    # 48 and 49: the Hub, which these tests don't reach
+    *(
+        bad(
+            f"offline {start.split()[0]}", start, line="HF_HUB_OFFLINE set; unset it to ask the Hub"
+        )
+        for start in (
+            *("eval nobody/nothing", "merge nobody/nothing {patch} --out {out}"),
+            *("pull nobody/nothing --out {out}", "inspect nobody/nothing"),
+            "list --base nobody/nothing",
+        )
+    ),
+    bad("offline data", _SCORE, "--harmful nobody/data:train", "nobody/data:train: expected"),
+    bad("a revision of a directory", _EVAL, "--revision main", "which has no revisions; leave it"),
+    bad("a repository without owner", "push {run} mine --base a/b", line="expected USER/NAME"),
     # 51: the rest
+    bad("comparing a model", "compare {map} {other}", line="found a model; give the directory of"),
+    bad("comparing a run", "compare {map} {run}", line="found a run; give .*patch or .*map"),
+    bad("reproducing nothing", "reproduce nowhere --out {out}", line="does not exist", code=2),
+    bad("reproducing a patch", "reproduce {patch} --out {out}", line="reproduce.json: expected"),
+    bad("a key that is none", "sign {patch} --key {object}", line="expected an elliptic-curve key"),
+    bad("no such key", "sign {patch} --key nowhere", line="'nowhere' does not exist", code=2),
+    bad("no signature", "verify-signature {patch} --key {object}", line="expected a signature"),
+    bad("a choice", "convert {patch} --encoding short --out {out}", line="short", code=2),
     bad("signing without a key", "sign {patch}", line="--key", code=2),
 ]
 
@@ -386,6 +436,50 @@ def test_weights_that_are_no_numbers_are_said_with_what_to_do(
     called = call(*fill(_EVAL, places, tmp_path, base="nan"))
     assert called.exit_code == 1
     assert "expected finite" in lines_of(called)[-1]
+
+
+# --- requests that only look wrong ---
+
+READ: dict[str, bytes] = {
+    "mark.json": b'\xef\xbb\xbf[{"instruction": "Go"}, {"instruction": "Run"}]',
+    "mark.jsonl": b'\xef\xbb\xbf{"instruction": "Go"}\n{"instruction": "Run"}',
+    "windows.jsonl": b'{"instruction": "Go"}\r\n\r\n{"instruction": "Run"}\r\n',
+    "nul.json": b'[{"instruction": "G\\u0000o"}, {"instruction": "Run"}]',
+    "thrice.json": b'[{"instruction": "Go"}, {"instruction": "Go"}, {"instruction": "Go"}]',
+    "table.csv": b"goal\nGo\nRun\n",
+    "lines.txt": b"Go\nRun\n",
+    "LOUD.JSON": b'[{"instruction": "Go"}, {"instruction": "Run"}]',
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_requests_of_other_programs_are_read(
+    name: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(READ[name])
+    words = [*fill(_EVAL, places, tmp_path), "--eval-harmful", tmp_path / name]
+    called = call(*words)
+    assert called.exit_code == 0, called.stderr
+    assert re.search(r"ASR, harmful requests .*/2\)\n", called.stdout)
+
+
+def test_a_request_that_is_too_long_loses_its_middle_and_that_is_said(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("x" * 25_000)
+    called = call(*fill(_EVAL, places, tmp_path), "--eval-harmful", tmp_path / "long.txt")
+    assert called.exit_code == 0, called.stderr
+    assert "model's positions, lose their middle: 1" in called.stderr
+    assert re.search(r"requests without their middle +1\n", called.stdout)
+
+
+def test_what_ruins_a_model_or_says_little_of_others_is_said(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    called = call(*fill(_ENHANCE, places, tmp_path / "run"), "--lr", "1e9")
+    assert called.exit_code == 0, called.stderr
+    assert "4 of the 4 requests to measure on are learned from as well" in called.stderr
+    assert re.search("\n(Garbage|No better|Damaged): ", called.stderr)
 
 
 # --- a run's directory ---
@@ -567,6 +661,75 @@ def test_output_that_cannot_be_written_is_one_line(words: list[str], run: Run) -
     assert done.returncode == 1
     assert done.stderr.startswith("Error: stdout: expected to be read or written, found No space")
     assert len(done.stderr.splitlines()) == 1
+
+
+WRITERS = [
+    *("merge {} {patch} --out {out}", "convert {patch} --encoding plain --out {out}", _SCORE),
+    *(_TRAIN + " --map {map}", _PRESERVE, _ENHANCE),
+    *("export {patch} --to supertuning --out {out}", "report {run} --out {out}"),
+    *("diff {} {merged} --out {out}", "merge {own} {patch} --in-place"),
+]
+
+
+@pytest.mark.parametrize("command", WRITERS, ids=lambda command: " ".join(command.split()[:2]))
+def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(
+    command: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    own, out = shutil.copytree(places["base"], tmp_path / "own"), tmp_path / "out"
+    words = fill(command, places | {"own": str(own)}, out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))  # Python ignores the signal
+    try:
+        called = call(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert called.exit_code == 1, called.output
+    assert lines_of(called)[-1].startswith("Error: ")
+    assert content(own) == content(Path(places["base"]))
+    left = [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".lock")]
+    assert left == []
+    done = call(*words)
+    assert done.exit_code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ending", "lines"), [("| head -1", 1), (">&-", 0), ("2>&-", 8), ("<&-", 8)]
+)
+def test_a_stream_that_is_closed_is_no_error(ending: str, lines: int, run: Run) -> None:
+    command = shlex.join(
+        [sys.executable, "-m", "safeweights_peft", "inspect", str(run.out / "map")]
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {ending}"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+        {"HOME": "/nonexistent"},
+        {"HOME": None},
+    ],
+    ids=str,
+)
+def test_the_surroundings_of_a_process_are_no_error(
+    changes: dict[str, str | None], places: dict[str, str], tmp_path: Path
+) -> None:
+    patch = shutil.copytree(places["patch"], tmp_path / "a pätch")
+    command = [sys.executable, "-m", "safeweights_peft", "merge", places["base"], str(patch)]
+    environment = {k: v for k, v in (os.environ | changes).items() if v is not None}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "süß")],
+        capture_output=True,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "süß" / WEIGHTS).is_file()
 
 
 # --- Ctrl-C ---
