@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size
 
 
 @contextmanager

@@ -283,7 +283,7 @@ class SafeWeightsLayer(nn.ParameterDict, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off, as in PEFT, but leave frozen ones frozen."""
-        # PEFT trains whatever it switches on. Entries that are trained are rounded less, so that
+        # PEFT trains whatever it switches on. Steps of training round entries less, so that
         # a look at the base would change the logits of a 16-bit base that is loaded wider.
         if not enabled:
             self.merged_adapters = []

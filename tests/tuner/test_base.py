@@ -5,9 +5,11 @@ import io
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 
 from safeweights_peft import MergeError, ModelError
+from safeweights_peft.tuner.layer import layers
 from tests.tuner.patches import (
     INPUT_IDS,
     load_base,
@@ -118,6 +120,31 @@ def test_a_model_that_is_cast_holds_the_merged_checkpoint_cast(tiny_llama, tmp_p
     logits(model)
     model.to(torch.bfloat16)
     assert torch.equal(logits(model), logits(twin(tiny_llama, patch).to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_model_that_is_cast_to_a_byte_holds_the_merged_checkpoint_cast(
+    dtype, tiny_llama, tmp_path
+):
+    model = PeftModel.from_pretrained(load_base(tiny_llama), save_patch(tiny_llama, tmp_path))
+    merged, plain = twin(tiny_llama, tmp_path).to(dtype), load_base(tiny_llama).to(dtype)
+    model.to(dtype)
+
+    def holds(expected):
+        return all(
+            torch.equal(layer.parameter.float(), expected.get_parameter(layer.name).float())
+            for layer in layers(model)
+        )
+
+    assert holds(merged)
+    with model.disable_adapter():
+        assert holds(plain)
+    model.merge_adapter()
+    assert holds(merged)
+    model.unmerge_adapter()
+    state = model.get_base_model().state_dict()
+    for layer in layers(model):
+        assert torch.equal(state[layer.name].float(), plain.get_parameter(layer.name).float())
 
 
 def test_values_keep_their_gradients_when_the_model_is_moved(tiny_llama):
