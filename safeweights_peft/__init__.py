@@ -5,11 +5,16 @@ before them or after. It is light: ``__init__.pyi`` lists the public names, and 
 when it is first used.
 """
 
-from types import ModuleType
-from typing import Any
+from safeweights_peft.startup import end_at_interrupts
 
-import lazy_loader
-from wrapt import when_imported
+end_at_interrupts()  # before the other imports, which take longer
+
+# isort: split
+from types import ModuleType  # noqa: E402
+from typing import Any  # noqa: E402
+
+import lazy_loader  # noqa: E402
+from wrapt import when_imported  # noqa: E402
 
 _find, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

@@ -2,10 +2,13 @@
 
 import sys
 
+from safeweights_peft.startup import raise_at_interrupts
+
 
 def main() -> None:
     """Run the command line; say in one line that it was interrupted, imports included."""
     try:
+        raise_at_interrupts()
         from safeweights_peft.cli import main as run
 
         run()

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -761,18 +762,33 @@ def test_an_interrupted_command_says_whether_it_goes_on(
     assert line == f"Interrupted{says}"
 
 
-def test_an_interruption_of_the_imports_is_one_line() -> None:
-    code = (
-        "import sys\n"
+@pytest.mark.parametrize(
+    ("name", "during", "code", "says"),
+    [
+        ("safeweights", "wrapt", -signal.SIGINT, ""),  # the package itself
+        ("-m", "lazy_loader", -signal.SIGINT, ""),
+        ("safeweights", "click", 130, "Interrupted.\n"),
+        ("mine.py", "wrapt", -signal.SIGINT, "KeyboardInterrupt\n"),  # another's program
+    ],
+)
+def test_an_interruption_of_the_imports_shows_no_traceback(
+    name: str, during: str, code: int, says: str
+) -> None:
+    script = (
+        "import os, signal, sys\n"
+        f"sys.argv[0] = {name!r}\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'click': raise KeyboardInterrupt\n"
+        f"        if name == {during!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         "from safeweights_peft.__main__ import main\n"
         "main()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"Interrupted.\n")
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.endswith(says)
+    assert ("Traceback" in done.stderr) == (name == "mine.py")
 
 
 def test_a_conversation_takes_bytes_that_are_no_text(run: Run) -> None:
