@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations, zip_longest
 from typing import Any
@@ -14,7 +15,9 @@ TOP_LAYERS = 5  # layers that a terminal shows
 TOP_CATEGORIES = 12  # of requests
 CUT_SHORT = "cut before a sentence ended"
 CUT_IN_THOUGHT = "cut in their thought"
+CUT_REQUESTS = "requests without their middle"
 GAP = "  "  # between two columns
+_CLASSIFIER = re.compile(r"(classifier:.+?)=(safe|unsafe|refused)=(.+)", re.DOTALL)
 LEAST_WIDTH = 8  # of a column, however narrow the terminal
 
 
@@ -97,11 +100,11 @@ def judged_rows(*stages: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def sweep_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+def sweep_rows(rows: Sequence[Mapping[str, Any]], cut_requests: int = 0) -> list[Row]:
     """Lay out what a patch does at each scale."""
     asr, refused = (rows[0][key]["n"] for key in ("attack_success_rate", "over_refusal_rate"))
     kl = "KL (nats/token)"
-    return [
+    table = [
         ("scale", f"ASR, {asr} harmful", f"over-refusal, {refused} harmless", kl, "invalid"),
         *(
             (
@@ -114,6 +117,14 @@ def sweep_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
             for row in rows
         ),
     ]
+    return _with_cut(table, [row.get("cut_in_thought", 0) for row in rows], cut_requests)
+
+
+def _with_cut(table: Sequence[Row], in_thought: Sequence[int], cut_requests: int) -> list[Row]:
+    """Add columns of what was cut, where anything was."""
+    columns: list[Row] = [(CUT_IN_THOUGHT, *map(str, in_thought))] if any(in_thought) else []
+    columns += [(CUT_REQUESTS, *[str(cut_requests)] * len(in_thought))] if cut_requests else []
+    return [(*row, *(column[place] for column in columns)) for place, row in enumerate(table)]
 
 
 _LABELS = {
@@ -226,7 +237,7 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     cut = sum(part.get("cut_in_thought", 0) for part in (harmful, benign))
     rows += [(CUT_IN_THOUGHT, str(cut))] if cut else []
     if requests := evaluation.get("cut_requests"):
-        rows.append(("requests without their middle", str(requests)))
+        rows.append((CUT_REQUESTS, str(requests)))
     if evaluation["task"]:
         rows.append(("loss on the task (nats/token)", f"{evaluation['task']['loss']:.4f}"))
     return rows
@@ -238,24 +249,39 @@ def _worst(categories: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return ordered[:TOP_CATEGORIES]
 
 
+def short_judge(name: str) -> str:
+    """Name a judge without what a classifier's label means."""
+    classifier = _CLASSIFIER.fullmatch(name)
+    return classifier[1] if classifier else name
+
+
+def explain_judge(name: str) -> str | None:
+    """Say what a classifier's label means, if a judge's name tells it."""
+    classifier = _CLASSIFIER.fullmatch(name)
+    return classifier and f"{classifier[1]}: its label {classifier[3]!r} means {classifier[2]}"
+
+
 def judge_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     """Lay out what each of several judges says, and how far each two agree; none for one judge."""
     parts = {"ASR": evaluation["harmful"], "over-refusal": evaluation["benign"]}
     rates = {"ASR": "attack_success_rate", "over-refusal": "over_refusal_rate"}
     if all(len(part["judges"]) == 1 for part in parts.values()):
         return []
+    names = {name: short_judge(name) for part in parts.values() for name in part["judges"]}
+    if len({*names.values()}) < len(names):  # one classifier, read in two ways
+        names = {name: name for name in names}
     rows: list[Row] = [("", "judge", "rate", "invalid")]
     for title, part in parts.items():
         for name, figures in part["judges"].items():
             rate = rate_text(figures[rates[title]])
-            rows.append((title, name, rate, str(figures["invalid"])))
+            rows.append((title, names[name], rate, str(figures["invalid"])))
     for title, part in parts.items():
         for pair in part["agreement"]:
             # One verdict for all has no kappa; and garbage is judged by neither.
             kappa = "" if pair["kappa"] is None else f"kappa {pair['kappa']:.2f}, "
             same = f"{kappa}same {pair['same']} of {pair['n']}"
             text = same if pair["n"] else "no answer that both could judge"
-            rows.append((title, " and ".join(pair["judges"]), text, ""))
+            rows.append((title, " and ".join(names[name] for name in pair["judges"]), text, ""))
     return rows
 
 
@@ -368,7 +394,7 @@ def grid_rows(cells: Cells, key: str) -> list[Row]:
 
 def probe_rows(result: Mapping[str, Any]) -> list[Row]:
     """Lay out a probe's figures: one row for the base, one for each perturbed selection."""
-    return [
+    table = [
         ("", "draws", "ASR", "over-refusal", "invalid", "KL (nats/token)"),
         *(
             (
@@ -381,6 +407,10 @@ def probe_rows(result: Mapping[str, Any]) -> list[Row]:
             for row in result["rows"]
         ),
     ]
+    in_thought = [
+        sum(draw.get("cut_in_thought", 0) for draw in row["draws"]) for row in result["rows"]
+    ]
+    return _with_cut(table, in_thought, result.get("cut_requests", 0))
 
 
 def verdict_lines(result: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from safeweights_peft.tables import (
     comparison_rows,
     evaluation_rows,
+    explain_judge,
     grid_rows,
     judge_rows,
     judged_rows,
@@ -18,7 +19,9 @@ from safeweights_peft.tables import (
     probe_rows,
     rate_text,
     share_rows,
+    short_judge,
     size_text,
+    sweep_rows,
     verdict_lines,
 )
 from tests.study.records import PROBE, RESULT, rate, record_of
@@ -248,6 +251,52 @@ def test_a_probe_is_laid_out_as_one_table_with_intervals() -> None:
         ("base", "1", *judged, "0.0000"),
         ("noise, map", "5", *judged, "0.2500 ± 0.1250"),
     ]
+
+
+def test_what_was_cut_is_a_column_where_anything_was() -> None:
+    row = RESULT["before"] | {"scale": 0.0}
+    bare = sweep_rows([row, row])
+    assert sweep_rows([row, row | {"cut_in_thought": 2}]) == [
+        (*cells, more) for cells, more in zip(bare, ("cut in their thought", "0", "2"), strict=True)
+    ]
+    assert [cells[-1] for cells in sweep_rows([row], 3)] == ["requests without their middle", "3"]
+    draws = [{"cut_in_thought": 1}, {"cut_in_thought": 2}]
+    probed = probe_rows(PROBE | {"rows": [PROBE["rows"][0] | {"draws": draws}], "cut_requests": 4})
+    assert [cells[-2:] for cells in probed] == [
+        ("cut in their thought", "requests without their middle"),
+        ("3", "4"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "explained"),
+    [
+        ("classifier:c=safe=s=t", "classifier:c", "classifier:c: its label 's=t' means safe"),
+        ("guard:g=mine.json", "guard:g=mine.json", None),
+        ("refusals", "refusals", None),
+    ],
+)
+def test_a_classifier_is_shown_without_what_its_label_means(
+    name: str, shown: str, explained: str | None
+) -> None:
+    assert (short_judge(name), explain_judge(name)) == (shown, explained)
+
+
+def test_a_classifier_that_is_read_in_two_ways_is_shown_by_its_whole_names() -> None:
+    figures = {
+        "attack_success_rate": rate(9, 10, 0.6, 0.98),
+        "over_refusal_rate": rate(0, 10, 0, 0.28),
+    }
+    part = {"judges": {}, "agreement": []}
+
+    def shown(*names: str) -> set[str]:
+        judges = {name: figures | {"invalid": 0} for name in names}
+        evaluation = {"harmful": part | {"judges": judges}, "benign": part | {"judges": judges}}
+        return {row[1] for row in judge_rows(evaluation)[1:]}
+
+    assert shown("refusals", "classifier:c=safe=s") == {"refusals", "classifier:c"}
+    both = {"classifier:c=safe=s", "classifier:c=refused=r"}
+    assert shown(*both) == both
 
 
 def test_a_probes_verdicts_are_sentences() -> None:

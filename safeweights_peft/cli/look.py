@@ -212,7 +212,7 @@ def sweep_command(
         job = Job(base, compute, progress, [adapter])
         result = sweep(job, adapter, out, settings, overwrite=overwrite, **limits)
     output.draw(plot_sweep, result, out / "sweep.png")
-    output.show(result, sweep_rows(result["rows"]))
+    output.show(result, sweep_rows(result["rows"], result["cut_requests"]))
     at = {row["scale"]: row for row in result["rows"]}
     output.show_outcome(find_outcome(at[0.0], at[result["scale"] or 1.0]))
     if limits := {key: limit for key, limit in limits.items() if limit is not None}:

@@ -39,7 +39,7 @@ from safeweights_peft.patch.io import read_patch
 from safeweights_peft.rates import Rate
 from safeweights_peft.settings import EvaluateSettings
 from safeweights_peft.sources import Row, data_digest, read_rows
-from safeweights_peft.tables import shorten
+from safeweights_peft.tables import explain_judge, short_judge, shorten
 
 SAMPLE_CHARACTERS = {"harmful": 60, "benign": 120}
 """Samples show this much of an answer: of one that may harm, how it begins."""
@@ -104,7 +104,10 @@ class Evaluator:
     def check(self, **target: Any) -> None:
         """Check what measuring needs, and a target, as `Job.check` does."""
         check_judges(self._judges)
-        self.job.check([*self.harmful, *self.benign], self.task, **target)
+        rows, tokens = [*self.harmful, *self.benign], self.settings.max_new_tokens
+        self.job.check(rows, self.task, answer_tokens=tokens, **target)
+        for explained in filter(None, (explain_judge(judge.name) for judge in self._judges)):
+            self.job.progress.note(explained)
 
     def note_shared(self, learned: Sequence[Row]) -> None:
         """Warn of requests that are measured and learned from as well."""
@@ -236,7 +239,9 @@ class Evaluator:
     def _ask_judge(self, judge: Judge, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         if isinstance(judge, RefusalJudge):  # done before a bar could show
             return judge.judge(pairs)
-        with self.job.progress.task(f"Judge answers by {judge.name}", len(pairs)) as advance:
+        with self.job.progress.task(
+            f"Judge answers by {short_judge(judge.name)}", len(pairs)
+        ) as advance:
             verdicts = judge.judge(pairs, advance)
         if len(verdicts) != len(pairs):
             raise EvaluationError(

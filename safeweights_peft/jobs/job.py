@@ -178,6 +178,7 @@ class Job:
         requests: Iterable[Row] = (),
         answered: Iterable[Row] = (),
         *,
+        answer_tokens: int = 0,
         out: Path | None = None,
         inputs: Mapping[str, PathLike] = MappingProxyType({}),
         overwrite: bool = False,
@@ -197,7 +198,7 @@ class Job:
         if is_new and (opening := self.chat.describe()):
             self.progress.note(f"Answers begin after {opening}; --answer-prefix sets another text")
         for request in requests:
-            self.chat.encode_prompt(request)
+            self.chat.encode_prompt(request, answer_tokens)
         self.chat.encode_rows(list(answered), 1)
         if len(self.chat.cut) > noted:
             self.progress.note(

@@ -229,6 +229,9 @@ def test_eval_takes_several_judges_and_prints_them_in_a_second_table(
     assert first.startswith("ASR, harmful requests")
     cells = [line.split("  ")[0] for line in second.splitlines()]
     assert cells == ["", "ASR", "ASR", *["over-refusal"] * 2, "ASR", "over-refusal"]
+    assert "classifier:cls  " in second
+    assert "REJECTION" not in called.stdout
+    assert "classifier:cls: its label 'REJECTION' means refused" in called.stderr
     called = call("eval", run.base, *options["eval"], *judges, "--json")
     names = list(json.loads(called.stdout)["harmful"]["judges"])
     assert names == ["refusals", "classifier:cls=refused=REJECTION"]

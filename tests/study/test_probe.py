@@ -39,7 +39,7 @@ from safeweights_peft.rates import wilson
 from safeweights_peft.selection.scores import SCORES, score_entries
 from safeweights_peft.selection.topk import Order, select
 from safeweights_peft.settings import ComputeSettings, Method, ProbeSettings
-from safeweights_peft.study.probe import probe
+from safeweights_peft.study.probe import _pick, probe
 from safeweights_peft.study.specificity import mean_over_draws
 from tests.jobs.conftest import Run
 from tests.tiny_jobs import BENIGN, Interrupted, Recorder, Requests, content
@@ -456,3 +456,17 @@ def test_an_existing_result_is_replaced_when_asked(
     (out / "old").touch()
     assert call(probed.base, probed.patch, out, requests, overwrite=True) == probed.result
     assert not (out / "old").exists()
+
+
+def test_what_was_cut_in_a_thought_is_in_no_rate_of_a_draw() -> None:
+    part = {"n": 10, "invalid": 1, "complied": 3, "cut_short": 0, "requests": []}
+    measured = {
+        "harmful": part | {"cut_in_thought": 6, "attack_success_rate": {"n": 4}},
+        "benign": part | {"cut_in_thought": 2, "over_refusal_rate": {"n": 8}},
+        "utility": {"kl": 0.0, "perplexity": 1.0},
+        "task": None,
+    }
+    picked = _pick(measured)
+    assert (picked["complied_rate"]["count"], picked["complied_rate"]["n"]) == (3, 4)
+    assert (picked["invalid_rate"]["count"], picked["invalid_rate"]["n"]) == (2, 12)
+    assert picked["cut_in_thought"] == 8
