@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations, zip_longest
 from typing import Any
+
+from safeweights_peft.judge_names import short_judge
 
 Row = tuple[str, ...]
 Cells = Sequence[Mapping[str, Any]]
@@ -17,7 +18,6 @@ CUT_SHORT = "cut before a sentence ended"
 CUT_IN_THOUGHT = "cut in their thought"
 CUT_REQUESTS = "requests without their middle"
 GAP = "  "  # between two columns
-_CLASSIFIER = re.compile(r"(classifier:.+?)=(safe|unsafe|refused)=(.+)", re.DOTALL)
 LEAST_WIDTH = 8  # of a column, however narrow the terminal
 
 
@@ -249,18 +249,6 @@ def _worst(categories: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return ordered[:TOP_CATEGORIES]
 
 
-def short_judge(name: str) -> str:
-    """Name a judge without what a classifier's label means."""
-    classifier = _CLASSIFIER.fullmatch(name)
-    return classifier[1] if classifier else name
-
-
-def explain_judge(name: str) -> str | None:
-    """Say what a classifier's label means, if a judge's name tells it."""
-    classifier = _CLASSIFIER.fullmatch(name)
-    return classifier and f"{classifier[1]}: its label {classifier[3]!r} means {classifier[2]}"
-
-
 def judge_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     """Lay out what each of several judges says, and how far each two agree; none for one judge."""
     parts = {"ASR": evaluation["harmful"], "over-refusal": evaluation["benign"]}
@@ -411,15 +399,6 @@ def probe_rows(result: Mapping[str, Any]) -> list[Row]:
         sum(draw.get("cut_in_thought", 0) for draw in row["draws"]) for row in result["rows"]
     ]
     return _with_cut(table, in_thought, result.get("cut_requests", 0))
-
-
-def verdict_lines(result: Mapping[str, Any]) -> list[str]:
-    """Write a probe's verdicts, a sentence each."""
-    titles = {"noise": "With noise at the map's weights", "zero": "With the map's weights at zero"}
-    return [
-        f"{titles[perturbation]}: {judged['verdict']}: {judged['reason']}."
-        for perturbation, judged in result["verdicts"].items()
-    ]
 
 
 def name_row(row: Mapping[str, Any]) -> str:

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safeweights_peft.judge_names import explain_judge, short_judge
+from safeweights_peft.study.specificity import verdict_lines
 from safeweights_peft.tables import (
     comparison_rows,
     evaluation_rows,
-    explain_judge,
     grid_rows,
     judge_rows,
     judged_rows,
@@ -19,10 +20,8 @@ from safeweights_peft.tables import (
     probe_rows,
     rate_text,
     share_rows,
-    short_judge,
     size_text,
     sweep_rows,
-    verdict_lines,
 )
 from tests.study.records import PROBE, RESULT, rate, record_of
 

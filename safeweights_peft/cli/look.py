@@ -127,7 +127,8 @@ def probe_command(
     """
     from safeweights_peft.jobs.job import Job
     from safeweights_peft.study.probe import probe
-    from safeweights_peft.tables import probe_rows, verdict_lines
+    from safeweights_peft.study.specificity import verdict_lines
+    from safeweights_peft.tables import probe_rows
 
     _check_mode(linear)
     settings, linearly, evaluate, compute = options.make_settings(

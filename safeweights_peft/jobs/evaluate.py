@@ -33,13 +33,14 @@ from safeweights_peft.evaluation.judges import (
 from safeweights_peft.evaluation.utility import Patched, measure_utility
 from safeweights_peft.jobs.job import Job, refuse_thoughts
 from safeweights_peft.jobs.load import MergedEntries, is_patch, load_patched, note_chat
+from safeweights_peft.judge_names import explain_judge, short_judge
 from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.patch.artifacts import AnyPatch
 from safeweights_peft.patch.io import read_patch
 from safeweights_peft.rates import Rate
 from safeweights_peft.settings import EvaluateSettings
 from safeweights_peft.sources import Row, data_digest, read_rows
-from safeweights_peft.tables import explain_judge, short_judge, shorten
+from safeweights_peft.tables import shorten
 
 SAMPLE_CHARACTERS = {"harmful": 60, "benign": 120}
 """Samples show this much of an answer: of one that may harm, how it begins."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean, stdev
+from typing import Any
 
 from safeweights_peft.rates import Rate, wilson_interval
 
@@ -84,6 +85,15 @@ def difference_interval(first: Rate, second: Rate) -> tuple[float, float]:
     below = math.hypot(first.rate - first.low, second.high - second.rate)
     above = math.hypot(first.high - first.rate, second.rate - second.low)
     return difference - below, difference + above
+
+
+def verdict_lines(result: Mapping[str, Any]) -> list[str]:
+    """Write a probe's verdicts, a sentence each."""
+    titles = {"noise": "With noise at the map's weights", "zero": "With the map's weights at zero"}
+    return [
+        f"{titles[perturbation]}: {judged['verdict']}: {judged['reason']}."
+        for perturbation, judged in result["verdicts"].items()
+    ]
 
 
 def _half_width(values: Sequence[float]) -> float:
