@@ -68,8 +68,12 @@ class Recorded:
 def find_recorded(path: Path, base: str | None = None, data: Sequence[Path] = ()) -> Recorded:
     """Read a run's record, and find the same base and the same data."""
     if path.is_dir():  # of a run, or of a shared patch, which has the record among its results
-        shared = path / RESULTS / REPRODUCE
-        path = shared if shared.is_file() else path / REPRODUCE
+        places = (path / RESULTS / REPRODUCE, path / REPRODUCE)
+        if not (record_path := next((place for place in places if place.is_file()), None)):
+            run = path.resolve().parent
+            hint = path.parent if (run / REPRODUCE).is_file() else "the directory of a run"
+            raise DataError(f"{path}: expected {REPRODUCE}, found none; give {hint}")
+        path = record_path
     record = read_record(path)
     patch = _find_patch(path.parent, record)
     settings = _find_data(_localize(path.parent, record), record, data)

@@ -347,6 +347,13 @@ def test_a_record_with_other_fields_or_types_is_refused(
         find_recorded(copied)
 
 
+def test_a_part_of_a_run_leads_to_the_run(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"expected reproduce.json, found none; give {run.out}$"):
+        find_recorded(run.out / "patch")
+    with pytest.raises(DataError, match="found none; give the directory of a run$"):
+        find_recorded(tmp_path)
+
+
 def test_the_recorded_run_itself_is_not_a_place_for_the_new_one(copied: Path) -> None:
     before = content(copied)
     with pytest.raises(DataError, match="found the recorded run itself"):
