@@ -350,7 +350,7 @@ def test_a_record_with_other_fields_or_types_is_refused(
 def test_a_part_of_a_run_leads_to_the_run(run: Run, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"expected reproduce\.json, found none; give {run.out}$"):
         find_recorded(run.out / "patch")
-    with pytest.raises(DataError, match="found none; give the directory of a run$"):
+    with pytest.raises(DataError, match=r"found none; give the directory of a run$"):
         find_recorded(tmp_path)
 
 
