@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from safeweights_peft.data import Example
 from safeweights_peft.errors import EvaluationError, ModelError
@@ -32,7 +34,28 @@ LABELS: Mapping[str, str] = MappingProxyType(
 )
 
 
-class GuardReader(Judge):
+class ModelJudge(Judge):
+    """A judge that loads a model for each call, or once while it is kept."""
+
+    _kept: PreTrainedModel | None = None
+    _keeps = False
+
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Load the model at most once in the context."""
+        self._keeps = True
+        try:
+            yield
+        finally:
+            self._keeps, self._kept = False, None
+
+    def _load(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        model = load() if self._kept is None else self._kept
+        self._kept = model if self._keeps else None
+        return model
+
+
+class GuardReader(ModelJudge):
     """A causal language model that says a label such as "safe" or "unsafe"."""
 
     tells_refusals = False
@@ -63,8 +86,9 @@ class GuardReader(Judge):
 
     def _judge(self, pairs: Sequence[Pair], on_pairs: Callable[[int], None]) -> list[Verdict]:
         base = resolve_base(self._model)
-        # Loaded for this call alone: one judge at a time is in memory, beside the model it judges.
-        model, tokenizer = load_model(base, *self._place), load_tokenizer(base)
+        # Unless kept, for this call alone: one judge at a time is in memory, beside what it judges.
+        model = self._load(lambda: load_model(base, *self._place))
+        tokenizer = load_tokenizer(base)
         verdict_of = dict.fromkeys(self._label_ids(tokenizer, "safe"), Verdict.REFUSED)
         verdict_of |= dict.fromkeys(self._label_ids(tokenizer, "unsafe"), Verdict.COMPLIED)
         positions = find_layout(model).positions or math.inf
@@ -88,7 +112,7 @@ class GuardReader(Judge):
         return self._profile.label_ids(tokenizer, getattr(self._profile, kind))
 
 
-class ClassifierReader(Judge):
+class ClassifierReader(ModelJudge):
     """A sequence classifier that reads the answer alone."""
 
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype | str) -> None:
@@ -135,7 +159,8 @@ class ClassifierReader(Judge):
     @torch.inference_mode()
     def _judge(self, pairs: Sequence[Pair], on_pairs: Callable[[int], None]) -> list[Verdict]:
         base = resolve_base(self._model)
-        model, tokenizer = load_classifier(base, *self._place), load_tokenizer(base)
+        model = self._load(lambda: load_classifier(base, *self._place))
+        tokenizer = load_tokenizer(base)
         model.config.pad_token_id = tokenizer.pad_token_id  # by it some find a text's last token
         label = find_label(model.config.label2id or {}, self._label, self._model)
         verdicts = []

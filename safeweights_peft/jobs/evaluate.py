@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,6 +30,7 @@ from safeweights_peft.evaluation.judges import (
     has_said_something,
     over_refusal_rate,
 )
+from safeweights_peft.evaluation.model_judges import ModelJudge
 from safeweights_peft.evaluation.utility import Patched, measure_utility
 from safeweights_peft.jobs.job import Job, refuse_thoughts
 from safeweights_peft.jobs.load import MergedEntries, is_patch, load_patched, note_chat
@@ -226,6 +227,12 @@ class Evaluator:
             )
             for kind in RATES
         }
+
+    def keep_judge(self) -> AbstractContextManager[None]:
+        """Load a judge's model once for all that is measured in the context."""
+        models = [judge for judge in self._judges if isinstance(judge, ModelJudge)]
+        # Of several, one at a time is in memory, as in a single evaluation.
+        return models[0].keep() if len(models) == 1 else nullcontext()
 
     def count_units(self) -> int:
         """Count the units of progress that measuring a patched model shows."""

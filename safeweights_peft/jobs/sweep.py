@@ -82,7 +82,7 @@ def measure_scales(
     if any(not path.exists() for path in paths.values()):
         _ = evaluator.base_answers  # for all scales; no answers are kept on disk
     measured = {scale: dict(row) for scale, row in figures.items()}
-    with job.joined("Ask at each scale", length * len(paths)) as reach:
+    with evaluator.keep_judge(), job.joined("Ask at each scale", length * len(paths)) as reach:
         for number, (scale, path) in enumerate(paths.items(), 1):
             measured[scale] = once(path, partial(measure, scale))
             reach(number * length)

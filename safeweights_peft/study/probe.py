@@ -89,7 +89,9 @@ def probe(
     with job.work(out, record, overwrite) as work_dir:
         bottom = _find_bottom(job, artifact.indices, rows, score_settings, work_dir)
         selections = {"map": artifact.indices, "bottom": bottom}
-        result = record | _summarize(_measure_draws(evaluator, selections, settings, work_dir))
+        with evaluator.keep_judge():
+            draws = _measure_draws(evaluator, selections, settings, work_dir)
+        result = record | _summarize(draws)
         with publish(out, overwrite, EvaluationError) as draft:
             write_json(draft / "probe.json", result)
             plot_probe(result, draft / "probe.png")

@@ -9,11 +9,13 @@ import pytest
 
 from safeweights_peft.errors import BaseMismatchError, DataError, EvaluationError, FormatError
 from safeweights_peft.jobs.enhance import enhance
-from safeweights_peft.jobs.evaluate import evaluate, pick_figures
+from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
 from safeweights_peft.jobs.job import Job
-from safeweights_peft.jobs.sweep import SCALES, pick_scale, sweep
+from safeweights_peft.jobs.sweep import SCALES, measure_scales, pick_scale, sweep
+from safeweights_peft.patch.io import read_patch
 from safeweights_peft.tables import comparison_rows
 from tests.jobs.conftest import Counts, Run
+from tests.tiny_guards import save_byte_level_tokenizer, save_tiny_guard
 from tests.tiny_jobs import Interrupted, Recorder, Requests, content
 
 
@@ -138,3 +140,22 @@ def test_a_run_shows_how_answers_begin_before_and_after(run: Run) -> None:
                 assert len(sample[stage]["answer"]) <= most
     verdicts = {sample["after"]["verdict"] for sample in answers["harmful"]}
     assert "refused" in verdicts
+
+
+def test_a_guard_is_loaded_once_for_all_scales_and_not_kept(
+    run: Run, requests: Requests, tmp_path: Path, counts: Counts
+) -> None:
+    guard = save_tiny_guard(save_byte_level_tokenizer(tmp_path / "guard"))
+    profile = {"safe": ["s"], "unsafe": ["u"], "template": "{request}|{answer}|"}
+    (tmp_path / "mine.json").write_text(json.dumps(profile))
+    judge = f"guard:{guard}={tmp_path / 'mine.json'}"
+    settings = requests.evaluate(judge=(judge,), limit=1)
+    evaluator = Evaluator(Job(run.base), settings)
+    patch = read_patch(run.out / "patch")
+    with evaluator.job.work(tmp_path / "out", {}) as work_dir:
+        rows = measure_scales(evaluator, run.out / "patch", patch, work_dir)
+    assert counts.loads == 2  # the base and the guard
+    (reader,) = evaluator.judges["harmful"]
+    assert reader._kept is None
+    alone = Evaluator(Job(run.base), settings).measure()
+    assert rows[0] == {"scale": 0.0, **pick_figures(alone)}
