@@ -141,7 +141,7 @@ def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:
     rows = [
         ("parameters", f"{needs.parameters:,}"),
         ("memory", f"about {size_text(needs.memory_bytes)}"),
-        ("patch", f"about {size_text(needs.patch_bytes)}"),
+        *([("patch", f"about {size_text(needs.patch_bytes)}")] if needs.patch_bytes else []),
     ]
     show(asdict(needs), rows)
 

@@ -182,7 +182,8 @@ def diff_command(base: str, tuned: str, out: Path, **values: Any) -> None:
 
     Merged into BASE, the patch gives the bits of TUNED; with --density or --map only some of them,
     and the report says how much of the change is lost. A change that no float32 value gives exactly
-    is refused; with --density the nearest value is taken, and counts as lost.
+    is refused; --density 1 keeps every change, the nearest value of such ones, and counts them as
+    lost.
 
     Tensors that only BASE has, and that transformers doesn't load, stay as they are; the result
     lists them.

@@ -87,9 +87,10 @@ def keep(name: str, record: TensorRecord, change: Change, kept: Array, *, exact:
     if exact and bad.size:
         raise MergeError(
             f"{name}: expected entries that the base plus a float32 value can become, found "
-            f"{bad.size} others, the first at index {change.indices[bad[0]]} from "
-            f"{change.base[bad[0]]} to {change.tuned[bad[0]]}; give a density, such as 1, which "
-            "takes the nearest values and tells what is lost"
+            f"{bad.size} of {change.indices.size} changed ones that none does, the first at index "
+            f"{change.indices[bad[0]]} from {change.base[bad[0]]} to {change.tuned[bad[0]]}; give "
+            "--density 1, which keeps every change, by the nearest value where none is exact, and "
+            "tells what is lost"
         )
     base, values = change.base[kept], change.values[kept]
     after = change.base.copy()

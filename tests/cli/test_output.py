@@ -668,3 +668,16 @@ def test_tables_of_long_names_fit_80_columns_and_json_is_one_document(
             lines = [x for x in called.stdout.splitlines() if not x.startswith(sentences)]
             assert max(map(len, lines)) <= 80
             assert "…" not in "".join(lines) or name == "enhance"  # of requests there
+
+
+@pytest.mark.parametrize("command", ["enhance", "score", "train", "eval", "preserve", "probe"])
+def test_a_dry_run_says_sizes_that_are_none_of_zero(
+    command: str, run: Run, options: dict[str, list[str]], tmp_path: Path
+) -> None:
+    inputs = ["--map", run.out / "map"] if command in ("train", "preserve", "probe") else []
+    words = [command, run.base, *options[command], *inputs, "--dry-run"]
+    called = call(*words, "--out", tmp_path / "out")
+    assert called.exit_code == 0, called.stderr
+    assert "memory      about " in called.stdout
+    assert not re.search(r"about 0(\.0+)? ", called.stdout)
+    assert list(tmp_path.iterdir()) == []

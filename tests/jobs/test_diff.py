@@ -239,7 +239,8 @@ def test_an_entry_that_no_value_leads_to_is_refused_by_name_and_nothing_is_writt
     before = copy_checkpoint(base, tmp_path / "before", put(UP, {4: 1, 9: 1}))
     tuned = copy_checkpoint(base, tmp_path / "tuned", put(UP, {4: 1e-30, 9: 2}))
     (tmp_path / "out").mkdir()
-    with pytest.raises(MergeError, match=rf"^{UP}: .* found 1 others, the first at index 4 from 1"):
+    message = rf"^{UP}: .* found 1 of 2 changed ones .*, the first at index 4 from 1.* --density 1,"
+    with pytest.raises(MergeError, match=message):
         diff(Job(before), str(tuned), tmp_path / "out" / "patch")
     assert list((tmp_path / "out").iterdir()) == []
 
