@@ -25,6 +25,7 @@ from safeweights_peft.delta import (
 )
 from safeweights_peft.files import STORED_DTYPES
 from safeweights_peft.patch.artifacts import Adapter, SafetyMap
+from safeweights_peft.patch.groups import Group, count_groups, spread_groups
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
@@ -139,11 +140,47 @@ def random_patch(
 ) -> Adapter:
     """Make a patch for a checkpoint, with true digests of base and merged entries."""
     random = np.random.default_rng(seed)
+
+    def choose(record: TensorRecord) -> np.ndarray:
+        count = max(1, int(record.numel * density))
+        return np.sort(random.choice(record.numel, count, replace=False))
+
+    return _make_patch(records, tensors, choose, random, values_dtype, scale, density)
+
+
+def grouped_patch(
+    records: Mapping[str, TensorRecord],
+    tensors: Tensors,
+    group: Group,
+    fraction: float = 0.3,
+    values_dtype: str = "float32",
+    scale: float = 1.0,
+    seed: int = 1,
+) -> Adapter:
+    """Make a patch of whole rows or columns, with true digests."""
+    random = np.random.default_rng(seed)
+
+    def choose(record: TensorRecord) -> np.ndarray:
+        number, _ = count_groups(record.shape, group)
+        numbers = random.choice(number, max(1, int(number * fraction)), replace=False)
+        return spread_groups(np.sort(numbers), group, record.shape)
+
+    return _make_patch(records, tensors, choose, random, values_dtype, scale, fraction)
+
+
+def _make_patch(
+    records: Mapping[str, TensorRecord],
+    tensors: Tensors,
+    choose: Callable[[TensorRecord], np.ndarray],
+    random: np.random.Generator,
+    values_dtype: str,
+    scale: float,
+    density: float,
+) -> Adapter:
     deltas, filled = {}, {}
     for name, record in records.items():
-        count = max(1, int(record.numel * density))
-        indices = np.sort(random.choice(record.numel, count, replace=False))
-        indices = indices.astype(index_dtype(record.numel))
+        indices = choose(record).astype(index_dtype(record.numel))
+        count = indices.size
         values = random.normal(scale=0.05, size=count).astype(DTYPES[values_dtype])
         deltas[name] = SparseDelta(record.shape, indices, values)
         base = memory_entries(record, tensors)[indices]

@@ -108,7 +108,8 @@ def unmerge_command(directory: Path) -> None:
     "--encoding",
     type=click.Choice(["plain", "compact"]),
     required=True,
-    help="plain: readable everywhere; compact: a quarter of the size.",
+    help="plain: readable everywhere, with whole rows or columns by number; compact: a quarter of "
+    "the size.",
 )
 @options.base_of_adapter
 @options.out

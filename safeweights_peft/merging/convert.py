@@ -30,6 +30,8 @@ from safeweights_peft.patch.io import (
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Encoding, TensorRecord
 
+_CHOICES = (Encoding.PLAIN, Encoding.COMPACT)  # the others follow from what is selected
+
 
 @dataclass(frozen=True)
 class ConvertReport:
@@ -62,7 +64,8 @@ def convert(
 
     Args:
         adapter_dir: The patch or map.
-        encoding: "plain" or "compact"; a parameter that is not smaller compact stays plain.
+        encoding: "plain" or "compact"; a parameter that is not smaller compact stays plain. What
+            is plain and fills whole rows or columns is stored by their numbers.
         out_dir: The new directory, which appears whole or not at all.
         base_dir: The base's checkpoint; also needed to turn steps into values again.
         overwrite: Replace an existing non-empty directory, whatever it holds.
@@ -80,9 +83,9 @@ def convert(
         >>> report.content_id.startswith("sha256:")
         True
     """
-    if encoding not in tuple(Encoding):
+    if encoding not in _CHOICES:
         raise FormatError(
-            f"encoding: expected one of {', '.join(Encoding)}, found {encoding!r}; choose one"
+            f"encoding: expected one of {', '.join(_CHOICES)}, found {encoding!r}; choose one"
         )
     check_target(Path(out_dir), overwrite, FormatError)
     inputs = {"the adapter": adapter_dir} | ({"the base": base_dir} if base_dir else {})

@@ -24,6 +24,7 @@ from safeweights_peft.patch.codec import (
     take_steps,
     value_of,
 )
+from safeweights_peft.patch.groups import count_groups, find_groups, spread_groups
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Coding, check_coverage
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord, check_state, tensor_key
@@ -161,7 +162,8 @@ def stored_arrays(metadata: AdapterMetadata, name: str) -> dict[str, Layout]:
     record = metadata.tensors[name]
     layouts: dict[str, Layout] = {}
     for kind in ("indices", metadata.mode.content):
-        stream, layout = record.stream(kind), (metadata.plain_dtype(record, kind), (record.count,))
+        count = record.index_count if kind == "indices" else record.count
+        stream, layout = record.stream(kind), (metadata.plain_dtype(record, kind), (count,))
         if stream.coding is not Coding.PLAIN:
             layout = np.dtype(np.uint8), (stream.size_bytes,)
         layouts[tensor_key(name, kind)] = layout
@@ -211,7 +213,7 @@ def decode_entries(
     first, second = (tensors[key] for key in keys)
     indices = decode(where[0], record, "indices", metadata.plain_dtype(record, "indices"), first)
     if indices is first:  # decoded gaps ascend, and end in range, already
-        first = indices = check_indices(where[0], first, record.shape, copy=mapped)
+        first, indices = _check_plain(where[0], record, first, mapped)
     check_coverage(f"{source}: {name}", record.blocks, indices)
     content = decode(where[1], record, kind, metadata.plain_dtype(record, kind), second)
     if content is second and mapped:  # a mapped file can change after the check
@@ -232,13 +234,35 @@ def decode_entries(
     return StoredEntries(f"{source}: {name}", record, indices, content)
 
 
+def _check_plain(
+    where: str, record: TensorRecord, stored: Array, mapped: bool
+) -> tuple[Array, Array]:
+    """Check flat indices, or the numbers of rows or columns; return them, and flat indices."""
+    group = record.encoding.group
+    if group is None:
+        indices = check_indices(where, stored, record.shape, copy=mapped)
+        return indices, indices
+    number, _ = count_groups(record.shape, group)
+    numbers = check_indices(where, stored, (number,), copy=mapped)
+    return numbers, spread_groups(numbers, group, record.shape)
+
+
 def encode_entries(
-    mode: Mode, record: TensorRecord, indices: Array, content: Array, base: Array | None
+    mode: Mode,
+    record: TensorRecord,
+    indices: Array,
+    content: Array,
+    base: Array | None,
+    *,
+    may_group: bool = True,
 ) -> tuple[TensorRecord, Array, Array]:
-    """Encode one parameter's entries as its record asks; compact only where that is smaller."""
+    """Encode one parameter's entries as its record asks; compact only where that is smaller.
+
+    Whole rows and columns that are not compact are stored by number.
+    """
     narrow = indices.astype(index_dtype(record.numel), copy=False)
     first, second = encode_plain(narrow), encode_plain(content)
-    plain = first.stored, second.stored
+    plain, encoding = (first.stored, second.stored), Encoding.COMPACT
     if record.encoding is Encoding.COMPACT:
         first, second = encode_indices(plain[0], record.numel), encode_content(content, base)
         size_bytes = first.stored.nbytes + second.stored.nbytes
@@ -246,12 +270,15 @@ def encode_entries(
             second = encode_plain(content)
     streams = {"indices": first.stream, mode.content: second.stream}
     if all(stream.coding is Coding.PLAIN for stream in streams.values()):
-        streams = {}
+        streams, encoding = {}, Encoding.PLAIN
+        if may_group and (found := find_groups(narrow, record.shape)):
+            group, numbers = found
+            first, encoding = encode_plain(numbers), Encoding(f"{group}s")
     stored_digest, content_digest = _digests(mode, (first.stored, second.stored), plain)
     described = replace(
         record,
         count=indices.size,
-        encoding=Encoding.COMPACT if streams else Encoding.PLAIN,
+        encoding=encoding,
         streams=streams,
         digest=stored_digest,
         content_digest=content_digest,

@@ -19,6 +19,7 @@ from safeweights_peft.errors import (
     UnsupportedVersionError,
 )
 from safeweights_peft.files import MAX_DIMS
+from safeweights_peft.patch.groups import count_groups
 from safeweights_peft.patch.placement import STEPS, STREAMS, Block, Coding, Stream, check_blocks
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 
@@ -31,7 +32,7 @@ CHAT = "chat"
 """In `selection`, what of the chat was set for training: whole texts, by setting."""
 CHAT_SETTINGS = ("system_prompt", "chat_template", "answer_prefix")
 FORMAT_VERSION = 1
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 PEFT_TYPE = "SAFEWEIGHTS"
 
 _RECORD_FIELDS = frozenset(
@@ -281,7 +282,21 @@ def record_from_json(data: Any, where: str) -> TensorRecord:
     if record.tied_keys and len(record.blocks) != 1:
         fields.refuse("tied_keys", "none beside several blocks", record.tied_keys)
     check_blocks(where, record.blocks, record.numel)
+    _check_groups(fields, record)
     return replace(record, streams=_streams_from_json(fields, record))
+
+
+def _check_groups(fields: Fields, record: TensorRecord) -> None:
+    """Check that entries stored by rows or columns can be some."""
+    group = record.encoding.group
+    if group is None:
+        return
+    if len(record.shape) < 2:
+        fields.refuse("encoding", f"a matrix, to have {record.encoding}", list(record.shape))
+    _, length = count_groups(record.shape, group)
+    if not record.count or record.count % length:
+        whole = f"whole {record.encoding} of {length} entries, at least one"
+        fields.refuse("count", whole, record.count)
 
 
 def _blocks_from_json(fields: Fields) -> Iterator[Block]:
@@ -297,8 +312,8 @@ def _blocks_from_json(fields: Fields) -> Iterator[Block]:
 
 
 def _streams_from_json(fields: Fields, record: TensorRecord) -> dict[str, Stream]:
-    """Read the layout of a compact record's streams; a plain record has none."""
-    if record.encoding is Encoding.PLAIN:
+    """Read the layout of a compact record's streams; no other has any."""
+    if record.encoding is not Encoding.COMPACT:
         fields.only(_RECORD_FIELDS - {"streams"})
         return {}
     streams = Fields(fields.data.get("streams"), f"{fields.where}: streams")

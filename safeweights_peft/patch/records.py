@@ -15,6 +15,7 @@ from safeweights_peft.errors import (
     CorruptAdapterError,
     FormatError,
 )
+from safeweights_peft.patch.groups import Group, count_groups
 from safeweights_peft.patch.placement import STEPS, Block, Stream
 from safeweights_peft.tables import short_digest
 
@@ -58,6 +59,14 @@ class Encoding(StrEnum):
 
     PLAIN = "plain"
     COMPACT = "compact"
+    ROWS = "rows"
+    COLUMNS = "columns"
+
+    @property
+    def group(self) -> Group | None:
+        """What the stored numbers count, where they are no flat indices."""
+        groups: dict[str, Group] = {"rows": "row", "columns": "column"}
+        return groups.get(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,7 @@ class TensorRecord:
     blocks: tuple[Block, ...]
     tied_keys: tuple[str, ...] = ()  # tensors to edit alike, where a checkpoint has them
     encoding: Encoding = Encoding.PLAIN
-    streams: Mapping[str, Stream] = field(default_factory=dict)  # empty if the encoding is plain
+    streams: Mapping[str, Stream] = field(default_factory=dict)  # empty unless compact
     digest: str | None = None  # of the stored bytes: indices, then values or scores
     # Of plain indices, in a map with scores: the same in every encoding. None in format 1.0.
     content_digest: str | None = None
@@ -91,6 +100,12 @@ class TensorRecord:
     def needs_base(self) -> bool:
         """Whether the values are stored as steps from the base's entries."""
         return self.stream("values").coding in STEPS
+
+    @property
+    def index_count(self) -> int:
+        """Number of indices, or of rows or columns, as they are stored if they are not coded."""
+        group = self.encoding.group
+        return self.count if group is None else self.count // count_groups(self.shape, group)[1]
 
     def stream(self, kind: str) -> Stream:
         """Return how a stream is laid out."""

@@ -22,7 +22,7 @@ from safeweights_peft.patch.metadata import (
     record_to_json,
 )
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
-from safeweights_peft.tuner.beside import is_coded
+from safeweights_peft.tuner.beside import is_stored
 from safeweights_peft.tuner.config import SafeWeightsConfig
 from safeweights_peft.tuner.layer import layers
 from safeweights_peft.tuner.loading import find_parameter
@@ -105,7 +105,8 @@ def describe_deltas(model: nn.Module, metadata: AdapterMetadata, deltas: Deltas)
             entries = parameter.detach().flatten().index_select(0, indices)
         if record.base_digest:
             check_entries(name, entries, record)
-        records[name] = _with_digests(record, delta, entries, metadata.scale)
+        # In memory all indices are flat.
+        records[name], _ = _with_digests(record, delta, entries, metadata.scale, may_group=False)
     return replace(metadata, tensors=records)
 
 
@@ -215,7 +216,7 @@ def stored_tensors(
             _find_stored(state_dict, f"{paths[module]}.{adapter}")
             for module in (layer.indices, layer)
         )
-        if is_coded(indices) or is_coded(values):  # as before the check
+        if is_stored(indices, values):  # as before the check
             indices, values = layer.indices[adapter], layer[adapter].detach()
         values = values.to(getattr(torch, config.values_dtype))
         if isinstance(values, DTensor):
@@ -223,14 +224,17 @@ def stored_tensors(
                 f"{layer.name}: expected whole values to save, found sharded ones; pass the "
                 "gathered state, as in save_pretrained(..., state_dict=full_state_dict)"
             )
-        for module, tensor in ((layer.indices, indices), (layer, values)):
-            stored[f"{_without_wrappers(paths[module])}.{adapter}"] = tensor
         record = record_from_json(records[layer.name], layer.name)
         delta = SparseDelta(record.shape, to_numpy(indices), to_numpy(values))
         if config.is_patch:
-            record = _with_digests(record, delta, layer.base_entries(adapter), config.scale)
+            entries = layer.base_entries(adapter)
+            record, first = _with_digests(record, delta, entries, config.scale)
+            if record.encoding.group is not None:
+                indices = to_torch(first)
         else:
             record = _without_digests(record)
+        for module, tensor in ((layer.indices, indices), (layer, values)):
+            stored[f"{_without_wrappers(paths[module])}.{adapter}"] = tensor
         records[layer.name] = record_to_json(record)
     config.tensors, config.format_minor = records, FORMAT_MINOR
     return stored
@@ -246,16 +250,25 @@ def _without_wrappers(key: str) -> str:
 
 
 def _with_digests(
-    record: TensorRecord, delta: SparseDelta, entries: Tensor, scale: float
-) -> TensorRecord:
+    record: TensorRecord,
+    delta: SparseDelta,
+    entries: Tensor,
+    scale: float,
+    *,
+    may_group: bool = True,
+) -> tuple[TensorRecord, Array]:
+    """Describe a delta; return the record, and the indices as it stores them."""
     base = to_numpy(entries, record.dtype)
     plain = replace(record, encoding=Encoding.PLAIN)
-    described, *_ = encode_entries(Mode.SET, plain, delta.indices, delta.values, None)
-    return replace(
+    described, stored, _ = encode_entries(
+        Mode.SET, plain, delta.indices, delta.values, None, may_group=may_group
+    )
+    described = replace(
         described,
         base_digest=digest(base),
         merged_digest=digest(add_rounded(base, delta.values, scale)),
     )
+    return described, stored
 
 
 def _without_digests(record: TensorRecord) -> TensorRecord:

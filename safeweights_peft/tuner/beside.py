@@ -109,3 +109,8 @@ def _are_equal(new: Tensor, indices: Tensor) -> bool:
 def is_coded(tensor: Tensor) -> bool:
     """Tell whether indices or values are in a coded form."""
     return tensor.dtype is torch.uint8
+
+
+def is_stored(indices: Tensor, values: Tensor) -> bool:
+    """Tell whether indices and values are still as in the file: coded, or by rows or columns."""
+    return is_coded(indices) or is_coded(values) or indices.shape != values.shape

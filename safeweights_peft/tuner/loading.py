@@ -18,9 +18,10 @@ from safeweights_peft.errors import (
 from safeweights_peft.modeling.layout import check_shape
 from safeweights_peft.modeling.tensors import check_entries, to_numpy, to_torch
 from safeweights_peft.patch.artifacts import check_layout, decode_entries, stored_arrays
+from safeweights_peft.patch.groups import find_groups
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import TensorRecord, indices_key, values_key
-from safeweights_peft.tuner.beside import CodedValues, is_coded
+from safeweights_peft.tuner.beside import CodedValues, is_coded, is_stored
 from safeweights_peft.tuner.layer import SafeWeightsLayer, layers
 from safeweights_peft.tuner.patched import Patched
 
@@ -136,7 +137,7 @@ def check_loaded(layer: SafeWeightsLayer, adapter: str) -> None:
     metadata = replace(metadata, tensors={name: metadata.tensors[name]})
     content = _decode([layer], metadata, stored, source)
     *decoded, entries = content[name]
-    if is_coded(indices) or is_coded(values):
+    if is_stored(indices, values):
         _put(layer, adapter, *decoded)
     layer.accept(adapter, entries)
 
@@ -159,6 +160,8 @@ def take_in(model: nn.Module, adapter: str, stored: Mapping[str, Tensor]) -> dic
         _check_again(owners, adapter, loaded)
     for layer in ready:
         first, second = indices_key(layer.name), values_key(layer.name)
+        if is_in_use:  # they are equal, but may be stored as rows or columns
+            loaded[first] = layer.indices[adapter]
         _put(layer, adapter, loaded[first], loaded[second])
         layer.accept(adapter, entries.get(layer.name))
         # PEFT copies these into the model's own: the same tensors, so nothing is copied.
@@ -200,7 +203,7 @@ def _put(layer: SafeWeightsLayer, adapter: str, indices: Tensor, values: Tensor)
             layer[adapter] = nn.Parameter(new, is_trained)
         else:
             old_values.copy_(values)
-        if is_coded(old_indices) or old_indices.is_meta:
+        if is_stored(old_indices, layer[adapter]) or old_indices.is_meta:
             layer.indices[adapter] = indices.to(device, copy=True)
         else:
             old_indices.copy_(indices)
@@ -218,8 +221,11 @@ def _check_again(
         )
     for layer in owners:
         name, own = layer.name, to_numpy(layer.indices[adapter])
+        count = own.shape
         indices, values = (to_numpy(loaded[key(name)]) for key in (indices_key, values_key))
-        if values.shape != indices.shape or not np.array_equal(indices, own):
+        if indices.shape != own.shape and (found := find_groups(own, layer.parameter.shape)):
+            _, own = found
+        if values.shape != count or not np.array_equal(indices, own):
             raise CorruptAdapterError(
                 f"adapter {adapter!r}: {name}: expected the same indices as before, found "
                 "others; load this adapter under another name"

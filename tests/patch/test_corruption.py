@@ -210,7 +210,8 @@ def test_another_version_is_refused_before_the_tensors_are_looked_at(patch: Path
 def test_an_unknown_encoding_is_refused(patch: Path) -> None:
     edit_config(patch, config_edit(encoding="bitmask"))
     with pytest.raises(
-        UnsupportedVersionError, match=r"encoding: expected one of plain, compact, found .bit"
+        UnsupportedVersionError,
+        match=r"encoding: expected one of plain, compact, rows, columns, found",
     ):
         read_adapter(patch)
 
