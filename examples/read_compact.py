@@ -1,4 +1,4 @@
-"""Reads a patch by docs/format.md alone, in 60 lines; a reader of strangers' files checks more.
+"""Reads a patch by docs/format.md alone, in 70 lines; a reader of strangers' files checks more.
 
     safeweights enhance demo/base --out demo/small --steps 2 --limit 2
     safeweights convert demo/small/patch --encoding compact --out demo/compact
@@ -44,6 +44,15 @@ def read_indices(stored, stream, numel):
     return np.cumsum(symbols + ends.astype("i8"))[ends] - 1
 
 
+def spread(numbers, encoding, shape):
+    """Turn the numbers of rows or columns into flat indices."""
+    *_, rows, columns = shape
+    if encoding == "rows":
+        return (numbers.astype("i8")[:, None] * columns + np.arange(columns)).ravel()
+    matrix, column = np.divmod(numbers.astype("i8"), columns)
+    return np.sort((matrix * rows + np.arange(rows)[:, None]) * columns + column, axis=None)
+
+
 def read_values(stored, stream, base, values_dtype):
     """Take steps from the base's entries, or joins planes."""
     coding, sizes, top = stream["coding"], stream.get("bytes"), 2 ** (8 * base.itemsize - 1)
@@ -82,6 +91,8 @@ def read_patch(folder, base_folder):
         streams = record.get("streams") or {"indices": PLAIN, "values": PLAIN}
         numel = int(np.prod(record["shape"], dtype=object))
         indices = read_indices(stored[key % "indices"], streams["indices"], numel)
+        if record["encoding"] in ("rows", "columns"):
+            indices = spread(indices, record["encoding"], record["shape"])
         base = base_entries(record, indices, tensors)
         yield name, indices, read_values(stored[key % "values"], streams["values"], base, dtype)
 

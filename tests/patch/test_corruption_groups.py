@@ -150,7 +150,7 @@ def test_tensors_of_another_layout_are_refused_by_the_header(
 ) -> None:
     edit_tensors(patch, edit)
     for read in (inspect, validate):
-        with pytest.raises(CorruptAdapterError, match="expected (int32|float32)"):
+        with pytest.raises(CorruptAdapterError, match=r"expected (int32|float32)"):
             read(patch)
 
 

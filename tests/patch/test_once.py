@@ -70,7 +70,7 @@ def test_each_array_is_checked_and_hashed_once(
         indices, content = found.indices[NAME].tobytes(), found.scores[NAME].tobytes()
         hashed = {*stored, indices, content}
     # What is decoded from gaps ascends by construction: a gap is not negative.
-    checked = {indices} if encoding is Encoding.PLAIN else set()
+    checked = set() if encoding is Encoding.COMPACT else {indices}
     assert calls["check_indices"] == Counter(checked)
     assert calls["check_finite"] == Counter({content})
     assert calls["Hash"] == Counter(hashed)
