@@ -139,9 +139,10 @@ def convert_command(
 @options.patch
 @click.option(
     "--to",
-    type=click.Choice(["supertuning"]),
+    type=click.Choice(["supertuning", "lora"]),
     required=True,
-    help="supertuning: PEFT's sparse method; exact in float32, linear layers only.",
+    help="supertuning: PEFT's sparse method, exact in float32; lora: exact, for whole rows or "
+    "columns. Linear layers only.",
 )
 @options.base_of_adapter
 @options.out
@@ -153,10 +154,11 @@ def export_command(
 
     To get a checkpoint, use `safeweights merge`.
     """
-    from safeweights_peft.jobs.export import export_supertuning
+    from safeweights_peft.jobs.export import export_lora, export_supertuning
 
     adapter, scale = patch
-    record = export_supertuning(adapter, out, base, scale=scale, overwrite=overwrite)
+    export = export_lora if to == "lora" else export_supertuning
+    record = export(adapter, out, base, scale=scale, overwrite=overwrite)
     output.show(record)
 
 

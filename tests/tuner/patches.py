@@ -15,6 +15,7 @@ from safeweights_peft.delta import Array
 from safeweights_peft.modeling.layout import describe
 from safeweights_peft.modeling.tensors import to_numpy
 from safeweights_peft.patch.artifacts import in_encoding
+from safeweights_peft.patch.groups import Group, count_groups, spread_groups
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Encoding, Mode, TensorRecord
 from safeweights_peft.tuner.layer import layers
@@ -28,16 +29,26 @@ def load_base(base: Path, **options: object) -> PreTrainedModel:
 
 
 def random_content(
-    model: nn.Module, seed: int = 0, density: float = 0.05, names: list[str] | None = None
+    model: nn.Module,
+    seed: int = 0,
+    density: float = 0.05,
+    names: list[str] | None = None,
+    group: Group | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Choose entries of all parameters (or some), and values for them."""
+    """Choose entries (or rows, or columns) of all parameters (or some), and values for them."""
     random = np.random.default_rng(seed)
     indices, values = {}, {}
     for name, parameter in model.named_parameters():
         if names is None or name in names:
-            count = max(1, round(parameter.numel() * density))
-            indices[name] = np.sort(random.choice(parameter.numel(), count, replace=False))
-            values[name] = (0.1 * random.standard_normal(count)).astype(np.float32)
+            if group is not None and parameter.dim() < 2:
+                continue
+            total = parameter.numel() if group is None else count_groups(parameter.shape, group)[0]
+            count = max(1, round(total * density))
+            chosen = np.sort(random.choice(total, count, replace=False))
+            if group is not None:
+                chosen = spread_groups(chosen, group, parameter.shape)
+            indices[name] = chosen
+            values[name] = (0.1 * random.standard_normal(chosen.size)).astype(np.float32)
     return indices, values
 
 
@@ -49,10 +60,11 @@ def patch_model(
     names: list[str] | None = None,
     values_dtype: str = "float32",
     scale: float = 1.0,
+    group: Group | None = None,
 ) -> PeftModel:
     """Give a model an adapter with random content."""
     plain = load_base(base)
-    indices, values = random_content(plain, seed, names=names)
+    indices, values = random_content(plain, seed, names=names, group=group)
     metadata = AdapterMetadata(
         mode=Mode.SET,
         base_model_name_or_path=str(base),
