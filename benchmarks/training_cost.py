@@ -27,13 +27,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from safeweights_peft import create_adapter
+from safeweights_peft.patch.groups import spread_groups
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Block
 from safeweights_peft.patch.records import Mode, TensorRecord
 
 RANK = 3
 TOKENS = (64, 512)
-METHODS = ("lora", "patch", "patch 1%", "shira", "supertuning")
+METHODS = ("lora", "patch", "patch of rows", "patch 1%", "shira", "supertuning")
 
 
 def build_base(path: str | None) -> LlamaForCausalLM:
@@ -61,15 +62,15 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def build_patch(model: LlamaForCausalLM, density: float) -> PeftModel:
-    """Wrap a model with a patch of random entries."""
+def build_patch(model: LlamaForCausalLM, density: float, by_rows: bool = False) -> PeftModel:
+    """Wrap a model with a patch of random entries, or of as many in whole rows."""
     random = np.random.default_rng(0)
     records, indices = {}, {}
     for name, module in linears(model).items():
         parameter, shape = f"{name}.weight", tuple(module.weight.shape)
-        count = round(module.weight.numel() * density)
-        chosen = random.choice(module.weight.numel(), count, replace=False)
-        indices[parameter] = np.sort(chosen)
+        total = shape[0] if by_rows else module.weight.numel()
+        chosen = np.sort(random.choice(total, max(1, round(total * density)), replace=False))
+        indices[parameter] = spread_groups(chosen, "row", shape) if by_rows else chosen
         block = Block.dense(parameter, shape)
         records[parameter] = TensorRecord(shape=shape, dtype="float32", blocks=(block,))
     return create_adapter(model, AdapterMetadata(mode=Mode.SET, tensors=records), indices)
@@ -92,6 +93,8 @@ def build(method: str, path: str | None) -> PeftModel:
             return get_peft_model(model, config)
         case "patch":
             return build_patch(model, equal)
+        case "patch of rows":
+            return build_patch(model, equal, by_rows=True)
         case "patch 1%":
             return build_patch(model, 0.01)
     raise ValueError(method)

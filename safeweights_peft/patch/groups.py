@@ -43,13 +43,16 @@ def spread_groups(numbers: Array, group: Group, shape: Sequence[int]) -> Array:
     numbers = numbers.astype(index_dtype(math.prod(shape)), copy=False)
     one = numbers.dtype.type
     if group == "row":
-        flat = numbers[:, None] * one(columns) + np.arange(columns, dtype=numbers.dtype)
-        return flat.reshape(-1)
+        places = np.arange(columns, dtype=numbers.dtype)
+        flat: Array = (numbers[:, None] * one(columns) + places).reshape(-1)
+        return flat
     batch, column = np.divmod(numbers, one(columns))
     steps = np.arange(rows, dtype=numbers.dtype)[:, None] * one(columns)
     flat = (steps + (batch * one(rows * columns) + column)).reshape(-1)
     # Of one matrix they ascend already. Runs that ascend are merged, in time that is linear.
-    return np.sort(flat, kind="stable") if len(shape) > 2 else flat
+    if len(shape) > 2:
+        flat.sort(kind="stable")
+    return flat
 
 
 def _may_fill(indices: Array, shape: Sequence[int], group: Group) -> bool:
@@ -66,8 +69,10 @@ def _may_fill(indices: Array, shape: Sequence[int], group: Group) -> bool:
 def _find_heads(indices: Array, shape: Sequence[int], group: Group) -> Array:
     """Return the number of the row or column that each first entry of one among indices begins."""
     rows, columns = shape[-2:]
+    wide = indices.dtype.type(columns)
     if group == "row":
-        return indices[::columns] // indices.dtype.type(columns)
+        numbers: Array = indices[::columns] // wide
+        return numbers
     batch, place = np.divmod(indices, indices.dtype.type(rows * columns))
-    heads = place < columns
-    return batch[heads] * indices.dtype.type(columns) + place[heads]
+    numbers = (batch * wide + place)[place < columns]
+    return numbers

@@ -24,6 +24,7 @@ from safeweights_peft.errors import MergeError
 from safeweights_peft.modeling.tensors import add_rounded
 from safeweights_peft.tuner.entries import gather, move, raw, same_bits, untraced, whole, write
 from safeweights_peft.tuner.patched import Patched, Reading, in_transform
+from safeweights_peft.tuner.sampled import Lines, find_lines
 
 _writing = threading.RLock()  # two threads must not both set the originals aside
 
@@ -81,6 +82,7 @@ class Selection:
         self.owner = owner
         self._held: Union | None = None  # whose entries stand in the parameter; None: the base's
         self._union: Union | None = None  # of the terms that were asked for last
+        self._lines: tuple[Union, Lines | None] | None = None  # that a union's entries fill
         self._state: tuple | None = None  # of frozen values, when they were last written
         self._marks: list[weakref.ref[Tensor]] = []
         self._trained_base = False  # the base's entries may have changed since they were set aside
@@ -89,7 +91,8 @@ class Selection:
         self._known: Callable[[], nn.Parameter | None] = weakref.ref(owner.parameter)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_marks": [], "_state": None, "_terms": None, "_known": self.known}
+        reset = {"_marks": [], "_lines": None, "_state": None, "_terms": None}
+        return {**self.__dict__, **reset, "_known": self.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         parameter = state["_known"]
@@ -329,7 +332,8 @@ class Selection:
                 return Reading(parameter)
             mark = torch.empty(0)
             self._marks.append(weakref.ref(mark))
-            return Reading(parameter, entries, union.indices, mark)
+            lines = self._find_lines(union, parameter.shape)
+            return Reading(parameter, entries, union.indices, mark, lines)
 
     def _read_trained_base(self, parameter: nn.Parameter, terms: Sequence[Term]) -> Tensor:
         """Change a copy of a base that is trained beside its adapters; both get their gradient."""
@@ -387,6 +391,12 @@ class Selection:
                 originals[position] = part.to(originals.dtype)
         self._union = Union(parts, indices, originals, positions)
         return self._union
+
+    def _find_lines(self, union: Union, shape: torch.Size) -> Lines | None:
+        # Once for each union: indices may have to come from a GPU.
+        if self._lines is None or self._lines[0] is not union:
+            self._lines = union, find_lines(union.indices, shape)
+        return self._lines[1]
 
     def _add(
         self, parameter: Tensor, union: Union, terms: Sequence[Term], is_recorded: bool

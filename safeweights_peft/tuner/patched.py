@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from safeweights_peft.tuner.sampled import can_sample, sampled_linear
+from safeweights_peft.tuner.sampled import Lines, can_sample, sampled_linear
 
 
 class Reading(NamedTuple):
@@ -25,6 +25,7 @@ class Reading(NamedTuple):
     entries: Tensor | None = None
     indices: Tensor | None = None
     mark: Tensor | None = None  # lives as long as the graph of the operation
+    lines: Lines | None = None  # that the entries fill
 
     @torch.compiler.disable
     def alias(self) -> Tensor:
@@ -154,12 +155,13 @@ def _sampled(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor |
     selection = _selection_of(weight)
     if selection is None:
         return None
-    if input.dtype is not torch.float32 or torch.is_autocast_enabled("cpu"):
+    # Autocast computes in another dtype than it is given.
+    if input.dtype is not weight.dtype or torch.is_autocast_enabled(input.device.type):
         return None
     reading = selection.read(weight)
-    entries, indices, mark = reading.entries, reading.indices, reading.mark
-    if entries is None or not can_sample(reading.weight, len(entries)):
+    entries, indices, mark, lines = reading[1:]
+    if entries is None or not (lines or can_sample(reading.weight, len(entries))):
         return F.linear(_read(input), reading.alias(), _read(bias))
     assert indices is not None
     assert mark is not None
-    return sampled_linear(_read(input), entries, _read(bias), reading.weight, indices, mark)
+    return sampled_linear(_read(input), entries, _read(bias), reading.weight, indices, mark, lines)

@@ -1,19 +1,40 @@
-"""Matrix products at selected entries alone, and a linear layer trained by them.
+"""Matrix products at selected entries alone, or rows or columns, and a layer trained by them.
 
 Autograd multiplies whole matrices, of which one entry in a hundred is kept. Here each selected
-entry is one dot product over the tokens, which at low density takes a third of the time.
+entry is one dot product over the tokens, which at low density takes a third of the time. Whole rows
+or columns are a smaller product of the same kind, on any device and in any dtype.
 """
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from safeweights_peft.modeling.tensors import to_numpy, to_torch
+from safeweights_peft.patch.groups import Group, find_groups
+
 DENSEST = 0.1
 """Above this density the whole product is faster on a CPU."""
+
+
+class Lines(NamedTuple):
+    """Whole rows or columns of a matrix."""
+
+    group: Group
+    numbers: Tensor  # (rank,), ascending, int64
+
+
+def find_lines(indices: Tensor, shape: Sequence[int]) -> Lines | None:
+    """Find the rows or columns of a matrix that flat indices fill; None if they don't."""
+    if len(shape) != 2 or type(indices) is not Tensor or indices.is_meta:  # nothing to look at
+        return None
+    found = find_groups(to_numpy(indices), shape)
+    if found is None:
+        return None
+    return Lines(found[0], to_torch(found[1]).to(indices.device, torch.int64))
 
 
 def csr_pattern(indices: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -71,9 +92,10 @@ def sampled_linear(
     weight: Tensor,
     indices: Tensor,
     mark: Tensor,
+    lines: Lines | None = None,
 ) -> Tensor:
     """Compute a linear layer whose weight's gradient goes to the entries alone."""
-    return _SampledLinear.apply(input, entries, bias, weight.detach(), indices, mark)
+    return _SampledLinear.apply(input, entries, bias, weight.detach(), indices, mark, lines)
 
 
 class _SampledLinear(torch.autograd.Function):
@@ -88,11 +110,12 @@ class _SampledLinear(torch.autograd.Function):
         weight: Tensor,
         indices: Tensor,
         mark: Tensor,
+        lines: Lines | None,
     ) -> Tensor:
         # The weight too: so that torch refuses to go back through one that was written since.
         ctx.save_for_backward(input, entries, weight, mark)
         # A plain attribute, not a saved tensor: DDP writes the (same) buffers before each forward.
-        ctx.indices = indices
+        ctx.indices, ctx.lines = indices, lines
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -104,8 +127,8 @@ class _SampledLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
             gradients = _go_back_densely(gradient, input, entries, weight, ctx.indices, needed)
         else:
-            gradients = _go_back(gradient, input, weight, ctx.indices, needed)
-        return *gradients, None, None, None
+            gradients = _go_back(gradient, input, weight, ctx.lines or ctx.indices, needed)
+        return *gradients, None, None, None, None
 
 
 Gradients = tuple[Tensor | None, Tensor, Tensor | None]
@@ -113,15 +136,21 @@ Gradients = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def _go_back(
-    gradient: Tensor, input: Tensor, weight: Tensor, indices: Tensor, needed: Sequence[bool]
+    gradient: Tensor, input: Tensor, weight: Tensor, places: Lines | Tensor, needed: Sequence[bool]
 ) -> Gradients:
     rows, inputs = _tokens(gradient), _tokens(input)
+    if gradient.device.type != "cpu":  # counting tokens would wait for the device
+        return (
+            gradient @ weight if needed[0] else None,
+            _products(rows, inputs, places),
+            rows.sum(0) if needed[2] else None,
+        )
     # Padding has no gradient, nor has what comes after the last token that is learned.
     learned = rows.any(1).nonzero().squeeze(1)
     rows = rows[learned]
     return (
         _scattered(rows @ weight, learned, input) if needed[0] else None,
-        _products(rows, inputs[learned], indices),
+        _products(rows, inputs[learned], places),
         rows.sum(0) if needed[2] else None,
     )
 
@@ -155,7 +184,12 @@ def _scattered(rows: Tensor, positions: Tensor, input: Tensor) -> Tensor:
     return _tokens(gradient).index_copy_(0, positions, rows).view_as(input)
 
 
-def _products(gradient: Tensor, input: Tensor, indices: Tensor) -> Tensor:
-    """Compute ``(gradient.T @ input).flatten()[indices]``; rows are tokens."""
-    pattern = csr_pattern(indices, (gradient.shape[-1], input.shape[-1]))
+def _products(gradient: Tensor, input: Tensor, places: Lines | Tensor) -> Tensor:
+    """Compute ``(gradient.T @ input).flatten()[places]``; rows are tokens."""
+    if isinstance(places, Lines):
+        group, numbers = places
+        if group == "row":
+            return (gradient.index_select(1, numbers).T @ input).reshape(-1)
+        return (gradient.T @ input.index_select(1, numbers)).reshape(-1)
+    pattern = csr_pattern(places, (gradient.shape[-1], input.shape[-1]))
     return sampled_product(pattern, columns_of_tokens(gradient), columns_of_tokens(input)).values()

@@ -234,7 +234,7 @@ def test_a_failed_conversion_leaves_the_old_directory(case: Case, compact: Path)
 def test_a_files_config_is_enough_to_know_its_tensors(compact: Path) -> None:
     config = json.loads((compact / "adapter_config.json").read_text())
     streams = config["tensors"][UP]["streams"]
-    assert config["format_minor"] == 1
+    assert config["format_minor"] == 2
     assert list(streams) == ["indices", "values"]
     sizes = [sum(stream["bytes"]) for stream in streams.values()]
     data = (compact / "adapter_model.safetensors").read_bytes()

@@ -12,6 +12,7 @@ import pytest
 
 from safeweights_peft.delta import DTYPES, add_rounded, digest
 from safeweights_peft.patch.io import read_adapter, read_map, write_adapter, write_map
+from safeweights_peft.patch.metadata import FORMAT_MINOR
 from safeweights_peft.patch.records import Encoding, Mode
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "format_v1"
@@ -80,7 +81,7 @@ def test_a_rewritten_adapter_has_the_same_bytes_but_for_what_is_new(
     assert (tmp_path / kind / name).read_bytes() == (GOLDEN / kind / name).read_bytes()
     name = "adapter_config.json"
     config = json.loads((tmp_path / kind / name).read_text())
-    assert config.pop("format_minor") == 1
+    assert config.pop("format_minor") == FORMAT_MINOR
     for record in config["tensors"].values():
         assert record.pop("content_digest").startswith("sha256:")
     assert config == json.loads((GOLDEN / kind / name).read_text())

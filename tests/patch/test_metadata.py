@@ -235,7 +235,7 @@ def test_an_unknown_encoding_asks_for_a_newer_package() -> None:
     config = sound_config()
     config["tensors"][NAME]["encoding"] = "gaps"
     with pytest.raises(
-        UnsupportedVersionError, match=r"expected one of plain, compact, found .gaps.; install"
+        UnsupportedVersionError, match=r"expected one of plain, compact, rows, columns, found .gaps"
     ):
         AdapterMetadata.from_config(config, "here")
 
@@ -298,7 +298,7 @@ def test_a_newer_minor_version_is_read_with_a_warning_and_what_is_new_ignored() 
     for record in config["tensors"].values():
         record["importance"] = {"of": "the future"}
     with pytest.warns(
-        SafeWeightsWarning, match="format_minor: expected at most 1, found 7"
+        SafeWeightsWarning, match="format_minor: expected at most 2, found 7"
     ) as warned:
         found = AdapterMetadata.from_config(config, "here")
     assert len(warned) == 1
