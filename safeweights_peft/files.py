@@ -1,6 +1,7 @@
 """Strict JSON, headers of safetensors files, and directories that appear whole or not at all."""
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -130,6 +131,25 @@ def read_header(path: Path, error: type[SafeWeightsError]) -> dict[str, StoredTe
     }
     _check_cover(path, tensors, start, size, error)
     return tensors
+
+
+def count_data(path: Path, enough: int) -> int:
+    """Count a file's bytes that are no holes, where the system tells; stop at enough."""
+    found = end = 0
+    size = path.stat().st_size
+    if not hasattr(os, "SEEK_DATA"):
+        return size
+    with path.open("rb") as file:
+        while found < enough and end < size:
+            try:
+                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError as reason:
+                if reason.errno == errno.ENXIO:  # no data behind the last hole
+                    break
+                return size
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            found += end - start
+    return found
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from safeweights_peft.errors import CheckpointError, FormatError
 from safeweights_peft.files import (
     MAX_JSON_BYTES,
     check_target,
+    count_data,
     parse_json,
     publish,
     read_header,
@@ -297,3 +298,15 @@ def test_published_files_have_usual_permissions(tmp_path: Path) -> None:
         assert (
             os.stat(tmp_path / "out" / name).st_mode == os.stat(tmp_path / "usual" / name).st_mode
         )
+
+
+def test_bytes_that_are_no_hole_are_counted_until_there_are_enough(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"\1" * 10_000)
+    assert count_data(path, 1) >= 10_000
+    with path.open("wb") as file:
+        file.write(b"\1" * 4096)
+        file.truncate(2**40)
+    assert 4096 <= count_data(path, 2**40) < 2**30
+    (tmp_path / "empty").touch()
+    assert count_data(tmp_path / "empty", 1) == 0

@@ -36,7 +36,7 @@ BaseEntries = Callable[[str, TensorRecord, Array], Array]
 """Reads a base's entries, in their dtype, for a parameter's name, record and flat indices."""
 
 # Limit on what a parameter's stored bytes may hold: zstd packs 30,000 zeros into one byte.
-_MAX_ENTRIES_PER_BYTE = 64
+MAX_ENTRIES_PER_BYTE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +177,8 @@ def check_layout(metadata: AdapterMetadata, header: Mapping[str, Layout], source
         layouts = stored_arrays(metadata, name)
         expected |= layouts
         size_bytes = sum(dtype.itemsize * size for dtype, (size,) in layouts.values())
-        if record.count > _MAX_ENTRIES_PER_BYTE * size_bytes:
-            most = f"at most {_MAX_ENTRIES_PER_BYTE} entries for each of {size_bytes} bytes"
+        if record.count > MAX_ENTRIES_PER_BYTE * size_bytes:
+            most = f"at most {MAX_ENTRIES_PER_BYTE} entries for each of {size_bytes} bytes"
             refuse(f"{source}: {name}", most, record.count)
     for key in header:
         if key not in expected:
@@ -266,7 +266,7 @@ def encode_entries(
     if record.encoding is Encoding.COMPACT:
         first, second = encode_indices(plain[0], record.numel), encode_content(content, base)
         size_bytes = first.stored.nbytes + second.stored.nbytes
-        if indices.size > _MAX_ENTRIES_PER_BYTE * size_bytes:
+        if indices.size > MAX_ENTRIES_PER_BYTE * size_bytes:
             second = encode_plain(content)
     streams = {"indices": first.stream, mode.content: second.stream}
     if all(stream.coding is Coding.PLAIN for stream in streams.values()):

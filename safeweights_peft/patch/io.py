@@ -8,17 +8,19 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from safeweights_peft.delta import Array, check_indices
+from safeweights_peft.delta import Array, check_indices, refuse
 from safeweights_peft.errors import CorruptAdapterError, FormatError
 from safeweights_peft.files import (
     STORED_DTYPES,
     PathLike,
     StoredTensor,
+    count_data,
     publish,
     read_header,
     read_json,
 )
 from safeweights_peft.patch.artifacts import (
+    MAX_ENTRIES_PER_BYTE,
     Adapter,
     BaseEntries,
     SafetyMap,
@@ -263,6 +265,16 @@ def _check_header(file: Path, metadata: AdapterMetadata) -> dict[str, StoredTens
     return header
 
 
+def _check_holes(file: Path, metadata: AdapterMetadata) -> None:
+    """Refuse a few numbers of rows whose values are a hole: it takes no space, their indices do."""
+    records = metadata.tensors.values()
+    count = sum(record.count for record in records if record.encoding.group is not None)
+    found = count_data(file, least := -(-count // MAX_ENTRIES_PER_BYTE))
+    if found < least:
+        most = f"at most {MAX_ENTRIES_PER_BYTE} entries for each of {found} bytes that are no hole"
+        refuse(str(file), most, count)
+
+
 def _read(
     path: PathLike, mode: Mode | None = None
 ) -> tuple[AdapterMetadata, dict[str, StoredEntries]]:
@@ -273,6 +285,7 @@ def _read(
             f"directory of a {mode.artifact}"
         )
     header, entries = _check_header(file, metadata), {}
+    _check_holes(file, metadata)
     for name in metadata.tensors:  # only one at a time is in memory as it is stored
         stored = {key: header[key].open(file) for key in stored_arrays(metadata, name)}
         entries[name] = decode_entries(metadata, name, stored, str(file), mapped=True)

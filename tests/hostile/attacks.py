@@ -38,6 +38,7 @@ from tests.hostile.edits import (
     header,
     header_text,
     hole,
+    hole_of_rows,
     insert,
     link,
     missing,
@@ -368,6 +369,7 @@ IN_TENSORS = _list(
     ("no block for some", block(shape=[1, 32]), f"{VICTIM}: expected blocks that hold every"),
     ("no block", record(blocks=[]), f"{VICTIM}: expected blocks that hold every"),
     ("terabytes of nothing", hole, "expected ascending indices"),
+    ("terabytes of nothing in a row", hole_of_rows, "entries for each of .* that are no hole"),
 )
 
 STREAM_RECORDS = _list(
@@ -471,5 +473,9 @@ ATTACKS = [
 UNKNOWN = {attack.name for attack in (*CONFIG_GARBAGE, *CONFIG_FILE)} | {"no method"}
 """Attacks after which nothing says that this is an adapter of this package."""
 
-OTHER_BASE = {"a wider index in the config", "terabytes of nothing"}
+OTHER_BASE = {
+    "a wider index in the config",
+    "terabytes of nothing",
+    "terabytes of nothing in a row",
+}
 """Attacks on shapes, which may also be seen as made for another base."""

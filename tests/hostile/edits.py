@@ -271,6 +271,33 @@ def hole(folder: Path) -> None:
         file.truncate(8 + len(content) + 12 * count)
 
 
+def hole_of_rows(folder: Path) -> None:
+    """Claim terabytes in one row, whose number takes eight bytes and whose values are a hole."""
+    count = 2**40
+    block = {"key": "victim", "shape": [2, count], "offset": 0, "strides": [count, 1]}
+
+    def claim(content: Config) -> None:
+        content["tensors"] = {VICTIM: content["tensors"][VICTIM]}
+        record = content["tensors"][VICTIM]
+        record.pop("streams", None)
+        record.update(shape=[2, count], count=count, blocks=[block], encoding="rows", tied_keys=[])
+
+    config(claim)(folder)
+    kind = "scores" if json.loads((folder / CONFIG).read_text())["mode"] == "spa" else "values"
+    parts = {
+        INDICES: {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]},
+        INDICES.replace("indices", kind): {
+            "dtype": "F32",
+            "shape": [count],
+            "data_offsets": [8, 8 + 4 * count],
+        },
+    }
+    content = json.dumps(parts).encode()
+    with (folder / TENSORS).open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.truncate(8 + len(content) + 8 + 4 * count)
+
+
 def frame(content: bytes, **options: Any) -> bytes:
     """Compress some bytes as a writer does, or with other options of zstd."""
     plain = {"level": 1, "write_checksum": False, "write_content_size": True}
