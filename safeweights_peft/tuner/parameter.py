@@ -332,8 +332,9 @@ class Selection:
                 return Reading(parameter)
             mark = torch.empty(0)
             self._marks.append(weakref.ref(mark))
-            lines = self._find_lines(union, parameter.shape)
-            return Reading(parameter, entries, union.indices, mark, lines)
+            if self._lines is None or self._lines[0] is not union:  # once: on a GPU it waits
+                self._lines = union, find_lines(union.indices, parameter.shape)
+            return Reading(parameter, entries, union.indices, mark, self._lines[1])
 
     def _read_trained_base(self, parameter: nn.Parameter, terms: Sequence[Term]) -> Tensor:
         """Change a copy of a base that is trained beside its adapters; both get their gradient."""
@@ -391,12 +392,6 @@ class Selection:
                 originals[position] = part.to(originals.dtype)
         self._union = Union(parts, indices, originals, positions)
         return self._union
-
-    def _find_lines(self, union: Union, shape: torch.Size) -> Lines | None:
-        # Once for each union: indices may have to come from a GPU.
-        if self._lines is None or self._lines[0] is not union:
-            self._lines = union, find_lines(union.indices, shape)
-        return self._lines[1]
 
     def _add(
         self, parameter: Tensor, union: Union, terms: Sequence[Term], is_recorded: bool
