@@ -108,7 +108,7 @@ def export_lora(
     ranks = {_module(name): numbers.size for name, (_, numbers) in groups.items()}
     (rank, _), *_ = Counter(ranks.values()).most_common(1)
     others = {module: own for module, own in ranks.items() if own != rank}
-    factor = float(patch.summary.scale)
+    factor = float(np.float32(patch.summary.scale))  # so that its neighbours round to it
     config = LoraConfig(
         r=rank,
         rank_pattern=others,
@@ -175,7 +175,7 @@ def _factorize(
 
 
 def _find_alpha(scale: float, rank: int) -> float:
-    """Find the number that, divided by the rank, is the scale."""
+    """Find the number that, divided by the rank, is the scale, or next to it."""
     alpha = scale * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return min(near, key=lambda number: abs(number / rank - scale))
