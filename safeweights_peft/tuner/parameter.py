@@ -91,7 +91,7 @@ class Selection:
         self._known: Callable[[], nn.Parameter | None] = weakref.ref(owner.parameter)
 
     def __getstate__(self) -> dict[str, Any]:
-        reset = {"_marks": [], "_lines": None, "_state": None, "_terms": None}
+        reset: dict[str, Any] = {"_marks": [], "_lines": None, "_state": None, "_terms": None}
         return {**self.__dict__, **reset, "_known": self.known}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
