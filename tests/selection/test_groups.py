@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -109,6 +109,7 @@ def same(left: Scores, right: Scores) -> bool:
     return [*left] == sorted(right) and all(np.array_equal(left[n], right[n]) for n in left)
 
 
+@settings(deadline=None, max_examples=200)
 @given(MATRICES, st.data(), st.sampled_from([ROW, COLUMN, AUTO]), st.sampled_from([*Order]))
 def test_groups_are_those_of_a_slow_sort(
     all_scores: Scores, data: st.DataObject, granularity: Granularity, order: Order
