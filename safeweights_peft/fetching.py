@@ -144,7 +144,9 @@ def download(
     """Download files of a Hub repository into the cache, unless they are there."""
 
     if not Path(source).exists() and _is_path(source):  # no hub is asked for it
-        raise error(f"{source}: expected {expected}, found no such directory; {_spelling(source)}")
+        nearest = _find_nearest(source)
+        hint = f"did you mean {nearest}?" if nearest else "check the spelling"
+        raise error(f"{source}: expected {expected}, found no such directory; {hint}")
 
     def fetch() -> str:
         folder: str = huggingface_hub.snapshot_download(
@@ -157,9 +159,12 @@ def download(
     except HUB_ERRORS as reason:
         at = f" at revision {revision}" if revision else ""
         explained = explain(reason, source)
-        if isinstance(_cause(reason), _ABSENT) and not Path(source).exists():
-            absent = explained.removeprefix("found ")
-            explained = f"found no such directory here, and {absent}; {_spelling(source)}"
+        cause = _cause(reason)
+        if isinstance(cause, _ABSENT) and not isinstance(cause, GatedRepoError):
+            nearest = _find_nearest(source)
+            found = explained.removeprefix("found ")
+            explained = f"found no such directory here, and {found}"
+            explained += f"; did you mean {nearest}?" if nearest else ""
         raise error(f"{source}: expected {expected}{at}, {explained}") from reason
 
 
@@ -168,12 +173,12 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
-def _spelling(source: str) -> str:
-    """Say to check a path's spelling, with the sibling that is called most alike."""
+def _find_nearest(source: str) -> Path | None:
+    """Find the path beside one that isn't there whose name is most alike."""
     path = Path(source)
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(path.name, names, 1)
-    return f"did you mean {path.with_name(nearest[0])}?" if nearest else "check the spelling"
+    return path.with_name(nearest[0]) if nearest else None
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
