@@ -1,7 +1,7 @@
 """What is fuzzed: functions of bytes, each of which may raise nothing but ``FormatError``.
 
 ``metadata`` takes bytes as a config. ``artifact`` takes them as a list of changes to small sound
-adapters, plain and compact: to the config, to the header of the tensors' file, and to its bytes,
+adapters, in every encoding: to the config, to the header of the tensors' file, and to its bytes,
 with digests forged or not; so it comes past the first check. ``streams`` takes them as frames and
 the numbers that a record says of them. What is read without an error has to be in order.
 """
@@ -23,6 +23,7 @@ from safeweights_peft.errors import FormatError
 from safeweights_peft.files import parse_json
 from safeweights_peft.patch.artifacts import Adapter, SafetyMap, in_encoding
 from safeweights_peft.patch.codec import compress, decode_gaps, decode_steps, decompress, split
+from safeweights_peft.patch.groups import Group, count_groups, spread_groups
 from safeweights_peft.patch.io import read_artifact, write_adapter, write_map
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.placement import Block, Coding, Stream
@@ -32,7 +33,19 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SHAPES = {"model.up.weight": (40, 30), "model.norm.weight": (30,)}
 ODD: list[Any] = [
     *(None, True, -1, 0, 1, 2, 3, 77, 255, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e39, ""),
-    *("plain", "compact", "set", "spa", "gaps8", "gaps16", "gaps32", "steps8", "steps16"),
+    *(
+        "plain",
+        "compact",
+        "rows",
+        "columns",
+        "set",
+        "spa",
+        "gaps8",
+        "gaps16",
+        "gaps32",
+        "steps8",
+        "steps16",
+    ),
     *("steps32", "planes", "float32", "bfloat16", "float16", "float8_e5m2", "\x1b[2J", "a.b"),
     *([], {}, [1], [2**62, 4], [1] * 65, {"a": 1}),
 ]
@@ -142,13 +155,13 @@ def seeds(name: str) -> list[bytes]:
 
 @cache
 def sound_adapters() -> list[tuple[str, bytes]]:
-    """Make small adapters, plain and compact: a config's text and a tensor file's bytes."""
+    """Make small adapters in every encoding: a config's text and a tensor file's bytes."""
     made = []
     with tempfile.TemporaryDirectory() as root:
         for dtype in ("float32", "bfloat16"):
-            patch, base = _patch(dtype)
-            scores = {name: np.abs(delta.values) for name, delta in patch.deltas.items()}
             for encoding in Encoding:
+                patch, base = _patch(dtype, encoding.group)
+                scores = {name: np.abs(delta.values) for name, delta in patch.deltas.items()}
                 out = Path(root, dtype, encoding)
                 metadata = in_encoding(patch.metadata, encoding)
                 write_adapter(out / "patch", replace(patch, metadata=metadata), base=base)
@@ -157,12 +170,15 @@ def sound_adapters() -> list[tuple[str, bytes]]:
         return [((p / CONFIG).read_text("utf-8"), (p / TENSORS).read_bytes()) for p in made]
 
 
-def _patch(dtype: str) -> tuple[Adapter, Callable[..., Any]]:
+def _patch(dtype: str, group: Group | None) -> tuple[Adapter, Callable[..., Any]]:
     random = np.random.default_rng(0)
     deltas, records, entries = {}, {}, {}
     for name, shape in SHAPES.items():
         numel = int(np.prod(shape))
-        indices = np.sort(random.choice(numel, numel // 3, replace=False)).astype(np.int32)
+        total = count_groups(shape, group)[0] if group and len(shape) > 1 else numel
+        indices = np.sort(random.choice(total, total // 3, replace=False)).astype(np.int32)
+        if group and len(shape) > 1:
+            indices = spread_groups(indices, group, shape)
         values = random.normal(scale=0.01, size=indices.size).astype(np.float32)
         blank = TensorRecord(shape=shape, dtype=dtype, blocks=(Block.dense(name, shape),))
         base = random.normal(size=indices.size).astype(np.float32)
