@@ -352,10 +352,11 @@ class Selection:
         return flat.view(parameter.shape)
 
     def _is_recorded(self) -> bool:
+        # What a forward notes says nothing where it is compiled, which may leave out a hook.
+        if torch.compiler.is_compiling():
+            return torch.is_grad_enabled()
         # Reentrant checkpointing runs layers without gradients, within a forward that has them.
-        if self._is_training or torch.is_grad_enabled():
-            return True
-        return not torch.compiler.is_compiling() and in_transform()
+        return self._is_training or torch.is_grad_enabled() or in_transform()
 
     def _wanted(
         self, parameter: Tensor, terms: Sequence[Term], is_recorded: bool

@@ -465,3 +465,19 @@ def test_threads_may_share_a_model(tiny_llama, tmp_path):
         assert all(torch.equal(tensor, expected) for tensor in found)
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(load_base(tiny_llama)))
+
+
+# torch looks at each input's gradient, of tensors between two graphs as well.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_is_evaluated_as_it_is_merged_after_steps_of_training(
+    tiny_llama_bf16, tmp_path
+):
+    patch = save_patch(tiny_llama_bf16, tmp_path / "patch")
+    wide = load_base(tiny_llama_bf16, dtype=torch.float32)
+    model = PeftModel.from_pretrained(wide, patch, is_trainable=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = logits(twin(tiny_llama_bf16, patch).float())
+    for run in (compiled, model):
+        loss_of(run).backward()
+        assert torch.equal(logits(compiled), expected)
