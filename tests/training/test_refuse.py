@@ -166,7 +166,7 @@ def full_kl(base: Tensor, tuned: Tensor) -> Tensor:
 def test_the_likeliest_tokens_and_the_rest_have_about_the_kl_of_all(
     spread: float, change: float
 ) -> None:
-    # As far spread as a model's logits, 2 to 4, the 64 likeliest of 2,000 hold much of the mass.
+    # As far spread as a model's logits, 2 to 4, the likeliest of 2,000 hold much of the mass.
     random = torch.Generator().manual_seed(0)
     base = spread * torch.randn(50, 1, 2000, generator=random)
     tuned = base + change * torch.randn(50, 1, 2000, generator=random)
@@ -175,7 +175,7 @@ def test_the_likeliest_tokens_and_the_rest_have_about_the_kl_of_all(
     actual = compute_retain_loss(tuned, keep(base), answers, 0.7).item()
     assert actual <= expected
     if spread == 4.0:
-        assert actual >= 0.9 * expected
+        assert actual >= 0.97 * expected
 
 
 def test_what_stands_after_an_answers_end_changes_no_loss() -> None:
