@@ -1,8 +1,11 @@
 """Tensors as numpy sees them, and the torch twin of the arithmetic rule in ``delta``."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safeweights_peft.delta import DTYPES, WEIGHT_DTYPES, Array
 from safeweights_peft.patch.records import State, TensorRecord, check_state
@@ -20,6 +23,20 @@ def add_rounded(base: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
     change = values.float() * scale  # by itself: torch.add(..., alpha=scale) would fuse the two
     total = base.float() + change
     return total.to(base.dtype)
+
+
+@contextmanager
+def require_gradients(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let some of a model's parameters alone require gradients for a while."""
+    is_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, was_trained in is_trained.items():
+            parameter.requires_grad_(was_trained)
 
 
 def to_numpy(tensor: Tensor, dtype: str | None = None) -> Array:

@@ -6,7 +6,6 @@ has the mean of its entries' scores, and a selected entry that of its group.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safeweights_peft.delta import Array, index_dtype
+from safeweights_peft.delta import Array
 from safeweights_peft.errors import SelectionError
+from safeweights_peft.patch.groups import spread_groups
 from safeweights_peft.selection.topk import Order, Selected, TopK, check_scores
 from safeweights_peft.settings import Granularity
 
@@ -49,14 +49,10 @@ class Groups:
         """List the entries of groups by their ascending numbers; all have their group's score."""
         rows, columns = self.shape[-2:]
         if self.granularity is Granularity.ROW:
-            indices = numbers[:, None] * columns + np.arange(columns)
-        else:
-            starts = numbers // columns * (rows * columns) + numbers % columns
-            indices = starts[:, None] + np.arange(rows) * columns
-        scores = np.broadcast_to(self.scores[numbers, None], indices.shape)
-        order = np.argsort(indices, axis=None)
-        flat = indices.ravel()[order].astype(index_dtype(math.prod(self.shape)))
-        return Selected(flat, scores.ravel()[order])
+            flat = spread_groups(numbers, "row", self.shape)
+            return Selected(flat, self.scores[flat // columns])
+        flat = spread_groups(numbers, "column", self.shape)
+        return Selected(flat, self.scores[flat // (rows * columns) * columns + flat % columns])
 
 
 class TopGroups:

@@ -29,6 +29,7 @@ from safeweights_peft.delta import DTYPES, Array, digest
 from safeweights_peft.errors import SelectionError
 from safeweights_peft.fetching import BaseModel
 from safeweights_peft.modeling.layout import describe
+from safeweights_peft.modeling.tensors import require_gradients
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.patch.metadata import AdapterMetadata
 from safeweights_peft.patch.records import Mode, TensorRecord, entries_by_block
@@ -178,21 +179,17 @@ def receiving_gradients(
     receive: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     """Hand over each gradient as soon as a backward pass has made it, and keep none."""
-    is_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    hooks = []
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(True)
-        parameter.grad = None
-        hook = _make_hook(name, receive)
-        hooks.append(parameter.register_post_accumulate_grad_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-        for parameter, was_trained in is_trained.items():
-            parameter.requires_grad_(was_trained)
+    with require_gradients(model, parameters.values()):
+        hooks = []
+        for name, parameter in parameters.items():
+            parameter.grad = None
+            hook = _make_hook(name, receive)
+            hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
 
 
 def _make_hook(name: str, receive: Callable[[str, Tensor], None]) -> Callable[[Tensor], None]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from safeweights_peft.data import Example, collate
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling.answers import find_layout, without_dropout
+from safeweights_peft.modeling.tensors import require_gradients
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.losses import compute_losses, compute_targets
 from safeweights_peft.training.refuse import deal_steps, find_learning_rate
@@ -61,17 +62,12 @@ def _training(
     model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[dict[str, Tensor]]:
     """Let parameters alone be trained for a while; what is yielded are copies of them as now."""
-    is_trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     originals = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    model.requires_grad_(False)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
     try:
-        yield originals
+        with require_gradients(model, parameters.values()):
+            yield originals
     finally:
-        for parameter, was_trained in is_trained.items():
-            parameter.requires_grad_(was_trained)
-            parameter.grad = None
+        model.zero_grad()
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(originals[name])
