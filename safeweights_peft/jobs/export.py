@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,8 @@ def export_lora(
             tensors[f"{prefix}_A.weight"] = np.ascontiguousarray(second)
             tensors[f"{prefix}_B.weight"] = np.ascontiguousarray(first)
     ranks = {_module(name): numbers.size for name, (_, numbers) in groups.items()}
-    (rank, _), *_ = Counter(ranks.values()).most_common(1)
+    # vLLM compares r alone with its max_lora_rank, and makes room for that many: the largest fits.
+    rank = max(ranks.values())
     others = {module: own for module, own in ranks.items() if own != rank}
     factor = float(np.float32(patch.summary.scale))  # so that its neighbours round to it
     config = LoraConfig(
@@ -127,7 +127,7 @@ def export_lora(
         "out_dir": str(out),
         "parameters": len(counts),
         "entries": sum(counts.values()),
-        "largest_rank": max(ranks.values()),
+        "largest_rank": rank,
         "stored_entries": sum(tensor.size for tensor in tensors.values()),
         "size_bytes": (out / TENSORS_FILE).stat().st_size,
     }

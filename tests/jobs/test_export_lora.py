@@ -194,16 +194,21 @@ def test_unmerged_logits_are_as_near_as_the_merged_weights_rounding(
     assert (lora - rounded).abs().max() <= 4 * off
 
 
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_the_config_holds_for_readers_of_patterns_and_for_others(
-    tiny_llama: Path, tmp_path: Path
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    patch = save_lines(tiny_llama, tmp_path / "patch", scale=0.3)
-    export_lora(patch, tmp_path / "out", str(tiny_llama))
+    base = request.getfixturevalue(name)
+    patch = save_lines(base, tmp_path / "patch", scale=0.3)
+    export_lora(patch, tmp_path / "out", str(base))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     stored = load_file(tmp_path / "out" / FILE)
     assert config["peft_type"] == "LORA"
     scale = np.float32(0.3)
     assert np.float32(config["lora_alpha"] / config["r"]) == scale
+    # Engines make room for r; what they don't find in the patterns must fit.
+    assert config["r"] == max(tensor.shape[0] for key, tensor in stored.items() if "lora_A" in key)
+    assert config["r"] not in config["rank_pattern"].values()
     assert config["target_modules"] == sorted(config["target_modules"])
     for module in config["target_modules"]:
         rank = config["rank_pattern"].get(module, config["r"])
