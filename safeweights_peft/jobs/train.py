@@ -82,6 +82,7 @@ def train(
                 losses = train_to_refuse(
                     *(model, job.tokenizer, harmful, benign, settings, work_dir, reach),
                     boundary=boundary,
+                    progress=job.progress,
                 )
             record["losses"] = [asdict(loss) for loss in losses]
             _save(model, metadata, out, record, overwrite)

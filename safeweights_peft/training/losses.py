@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +62,7 @@ def compute_targets(
     examples: Sequence[Example],
     settings: TrainSettings,
     refusals: Sequence[Example] = (),
+    on_rows: Callable[[int], None] = lambda count: None,
 ) -> Targets:
     """Compute what a model, as it is now, predicts at answers; refusals tell their openers."""
     layout, device = find_layout(model), next(model.parameters()).device
@@ -87,6 +88,7 @@ def compute_targets(
                     _widen(silence, end - near).cpu(),
                 )
             )
+            on_rows(len(rows))
     place = torch.tensor(order).argsort()
     token_ids, log_probs, silence = (torch.cat(part)[place] for part in zip(*parts, strict=True))
     return Targets(token_ids, log_probs, opening.cpu(), silence)

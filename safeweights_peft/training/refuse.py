@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from safeweights_peft.data import Batch, Example, collate, shuffle_endlessly
 from safeweights_peft.errors import TrainingError
 from safeweights_peft.modeling.answers import answer_logits, find_layout, without_dropout
+from safeweights_peft.progress import Progress, Quiet
 from safeweights_peft.settings import TrainSettings
 from safeweights_peft.training.finetune import make_arguments, run_trainer
 from safeweights_peft.training.losses import (
@@ -55,6 +56,7 @@ def train_to_refuse(
     work_dir: Path,
     on_step: Callable[..., None] = lambda step, **losses: None,
     boundary: Sequence[Example] = (),
+    progress: Progress | None = None,
 ) -> list[StepLoss]:
     """Train an adapter's values in place; resume from the last checkpoint in the directory.
 
@@ -79,8 +81,9 @@ def train_to_refuse(
     check_adapter(model)
     steps = deal_steps(harmful, benign, boundary, settings)
     kept = list(dict.fromkeys(example for _, answers in steps for example in answers))
-    with model.disable_adapter():
-        targets = compute_targets(model, tokenizer, kept, settings, harmful)
+    task = (progress or Quiet()).task("Read the base's answers", len(kept))
+    with task as advance, model.disable_adapter():
+        targets = compute_targets(model, tokenizer, kept, settings, harmful, advance)
     rows = {example: row for row, example in enumerate(kept)}
 
     def collate_step(items: list[Step]) -> dict[str, Any]:

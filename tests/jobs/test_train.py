@@ -325,7 +325,11 @@ def test_progress_reaches_its_totals(
 ) -> None:
     recorder = Recorder()
     train(Job(tiny_llama, progress=recorder), map_dir, tmp_path / "patch", requests.train(steps=3))
-    assert recorder.tasks == [["Ask the base benign requests", 6, 6], ["Train", 3, 3]]
+    assert recorder.tasks == [
+        ["Ask the base benign requests", 6, 6],
+        ["Train", 3, 3],
+        ["Read the base's answers", 6, 6],
+    ]
 
 
 IMPORTS = """
