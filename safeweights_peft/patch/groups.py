@@ -1,7 +1,7 @@
 """Whole rows and columns of a parameter's matrices, and the flat indices that they stand for."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -35,6 +35,18 @@ def find_groups(indices: Array, shape: Sequence[int]) -> tuple[Group, Array] | N
             if is_whole and np.array_equal(spread_groups(numbers, group, shape), indices):
                 return group, numbers
     return None
+
+
+def count_lines(
+    shapes: Mapping[str, Sequence[int]], indices: Mapping[str, Array]
+) -> dict[str, int]:
+    """Count the rows and columns that the checked indices of parameters fill."""
+    counts = {"rows": 0, "columns": 0}
+    for name, positions in indices.items():
+        if found := find_groups(positions, shapes[name]):
+            group, numbers = found
+            counts[f"{group}s"] += numbers.size
+    return counts
 
 
 def spread_groups(numbers: Array, group: Group, shape: Sequence[int]) -> Array:

@@ -1,6 +1,7 @@
 """The causal check of a safety map: if its entries are perturbed, are refusals lost?
 
-Source: arXiv 2604.08297. As many random entries, and as many of lowest score, are the controls.
+Source: arXiv 2604.08297. As many random entries, and as many of lowest score, are the controls;
+of a map of whole rows or columns, the random ones are others of the same matrices.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safeweights_peft.delta import Array
 from safeweights_peft.errors import EvaluationError, ModelError
 from safeweights_peft.files import publish, write_json
 from safeweights_peft.jobs.evaluate import Evaluator, pick_figures
@@ -22,13 +22,14 @@ from safeweights_peft.jobs.work import load_arrays, once, save_arrays
 from safeweights_peft.merging.gather import check_safety
 from safeweights_peft.modeling.layout import describe, eligible_parameters
 from safeweights_peft.patch.artifacts import Artifact
+from safeweights_peft.patch.groups import count_lines
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.rates import Rate, wilson
 from safeweights_peft.schema import to_json
-from safeweights_peft.selection.scores import SCORES, check_left, score_entries
-from safeweights_peft.selection.topk import Order, select
+from safeweights_peft.selection.scores import SCORES, check_left
 from safeweights_peft.settings import EvaluateSettings, Method, ProbeSettings, ScoreSettings
 from safeweights_peft.sources import Row, data_digest
+from safeweights_peft.study.controls import Indices, count_entries, draw_control, draw_lines
 from safeweights_peft.study.perturb import noise, perturb, zeros
 from safeweights_peft.study.pictures import check_installed, plot_probe
 from safeweights_peft.study.specificity import (
@@ -42,7 +43,6 @@ RATES = ("attack_success_rate", "complied_rate", "over_refusal_rate", "invalid_r
 SELECTIONS = ("map", "random", "bottom")
 PERTURBATIONS = ("noise", "zero")
 
-Indices = Mapping[str, Array]
 Draws = dict[tuple[str | None, str], list[dict[str, Any]]]
 """Figures of each draw, by perturbation and selection; the base's by None and "base"."""
 
@@ -74,7 +74,8 @@ def probe(
         artifact,
         map=str(map_dir),
         artifact=artifact.metadata.mode.artifact,
-        entries=_count(artifact.indices),
+        entries=count_entries(artifact.indices),
+        **_count_lines(artifact, settings.seed),
         harmful_digest=data_digest(evaluator.harmful),
         benign_digest=data_digest(evaluator.benign),
         score_digest=data_digest(rows),
@@ -110,6 +111,15 @@ def _check_layout(job: Job, artifact: Artifact) -> None:
             )
 
 
+def _count_lines(artifact: Artifact, seed: int) -> dict[str, dict[str, int]]:
+    """Count a map's whole rows and columns, and those that each random draw has for them."""
+    shapes = {name: record.shape for name, record in artifact.metadata.tensors.items()}
+    return {
+        "lines": count_lines(shapes, artifact.indices),
+        "random_lines": count_lines(shapes, draw_lines(shapes, artifact.indices, seed)),
+    }
+
+
 def _find_bottom(
     job: Job, taken: Indices, rows: list[Row], settings: ScoreSettings, work_dir: Path
 ) -> Indices:
@@ -119,7 +129,7 @@ def _find_bottom(
     if indices is None:
         safety, kind = build_safety(job, rows, settings), SCORES[Method.BOTTOM]
         scoring = Scoring(job, settings, work_dir)
-        selected = scoring.select("safety", safety, _count(taken), kind, taken)
+        selected = scoring.select("safety", safety, count_entries(taken), kind, taken)
         indices = {name: entries.indices for name, entries in selected.items()}
         save_arrays(path, indices)
     return indices
@@ -162,10 +172,7 @@ def _measure(
     """Measure the model with one selection perturbed."""
     model, seed = evaluator.job.model, (settings.seed, draw)
     if selection == "random":
-        scores = score_entries(SCORES[Method.RANDOM], eligible_parameters(model), {}, *seed)
-        taken = selections["map"]
-        selected = select(scores, _count(taken), Order.BOTTOM, taken)
-        indices: Indices = {name: entries.indices for name, entries in selected.items()}
+        indices = draw_control(model, selections["map"], *seed)
     else:
         indices = selections[selection]
     change = zeros if perturbation == "zero" else noise(settings.noise, *seed)
@@ -208,7 +215,3 @@ def _summarize(draws: Draws) -> dict[str, Any]:
         verdict, reason = judge_specificity(harms[perturbation, "map"], elsewhere)
         verdicts[perturbation] = {"verdict": verdict.value, "reason": reason}
     return {"rows": rows, "verdicts": verdicts}
-
-
-def _count(indices: Indices) -> int:
-    return sum(positions.size for positions in indices.values())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from safeweights_peft.patch.groups import Group
 from safeweights_peft.study.perturb import noise, perturb, zeros
 from tests.tuner.patches import load_base, logits, random_content, same_weights
 
@@ -21,8 +22,10 @@ def model(request: pytest.FixtureRequest, tiny_llama: Path) -> nn.Module:
     return load_base(tiny_llama, dtype=request.param)
 
 
-def indices_of(model: nn.Module, density: float = 0.1) -> dict[str, np.ndarray]:
-    indices, _ = random_content(model, density=density)
+def indices_of(
+    model: nn.Module, density: float = 0.1, group: Group | None = None
+) -> dict[str, np.ndarray]:
+    indices, _ = random_content(model, density=density, group=group)
     return indices
 
 
@@ -43,12 +46,13 @@ def masked(
     """Gives each parameter with a dense mask of its chosen entries."""
     for name, parameter in model.named_parameters():
         mask = torch.zeros(parameter.numel(), dtype=torch.bool)
-        mask[torch.from_numpy(indices[name].astype(np.int64))] = True
+        mask[torch.from_numpy(indices.get(name, np.empty(0)).astype(np.int64))] = True
         yield name, parameter.detach().clone(), mask.view_as(parameter)
 
 
-def test_noise_is_that_of_a_dense_mask_rounded_once(model: nn.Module) -> None:
-    indices = indices_of(model)
+@pytest.mark.parametrize("group", [None, "row", "column"])
+def test_noise_is_that_of_a_dense_mask_rounded_once(model: nn.Module, group: Group | None) -> None:
+    indices = indices_of(model, group=group)
     expected = {}
     for name, before, mask in masked(model, indices):
         generator = np.random.default_rng([7, 2, zlib.crc32(f"noise at {name}".encode())])

@@ -34,11 +34,14 @@ from safeweights_peft.jobs.score import score
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
+from safeweights_peft.patch.groups import count_lines
 from safeweights_peft.patch.io import read_artifact, read_map, write_map
 from safeweights_peft.rates import wilson
 from safeweights_peft.selection.scores import SCORES, score_entries
 from safeweights_peft.selection.topk import Order, select
-from safeweights_peft.settings import ComputeSettings, Method, ProbeSettings
+from safeweights_peft.settings import ComputeSettings, Granularity, Method, ProbeSettings
+from safeweights_peft.study import probe as module
+from safeweights_peft.study.controls import draw_lines
 from safeweights_peft.study.probe import _pick, probe
 from safeweights_peft.study.specificity import mean_over_draws
 from tests.jobs.conftest import Run
@@ -328,6 +331,35 @@ def test_a_map_of_any_model_is_probed(
     assert result["entries"] == round(0.05 * total_parameters(model))
     assert row(result, "noise", "map")["kl"]["mean"] > 0
     assert content(path) == before
+
+
+def test_a_map_of_rows_and_columns_is_compared_with_others_of_its_matrices(
+    tiny_llama: Path, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = requests.score(density=0.1, granularity=Granularity.AUTO)
+    safety_map = score(Job(tiny_llama), tmp_path / "map", settings)
+    perturb, perturbed = module.perturb, []
+    monkeypatch.setattr(
+        module, "perturb", lambda *told: perturbed.append(told[1]) or perturb(*told)
+    )
+    job = tiny_llama, tmp_path / "map", tmp_path / "probe", requests
+    options = {"settings": replace(SETTINGS, draws=1), "evaluate": requests.evaluate(limit=1)}
+    result = call(*job, **options)
+    shapes = {name: each.shape for name, each in safety_map.metadata.tensors.items()}
+    lines = count_lines(shapes, safety_map.indices)
+    assert result["lines"] == lines
+    assert min(lines.values()) > 0
+    own, random, bottom = perturbed[:3]
+    drawn = draw_lines(shapes, safety_map.indices, SETTINGS.seed, 0)
+    assert count_lines(shapes, drawn) == result["random_lines"]
+    for name, indices in safety_map.indices.items():
+        assert np.array_equal(own[name], indices)
+        assert not np.intersect1d(random[name], indices).size
+        assert np.isin(drawn[name], random[name]).all()
+    sizes = [sum(each.size for each in found.values()) for found in (own, random, bottom)]
+    assert len({*sizes}) == 1
+    assert row(result, "noise", "map")["kl"]["mean"] > 0
+    assert row(result, "noise", "random")["kl"]["mean"] > 0
 
 
 def refused(
