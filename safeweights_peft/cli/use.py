@@ -108,8 +108,8 @@ def unmerge_command(directory: Path) -> None:
     "--encoding",
     type=click.Choice(["plain", "compact"]),
     required=True,
-    help="plain: readable everywhere, with whole rows or columns by number; compact: a quarter of "
-    "the size.",
+    help="plain: values as they are, and whole rows or columns by number, which readers of format "
+    "1.0 and 1.1 refuse; compact: a quarter of the size, rows and columns too for readers of 1.1.",
 )
 @options.base_of_adapter
 @options.out

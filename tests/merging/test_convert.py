@@ -17,19 +17,38 @@ from safeweights_peft.merging.gather import gather_entries
 from safeweights_peft.merging.in_place import merge_in_place, unmerge
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.verify import verify
+from safeweights_peft.patch.groups import Group
 from safeweights_peft.patch.io import (
     inspect,
     read_adapter,
     read_artifact,
     read_map,
     read_metadata,
+    write_adapter,
     write_map,
 )
 from safeweights_peft.patch.placement import Coding
 from safeweights_peft.patch.records import Encoding, TensorRecord
 from safeweights_peft.study.compare import compare
-from tests.merging.cases import LAYOUTS, UP, Case, assert_same_tensors, plain_layout, slow_merge
-from tests.tiny_files import as_map, dense, edit_config, edit_tensors, load_checkpoint
+from tests.merging.cases import (
+    EXPERTS,
+    LAYOUTS,
+    UP,
+    Case,
+    assert_same_tensors,
+    plain_layout,
+    slow_merge,
+)
+from tests.tiny_files import (
+    as_map,
+    dense,
+    edit_config,
+    edit_tensors,
+    grouped_patch,
+    load_checkpoint,
+    random_checkpoint,
+    save_checkpoint,
+)
 
 
 def wide_layout(dtype: str) -> dict[str, TensorRecord]:
@@ -203,6 +222,25 @@ def test_a_compact_patch_is_merged_in_place_and_taken_back(case: Case, compact: 
     assert case.files() == files
     merge_in_place(case.base, case.patch)
     assert case.files()["model.safetensors"] == merged["model.safetensors"]
+
+
+@pytest.mark.parametrize("group", ["row", "column"])
+@pytest.mark.parametrize("dtype", list(WEIGHT_DTYPES))
+def test_rows_and_columns_become_compact_for_readers_of_format_1_1(
+    tmp_path: Path, group: Group, dtype: str
+) -> None:
+    layout = {**wide_layout(dtype), EXPERTS: dense(EXPERTS, (3, 8, 9), dtype)}
+    tensors = random_checkpoint(layout)
+    base = save_checkpoint(tmp_path / "base", tensors)
+    write_adapter(tmp_path / "patch", grouped_patch(layout, tensors, group))
+    report = convert(tmp_path / "patch", "compact", tmp_path / "compact", base)
+    records = read_metadata(tmp_path / "compact").tensors.values()
+    assert {record.encoding for record in records} == {Encoding.COMPACT}
+    assert verify(tmp_path / "compact", base).ok
+    back = convert(tmp_path / "compact", "plain", tmp_path / "plain", base)
+    records = read_metadata(tmp_path / "plain").tensors.values()
+    assert {record.encoding for record in records} == {Encoding(f"{group}s")}
+    assert back.content_id == report.content_id
 
 
 def test_the_same_patch_in_both_encodings_is_given_twice(case: Case, compact: Path) -> None:
