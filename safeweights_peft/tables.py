@@ -341,8 +341,9 @@ def enriched_first(cells: Cells) -> Cells:
 
 def share_rows(cells: Cells, *keys: str) -> list[Row]:
     """Lay out fractions of the selected weights beside fractions of all weights."""
+    lines = [kind for kind in ("rows", "columns") if any(cell.get(kind) for cell in cells)]
     return [
-        (*keys, "weights", "share", "selected", "share", "enrichment"),
+        (*keys, "weights", "share", "selected", "share", "enrichment", *lines),
         *(
             (
                 *("outside layers" if cell[key] is None else str(cell[key]) for key in keys),
@@ -351,6 +352,7 @@ def share_rows(cells: Cells, *keys: str) -> list[Row]:
                 f"{cell['selected']:,}",
                 f"{cell['selected_share']:.2%}",
                 f"{cell['enrichment']:.2f}",
+                *(f"{cell[kind]:,}" for kind in lines),
             )
             for cell in cells
         ),

@@ -219,6 +219,8 @@ def test_shares_are_written_beside_the_counts_that_they_come_from() -> None:
     }
     texts = ("outside layers", "embeddings", "28,311,552", "21.05%", "1,234", "0.09%", "0.00")
     assert share_rows([cell], "layer", "component")[1] == texts
+    (titles, row) = share_rows([cell | {"rows": 1200, "columns": 0}], "layer", "component")
+    assert (titles[-1], row) == ("rows", (*texts, "1,200"))
 
 
 def test_a_grid_leaves_out_what_can_not_be_selected_and_keeps_what_is_selected_all_the_same() -> (

@@ -165,6 +165,7 @@ def show_adapter(content: dict[str, Any], path: Path) -> None:
         ("base", str(content["base_model_name_or_path"])),
         *([("revision", str(content["revision"]))] if content["revision"] else []),
         ("weights", f"{content['entries']:,} in {content['parameters']} tensors"),
+        *_find_lines(content),
         ("share", f"{share:.3%} of {whole}"),
         *([("scale", f"{content['scale']:g}")] if content["scale"] != 1 else []),
         *chat_rows(read_chat(content["selection"])),
@@ -172,6 +173,18 @@ def show_adapter(content: dict[str, Any], path: Path) -> None:
         *_find_figures(content, path),
     ]
     show(content, rows)
+
+
+def _find_lines(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lay out the whole rows and columns, where headers tell of any."""
+    found = [(f"whole {kind}", f"{content[kind]:,}") for kind in ("rows", "columns")]
+    granularity = content["selection"].get("granularity")
+    is_coded = any(tensor["encoding"] == "compact" for tensor in content["tensors"].values())
+    if is_coded and granularity in ("row", "column", "auto"):
+        return [
+            ("whole rows or columns", "not in compact headers; `safeweights report` counts them")
+        ]
+    return [row for row in found if row[1] != "0"]
 
 
 def _find_figures(content: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ from safeweights_peft.patch.artifacts import (
     stored_arrays,
 )
 from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
-from safeweights_peft.patch.records import Mode, check_state, tensor_key
+from safeweights_peft.patch.records import LINES, Mode, TensorRecord, check_state, tensor_key
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -175,7 +175,8 @@ def inspect(path: PathLike) -> dict[str, Any]:
         path: The directory.
 
     Returns:
-        Plain JSON: what the config says, with totals. Indices, values and digests are not checked.
+        Plain JSON: what the config says, with totals; rows and columns are those stored by number.
+        Indices, values and digests are not checked.
 
     Example:
         >>> from safeweights_peft import inspect
@@ -188,6 +189,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
     records = metadata.tensors
     entries = sum(record.count for record in records.values())
     numel = sum(record.numel for record in records.values())
+    lines = {name: _count_stored_lines(record) for name, record in records.items()}
     return {
         "format_version": FORMAT_VERSION,
         "content_id": metadata.content_id,
@@ -202,6 +204,7 @@ def inspect(path: PathLike) -> dict[str, Any]:
         "entries": entries,
         "numel": numel,
         "density": entries / numel,
+        **{kind.value: sum(own[kind] for own in lines.values()) for kind in LINES},
         "size_bytes": file_bytes(path)[1],
         "tensors": {
             name: {
@@ -210,11 +213,17 @@ def inspect(path: PathLike) -> dict[str, Any]:
                 "count": record.count,
                 "encoding": record.encoding.value,
                 "density": record.count / record.numel,
+                **lines[name],
                 "keys": list(record.keys),
             }
             for name, record in records.items()
         },
     }
+
+
+def _count_stored_lines(record: TensorRecord) -> dict[str, int]:
+    """Count the whole rows and columns that are stored by number, as headers tell no others."""
+    return {kind.value: record.index_count if record.encoding is kind else 0 for kind in LINES}
 
 
 def file_bytes(path: PathLike) -> tuple[int, int]:

@@ -69,6 +69,9 @@ class Encoding(StrEnum):
         return groups.get(self)
 
 
+LINES = (Encoding.ROWS, Encoding.COLUMNS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorRecord:
     """What an adapter records about one parameter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,12 @@ from safeweights_peft.jobs.record import read_figures
 from safeweights_peft.jobs.train import LOSSES_FILE
 from safeweights_peft.modeling.layout import check_shape, eligible_parameters
 from safeweights_peft.modeling.loading import build_empty
+from safeweights_peft.patch.groups import count_lines
 from safeweights_peft.patch.io import read_artifact
+from safeweights_peft.patch.records import LINES
 from safeweights_peft.rates import find_outcome
 from safeweights_peft.schema import flatten
-from safeweights_peft.selection.pattern import Part, count_parts, tabulate
+from safeweights_peft.selection.pattern import Part, Place, count_parts, find_places, tabulate
 from safeweights_peft.study.pictures import check_installed, plot_pattern, plot_run, plot_sweep
 from safeweights_peft.tables import (
     comparison_rows,
@@ -149,6 +151,9 @@ def _find_pattern(map_dir: Path, out: Path, base: str | None, overwrite: bool) -
     for name, record in artifact.metadata.tensors.items():
         check_shape(name, parameters.get(name), record, hint)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    counted = _count(count_parts(shapes, eligible, artifact.indices))
+    lines = {name: count_lines(shapes, {name: own}) for name, own in artifact.indices.items()}
+    _add_lines(counted, lines, find_places(shapes, eligible))
     return job.record(
         "pattern",
         artifact,
@@ -157,8 +162,23 @@ def _find_pattern(map_dir: Path, out: Path, base: str | None, overwrite: bool) -
         base_revision=job.base.revision,
         artifact=artifact.metadata.mode.artifact,
         selection=artifact.metadata.selection,
-        **_count(count_parts(shapes, eligible, artifact.indices)),
+        **counted,
     )
+
+
+def _add_lines(
+    counted: dict[str, Any], lines: Mapping[str, Mapping[str, int]], places: Mapping[str, Place]
+) -> None:
+    """Add how many rows and columns are selected whole: in all, and by tensor and place."""
+    counted |= _sum_lines(lines.values()) | {"tensors": lines}
+    for key in ("component", "layer"):
+        for cell in counted[f"{key}s"]:
+            names = [name for name in lines if getattr(places[name], key) == cell[key]]
+            cell |= _sum_lines([lines[name] for name in names])
+
+
+def _sum_lines(lines: Collection[Mapping[str, int]]) -> dict[str, int]:
+    return {kind.value: sum(own[kind] for own in lines) for kind in LINES}
 
 
 def render_page(
@@ -174,6 +194,7 @@ def render_page(
         "revision": record["base_revision"],
         "weights": f"{record['parameters']:,}, of which {record['eligible']:,} eligible",
         "selected": f"{record['selected']:,} ({record['selected'] / record['parameters']:.3%})",
+        **{f"whole {kind}": f"{record[kind]:,}" for kind in LINES if record.get(kind)},
     }
     folded = {f"selection: {key}": value for key, value in record["selection"].items()}
     settings = flatten(result["settings"]) if result else {}

@@ -130,8 +130,12 @@ def test_an_adapter_of_groups_is_stored_by_number_and_reads_as_it_was(
     for name, delta in again.deltas.items():
         assert delta.indices.tobytes() == patch.indices[name].tobytes()
         assert delta.values.tobytes() == patch.deltas[name].values.tobytes()
-    encodings = {tensor["encoding"] for tensor in inspect(tmp_path / "patch")["tensors"].values()}
-    assert encodings == {f"{group}s"}
+    facts = inspect(tmp_path / "patch")
+    assert {tensor["encoding"] for tensor in facts["tensors"].values()} == {f"{group}s"}
+    numbers = {name: stored[indices_key(name)].size for name in written.tensors}
+    assert {name: tensor[f"{group}s"] for name, tensor in facts["tensors"].items()} == numbers
+    other = "columns" if group == "row" else "rows"
+    assert (facts[f"{group}s"], facts[other]) == (sum(numbers.values()), 0)
     assert write_adapter(tmp_path / "again", again) == written
 
 

@@ -298,6 +298,7 @@ def test_inspect_tells_sizes_without_reading_a_tensor(tmp_path: Path) -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["parameters"], facts["entries"], facts["numel"]) == (3, 6 + 12 + 1, 24 + 48 + 7)
     assert facts["density"] == 19 / 79
+    assert (facts["rows"], facts["columns"]) == (0, 0)
     assert facts["size_bytes"] == len(content)
     assert facts["tensors"]["model.up.weight"]["keys"] == ["model.up.weight"]
     with pytest.raises(CorruptAdapterError, match=r"adapter_model.safetensors: "):

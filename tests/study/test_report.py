@@ -12,23 +12,30 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, JetMoeConfig, PreTrainedModel
 
 from safeweights_peft.errors import BaseMismatchError, ModelError, ReportError
+from safeweights_peft.fetching import BaseModel
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.sweep import sweep
+from safeweights_peft.merging.convert import convert
 from safeweights_peft.modeling.layout import eligible_parameters, total_parameters
 from safeweights_peft.patch.artifacts import SafetyMap
-from safeweights_peft.patch.io import write_map
+from safeweights_peft.patch.groups import Group, spread_groups
+from safeweights_peft.patch.io import inspect, write_map
+from safeweights_peft.selection.scores import build_map
+from safeweights_peft.selection.topk import Selected
 from safeweights_peft.study.report import render_page, report_map, report_run
+from tests.cli.conftest import call
 from tests.jobs.conftest import Run
 from tests.study.records import record_of
 from tests.tiny_files import edit_config
 from tests.tiny_jobs import Requests, content
 from tests.tiny_models import COMMON, save_tiny_llama
-from tests.training.maps import UP, load, make_map
+from tests.training.maps import DOWN, UP, load, make_map
 
 MODELS = ["tiny_llama", "tiny_tied_llama", "tiny_mixtral", "tiny_qwen3_moe"]
 DENSE_FILES = {"report.json", "report.html", "heatmap.png", "components.png", "layers.png"}
@@ -96,6 +103,42 @@ def test_every_matrix_has_the_counts_and_shares_of_its_dense_mask(
                 assert (cell["parameters"], cell["selected"]) == (mask.numel(), count)
                 enrichment = (count / selected) / (mask.numel() / total)
                 assert cell["enrichment"] == pytest.approx(enrichment)
+
+
+def test_whole_rows_and_columns_are_counted_whatever_the_encoding(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = load(tiny_llama)
+    names = [UP, "model.layers.0.self_attn.q_proj.weight", DOWN, "model.norm.weight"]
+    kinds: list[Group | None] = ["row", "row", "column", None]
+    selected = {}
+    for name, group in zip(names, kinds, strict=True):
+        shape = tuple(model.get_parameter(name).shape)
+        indices = spread_groups(np.array([1, 4, 5]), group, shape) if group else np.arange(2)
+        scores = np.ones(indices.size, np.float32)
+        selected[name] = Selected(indices.astype(np.int32), scores)
+    selection = {"method": "esi", "granularity": "auto"}
+    base = BaseModel(str(tiny_llama), tiny_llama, None)
+    write_map(tmp_path / "map", build_map(model, base, selected, selection))
+    record = report_map(tmp_path / "map", tmp_path / "report")
+    assert (record["rows"], record["columns"]) == (6, 3)
+    counts = [(3, 0), (3, 0), (0, 3), (0, 0)]
+    assert [(own["rows"], own["columns"]) for own in map(record["tensors"].get, names)] == counts
+    components = {row["component"]: (row["rows"], row["columns"]) for row in record["components"]}
+    assert [components[key] for key in ("up", "q", "down", "norms")] == counts
+    layers = {row["layer"]: (row["rows"], row["columns"]) for row in record["layers"]}
+    assert layers == {None: (0, 0), 0: (6, 0), 1: (0, 3)}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<tr><td>whole rows</td><td>6</td></tr>" in page
+    assert "<th>rows</th><th>columns</th>" in page
+    convert(tmp_path / "map", "compact", tmp_path / "compact")
+    assert inspect(tmp_path / "compact")["rows"] == 0
+    again = report_map(tmp_path / "compact", tmp_path / "again")
+    assert again | {"map": record["map"]} == record
+    shown = call("inspect", tmp_path / "map").stdout.split()
+    assert " ".join(shown).count("whole rows 6 whole columns 3") == 1
+    shown = call("inspect", tmp_path / "compact").stdout.split()
+    assert "`safeweights report` counts them" in " ".join(shown)
 
 
 @pytest.mark.parametrize("fixture", ["tiny_mixtral", "tiny_qwen3_moe"])
