@@ -248,6 +248,19 @@ def test_transformers_has_nothing_to_say_of_how_it_is_called(
     generate_answers(build("mpt"), Chat(tokenizer), ["Sew."], max_new_tokens=2)
 
 
+def test_too_little_memory_is_not_taken_for_a_model_that_takes_no_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        find_layout(model)
+
+
 def test_a_cache_of_another_class_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     class OtherCache(answers.DynamicCache):
         pass

@@ -6,7 +6,7 @@ import pytest
 
 from safeweights_peft import progress
 from safeweights_peft.cli.output import show_progress
-from safeweights_peft.progress import Joined, LineProgress, Quiet, RichProgress, percent
+from safeweights_peft.progress import Joined, LineProgress, RichProgress, percent
 
 
 class Clock:
@@ -80,8 +80,10 @@ def test_bytes_are_shown_as_percent_from_when_they_are_first_told() -> None:
 
 
 def test_nothing_to_copy_is_no_division_by_zero() -> None:
-    with percent(Quiet(), "Copy") as show:
+    lines: list[str] = []
+    with percent(LineProgress(lines.append), "Copy") as show:
         show(0, 0)
+    assert [line.partition(",")[0] for line in lines] == ["Copy: 0/100", "Copy: 0/100"]
 
 
 def test_joined_tasks_advance_the_one_that_is_shown() -> None:

@@ -83,10 +83,11 @@ def test_a_reader_ignores_the_signature(signed: Path) -> None:
 
 
 def test_cards_results_and_pictures_may_be_added_and_changed(signed: Path, keys: Keys) -> None:
+    before = verify_signature(signed, keys.public)
     for name in ("README.md", "results/after.json", "images/map.png", "map/adapter_config.json"):
         (signed / name).parent.mkdir(exist_ok=True)
         (signed / name).write_text("new")
-    verify_signature(signed, keys.public)
+    assert verify_signature(signed, keys.public) == before
 
 
 def test_the_folder_may_be_renamed_and_its_files_be_links(
@@ -97,7 +98,9 @@ def test_the_folder_may_be_renamed_and_its_files_be_links(
     snapshot.mkdir(parents=True)
     for path in signed.iterdir():
         (snapshot / path.name).symlink_to(path)
-    verify_signature(snapshot, keys.public)
+    found = verify_signature(snapshot, keys.public)
+    assert found["signature"] == str(snapshot / "model.sig")
+    assert found["content_id"] == validate(signed).content_id
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -249,6 +252,10 @@ def test_model_signings_own_way_agrees(signed: Path, keys: Keys) -> None:
     (signed / "README.md").write_text("new")
     config = verifying.Config().use_elliptic_key_verifier(public_key=keys.public)
     config.set_ignore_unsigned_files(True).verify(signed, signed / "model.sig")
+    with (signed / "adapter_config.json").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match="adapter_config"):
+        config.verify(signed, signed / "model.sig")
 
 
 def test_without_the_library_it_is_told_how_to_get_it(

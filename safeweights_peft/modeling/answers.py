@@ -216,9 +216,11 @@ class _Check:
 
     def _holds(self, check: Callable[[Any], bool], argument: Any) -> bool:
         try:
-            return check(argument)
-        # A model that has run the row alone, and fails now, has a cache or masks for no batch.
-        except Exception:
+            with refuse_failures(self.model):
+                return check(argument)
+        # A model that has run the row alone, and fails now, has a cache or masks for no batch. Too
+        # little memory is not that: rows would be run alone for good, and nobody told.
+        except ModelError:
             return False
 
     def _run(self, rows: list[Example], batching: Batching | None) -> torch.Tensor:
@@ -276,8 +278,9 @@ class _Check:
     def _has_right_gradients(self, batching: Batching | None) -> bool:
         """Find whether a row's gradient is the one that it has alone, and finite in all columns."""
         try:
-            (expected,) = self._compute_gradients(self.examples[:1], Batching.ALONE)
-        except Exception:  # no gradient at all, as of some quantized weights
+            with refuse_failures(self.model):
+                (expected,) = self._compute_gradients(self.examples[:1], Batching.ALONE)
+        except ModelError:  # no gradient at all, as of some quantized weights
             return True
         found = self._compute_gradients(self.examples, batching)
         if not expected.isfinite().all():

@@ -214,9 +214,13 @@ def test_lora_that_is_more_than_a_product_in_a_linear_layer_is_refused_by_the_la
 
 def test_lora_beside_a_map_of_other_layers_may_be_of_any_form(tiny_llama: Path) -> None:
     config = peft.LoraConfig(target_modules=["up_proj", "embed_tokens"], use_dora=True)
-    model = peft.get_peft_model(load(tiny_llama), config)
-    with preserve(model, make_map(tiny_llama, [DOWN])):
-        pass
+    model, safety_map = peft.get_peft_model(load(tiny_llama), config), make_map(tiny_llama, [DOWN])
+    weight = model.get_base_model().get_parameter(DOWN).requires_grad_()
+    before = weight.detach().clone()
+    with preserve(model, safety_map):
+        train(model, steps=2)
+    assert kept(model.get_base_model(), tiny_llama, safety_map)
+    assert not torch.equal(weight, before)
 
 
 def test_a_bias_of_loras_own_is_refused_where_the_layers_bias_holds_frozen_entries() -> None:
