@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from safeweights_peft.data import Batch, Example, collate, shuffle_endlessly
 from safeweights_peft.errors import TrainingError
@@ -67,24 +67,46 @@ def train_to_refuse(
             f"examples: expected harmful and benign ones, found {len(harmful)} and {len(benign)}"
         )
     rate = settings.learning_rate or find_learning_rate(model, tokenizer, harmful, settings)
+    check_adapter(model)
+    steps = deal_steps(harmful, benign, boundary, settings)
+    kept = list_answers(steps)
+    task = (progress or Quiet()).task("Read the base's answers", len(kept))
+    with task as advance, model.disable_adapter():
+        targets = compute_targets(model, tokenizer, kept, settings, harmful, advance)
+    settings = replace(settings, learning_rate=rate)
+    with saving_checkpoints(model):
+        return take_steps(model, tokenizer, steps, targets, settings, work_dir, on_step)
+
+
+def list_answers(steps: Sequence[Step]) -> list[Example]:
+    """List the benign examples of steps, of which targets are computed, each once."""
+    return list(dict.fromkeys(example for _, answers in steps for example in answers))
+
+
+def take_steps(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: Sequence[Step],
+    targets: Targets,
+    settings: TrainSettings,
+    work_dir: Path,
+    on_step: Callable[..., None] = lambda step, **losses: None,
+    **options: Any,
+) -> list[StepLoss]:
+    """Train what requires a gradient; the targets are of the steps' answers, as listed above."""
     arguments = make_arguments(
         settings,
         work_dir,
         next(model.parameters()).device,
         per_device_train_batch_size=1,  # an item holds a whole step
-        learning_rate=rate,
+        learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         weight_decay=0.0,  # of differences, it would pull the model back to its base
         max_grad_norm=0.0,
+        **options,
     )
     layout = find_layout(model)
-    check_adapter(model)
-    steps = deal_steps(harmful, benign, boundary, settings)
-    kept = list(dict.fromkeys(example for _, answers in steps for example in answers))
-    task = (progress or Quiet()).task("Read the base's answers", len(kept))
-    with task as advance, model.disable_adapter():
-        targets = compute_targets(model, tokenizer, kept, settings, harmful, advance)
-    rows = {example: row for row, example in enumerate(kept)}
+    rows = {example: row for row, example in enumerate(list_answers(steps))}
 
     def collate_step(items: list[Step]) -> dict[str, Any]:
         ((refusals, answers),) = items
@@ -96,11 +118,9 @@ def train_to_refuse(
     trainer = _RefusalTrainer(
         settings, model=model, args=arguments, train_dataset=steps, data_collator=collate_step
     )
-    with saving_checkpoints(model):
-        log = run_trainer(trainer, on_step)
     return [
         StepLoss(int(entry["step"]), entry["refusal"], entry["retain"], entry.get("hinge", 0.0))
-        for entry in log
+        for entry in run_trainer(trainer, on_step)
     ]
 
 
@@ -200,7 +220,7 @@ class _RefusalTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: PeftModel,
+        model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: int | None = None,
