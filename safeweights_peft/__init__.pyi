@@ -66,6 +66,7 @@ from .evaluation.judges import Verdict as Verdict
 from .hub.pull import find_on_hub as find_on_hub
 from .hub.pull import pull_from_hub as pull_from_hub
 from .hub.push import push_to_hub as push_to_hub
+from .jobs.anchor import collect_anchor as collect_anchor
 from .jobs.load import load_model as load_model
 from .merging.convert import convert as convert
 from .merging.in_place import merge_in_place as merge_in_place
@@ -119,6 +120,7 @@ from .settings import (
 )
 from .signing import sign as sign
 from .signing import verify_signature as verify_signature
+from .training.anchor import Anchor as Anchor
 from .training.preserve import (
     SafetyPreservingCallback as SafetyPreservingCallback,
 )

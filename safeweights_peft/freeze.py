@@ -16,6 +16,8 @@ from safeweights_peft.errors import UnsupportedFeatureError
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_attached: weakref.WeakSet[FreezeGuard] = weakref.WeakSet()
+
 
 class FrozenEntries:
     """Entries of one parameter, and their values; at most 12 bytes each, nothing dense."""
@@ -109,18 +111,33 @@ class FreezeGuard:
 
         # Of every optimizer there is: so the one that holds the parameters need not be named.
         self._handles.append(register_optimizer_step_post_hook(after_step))
+        _attached.add(self)
 
     def detach(self) -> None:
         """Remove every hook, and write the original entries back once more."""
+        _attached.discard(self)
         _remove_all(self._handles)
         for frozen in self._entries:
             frozen.restore()
+
+    def clear_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Zero the gradients of the entries of some parameters."""
+        chosen = {id(parameter) for parameter in parameters}
+        for frozen in self._entries:
+            if id(frozen.parameter) in chosen:
+                frozen.clear_gradient(frozen.parameter)
 
     def _restore_after_step(self, optimizer: Optimizer) -> None:
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         for frozen in self._entries:
             if id(frozen.parameter) in stepped:
                 frozen.restore()
+
+
+def clear_frozen(parameters: Sequence[nn.Parameter]) -> None:
+    """Zero what was added to gradients at frozen entries of any guard after the backward pass."""
+    for guard in _attached:
+        guard.clear_gradients(parameters)
 
 
 def _remove_all(handles: list[RemovableHandle]) -> None:

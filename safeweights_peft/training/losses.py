@@ -63,6 +63,7 @@ def compute_targets(
     settings: TrainSettings,
     refusals: Sequence[Example] = (),
     on_rows: Callable[[int], None] = lambda count: None,
+    likeliest: int = LIKELIEST,
 ) -> Targets:
     """Compute what a model, as it is now, predicts at answers; refusals tell their openers."""
     layout, device = find_layout(model), next(model.parameters()).device
@@ -78,7 +79,7 @@ def compute_targets(
             rows = [examples[row] for row in order[start : start + settings.benign_batch_size]]
             batch = collate(rows, tokenizer.pad_token_id, layout).to(device)
             logits = answer_logits(model, batch)
-            ids = find_likeliest(logits[:, :near])
+            ids = find_likeliest(logits[:, :near], likeliest)
             log_probs = sum_up(logits[:, :near], ids)
             silence = _find_silence(logits[:, near:end], opening)
             parts.append(
@@ -167,9 +168,9 @@ def weigh_tokens(answer_ids: Tensor, decay: float) -> Tensor:
     return weights / weights.sum()
 
 
-def find_likeliest(logits: Tensor) -> Tensor:
+def find_likeliest(logits: Tensor, count: int = LIKELIEST) -> Tensor:
     """Find the likeliest tokens, of which at least one is not among them; ``(..., K)``."""
-    return logits.topk(min(LIKELIEST, logits.shape[-1] - 1), -1).indices
+    return logits.topk(min(count, logits.shape[-1] - 1), -1).indices
 
 
 def sum_up(logits: Tensor, token_ids: Tensor) -> Tensor:

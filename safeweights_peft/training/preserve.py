@@ -1,6 +1,6 @@
-"""Safety Preserving Adaptation (SPA): a model trains while its safety entries stay, bit for bit.
+"""A model trains and stays safe: its answers are held, its safety entries keep their bits (SPA).
 
-Source: arXiv 2604.08297, section on SPA.
+Source of the second: arXiv 2604.08297, section on SPA.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from safeweights_peft.delta import DTYPES, check_indices
+from safeweights_peft.delta import check_indices
 from safeweights_peft.errors import ModelError, UnsupportedFeatureError
 from safeweights_peft.freeze import FreezeGuard, FrozenEntries
 from safeweights_peft.modeling.layout import check_shape
@@ -26,6 +23,7 @@ from safeweights_peft.modeling.tensors import check_entries, to_torch
 from safeweights_peft.patch.artifacts import Artifact
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import State
+from safeweights_peft.training.anchor import Anchor, AnchorGuard, AnchorLog
 from safeweights_peft.training.lora import (
     Correction,
     check_adapters,
@@ -35,19 +33,32 @@ from safeweights_peft.training.lora import (
     is_copy,
     plain_name,
 )
+from safeweights_peft.training.wrapping import (
+    WHOLE,
+    Watch,
+    check_kind,
+    check_whole,
+    find_trained,
+    is_distributed,
+    unwrap,
+)
 
 logger = logging.getLogger(__name__)
 
 ArtifactOrPath = Artifact | str | os.PathLike[str]
 
-_WHOLE = "train it whole, on one device or with DDP"
-
 
 @contextmanager
-def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
-    """Keep the entries of a safety map or patch as they are, bit for bit, while a model trains.
+def preserve(
+    model: nn.Module, artifact: ArtifactOrPath | None = None, anchor: Anchor | None = None
+) -> Iterator[None]:
+    """Keep a model safe while it trains: hold its answers, and the entries of a map or patch.
 
-    Frozen entries get a zero gradient, before it is clipped or reduced over processes, and are
+    An anchor holds the model's answers: see `Anchor`. That is what keeps safety. It needs no map,
+    and costs at most a quarter of a step.
+
+    Entries of a safety map or patch stay as they are, bit for bit. Frozen entries get a zero
+    gradient, before it is clipped or reduced over processes, and are
     restored after every step of every `torch.optim.Optimizer` that holds their parameters, and at
     the end, also after an exception. Everything is checked before anything is changed. Maps may be
     nested. Each entry takes at most 12 bytes of memory.
@@ -65,12 +76,15 @@ def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
     Args:
         model: The map's base, or the patch's base with the patch merged in, or what an earlier run
             under the same artifact made of it; with or without LoRA, DDP, `torch.compile`.
-        artifact: The safety map or patch, or its directory.
+        artifact: The safety map or patch, or its directory; None freezes nothing.
+        anchor: What the model answered before it was trained; None holds nothing.
 
     Yields:
         Nothing.
 
     Raises:
+        ModelError: There is neither an artifact nor an anchor.
+        TrainingError: More of the anchor's rows have drifted than it allows.
         BaseMismatchError: The model's entries are not those that the map was made for, or not the
             patch's merged ones; or a parameter is missing or has another shape.
         UnsupportedFeatureError: The model has adapters other than plain LoRA on linear layers or
@@ -86,19 +100,21 @@ def preserve(model: nn.Module, artifact: ArtifactOrPath) -> Iterator[None]:
         ...     model(input_ids=ids, labels=ids).loss.backward()
         ...     optimizer.step()
     """
-    guard = _Guard(model, artifact)
+    guard = _Guard(model, artifact, anchor)
     try:
         guard.attach()
         yield
+        guard.finish()
     finally:
         guard.detach()
 
 
 class SafetyPreservingCallback(TrainerCallback):
-    """Keep entries as they are in `transformers.Trainer`, as `preserve` does in any loop.
+    """Keep a model safe in `transformers.Trainer`, as `preserve` does in any loop.
 
-    It works from the start of a training to its end, resumed ones included: their checkpoints
-    hold the entries as they were. When an exception ends a training, the trainer calls no callback:
+    An anchor holds its answers; what it measures of their drift is in the trainer's log. Entries
+    stay as they are, from the start of a training to its end, resumed ones included: their
+    checkpoints hold the entries as they were. When an exception ends a training, the trainer calls no callback:
     the entries stay protected until the same callback sees another training begin, or until
     `detach` is called. Under LoRA the model runs as plain LoRA again after training, which moves
     the entries, merged or saved alike: to evaluate what was trained, use `preserve`; to keep it,
@@ -111,13 +127,17 @@ class SafetyPreservingCallback(TrainerCallback):
         >>> trainer = Trainer(model, callbacks=[SafetyPreservingCallback("demo/run/map")])
     """
 
-    def __init__(self, artifact: ArtifactOrPath) -> None:
-        """Take a map or a patch, which is checked when training begins.
+    def __init__(
+        self, artifact: ArtifactOrPath | None = None, anchor: Anchor | None = None
+    ) -> None:
+        """Take a map or a patch, which is checked when training begins, or an anchor, or both.
 
         Args:
-            artifact: The safety map or patch, or its directory.
+            artifact: The safety map or patch, or its directory; None freezes nothing.
+            anchor: What the model answered before it was trained; None holds nothing.
         """
-        self._artifact = artifact
+        self._artifact, self._anchor = artifact, anchor
+        self._log = AnchorLog(anchor) if anchor else TrainerCallback()
         self._guard: _Guard | None = None
 
     def on_train_begin(
@@ -127,7 +147,7 @@ class SafetyPreservingCallback(TrainerCallback):
 
         Args:
             args: The trainer's arguments.
-            state: Not used.
+            state: Where a resumed training is.
             control: Not used.
             **kwargs: The trainer's objects; `model` is used.
 
@@ -138,10 +158,39 @@ class SafetyPreservingCallback(TrainerCallback):
         if args.deepspeed_plugin is not None:
             raise UnsupportedFeatureError(
                 "args.deepspeed: expected none, found DeepSpeed, whose optimizer moves copies of "
-                f"the parameters; {_WHOLE}"
+                f"the parameters; {WHOLE}"
             )
-        self._guard = _Guard(kwargs["model"], self._artifact)
+        self._log.on_train_begin(args, state, control)
+        self._guard = _Guard(
+            kwargs["model"], self._artifact, self._anchor, has_twins=args.world_size > 1
+        )
         self._guard.attach()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the anchor how many steps are done.
+
+        Args:
+            args: Not used.
+            state: How many steps are done.
+            control: Not used.
+            **kwargs: Not used.
+        """
+        self._log.on_step_begin(args, state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the anchor's drift, if it was measured, in the trainer's log.
+
+        Args:
+            args: Not used.
+            state: Holds the log.
+            control: Not used.
+            **kwargs: Not used.
+        """
+        self._log.on_step_end(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,10 +199,13 @@ class SafetyPreservingCallback(TrainerCallback):
 
         Args:
             args: Not used.
-            state: Not used.
+            state: Holds the log.
             control: Not used.
             **kwargs: Not used.
         """
+        if self._guard:
+            self._guard.finish()
+        self._log.on_step_end(args, state, control)
         if self._guard and self._guard.corrects_lora:
             logger.warning(
                 "SafetyPreservingCallback: the training is over, and the model runs as plain LoRA "
@@ -179,7 +231,7 @@ def compute_correction(
     """Compute what takes a LoRA adapter's part out of the entries of a map or patch, float32."""
     # Added to the merged weights, or to the base beside the adapter, it makes W + s·BA the
     # effective weight that `preserve` made of it in training.
-    artifact, model = _read(artifact), _unwrap(model)
+    artifact, model = _read(artifact), unwrap(model)
     if adapter not in getattr(model, "peft_config", {}):
         raise ModelError(f"model: expected an adapter {adapter!r}, found none; name one it has")
     correction = {}
@@ -193,9 +245,34 @@ def compute_correction(
 class _Guard:
     """All hooks that protect one model, from ``attach`` to ``detach``."""
 
-    def __init__(self, model: nn.Module, artifact: ArtifactOrPath) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        artifact: ArtifactOrPath | None,
+        anchor: Anchor | None,
+        has_twins: bool = False,
+    ) -> None:
         # All checks are done here, before anything is changed.
-        artifact, model = _read(artifact), _unwrap(model)
+        if artifact is None and anchor is None:
+            raise ModelError(
+                "preserve: expected a map, a patch or an anchor, found none of them; give one"
+            )
+        has_twins = has_twins or is_distributed(model)
+        model, names = unwrap(model), dict[nn.Parameter, str]()
+        self._corrections: list[Correction] = []
+        self._hooks: list[Correction | FreezeGuard | AnchorGuard | Watch] = []
+        if artifact is not None:
+            entries = self._freeze(model, _read(artifact))
+            names |= {frozen.parameter: frozen.name for frozen in entries}
+        self._anchor: AnchorGuard | None = None
+        if anchor is not None:
+            names |= find_trained(model)
+            self._anchor = AnchorGuard(anchor, model, has_twins)
+            self._hooks.append(self._anchor)
+        self._hooks.append(Watch(model, names))
+
+    def _freeze(self, model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
+        """Make the hooks that keep an artifact's entries, and list those that may train."""
         entries, is_adapted = _find_entries(model, artifact), has_adapters(model)
         layers = find_frozen_layers(model, entries) if is_adapted else []
         corrected = {layer.parameter for layer in layers}
@@ -207,16 +284,18 @@ class _Guard:
                 if frozen.parameter.requires_grad or is_copy(frozen.name)
             ]
         self._corrections = [layer.make_correction() for layer in layers]
-        self._hooks: list[Correction | FreezeGuard | _Watch] = [
-            *self._corrections,
-            FreezeGuard(entries),
-            _Watch(model, entries),
-        ]
+        # Before the anchor's, which measures what is left after a step.
+        self._hooks += [*self._corrections, FreezeGuard(entries)]
+        return entries
 
     @property
     def corrects_lora(self) -> bool:
         """Whether a LoRA is kept from moving entries only as long as the guard is attached."""
         return bool(self._corrections)
+
+    def finish(self) -> None:
+        if self._anchor:
+            self._anchor.finish()
 
     def attach(self) -> None:
         self._forget_compiled()
@@ -232,41 +311,6 @@ class _Guard:
         # Compiled code doesn't notice hooks on modules that come or go.
         if self._corrections:
             torch.compiler.reset()
-
-
-class _Watch:
-    """Refuse a forward pass once a model's protected parameters are no longer the model's."""
-
-    # Sharding replaces parameters, and the protection would stay with those that nobody trains.
-
-    def __init__(self, model: nn.Module, entries: Sequence[FrozenEntries]) -> None:
-        names = {frozen.parameter: frozen.name for frozen in entries}
-        self._model = model
-        self._places = [
-            (names[parameter], module, own, parameter)
-            for module in model.modules()
-            for own, parameter in module._parameters.items()
-            if parameter in names
-        ]
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self) -> None:
-        self._handles.append(self._model.register_forward_pre_hook(self._check))
-
-    def detach(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _check(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        for name, module, own, parameter in self._places:
-            if module._parameters.get(own) is not parameter:
-                raise UnsupportedFeatureError(
-                    f"{name}: expected the parameter that is protected, found another in its "
-                    "place, as sharding a model leaves it; use preserve on the model as it is "
-                    f"trained, and {_WHOLE}"
-                )
 
 
 def _read(artifact: ArtifactOrPath) -> Artifact:
@@ -289,7 +333,7 @@ def _find_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
         if name not in parameters:
             check_shape(name, None, record, fit)
         for label, parameter in parameters[name].items():
-            _check_kind(parameter, label)
+            check_kind(parameter, label)
             check_shape(label, parameter, record, fit)
             frozen = FrozenEntries(label, parameter, to_torch(indices))
             check_entries(label, frozen.originals, record, state, kind, hint)
@@ -297,44 +341,10 @@ def _find_entries(model: nn.Module, artifact: Artifact) -> list[FrozenEntries]:
     return entries
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Look under what DDP and `torch.compile` put around a whole model."""
-    while True:
-        if isinstance(model, DistributedDataParallel | DataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
-
-
 def _check_model(model: nn.Module, first: str) -> None:
     if has_adapters(model):
         check_adapters(model)
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise UnsupportedFeatureError(
-            f"{first}: expected a whole parameter, found a model whose parameters FSDP has "
-            f"flattened; {_WHOLE}"
-        )
-
-
-def _check_kind(parameter: nn.Parameter, name: str) -> None:
-    """Refuse what holds only a part of its entries, or none, or not as plain floats."""
-    if hasattr(parameter, "ds_id"):
-        raise UnsupportedFeatureError(
-            f"{name}: expected a whole parameter, found a partition of ZeRO-3; {_WHOLE}"
-        )
-    if parameter.is_meta:
-        raise UnsupportedFeatureError(
-            f"{name}: expected a parameter with data, found one on the meta device; load the "
-            "model's weights, and without offloading"
-        )
-    kind = type(parameter.data)
-    if kind is not Tensor or str(parameter.dtype).removeprefix("torch.") not in DTYPES:
-        raise UnsupportedFeatureError(
-            f"{name}: expected a whole tensor of {', '.join(DTYPES)}, found {parameter.dtype} in "
-            f"a {kind.__name__}; load the model unquantized, and {_WHOLE}"
-        )
+    check_whole(model, first)
 
 
 def _warn_of_untrained(

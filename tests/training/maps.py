@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from safeweights_peft import Adapter, SafetyMap
@@ -101,4 +101,4 @@ def hooks(model: nn.Module) -> int:
     on_gradients = [parameter._post_accumulate_grad_hooks or {} for parameter in model.parameters()]
     on_modules = [e for m in model.modules() for e in (m._forward_hooks, m._forward_pre_hooks)]
     counts = [len(group) for group in (*on_gradients, *on_modules)]
-    return len(_global_optimizer_post_hooks) + sum(counts)
+    return len(_global_optimizer_post_hooks) + len(_global_optimizer_pre_hooks) + sum(counts)
