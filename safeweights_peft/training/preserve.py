@@ -116,9 +116,9 @@ class SafetyPreservingCallback(TrainerCallback):
     stay as they are, from the start of a training to its end, resumed ones included: their
     checkpoints hold the entries as they were. When an exception ends a training, the trainer calls
     no callback: the entries stay protected until the same callback sees another training begin, or
-    until `detach` is called. Under LoRA the model runs as plain LoRA again after training, which moves
-    the entries, merged or saved alike: to evaluate what was trained, use `preserve`; to keep it,
-    call ``safeweights protect --lora`` on what was saved.
+    until `detach` is called. Under LoRA the model runs as plain LoRA again after training, which
+    moves the entries, merged or saved alike: to evaluate what was trained, use `preserve`; to keep
+    it, call ``safeweights protect --lora`` on what was saved.
 
     Example:
         >>> from safeweights_peft import SafetyPreservingCallback
