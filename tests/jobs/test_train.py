@@ -161,7 +161,7 @@ def test_requests_that_look_harmful_are_drawn_by_their_fraction(
     monkeypatch.setattr(
         sys.modules[train.__module__],
         "train_to_refuse",
-        lambda *given, boundary: dealt.append((given[3], boundary)) or [],
+        lambda *given, boundary, **shown: dealt.append((given[3], boundary)) or [],
     )
     if source == "by their category":
         marks = [None, "looks-harmful", "other", None, "looks-harmful"]
