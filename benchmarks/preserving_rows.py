@@ -196,6 +196,7 @@ class Study:
             batch_size=plan.batch_size,
             max_answer_tokens=plan.answer_tokens,
             learning_rate=BFLOAT16_RATE if training.control == "bf16" else None,
+            anchor=False,
             seed=plan.seed,
         )
 

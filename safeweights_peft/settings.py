@@ -261,7 +261,7 @@ class TrainSettings(Settings):
 
 @dataclass(frozen=True)
 class PreserveSettings(Settings):
-    """How a model is fine-tuned while its safety weights stay (SPA)."""
+    """How a model is fine-tuned and stays safe: its answers are held, its safety weights stay."""
 
     heading = "Training"
 
@@ -278,6 +278,31 @@ class PreserveSettings(Settings):
     weight_decay: float = setting(0.1, "Weight decay of AdamW; frozen weights get none.", least=0)
     batch_size: int = setting(8, "Rows per step.", least=1)
     max_answer_tokens: int = setting(256, "Train on the first N tokens of answers.", least=1)
+    anchor: bool = setting(
+        True, "Hold BASE's own refusals and benign answers while it learns.", group="Anchor"
+    )
+    harmful: str = _requests("builtin:harmful_train", "Harmful requests whose refusals to hold")
+    benign: str = _requests("builtin:benign_train", "Benign requests whose answers to hold")
+    boundary: str | None = _requests(
+        "builtin:boundary_train", "Benign requests that look harmful, whose answers to hold first"
+    )
+    anchor_weight: float = setting(
+        1.0, "Weight of the KL to BASE against the loss of the data.", group="Anchor", least=0
+    )
+    anchor_every: int = setting(
+        4, "Hold at every N-th step, with N times the weight.", group="Anchor", least=1
+    )
+    anchor_rows: int = setting(
+        8, "Answers held at such a step, half of them refusals.", group="Anchor", least=1
+    )
+    stop_above: float | None = setting(
+        None,
+        "Stop when more of the answers begin otherwise than BASE's; counted every 100 steps.",
+        group="Anchor",
+        least=0,
+        most=1,
+        unset="go on",
+    )
     seed: int = _seed()
 
 

@@ -40,8 +40,8 @@ def facts(text: str) -> dict[str, dict[str, Any]]:
     merged = {"name": text, "content_id": "sha256:0", "scale": 0.5, "entries": 1}
     return {
         "patch": counts | {"chat": chat},
-        "lora": counts | {"artifact": text, "is_corrected": True},
-        "preserved": counts | {"artifact": text},
+        "lora": counts | {"artifact": text, "is_corrected": True, "held": 12},
+        "preserved": counts | {"artifact": text, "held": 12},
         "merged": {"patches": [merged, merged], "shared": 1000},
         "shared": counts
         | {

@@ -202,10 +202,11 @@ def eval_command(
 
 @options.command("preserve", resumes=True)
 @options.base
-@options.settings(PreserveSettings)
-@options.settings(EvaluateSettings, only="--judge --eval-harmful --eval-benign --limit")
+@options.settings(
+    *(PreserveSettings, EvaluateSettings), without="--task --max-new-tokens --keep-answers"
+)
 @options.settings(ComputeSettings)
-@options.map_of_base
+@options.safety_map(options.OF_BASE + " Its weights stay, bit for bit.", required=False)
 @click.option(
     "--data",
     required=True,
@@ -215,19 +216,28 @@ def eval_command(
 @options.overwrite
 @options.dry_run
 def preserve_command(
-    base: str, map_dir: Path, data: str, out: Path, overwrite: bool, dry_run: bool, **values: Any
+    base: str,
+    map_dir: Path | None,
+    data: str,
+    out: Path,
+    overwrite: bool,
+    dry_run: bool,
+    **values: Any,
 ) -> None:
-    """Fine-tune BASE, but keep its safety weights (SPA).
+    """Fine-tune BASE, but keep it as safe as it is.
 
-    With --method full, weights are trained in float32 and saved in BASE's own dtypes; those of the
-    map stay the same bits. With --method lora, OUT gets the LoRA and a correction to load before
-    it. With --judge, ASR and over-refusal are measured before and after. Interrupted runs resume
-    from their last checkpoint.
+    BASE answers harmful and benign requests first; while it learns, its own refusals and its
+    benign answers are held. With --map, safety weights stay the same bits as well. With --method
+    full, weights are trained in float32 and saved in BASE's own dtypes. With --method lora, OUT
+    gets the LoRA and, for --map, a correction to load before it. With --judge, ASR and over-refusal
+    are measured before and after. Interrupted runs resume from their last checkpoint.
     """
     from safeweights_peft.jobs.job import Job
     from safeweights_peft.jobs.preserve import preserve_model
     from safeweights_peft.tables import judged_rows
 
+    if map_dir is None and values["anchor"] is False:
+        raise click.UsageError("Give --map, or leave --no-anchor out.")
     settings, evaluate, compute = options.make_settings(
         values, PreserveSettings, EvaluateSettings, ComputeSettings
     )
@@ -235,13 +245,13 @@ def preserve_command(
     if dry_run:
         return output.show_estimate(base, compute, preserve=settings, evaluate=measure)
     with output.show_progress() as progress:
-        job = Job(base, compute, progress, [map_dir])
+        job = Job(base, compute, progress, [map_dir] if map_dir else [])
         record = preserve_model(job, map_dir, data, out, settings, measure, overwrite=overwrite)
     losses = record.pop("losses")
     rows = [
         ("path", str(out)),
         ("base", record["base"]["name"]),
-        ("frozen", f"{record['frozen_entries']:,} entries of a {record['artifact']}"),
+        *output.kept_rows(record),
         ("steps", str(len(losses))),
         ("loss", f"{losses[0]:.3f} at first, {losses[-1]:.3f} at last"),
     ]

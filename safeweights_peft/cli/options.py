@@ -99,8 +99,10 @@ def option(setting: Setting, group: str = "Options") -> Decorator:
             message = str(error).removeprefix(f"{setting.name}: ")
             raise click.BadParameter(message, ctx, parameter) from error
 
+    # What is on by default needs an option that turns it off.
+    is_on = setting.kind is bool and setting.default is True
     return click.option(
-        setting.flag,
+        f"{setting.flag}/--no-{setting.flag.strip('-')}" if is_on else setting.flag,
         cls=_Option,
         group=group,
         # Not click's ranges: they let NaN pass, and refuse in other words than Python does.
@@ -127,7 +129,7 @@ def max_over_refusal(help: str) -> Decorator:
 def _describe_values(setting: Setting) -> str:
     default = setting.unset if setting.default is None else setting.default
     if isinstance(default, bool):
-        return ""
+        return f"  [default: {setting.flag.strip('-')}]" if default else ""
     if setting.is_repeated:
         default = ", ".join(map(str, default))
     text = f"{default:g}" if isinstance(default, int | float) else default

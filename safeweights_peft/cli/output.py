@@ -132,6 +132,20 @@ def merge_rows(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows + field_rows({k: v for k, v in result.items() if k not in others})
 
 
+def kept_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Lay out what stayed while a model was fine-tuned, and how well."""
+    rows = []
+    if record["frozen_entries"]:
+        rows = [("frozen", f"{record['frozen_entries']:,} entries of a {record['artifact']}")]
+    if anchor := record["anchor"]:
+        last = record["drift"][-1]
+        rows += [
+            ("held", f"{anchor['refusals']:,} refusals, {anchor['answers']:,} benign answers"),
+            ("drift", f"{last['drifted']:.1%} of them begin otherwise than before"),
+        ]
+    return rows
+
+
 def show_estimate(base: str, compute: ComputeSettings, **steps: Any) -> None:
     """Print what the steps of a job will need."""
     from safeweights_peft.jobs.estimate import estimate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -29,23 +30,38 @@ def correct(model: PeftModel, artifact: Artifact) -> dict[str, Array]:
 
 
 def write_corrected(
-    folder: Path, model: PeftModel, job: Job, artifact: Artifact, values: Mapping[str, Array]
+    folder: Path,
+    model: PeftModel,
+    job: Job,
+    artifact: Artifact | None,
+    values: Mapping[str, Array],
+    held: int = 0,
 ) -> None:
     """Write a LoRA, its correction (unless it needs none) and a card into a folder."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = job.base.name, job.base.revision
     model.save_pretrained(str(folder))
-    if values:  # a safety patch like any other: it, base and LoRA add up to what was trained
+    # A safety patch like any other: it, base and LoRA add up to what was trained.
+    if artifact and values:
         write_adapter(folder / CORRECTION, _build_correction(job, artifact, values))
     card = render_card(
         "lora",
         *(job.base.name, job.base.revision),
-        entries=sum(indices.size for indices in artifact.indices.values()),
-        tensors=len(artifact.indices),
-        artifact=artifact.metadata.mode.artifact,
+        **describe_kept(artifact, held),
         is_corrected=bool(values),
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def describe_kept(artifact: Artifact | None, held: int) -> dict[str, Any]:
+    """Say to a card what was kept: an artifact's entries, and answers that an anchor held."""
+    indices = artifact.indices if artifact else {}
+    return {
+        "entries": sum(flat.size for flat in indices.values()),
+        "tensors": len(indices),
+        "artifact": artifact.metadata.mode.artifact if artifact else None,
+        "held": held,
+    }
 
 
 def _build_correction(job: Job, artifact: Artifact, values: Mapping[str, Array]) -> Adapter:

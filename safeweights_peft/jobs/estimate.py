@@ -63,7 +63,8 @@ def estimate(
     if adapter and not is_patch(adapter):
         extra_bytes.append(weight_bytes)  # a LoRA is merged into a second model
     if preserve and preserve.method is PreserveMethod.FULL:
-        extra_bytes.append(12 * parameters)  # gradients and AdamW's two moments in float32
+        # Gradients and AdamW's two moments in float32, and gradients of the anchor.
+        extra_bytes.append((16 if preserve.anchor else 12) * parameters)
     return Estimate(
         parameters=parameters,
         memory_bytes=weight_bytes + max(extra_bytes),

@@ -264,6 +264,11 @@ class Job:
             del self.model
         return model
 
+    def drop_model(self) -> None:
+        """Give the memory of the model back, if it is loaded; who asks for it loads it again."""
+        if self._lent is None:
+            self.__dict__.pop("model", None)
+
     def give_back(self, model: PeftModel) -> None:
         """Take the layers of an adapter out of a base that was in memory before."""
         if self._lent is not None:

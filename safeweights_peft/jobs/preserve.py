@@ -1,21 +1,26 @@
-"""The preserving job: a base learns from rows of data while its safety weights stay (SPA)."""
+"""The preserving job: a base learns from rows of data, and stays safe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from safeweights_peft.cards import CARD_FILE, render_card
 from safeweights_peft.checkpoint.writer import CheckpointDraft, draft_copy
+from safeweights_peft.data import Example
 from safeweights_peft.errors import CheckpointError, ModelError, SettingsError
+from safeweights_peft.evaluation.judges import RefusalJudge
 from safeweights_peft.files import publish, write_json
-from safeweights_peft.jobs.correction import correct, write_corrected
+from safeweights_peft.jobs.anchor import JUDGED_TOKENS, find_rows, read_sources
+from safeweights_peft.jobs.correction import correct, describe_kept, write_corrected
 from safeweights_peft.jobs.evaluate import Evaluator, evaluate, pick_figures
 from safeweights_peft.jobs.job import Job
+from safeweights_peft.jobs.work import once
 from safeweights_peft.merging.gather import check_safety, find_copies
 from safeweights_peft.modeling.layout import describe
 from safeweights_peft.modeling.loading import load_model
@@ -25,6 +30,7 @@ from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.patch.records import TensorRecord
 from safeweights_peft.settings import EvaluateSettings, PreserveMethod, PreserveSettings
 from safeweights_peft.sources import Row, data_digest, read_rows
+from safeweights_peft.training.anchor import Anchor, check_refusals, make_anchor, to_records
 from safeweights_peft.training.finetune import add_lora, find_linear, fine_tune
 
 RECORD_FILE = "preserving.json"
@@ -32,7 +38,7 @@ RECORD_FILE = "preserving.json"
 
 def preserve_model(
     job: Job,
-    map_dir: Path,
+    map_dir: Path | None,
     data: str,
     out: Path,
     settings: PreserveSettings | None = None,
@@ -40,45 +46,50 @@ def preserve_model(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tune a base, except the entries of a safety map or patch; write a model or a LoRA.
+    """Fine-tune a base, hold its answers, freeze a map's or patch's entries; write the result.
 
     Both are measured, the base and the result, if settings say how.
     """
     settings = settings or PreserveSettings()
-    _check_settings(settings)
+    _check_settings(settings, map_dir)
     evaluator = Evaluator(job, measure) if measure else None
-    rows, artifact = read_rows(data, needs_output=True), read_artifact(map_dir)
+    rows, held = read_rows(data, needs_output=True), HeldRows.read(settings)
+    artifact = read_artifact(map_dir) if map_dir else None
     if evaluator:
         evaluator.check()
-        evaluator.note_shared(rows)
+        evaluator.note_shared([*rows, *held.all])
     job.check(
-        *((), rows),
+        *(held.all, rows),
+        answer_tokens=JUDGED_TOKENS,
         out=out,
-        inputs={"the map": map_dir},
+        inputs={"the map": map_dir} if map_dir else {},
         overwrite=overwrite,
         error=CheckpointError,
     )
-    check_safety(job.reader, artifact)  # another base is refused before it is loaded
+    if artifact:
+        check_safety(job.reader, artifact)  # another base is refused before it is loaded
     layout = describe(job.empty, [name for name, _ in job.empty.named_parameters()], job.base.path)
     dtype = _pick_matrix_dtype(job, layout)
     record = job.record(
         "preserving",
         artifact,
         settings,
-        map=str(map_dir),
-        artifact=artifact.metadata.mode.artifact,
-        frozen_entries=sum(indices.size for indices in artifact.indices.values()),
+        map=str(map_dir) if map_dir else None,
+        artifact=artifact.metadata.mode.artifact if artifact else None,
+        frozen_entries=describe_kept(artifact, 0)["entries"],
         data=data,
         data_digest=data_digest(rows),
+        harmful_digest=data_digest(held.harmful) if held.harmful else None,
+        benign_digest=data_digest(held.benign) if held.benign else None,
     )
     if settings.method is PreserveMethod.LORA:
         record["lora_left_out"] = find_linear(job.empty)[1]
     with job.work(out, record, overwrite) as work_dir:
+        answers = held.ask(job, work_dir / "anchor.json")
         before = evaluator.evaluate() if evaluator else None
-        if evaluator:
-            job.take_model()  # gives its memory to the model that is trained
+        job.drop_model()  # gives its memory to the model that is trained
         _fine_tune(
-            *(job, rows, artifact, layout, dtype, settings),
+            *(job, rows, artifact, answers, layout, dtype, settings),
             *(work_dir, out, record, overwrite),
         )
     if evaluator and before:
@@ -92,10 +103,53 @@ def preserve_model(
     return record
 
 
+class HeldRows(NamedTuple):
+    """The requests whose answers are held; none where there is no anchor."""
+
+    harmful: list[Row]
+    benign: list[Row]  # those that look harmful first
+
+    @classmethod
+    def read(cls, settings: PreserveSettings) -> HeldRows:
+        """Read the requests."""
+        if not settings.anchor:
+            return cls([], [])
+        sources = [settings.boundary, settings.benign] if settings.boundary else settings.benign
+        harmful, benign = read_sources(settings.harmful), read_sources(sources)
+        # Who answers doesn't see an answer that is there.
+        return cls(*([replace(row, output=None) for row in rows] for rows in (harmful, benign)))
+
+    @property
+    def all(self) -> list[Row]:
+        """All requests."""
+        return [*self.harmful, *self.benign]
+
+    def ask(self, job: Job, path: Path) -> dict[str, list[Example]]:
+        """Let the base answer, unless that is done; refuse one that refuses nothing."""
+        if not self.harmful:
+            return {}
+
+        def answer() -> dict[str, Any]:
+            names = iter(("the base harmful", "the base benign"))
+            found = find_rows(
+                lambda rows: job.ask(next(names), rows, JUDGED_TOKENS),
+                *(job.read, self.harmful, self.benign, RefusalJudge()),
+            )
+            check_refusals(found[0])
+            kept = zip(("refusals", "answers"), found, strict=True)
+            return {name: [astuple(example) for example in examples] for name, examples in kept}
+
+        return {
+            name: [Example(tuple(prompt), tuple(ids)) for prompt, ids in examples]
+            for name, examples in once(path, answer).items()
+        }
+
+
 def _fine_tune(
     job: Job,
     rows: list[Row],
-    artifact: Artifact,
+    artifact: Artifact | None,
+    answers: Mapping[str, list[Example]],
     layout: Mapping[str, TensorRecord],
     dtype: torch.dtype,
     settings: PreserveSettings,
@@ -112,7 +166,15 @@ def _fine_tune(
     by_lora = settings.method is PreserveMethod.LORA
     if by_lora:
         model = add_lora(model, settings)
-        correct(model, artifact)  # refused now, not after the training
+        if artifact:
+            correct(model, artifact)  # refused now, not after the training
+    anchor = _make_anchor(job, model, answers, dtype, settings) if answers else None
+
+    def show(step: int, **figures: float) -> None:
+        if anchor and anchor.drift:
+            figures["drift %"] = 100 * anchor.drift[-1].drifted
+        reach(step, **figures)
+
     with job.steps("Fine-tune", settings.steps, each=1) as reach:
         record["losses"] = fine_tune(
             model,
@@ -122,22 +184,56 @@ def _fine_tune(
             settings,
             work_dir,
             dtype,
-            reach,
+            show,
+            anchor,
         )
+    kept = {name: len(examples) for name, examples in answers.items()}
+    record |= {"anchor": kept or None, "drift": to_records(anchor.drift if anchor else [])}
     if by_lora:
         with publish(out, overwrite, CheckpointError) as draft:
-            write_corrected(draft, model, job, artifact, correct(model, artifact))
+            values = correct(model, artifact) if artifact else {}
+            write_corrected(draft, model, job, artifact, values, sum(kept.values()))
             write_json(draft / RECORD_FILE, record)
     else:
         _write_model(out, model, job, layout, artifact, record, overwrite)
 
 
-def _check_settings(settings: PreserveSettings) -> None:
+def _make_anchor(
+    job: Job,
+    model: nn.Module,
+    answers: Mapping[str, list[Example]],
+    dtype: torch.dtype,
+    settings: PreserveSettings,
+) -> Anchor:
+    """Read what the model that will train predicts, before any checkpoint is loaded into it."""
+    examples = answers["refusals"], answers["answers"]
+    is_mixed = dtype is not torch.float32
+    with (
+        job.progress.task("Read its answers", sum(map(len, examples))) as advance,
+        torch.autocast(job.device.type, dtype if is_mixed else None, enabled=is_mixed),
+    ):
+        return make_anchor(
+            *(model, job.tokenizer, *examples),
+            on_rows=advance,
+            weight=settings.anchor_weight,
+            every=settings.anchor_every,
+            batch_rows=settings.anchor_rows,
+            stop_above=settings.stop_above,
+            seed=settings.seed,
+        )
+
+
+def _check_settings(settings: PreserveSettings, map_dir: Path | None) -> None:
     """Refuse settings that don't go together."""
     if settings.method is PreserveMethod.FULL and settings.rank != PreserveSettings.rank:
         raise SettingsError(
             f"--rank: expected --method {PreserveMethod.LORA} with it, found {settings.method}; "
             "leave one out"
+        )
+    if map_dir is None and not settings.anchor:
+        raise SettingsError(
+            "--map: expected a map, a patch or an anchor, found none of them; give --map, or leave "
+            "--no-anchor out"
         )
 
 
@@ -158,7 +254,7 @@ def _write_model(
     model: nn.Module,
     job: Job,
     layout: Mapping[str, TensorRecord],
-    artifact: Artifact,
+    artifact: Artifact | None,
     record: dict[str, Any],
     overwrite: bool,
 ) -> None:
@@ -166,13 +262,12 @@ def _write_model(
     card = render_card(
         "preserved",
         *(job.base.name, job.base.revision),
-        entries=record["frozen_entries"],
-        tensors=len(artifact.indices),
-        artifact=record["artifact"],
+        **describe_kept(artifact, sum((record["anchor"] or {}).values())),
     )
     with draft_copy(job.reader, out, overwrite=overwrite) as draft:
         write_parameters(draft, model, layout)
-        check_safety(draft.reader, artifact)
+        if artifact:
+            check_safety(draft.reader, artifact)
         folder = draft.reader.directory
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(folder / RECORD_FILE, record)

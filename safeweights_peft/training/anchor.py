@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 LIKELIEST = 64  # tokens kept at each position: 0.5 kB; beyond them the pull hardly changes
 ANSWER_TOKENS = 16
+CHECK_EVERY = 100  # steps
 READ_ROWS = 32  # at once, where no gradient is computed
 # The loss is that much larger while gradients are computed: under float16 small ones would be 0. A
 # power of 2, so that elsewhere not a bit changes.
@@ -107,7 +108,7 @@ class Anchor:
     every: int = 4
     batch_rows: int = 8
     seed: int = 0
-    check_every: int = 100
+    check_every: int = field(default_factory=lambda: CHECK_EVERY)
     stop_above: float | None = None
     steps: int = 0
     drift: list[Drift] = field(default_factory=list)
@@ -193,12 +194,7 @@ def make_anchor(
     The targets are what the model predicts now, under the caller's autocast; options are those of
     `Anchor`.
     """
-    if not harmful:
-        raise TrainingError(
-            "anchor: expected a model that refuses harmful requests, found one that refuses none, "
-            "so there is no safety to hold; make it safe first, as `safeweights enhance` does, or "
-            "train without an anchor (--no-anchor)"
-        )
+    check_refusals(harmful)
     rows = [
         replace(row, answer_ids=row.answer_ids[:tokens])
         for row in (*harmful, *benign[: len(harmful)])
@@ -208,6 +204,16 @@ def make_anchor(
         model, tokenizer, rows, settings, on_rows=on_rows, likeliest=LIKELIEST
     )
     return Anchor(rows, len(harmful), targets, tokenizer.pad_token_id, **options)
+
+
+def check_refusals(refusals: Sequence[Example]) -> None:
+    """Refuse a model that has no refusals to hold."""
+    if not refusals:
+        raise TrainingError(
+            "anchor: expected a model that refuses harmful requests, found one that refuses none, "
+            "so there is no safety to hold; make it safe first, as `safeweights enhance` does, or "
+            "train without an anchor (--no-anchor)"
+        )
 
 
 class AnchorGuard:

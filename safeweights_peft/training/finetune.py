@@ -40,6 +40,7 @@ from safeweights_peft.errors import TrainingError, UnsupportedFeatureError
 from safeweights_peft.modeling.answers import find_positions, last_columns, pads_behind
 from safeweights_peft.modeling.layout import eligible_parameters
 from safeweights_peft.settings import PreserveMethod, PreserveSettings, TrainSettings
+from safeweights_peft.training.anchor import Anchor, AnchorLog
 from safeweights_peft.training.preserve import ArtifactOrPath, preserve
 
 # Batches sorted by length together; unsorted, a third or more of their tokens is padding.
@@ -148,19 +149,20 @@ def fine_tune(
     model: PreTrainedModel | PeftModel,
     pad_token_id: int,
     examples: Sequence[Example],
-    artifact: ArtifactOrPath,
+    artifact: ArtifactOrPath | None,
     settings: PreserveSettings,
     work_dir: Path,
     dtype: torch.dtype = torch.float32,
     on_step: Callable[..., None] = lambda step, **losses: None,
+    anchor: Anchor | None = None,
 ) -> list[float]:
-    """Train a model's LoRA, or all its weights, in place while a map's or patch's entries stay."""
+    """Train a model's LoRA, or all its weights, in place while it is kept safe by `preserve`."""
     check_lengths(examples, find_positions(model))
     # Where a batch isn't what its rows are, each is a batch of its own, and a step gathers them.
     size = settings.batch_size if pads_behind(model) else 1
     if not isinstance(model, PeftModel):
         model.requires_grad_(True)
-    with preserve(model, artifact):
+    with preserve(model, artifact, anchor):
         arguments = make_arguments(
             settings,
             work_dir,
@@ -181,6 +183,8 @@ def fine_tune(
             data_collator=lambda rows: collate_answers(rows, pad_token_id),
             compute_loss_func=partial(compute_answer_loss, router_weight=_weigh_routers(model)),
         )
+        if anchor:
+            trainer.add_callback(AnchorLog(anchor))
         return [entry["loss"] for entry in run_trainer(trainer, on_step)]
 
 

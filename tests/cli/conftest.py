@@ -72,7 +72,8 @@ def options(requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> dic
         "score": [*harmful, "--density", "0.1", "--examples", "4"],
         "train": [*harmful, *train, "--retain-weight", "1"],
         "preserve": [
-            *("--data", requests.lessons, "--steps", "2", "--batch-size", "2", "--lr", "0.01")
+            *("--data", requests.lessons, "--steps", "2", "--batch-size", "2", "--lr", "0.01"),
+            "--no-anchor",
         ],
         "probe": ["--draws", "1", *evaluate, "--max-new-tokens", "4"],
         "eval": [*evaluate, "--max-new-tokens", "4"],

@@ -158,7 +158,7 @@ _ENHANCE = (
 )
 _SCORE = "score {} --out {{out}} --harmful {{harmful}} --examples 4 --density 0.1"
 _TRAIN = "train {} --out {{out}} --harmful {{harmful}} --benign {{benign}} --steps 1"
-_PRESERVE = "preserve {} --map {{map}} --data {{lessons}} --steps 1 --out {{out}}"
+_PRESERVE = "preserve {} --map {{map}} --data {{lessons}} --steps 1 --no-anchor --out {{out}}"
 
 
 def bad(

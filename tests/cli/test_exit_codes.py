@@ -167,7 +167,7 @@ def test_a_run_with_other_settings_is_a_failure_that_names_them(run: Run) -> Non
         ["enhance", "base", "--out", "run", "--guard", "guard"],
         ["train", "base", "--out", "patch"],
         ["preserve", "base", "--map", ".", "--out", "model"],
-        ["preserve", "base", "--data", "rows.json", "--out", "model"],
+        ["preserve", "base", "--data", "rows.json", "--out", "model", "--no-anchor"],
         ["preserve", "base", "--map", "nowhere", "--data", "rows.json", "--out", "model"],
         ["probe", "base", "--out", "probe"],
         ["probe", "base", "--map", "."],
