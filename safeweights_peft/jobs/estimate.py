@@ -53,8 +53,8 @@ def estimate(
         passes = split_by_layer(scored, score.layers_per_pass)
         gradients = max(sum(counts[key] for key in keys) for keys in passes)
         judge_bytes = sum(_read_sizes(job, judge)[1] for judge in find_judges(score))
-        # Sums in float32: of gradients, and of squares; or gradients, AdamW's moments and a copy.
-        sums = {Reads.HARM: 2, Reads.CHANGE: 4}.get(SCORES[score.method].reads, 1)
+        # Sums in float32: of gradients, and of squares; a rank-1 LoRA needs next to nothing.
+        sums = {Reads.HARM: 2, Reads.CHANGE: 0}.get(SCORES[score.method].reads, 1)
         extra_bytes.append(judge_bytes + 4 * sums * gradients)
     if train:
         extra_bytes.append(parameters // 4)  # activations: a guess

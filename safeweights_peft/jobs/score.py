@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ from safeweights_peft.selection.soft_judges import ClassifierJudge, GuardJudge, 
 from safeweights_peft.selection.topk import Selected
 from safeweights_peft.settings import Aggregation, Granularity, Method, ScoreSettings, TrainSettings
 from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
+from safeweights_peft.training.finetune import find_linear
 from safeweights_peft.training.movement import measure_movement
 
 
@@ -99,7 +101,7 @@ def score(
             if isinstance(safety, JudgedObjective):
                 selection["mean_safety"] = safety.mean_safety
         else:
-            selected = _select_without_gradient(job, settings, inputs, count)
+            selected = _select_without_gradient(job, settings, inputs, count, work_dir)
         selection["seconds"] = round(time.perf_counter() - started, 1)
         safety_map = build_map(job.model, job.base, selected, selection, job.layout)
         write_map(out, safety_map, overwrite=overwrite)
@@ -107,13 +109,39 @@ def score(
 
 
 def _select_without_gradient(
-    job: Job, settings: ScoreSettings, inputs: Inputs, count: int
+    job: Job, settings: ScoreSettings, inputs: Inputs, count: int, work_dir: Path
 ) -> dict[str, Selected]:
     """Select by a score of the weights alone, or of what training does to them."""
-    kind, parameters = SCORES[settings.method], eligible_parameters(job.model)
-    changes = _measure_movement(job, settings, inputs) if inputs.benign else {}
-    grain, eligible = settings.granularity, sum(map(torch.numel, parameters.values()))
-    best = make_ranking(count, eligible, grain, kind.order)
+    parameters = eligible_parameters(job.model)
+    if SCORES[settings.method].reads is not Reads.CHANGE:
+        return _rank(settings, count, parameters)
+    moved = {f"{name}.weight" for name in find_linear(job.model)[0]}
+    parameters = {name: weight for name, weight in parameters.items() if name in moved}
+    if count > (most := sum(map(torch.numel, parameters.values()))):
+        raise SelectionError(
+            f"--density: expected at most {most} entries, those of layers that LoRA moves, found "
+            f"{count}; lower it, or choose --method fisher"
+        )
+    recipe = TrainSettings(steps=settings.movement_steps, seed=settings.seed, learning_rate=None)
+    harmful = job.chat.encode_rows(inputs.harmful, recipe.refusal_tokens)
+    benign = job.ask("the base benign", inputs.benign, recipe.answer_tokens)
+    with (
+        job.steps("Train a LoRA", recipe.steps, each=1) as reach,
+        measure_movement(
+            job.model, job.tokenizer, harmful, benign, recipe, work_dir, reach
+        ) as changes,
+    ):
+        return _rank(settings, count, parameters, changes)
+
+
+def _rank(
+    settings: ScoreSettings,
+    count: int,
+    parameters: Mapping[str, torch.nn.Parameter],
+    changes: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> dict[str, Selected]:
+    kind, grain = SCORES[settings.method], settings.granularity
+    best = make_ranking(count, sum(map(torch.numel, parameters.values())), grain, kind.order)
     for name, scores in score_entries(kind, parameters, changes, settings.seed, granularity=grain):
         best.add(name, scores)
     return best.result()
@@ -159,15 +187,6 @@ def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
     counts = _count_entries(shapes, total_parameters(job.empty), settings)
     if settings.guard or settings.classifier:
         _load_judge(job, settings, without_weights=True)
-    if SCORES[settings.method].reads is Reads.CHANGE:
-        dtypes = {record.dtype for record in job.layout.values()}
-        if isinstance(job.dtype, torch.dtype):
-            dtypes = {str(job.dtype).removeprefix("torch.")}
-        if dtypes != {"float32"}:
-            raise SelectionError(
-                f"--method movement: expected weights in float32, found {', '.join(dtypes)}, which "
-                "rounds small steps away; give --dtype float32"
-            )
     return counts
 
 
@@ -210,18 +229,6 @@ def _count_entries(
             f"{math.ceil(1e6 * longest / total) / 1e6:g}, or --granularity entry"
         )
     return count, excluded
-
-
-def _measure_movement(job: Job, settings: ScoreSettings, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Measure how far a few steps of training all weights move them."""
-    recipe = TrainSettings(steps=settings.movement_steps, seed=settings.seed, learning_rate=None)
-    harmful = job.chat.encode_rows(inputs.harmful, recipe.refusal_tokens)
-    benign = job.ask("the base benign", inputs.benign, recipe.answer_tokens)
-    parameters = eligible_parameters(job.model)
-    with job.steps("Train all weights", recipe.steps) as reach:
-        return measure_movement(
-            job.model, parameters, job.tokenizer, harmful, benign, recipe, reach
-        )
 
 
 def _draw_answers(job: Job, rows: Sequence[Row], settings: ScoreSettings) -> list[Example]:
@@ -278,8 +285,8 @@ def _check_settings(settings: ScoreSettings) -> None:
             )
     if is_trained and settings.layers_per_pass:
         raise SelectionError(
-            f"--layers-per-pass: expected another method than {settings.method}, which trains all "
-            "layers at once; leave it out"
+            f"--layers-per-pass: expected another method than {settings.method}, which trains "
+            "all layers at once; leave it out"
         )
     if settings.guard and settings.classifier:
         raise SelectionError("--guard: expected one judge, found --classifier too; choose one")

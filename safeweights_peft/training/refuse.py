@@ -66,16 +66,32 @@ def train_to_refuse(
         raise TrainingError(
             f"examples: expected harmful and benign ones, found {len(harmful)} and {len(benign)}"
         )
-    rate = settings.learning_rate or find_learning_rate(model, tokenizer, harmful, settings)
     check_adapter(model)
+    with saving_checkpoints(model):
+        return train_steps(
+            model, tokenizer, harmful, benign, settings, work_dir, on_step, boundary=boundary
+        )
+
+
+def train_steps(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[Example],
+    benign: Sequence[Example],
+    settings: TrainSettings,
+    work_dir: Path,
+    on_step: Callable[..., None] = lambda step, **losses: None,
+    boundary: Sequence[Example] = (),
+) -> list[StepLoss]:
+    """Train an adapter of any kind by SET's loss; resume from the last checkpoint."""
+    rate = settings.learning_rate or find_learning_rate(model, tokenizer, harmful, settings)
     steps = deal_steps(harmful, benign, boundary, settings)
     kept = list_answers(steps)
     task = (progress or Quiet()).task("Read the base's answers", len(kept))
     with task as advance, model.disable_adapter():
         targets = compute_targets(model, tokenizer, kept, settings, harmful, advance)
     settings = replace(settings, learning_rate=rate)
-    with saving_checkpoints(model):
-        return take_steps(model, tokenizer, steps, targets, settings, work_dir, on_step)
+    return take_steps(model, tokenizer, steps, targets, settings, work_dir, on_step)
 
 
 def list_answers(steps: Sequence[Step]) -> list[Example]:

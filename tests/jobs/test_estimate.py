@@ -35,7 +35,7 @@ def test_scoring_needs_the_weights_and_the_layers_gradients_in_float32(
     assert needs.memory_bytes == 4 * needs.parameters + 4 * layers
 
 
-@pytest.mark.parametrize(("method", "sums"), [("esi", 1), ("fisher", 2), ("movement", 4)])
+@pytest.mark.parametrize(("method", "sums"), [("esi", 1), ("fisher", 2), ("movement", 0)])
 def test_scores_need_the_sums_that_they_read(
     tiny_llama: Path, requests: Requests, method: str, sums: int
 ) -> None:
