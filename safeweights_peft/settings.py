@@ -113,14 +113,20 @@ class ScoreSettings(Settings):
 
     Example:
         >>> from safeweights_peft import ScoreSettings
-        >>> ScoreSettings(density=0.005).examples
-        64
+        >>> ScoreSettings(density=0.005).benign_examples
+        256
     """
 
     heading = "Scoring"
 
     harmful: str = _requests("builtin:harmful_train", "Harmful requests to learn from")
-    examples: int = setting(64, "Number of harmful requests to score with.", group="Data", least=1)
+    examples: int | None = setting(
+        None,
+        "Number of harmful requests to score with.",
+        group="Data",
+        least=1,
+        unset="64; all with --method movement",
+    )
     contrast: str | None = _requests(None, "Benign requests whose weights to exclude")
     benign: str = _requests(
         "builtin:benign_train",
@@ -134,9 +140,9 @@ class ScoreSettings(Settings):
         least=1,
         older=256,
     )
-    density: float = setting(0.01, "Fraction of all weights to select.", above=0, most=1)
+    density: float = setting(0.002, "Fraction of all weights to select.", above=0, most=1)
     method: Method = setting(
-        Method.ESI, "Select by ESI, by safety gained per harm done, or by another score."
+        Method.MOVEMENT, "Select by what a short training moves, by ESI, or by another score."
     )
     granularity: Granularity = setting(
         Granularity.ENTRY,
@@ -144,7 +150,7 @@ class ScoreSettings(Settings):
         older=Granularity.ENTRY,
     )
     movement_steps: int = setting(
-        10, "Train all weights for N steps (with --method movement).", least=1, older=10
+        60, "Train a rank-1 LoRA for N steps (with --method movement).", least=1, older=10
     )
     aggregation: Aggregation = setting(
         Aggregation.ABS_OF_MEAN, "Absolute value of the mean gradient, or mean of absolute values."
@@ -189,8 +195,8 @@ class TrainSettings(Settings):
 
     Example:
         >>> from safeweights_peft import TrainSettings
-        >>> TrainSettings(steps=50).learning_rate
-        0.0005
+        >>> TrainSettings(learning_rate=5e-4).steps
+        60
     """
 
     heading = "Training"
@@ -208,23 +214,30 @@ class TrainSettings(Settings):
         most=1,
         unset="as they come",
     )
-    steps: int = setting(100, "Optimizer steps.", least=1)
+    steps: int = setting(60, "Optimizer steps.", least=1)
     learning_rate: float | None = setting(
-        5e-4,
+        None,
         "Peak learning rate of AdamW, or auto: by --step-gain.",
         above=0,
         flag="--lr",
         word="auto",
     )
     step_gain: float = setting(
-        0.5,
+        0.8,
         "Likelihood of refusals that one step gains, to first order, in nats (with --lr auto).",
         above=0,
         older=0.5,
     )
+    shrink: float = setting(
+        0.05,
+        "Fraction of its value that each weight's change loses per step, at the peak rate.",
+        least=0,
+        most=1,
+        older=0.0,
+    )
     warmup_steps: int = setting(5, "Steps of linear warm-up.", least=0)
-    harmful_batch_size: int = setting(12, "Harmful requests per step.", least=1)
-    benign_batch_size: int = setting(36, "Benign requests per step.", least=1)
+    harmful_batch_size: int = setting(8, "Harmful requests per step.", least=1)
+    benign_batch_size: int = setting(24, "Benign requests per step.", least=1)
     refusal_tokens: int = setting(8, "Train on the first N tokens of refusals.", least=1)
     answer_tokens: int = setting(4, "Compare the first N tokens of benign answers.", least=1)
     token_decay: float = setting(

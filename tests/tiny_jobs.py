@@ -17,6 +17,7 @@ from safeweights_peft.data import Example
 from safeweights_peft.progress import Advance
 from safeweights_peft.settings import (
     EvaluateSettings,
+    Method,
     PreserveSettings,
     RunSettings,
     ScoreSettings,
@@ -55,6 +56,7 @@ class Requests:
         settings = ScoreSettings(
             harmful=self.harmful,
             benign=self.benign,
+            method=Method.ESI,
             examples=6,
             density=0.2,
             batch_size=4,
@@ -70,6 +72,7 @@ class Requests:
             answer_tokens=4,
             steps=steps,
             learning_rate=0.02,
+            shrink=0.0,
             retain_weight=0.5,
             harmful_batch_size=6,
             benign_batch_size=2,

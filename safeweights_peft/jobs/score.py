@@ -53,6 +53,8 @@ from safeweights_peft.sources import Row, data_digest, read_refusals, read_rows
 from safeweights_peft.training.finetune import find_linear
 from safeweights_peft.training.movement import measure_movement
 
+EXAMPLES = 64  # harmful requests, where the gradient of each is summed
+
 
 def score(
     job: Job, out: Path, settings: ScoreSettings | None = None, *, overwrite: bool = False
@@ -122,13 +124,16 @@ def _select_without_gradient(
             f"--density: expected at most {most} entries, those of layers that LoRA moves, found "
             f"{count}; lower it, or choose --method fisher"
         )
-    recipe = TrainSettings(steps=settings.movement_steps, seed=settings.seed, learning_rate=None)
+    # Without shrinking, which would take away a factor that starts at random values.
+    recipe = TrainSettings(
+        steps=settings.movement_steps, seed=settings.seed, learning_rate=None, shrink=0.0
+    )
     harmful = job.chat.encode_rows(inputs.harmful, recipe.refusal_tokens)
     benign = job.ask("the base benign", inputs.benign, recipe.answer_tokens)
     with (
         job.steps("Train a LoRA", recipe.steps, each=1) as reach,
         measure_movement(
-            job.model, job.tokenizer, harmful, benign, recipe, work_dir, reach
+            *(job.model, job.tokenizer, harmful, benign, recipe, work_dir, reach, job.progress)
         ) as changes,
     ):
         return _rank(settings, count, parameters, changes)
@@ -161,7 +166,7 @@ def read_inputs(settings: ScoreSettings) -> Inputs:
     _check_settings(settings)
     contrast, benign = [], []
     if settings.contrast:
-        contrast = _sample(read_rows(settings.contrast), settings.examples, settings.seed)
+        contrast = _sample(read_rows(settings.contrast), _count_examples(settings), settings.seed)
     if uses_benign(settings):
         benign = _sample(read_rows(settings.benign), settings.benign_examples, settings.seed)
     return Inputs(sample_rows(settings), contrast, benign, find_judges(settings))
@@ -192,11 +197,17 @@ def check_base(job: Job, settings: ScoreSettings) -> tuple[int, int]:
 
 def sample_rows(settings: ScoreSettings) -> list[Row]:
     """Draw the harmful requests to score with."""
-    return _sample(read_refusals(settings.harmful), settings.examples, settings.seed)
+    return _sample(read_refusals(settings.harmful), _count_examples(settings), settings.seed)
 
 
-def _sample(rows: list[Row], count: int, seed: int) -> list[Row]:
-    return random.Random(seed).sample(rows, min(count, len(rows)))
+def _count_examples(settings: ScoreSettings) -> int | None:
+    """Count the harmful requests to draw; None is all, of which a training repeats none so soon."""
+    is_trained = SCORES[settings.method].reads is Reads.CHANGE
+    return settings.examples or (None if is_trained else EXAMPLES)
+
+
+def _sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
+    return random.Random(seed).sample(rows, min(count or len(rows), len(rows)))
 
 
 def _name_objective(settings: ScoreSettings) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeweights_peft.data import Example
+from safeweights_peft.progress import Progress
 from safeweights_peft.settings import PreserveSettings, TrainSettings
 from safeweights_peft.training.finetune import add_lora
 from safeweights_peft.training.refuse import train_steps
@@ -31,6 +32,7 @@ def measure_movement(
     settings: TrainSettings,
     work_dir: Path,
     on_step: Callable[..., None] = lambda step, **losses: None,
+    progress: Progress | None = None,
 ) -> Iterator[Mapping[str, Tensor]]:
     """Train a LoRA, yield how far it moves weights, and leave the model as it was.
 
@@ -39,7 +41,9 @@ def measure_movement(
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     wrapped = add_lora(model, PreserveSettings(rank=1, seed=settings.seed))
     try:
-        train_steps(wrapped, tokenizer, harmful, benign, settings, work_dir, on_step)
+        train_steps(
+            *(wrapped, tokenizer, harmful, benign, settings, work_dir, on_step), progress=progress
+        )
         yield _Changes(model)
     finally:
         wrapped.unload()
@@ -48,7 +52,7 @@ def measure_movement(
 
 
 class _Changes(Mapping[str, Tensor]):
-    """The change of each weight, computed when it is read: together they are as large as a model."""
+    """The change of each weight, computed when it is read: all together are as large as a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {

@@ -69,7 +69,7 @@ def train_to_refuse(
     check_adapter(model)
     with saving_checkpoints(model):
         return train_steps(
-            model, tokenizer, harmful, benign, settings, work_dir, on_step, boundary=boundary
+            *(model, tokenizer, harmful, benign, settings, work_dir, on_step, boundary, progress)
         )
 
 
@@ -82,6 +82,7 @@ def train_steps(
     work_dir: Path,
     on_step: Callable[..., None] = lambda step, **losses: None,
     boundary: Sequence[Example] = (),
+    progress: Progress | None = None,
 ) -> list[StepLoss]:
     """Train an adapter of any kind by SET's loss; resume from the last checkpoint."""
     rate = settings.learning_rate or find_learning_rate(model, tokenizer, harmful, settings)
@@ -117,7 +118,10 @@ def take_steps(
         per_device_train_batch_size=1,  # an item holds a whole step
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,  # of differences, it would pull the model back to its base
+        # Of differences, it pulls the model back to its base: what the losses don't ask for again
+        # and again is noise of single steps, which changes all answers a little. AdamW multiplies
+        # it by the rate, on which it must not depend.
+        weight_decay=settings.shrink / rate,
         max_grad_norm=0.0,
         **options,
     )

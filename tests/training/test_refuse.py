@@ -53,6 +53,7 @@ SETTINGS = TrainSettings(
     benign_batch_size=3,
     token_decay=0.8,
     warmup_steps=1,
+    shrink=0.0,
     seed=0,
 )
 ANSWERS = torch.tensor([[3, 1, 4, 1], [5, 2, IGNORED, IGNORED], [6, IGNORED, IGNORED, IGNORED]])
@@ -339,6 +340,24 @@ def absolute_gradient(model: nn.Module, indices: dict[str, np.ndarray], loss: Te
         float(model.get_parameter(name).grad.flatten()[torch.from_numpy(at)].abs().sum())
         for name, at in indices.items()
     )
+
+
+def test_each_step_takes_back_a_fraction_of_all_values_at_any_rate(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    # AdamW's first step doesn't depend on how large a value is: only what is taken back does.
+    for rate in (1e-3, 1e-2):
+        moved = {}
+        for shrink in (0.0, 0.25):
+            job = Job(tiny_llama)
+            for values in job.values().values():
+                values.fill_(0.5)
+            changes = {"shrink": shrink, "learning_rate": rate, "warmup_steps": 0}
+            job.run(tmp_path / f"{rate}-{shrink}", steps=1, **changes)
+            moved[shrink] = job.values()
+        for name, values in moved[0.0].items():
+            expected = values - 0.25 * 0.5
+            torch.testing.assert_close(moved[0.25][name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
