@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,15 @@ def test_a_record_that_is_older_than_a_setting_was_made_without_it() -> None:
     record = asdict(RUN)
     for name in ("boundary", "boundary_fraction", "step_gain", "hinge_weight", "hinge_tokens"):
         del record["train"][name]
+    del record["train"]["shrink"]
     for name in ("benign", "benign_examples", "granularity", "movement_steps"):
         del record["score"][name]
-    assert restore(RunSettings, record, "here") == RUN
+    before = replace(
+        RUN,
+        score=replace(RUN.score, movement_steps=10),
+        train=replace(RUN.train, step_gain=0.5, shrink=0.0),
+    )
+    assert restore(RunSettings, record, "here") == before
 
 
 def test_auto_is_none_in_python_in_toml_and_in_records(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ SETTINGS = TrainSettings(
     steps=3,
     learning_rate=0.01,
     warmup_steps=0,
+    shrink=0.0,
     harmful_batch_size=2,
     benign_batch_size=3,
     retain_weight=1.0,
