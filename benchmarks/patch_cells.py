@@ -176,7 +176,10 @@ class Study:
         lessons = self.lessons
         with self.adapted(choice, seed) as model:
             rate = find_learning_rate(model, self.job.tokenizer, lessons.harmful, settings)
-            losses = self._train(model, settings, rate)
+            # A LoRA has no differences that could be taken back, but factors, of which one starts
+            # at random values.
+            shrink = 0.0 if choice.kind == "lora" else settings.shrink
+            losses = self._train(model, replace(settings, shrink=shrink), rate)
             if choice.kind in tuple(Method):
                 round_values(model)
             tensors = {}
@@ -192,9 +195,8 @@ class Study:
     def _train(self, model: PeftModel, settings: TrainSettings, rate: float) -> dict[str, float]:
         """Train what requires a gradient; return the last step's losses."""
         lessons, pad = self.lessons, self.job.tokenizer.pad_token_id
-        optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in trained(model)], lr=rate, weight_decay=0.0
-        )
+        parameters = [parameter for _, parameter in trained(model)]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.shrink / rate)
         schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
         layout = find_layout(model)
         steps = deal_steps(lessons.harmful, lessons.benign, lessons.boundary, settings)

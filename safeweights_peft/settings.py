@@ -150,7 +150,7 @@ class ScoreSettings(Settings):
         older=Granularity.ENTRY,
     )
     movement_steps: int = setting(
-        60, "Train a rank-1 LoRA for N steps (with --method movement).", least=1, older=10
+        100, "Train a rank-1 LoRA for N steps (with --method movement).", least=1, older=10
     )
     aggregation: Aggregation = setting(
         Aggregation.ABS_OF_MEAN, "Absolute value of the mean gradient, or mean of absolute values."

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +54,9 @@ from safeweights_peft.training.finetune import find_linear
 from safeweights_peft.training.movement import measure_movement
 
 EXAMPLES = 64  # harmful requests, where the gradient of each is summed
+# Many small steps tell more than few large ones. Nothing shrinks: of a LoRA's two factors one starts
+# at random values, which would be taken away.
+MOVEMENT = TrainSettings(step_gain=0.3, harmful_batch_size=4, benign_batch_size=12, shrink=0.0)
 
 
 def score(
@@ -124,10 +127,7 @@ def _select_without_gradient(
             f"--density: expected at most {most} entries, those of layers that LoRA moves, found "
             f"{count}; lower it, or choose --method fisher"
         )
-    # Without shrinking, which would take away a factor that starts at random values.
-    recipe = TrainSettings(
-        steps=settings.movement_steps, seed=settings.seed, learning_rate=None, shrink=0.0
-    )
+    recipe = replace(MOVEMENT, steps=settings.movement_steps, seed=settings.seed)
     harmful = job.chat.encode_rows(inputs.harmful, recipe.refusal_tokens)
     benign = job.ask("the base benign", inputs.benign, recipe.answer_tokens)
     with (
