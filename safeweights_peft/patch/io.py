@@ -33,7 +33,14 @@ from safeweights_peft.patch.artifacts import (
     stored_arrays,
 )
 from safeweights_peft.patch.metadata import FORMAT_VERSION, AdapterMetadata
-from safeweights_peft.patch.records import LINES, Mode, TensorRecord, check_state, tensor_key
+from safeweights_peft.patch.records import (
+    LINES,
+    Encoding,
+    Mode,
+    TensorRecord,
+    check_state,
+    tensor_key,
+)
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -340,8 +347,12 @@ def _write(
 
 
 def _to_json(path: PathLike, metadata: AdapterMetadata) -> str:
+    # Of a small patch in few bytes, indentation would be a tenth.
+    is_compact = any(record.encoding is Encoding.COMPACT for record in metadata.tensors.values())
+    indent = None if is_compact else 2
     try:
-        return json.dumps(metadata.to_config(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        config = metadata.to_config()
+        return json.dumps(config, indent=indent, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as reason:
         raise FormatError(
             f"{path}: {CONFIG_FILE}: expected plain JSON, found {reason}; "
