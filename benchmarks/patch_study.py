@@ -50,7 +50,14 @@ ROWS = [
     *(f"{m}-{g}-{d:g}" for m in Method for g in Granularity for d in DENSITIES),
     *OTHERS,
 ]
-DEFAULT_ROWS = ["*-entry-*", "fisher-*", "esi-row-*", "random-row-*", *OTHERS]
+DEFAULT_ROWS = [
+    "*-entry-*",
+    "fisher-*",
+    "esi-row-*",
+    "random-row-*",
+    "movement-entry-0.18",
+    *OTHERS,
+]
 SCALES = [2 ** (quarter / 4) for quarter in range(-8, 5)]
 """From 0.25 to 2; among them the scale is searched."""
 

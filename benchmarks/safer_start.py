@@ -54,7 +54,9 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = RunSettings.read(arguments.settings).train if arguments.settings else TrainSettings()
     gain = arguments.step_gain or recipe.step_gain
-    settings = replace(recipe, steps=arguments.steps, learning_rate=arguments.lr, step_gain=gain)
+    # Nothing shrinks: the weights themselves would, not differences.
+    recipe = replace(recipe, steps=arguments.steps, shrink=0.0)
+    settings = replace(recipe, learning_rate=arguments.lr, step_gain=gain)
     compute = ComputeSettings(device=arguments.device, dtype=arguments.dtype)
     make_safer(Job(arguments.base, compute), arguments.out, settings)
 

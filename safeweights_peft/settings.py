@@ -140,7 +140,7 @@ class ScoreSettings(Settings):
         least=1,
         older=256,
     )
-    density: float = setting(0.002, "Fraction of all weights to select.", above=0, most=1)
+    density: float = setting(0.0018, "Fraction of all weights to select.", above=0, most=1)
     method: Method = setting(
         Method.MOVEMENT, "Select by what a short training moves, by ESI, or by another score."
     )
@@ -196,7 +196,7 @@ class TrainSettings(Settings):
     Example:
         >>> from safeweights_peft import TrainSettings
         >>> TrainSettings(learning_rate=5e-4).steps
-        60
+        100
     """
 
     heading = "Training"
@@ -214,7 +214,7 @@ class TrainSettings(Settings):
         most=1,
         unset="as they come",
     )
-    steps: int = setting(60, "Optimizer steps.", least=1)
+    steps: int = setting(100, "Optimizer steps.", least=1)
     learning_rate: float | None = setting(
         None,
         "Peak learning rate of AdamW, or auto: by --step-gain.",
@@ -236,15 +236,15 @@ class TrainSettings(Settings):
         older=0.0,
     )
     warmup_steps: int = setting(5, "Steps of linear warm-up.", least=0)
-    harmful_batch_size: int = setting(8, "Harmful requests per step.", least=1)
-    benign_batch_size: int = setting(24, "Benign requests per step.", least=1)
+    harmful_batch_size: int = setting(4, "Harmful requests per step.", least=1)
+    benign_batch_size: int = setting(12, "Benign requests per step.", least=1)
     refusal_tokens: int = setting(8, "Train on the first N tokens of refusals.", least=1)
-    answer_tokens: int = setting(4, "Compare the first N tokens of benign answers.", least=1)
+    answer_tokens: int = setting(8, "Compare the first N tokens of benign answers.", least=1)
     token_decay: float = setting(
-        0.7, "Weight of each answer token relative to the one before.", above=0, most=1
+        0.7, "Weight of each refusal token relative to the one before.", above=0, most=1
     )
     retain_weight: float = setting(
-        14.0, "Weight of the retain loss (KL to the base) against the refusal loss.", least=0
+        28.0, "Weight of the retain loss (KL to the base) against the refusal loss.", least=0
     )
     hinge_weight: float = setting(
         0.0,

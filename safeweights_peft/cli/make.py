@@ -42,7 +42,10 @@ _NEXT = (
 @options.base
 @options.settings(ScoreSettings, TrainSettings, EvaluateSettings, only=_DATA, group="Data")
 @options.settings(
-    ScoreSettings, TrainSettings, only="--density --movement-steps --steps --lr --seed", group="Training"
+    ScoreSettings,
+    TrainSettings,
+    only="--density --movement-steps --steps --lr --seed",
+    group="Training",
 )
 @options.settings(EvaluateSettings, only="--judge")
 @options.settings(ComputeSettings)

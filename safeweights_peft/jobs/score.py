@@ -54,9 +54,8 @@ from safeweights_peft.training.finetune import find_linear
 from safeweights_peft.training.movement import measure_movement
 
 EXAMPLES = 64  # harmful requests, where the gradient of each is summed
-# Many small steps tell more than few large ones. Nothing shrinks: of a LoRA's two factors one starts
-# at random values, which would be taken away.
-MOVEMENT = TrainSettings(step_gain=0.3, harmful_batch_size=4, benign_batch_size=12, shrink=0.0)
+# Nothing shrinks: of a LoRA's two factors one starts at random values, which would be taken away.
+MOVEMENT = TrainSettings(step_gain=0.3, shrink=0.0)
 
 
 def score(

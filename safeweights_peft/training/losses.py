@@ -120,7 +120,7 @@ def compute_losses(
     harmful = len(logits) - len(targets.token_ids)
     refusal = compute_refusal_loss(logits[:harmful], ids[:harmful], settings.token_decay)
     logits, ids = logits[harmful:], ids[harmful:]
-    retain = compute_retain_loss(logits[:, :near], targets, ids[:, :near], settings.token_decay)
+    retain = compute_retain_loss(logits[:, :near], targets, ids[:, :near])
     hinge = None
     if settings.hinge_weight:
         end = settings.hinge_tokens
@@ -136,18 +136,17 @@ def compute_refusal_loss(logits: Tensor, answer_ids: Tensor, decay: float) -> Te
     return (losses * weigh_tokens(answer_ids, decay)).sum()
 
 
-def compute_retain_loss(
-    logits: Tensor, targets: Targets, answer_ids: Tensor, decay: float
-) -> Tensor:
-    """Compute the weighted KL(base || model) over the base's own answers.
+def compute_retain_loss(logits: Tensor, targets: Targets, answer_ids: Tensor) -> Tensor:
+    """Compute the mean KL(base || model) over the tokens of the base's own answers.
 
     Of the base's likeliest tokens and all others as one: at most the KL of all tokens.
     """
     scored, width = answer_ids != IGNORED, answer_ids.shape[1]
     base = targets.log_probs[:, :width][scored]
     tuned = sum_up(logits[scored], targets.token_ids[:, :width][scored].long())
-    divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
-    return (divergence * weigh_tokens(answer_ids, decay)[scored]).sum()
+    # All alike: an answer that begins as the base's is still another where later tokens differ, and
+    # by a little they differ everywhere.
+    return F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1).mean()
 
 
 def compute_hinge_loss(logits: Tensor, targets: Targets, answer_ids: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ def take_steps(
         # Of differences, it pulls the model back to its base: what the losses don't ask for again
         # and again is noise of single steps, which changes all answers a little. AdamW multiplies
         # it by the rate, on which it must not depend.
-        weight_decay=settings.shrink / rate,
+        weight_decay=settings.shrink / (settings.learning_rate or 1.0),
         max_grad_norm=0.0,
         **options,
     )
