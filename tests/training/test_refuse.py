@@ -52,6 +52,7 @@ SETTINGS = TrainSettings(
     harmful_batch_size=2,
     benign_batch_size=3,
     token_decay=0.8,
+    answer_tokens=4,
     warmup_steps=1,
     shrink=0.0,
     seed=0,
@@ -185,7 +186,7 @@ def test_what_stands_after_an_answers_end_changes_no_loss() -> None:
     def losses() -> tuple[Tensor, ...]:
         return (
             compute_refusal_loss(logits, ANSWERS, 0.7),
-            compute_retain_loss(logits, keep(base), ANSWERS, 0.7),
+            compute_retain_loss(logits, keep(base), ANSWERS),
             compute_hinge_loss(logits, keep(base, (1, 5)), ANSWERS),
         )
 
