@@ -196,7 +196,7 @@ class TrainSettings(Settings):
     Example:
         >>> from safeweights_peft import TrainSettings
         >>> TrainSettings(learning_rate=5e-4).steps
-        100
+        150
     """
 
     heading = "Training"
@@ -214,7 +214,7 @@ class TrainSettings(Settings):
         most=1,
         unset="as they come",
     )
-    steps: int = setting(100, "Optimizer steps.", least=1)
+    steps: int = setting(150, "Optimizer steps.", least=1)
     learning_rate: float | None = setting(
         None,
         "Peak learning rate of AdamW, or auto: by --step-gain.",
@@ -229,7 +229,7 @@ class TrainSettings(Settings):
         older=0.5,
     )
     shrink: float = setting(
-        0.05,
+        0.03,
         "Fraction of its value that each weight's change loses per step, at the peak rate.",
         least=0,
         most=1,
