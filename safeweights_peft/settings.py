@@ -150,7 +150,7 @@ class ScoreSettings(Settings):
         older=Granularity.ENTRY,
     )
     movement_steps: int = setting(
-        100, "Train a rank-1 LoRA for N steps (with --method movement).", least=1, older=10
+        100, "Train a rank-1 LoRA for N steps (with --method movement).", least=1, older=100
     )
     aggregation: Aggregation = setting(
         Aggregation.ABS_OF_MEAN, "Absolute value of the mean gradient, or mean of absolute values."
@@ -226,7 +226,7 @@ class TrainSettings(Settings):
         0.8,
         "Likelihood of refusals that one step gains, to first order, in nats (with --lr auto).",
         above=0,
-        older=0.5,
+        older=0.8,
     )
     shrink: float = setting(
         0.03,

@@ -153,11 +153,7 @@ def test_a_record_that_is_older_than_a_setting_was_made_without_it() -> None:
     del record["train"]["shrink"]
     for name in ("benign", "benign_examples", "granularity", "movement_steps"):
         del record["score"][name]
-    before = replace(
-        RUN,
-        score=replace(RUN.score, movement_steps=10),
-        train=replace(RUN.train, step_gain=0.5, shrink=0.0),
-    )
+    before = replace(RUN, train=replace(RUN.train, shrink=0.0))
     assert restore(RunSettings, record, "here") == before
 
 
