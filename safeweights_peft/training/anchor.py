@@ -151,7 +151,7 @@ class Anchor:
         batch = collate(examples, self.pad_token_id, find_layout(model)).to(device)
         logits = answer_logits(model, batch)
         targets = self.targets.pick(rows).to(logits.device)
-        return compute_retain_loss(logits, targets, batch.answer_ids.to(logits.device), decay=1.0)
+        return compute_retain_loss(logits, targets, batch.answer_ids.to(logits.device))
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Drift:

@@ -34,7 +34,7 @@ from safeweights_peft.selection import transfer
 from safeweights_peft.selection.objective import ReferenceObjective
 from safeweights_peft.selection.scores import SCORES, score_entries, sum_gradients
 from safeweights_peft.selection.topk import select
-from safeweights_peft.settings import ComputeSettings, Granularity, Method
+from safeweights_peft.settings import Granularity, Method
 from safeweights_peft.sources import read_rows
 from tests.tiny_guards import (
     save_byte_level_tokenizer,
@@ -145,7 +145,7 @@ def test_more_entries_than_a_lora_moves_are_refused_before_anything_is_asked(
 ) -> None:
     job = Job(tiny_mixtral, progress=(progress := Recorder()))
     settings = requests.score(method=Method.MOVEMENT, density=0.5)
-    with pytest.raises(SelectionError, match="those of layers that LoRA moves, found .* fisher"):
+    with pytest.raises(SelectionError, match=r"those of layers that LoRA moves, found .* fisher"):
         score(job, tmp_path / "map", settings)
     assert not progress.tasks
 
@@ -161,7 +161,8 @@ def test_scoring_by_movement_leaves_the_base_as_it_was(
     assert first.metadata.selection["benign_digest"].startswith("sha256:")
 
 
-@pytest.mark.parametrize("method", sorted(set(Method) - {Method.MOVEMENT}))  # no LoRA stands beside them
+# No LoRA stands beside experts, so that movement leaves them.
+@pytest.mark.parametrize("method", sorted(set(Method) - {Method.MOVEMENT}))
 def test_every_other_method_selects_whole_rows_of_experts(
     method: Method, tiny_mixtral: Path, requests: Requests, tmp_path: Path
 ) -> None:
