@@ -27,7 +27,7 @@ test: quality  ## set up .venv, then every check and every test but those on the
 
 demo: .venv/.demo  ## set up .venv, then make, train and evaluate a safety patch for SmolLM2-135M
 	$(BIN)/python examples/prepare_smollm2.py demo/base
-	$(BIN)/safeweights enhance demo/base --out demo/run
+	$(BIN)/safeweights enhance demo/base --out demo/run --dtype bfloat16
 	$(BIN)/safeweights report demo/run --out demo/run/report --overwrite
 
 zoo: .venv/.dev  ## try every architecture of transformers: minutes, resumed from zoo/

@@ -65,7 +65,7 @@ def test_a_number_out_of_range_or_of_another_type_is_refused_by_name(
         (
             TrainSettings,
             {"hinge_weight": 1, "hinge_tokens": 4},
-            "expected more than answer_tokens, 4",
+            "expected more than answer_tokens, 8",
         ),
         (ComputeSettings, {"dtype": "int8"}, "one of auto, float32, bfloat16, float16, found"),
         (EvaluateSettings, {"keep_answers": 1}, "expected bool, found 1"),

@@ -174,7 +174,7 @@ def test_rows_are_found_by_patterns_and_by_any_number(script: ModuleType) -> Non
         *("fisher-row-0.05", "fisher-row-0.2", "fisher-row-0.3", "fisher-row-1"),
         "lora-2",
     ]
-    assert len(script.find_rows(script.DEFAULT_ROWS)) == 49
+    assert len(script.find_rows(script.DEFAULT_ROWS)) == 50
     with pytest.raises(ValueError, match="could not convert"):
         script.find_rows(["lora-all"])
 
