@@ -9,7 +9,17 @@ from safeweights_peft.cli import SECTIONS, main
 COMMANDS = sorted(main.commands)
 ENHANCE = [
     *("--harmful", "--benign", "--eval-harmful", "--eval-benign", "--limit", "--column"),
-    *("--density", "--steps", "--lr", "--seed", "--judge", "--device", "--dtype", "--revision"),
+    *(
+        "--density",
+        "--movement-steps",
+        "--steps",
+        "--lr",
+        "--seed",
+        "--judge",
+        "--device",
+        "--dtype",
+        "--revision",
+    ),
     *("--trust-remote-code", "--system-prompt", "--chat-template", "--answer-prefix"),
     *("--out", "--max-asr", "--settings", "--dry-run", "--json"),
 ]
