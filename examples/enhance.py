@@ -46,7 +46,12 @@ def main(base: str, out: Path) -> None:
     files = write_requests(out / "requests")
     settings = RunSettings(
         base,
-        ScoreSettings(harmful=files["harmful_train"], density=0.01),
+        ScoreSettings(
+            harmful=files["harmful_train"],
+            benign=files["benign_train"],
+            density=0.01,
+            movement_steps=20,
+        ),
         TrainSettings(
             harmful=files["harmful_train"],
             benign=files["benign_train"],

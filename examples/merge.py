@@ -1,6 +1,6 @@
 """Merge a patch into its base on disk, and merge and unmerge it in memory, bit for bit.
 
-    safeweights enhance demo/base --out demo/small --steps 2 --limit 2
+    safeweights enhance demo/base --out demo/small --movement-steps 2 --steps 2 --limit 2
     python examples/merge.py demo/base demo/small/patch demo/merged
 
 The first command makes a small patch to try with; `make demo` leaves one in demo/run/patch.

@@ -1,6 +1,6 @@
 """Reads a patch by docs/format.md alone, in 70 lines; a reader of strangers' files checks more.
 
-    safeweights enhance demo/base --out demo/small --steps 2 --limit 2
+    safeweights enhance demo/base --out demo/small --movement-steps 2 --steps 2 --limit 2
     safeweights convert demo/small/patch --encoding compact --out demo/compact
     python examples/read_compact.py demo/compact demo/base
 
