@@ -305,8 +305,12 @@ class PreserveSettings(Settings):
     anchor_every: int = setting(
         4, "Hold at every N-th step, with N times the weight.", group="Anchor", least=1
     )
-    anchor_rows: int = setting(
-        8, "Answers held at such a step, half of them refusals.", group="Anchor", least=1
+    anchor_rows: int | None = setting(
+        None,
+        "Answers held at such a step, half of them refusals.",
+        group="Anchor",
+        least=1,
+        unset="twice --batch-size, at most 8",
     )
     stop_above: float | None = setting(
         None,

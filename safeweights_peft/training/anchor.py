@@ -106,7 +106,7 @@ class Anchor:
     pad_token_id: int
     weight: float = 1.0
     every: int = 4
-    batch_rows: int = 8
+    batch_rows: int = 4
     seed: int = 0
     check_every: int = field(default_factory=lambda: CHECK_EVERY)
     stop_above: float | None = None
