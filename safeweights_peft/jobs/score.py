@@ -312,7 +312,7 @@ def _check_settings(settings: ScoreSettings) -> None:
         methods = " or ".join(method for method, score in SCORES.items() if score.needs_gradient)
         raise SelectionError(
             f"--{_name_objective(settings)}: expected --method {methods} with it, found "
-            f"{settings.method}, which asks nobody; leave one out"
+            f"{settings.method}, which asks nobody; give --method esi, or leave the judge out"
         )
     for name in ("temperature", "samples"):
         if not has_judge and getattr(settings, name) != getattr(ScoreSettings, name):

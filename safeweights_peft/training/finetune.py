@@ -84,7 +84,15 @@ def run_trainer(trainer: Trainer, on_step: Callable[..., None]) -> list[dict[str
     """Train from the last checkpoint, if there is one, to the end; return the log of each step."""
     trainer.remove_callback(PrinterCallback)  # added where progress bars are off
     trainer.add_callback(_StepWatch(on_step))
-    trainer.train(resume_from_checkpoint=_find_checkpoint(Path(trainer.args.output_dir)))
+    work_dir = Path(trainer.args.output_dir)
+    try:
+        trainer.train(resume_from_checkpoint=_find_checkpoint(work_dir))
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's way to say that a disk is full
+            raise
+        raise TrainingError(
+            f"{work_dir}: expected room for a checkpoint, found none; free some, and call again"
+        ) from error
     trainer.model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

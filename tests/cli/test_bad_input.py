@@ -235,15 +235,33 @@ TABLE = [
     ),
     bad("a rank of nothing", _PRESERVE, "--rank 2", "--rank: expected --method lora"),
     bad("a guard alone", _SCORE, "--guard {wide}", "--guard: expected --guard-profile"),
-    bad("no profile", _SCORE, "--guard {wide} --guard-profile nope", "nope: expected a JSON file"),
+    bad(
+        "no profile",
+        _SCORE,
+        "--method esi --guard {wide} --guard-profile nope",
+        "nope: expected a JSON file",
+    ),
     bad(
         "no label of a guard",
-        *(_SCORE, "--guard {wide} --guard-profile wildguard", "label ' no' to be one token"),
+        *(
+            _SCORE,
+            "--method esi --guard {wide} --guard-profile wildguard",
+            "label ' no' to be one token",
+        ),
     ),
-    bad("a label", _SCORE, "--classifier {wide} --classifier-label x", "expected safe=LABEL"),
+    bad(
+        "a label",
+        _SCORE,
+        "--method esi --classifier {wide} --classifier-label x",
+        "expected safe=LABEL",
+    ),
     bad(
         "a strange label",
-        *(_SCORE, "--classifier {wide} --classifier-label safe=x", "expected one of its labels"),
+        *(
+            _SCORE,
+            "--method esi --classifier {wide} --classifier-label safe=x",
+            "expected one of its labels",
+        ),
     ),
     # 15 to 21: merges and targets
     bad("no number", "merge {} {patch}@nan --out {out}", line="nan", code=2),
