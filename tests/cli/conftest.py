@@ -61,6 +61,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
 def options(requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Options of each kind that keep a job short."""
     harmful = ["--harmful", requests.harmful]
+    score = ["--density", "0.1", "--movement-steps", "2"]
     train = ["--benign", requests.benign, "--steps", "2", "--lr", "0.01"]
     evaluate = ["--eval-harmful", requests.harmful, "--eval-benign", requests.benign]
     evaluate += ["--limit", "3"]
@@ -69,7 +70,7 @@ def options(requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> dic
         "score.examples = 4\ntrain.retain_weight = 1\nevaluate.max_new_tokens = 4\n"
     )
     return {
-        "score": [*harmful, "--density", "0.1", "--examples", "4"],
+        "score": [*harmful, "--benign", requests.benign, *score, "--examples", "4"],
         "train": [*harmful, *train, "--retain-weight", "1"],
         "preserve": [
             *("--data", requests.lessons, "--steps", "2", "--batch-size", "2", "--lr", "0.01"),
@@ -79,7 +80,7 @@ def options(requests: Requests, tmp_path_factory: pytest.TempPathFactory) -> dic
         "eval": [*evaluate, "--max-new-tokens", "4"],
         "enhance": [
             *("--settings", str(settings)),
-            *(*harmful, "--density", "0.1", *train, *evaluate),
+            *(*harmful, *score, *train, *evaluate),
         ],
     }
 

@@ -107,8 +107,8 @@ def test_progress_is_shown_on_stderr_alone(
 ) -> None:
     json_flag = ["--json"] if as_json else []
     called = call("score", tiny_llama, "--out", tmp_path / "map", *options["score"], *json_flag)
-    assert "Score safety" in called.stderr
-    assert "Score safety" not in called.stdout
+    assert "Train a LoRA" in called.stderr
+    assert "Train a LoRA" not in called.stdout
 
 
 def test_score_then_train_give_what_enhance_gives(
@@ -508,6 +508,8 @@ def test_a_process_prints_json_on_stdout_and_progress_on_stderr_and_nothing_else
         "Ask the base benign requests: 0/6",
         "Ask the base benign requests: 6/6",
         "Train: 0/2",
+        "Read the base's answers: 0/6",
+        "Read the base's answers: 6/6",
         "Train: 2/2",
     ]
 
