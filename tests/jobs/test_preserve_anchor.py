@@ -2,16 +2,19 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safeweights_peft import Anchor, TrainingError, collect_anchor
 from safeweights_peft.chat import Chat
+from safeweights_peft.cli import main
 from safeweights_peft.errors import DataError, SettingsError
 from safeweights_peft.jobs.anchor import read_sources
 from safeweights_peft.jobs.job import Job
@@ -191,3 +194,20 @@ def test_the_first_of_several_sources_comes_first(requests: Requests) -> None:
     assert [row.instruction for row in rows] == [*BENIGN, *HARMFUL[:2]]
     spread = [row.instruction for row in read_sources(requests.benign, 3)]
     assert spread == BENIGN[::2]
+
+
+def test_the_command_holds_answers_by_default_and_shows_their_drift(
+    refusing: Path, requests: Requests, tmp_path: Path
+) -> None:
+    words = ["preserve", refusing, "--data", requests.lessons, "--steps", 4, "--batch-size", 2]
+    words += ["--harmful", requests.harmful, "--benign", requests.benign]
+    words += ["--boundary", requests.benign]
+    called = CliRunner().invoke(main, [*map(str, words), "--out", str(tmp_path / "out")])
+    assert called.exit_code == 0, called.output
+    assert re.search(r"held +6 refusals, 6 benign answers\n", called.stdout)
+    assert re.search(r"drift +\d+\.\d% of them begin otherwise than before\n", called.stdout)
+    options = ["--out", str(tmp_path / "stopped"), "--lr", "0.1", "--stop-above", "0"]
+    called = CliRunner().invoke(main, [*map(str, words), *options])
+    assert called.exit_code == 1
+    assert "step 4: expected at most 0 of the anchor's answers" in called.stderr
+    assert not (tmp_path / "stopped").exists()
