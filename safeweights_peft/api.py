@@ -45,7 +45,9 @@ def score(
 ) -> SafetyMap:
     """Find the weights of a model that carry its safety, and write them as a safety map.
 
-    Expected Safety Impact: arXiv 2604.08297, equation 3. An interrupted call resumes.
+    By default those that a short training moves most, after arXiv 2110.07560; with
+    ``ScoreSettings(method="esi")`` by Expected Safety Impact: arXiv 2604.08297, equation 3. An
+    interrupted call resumes.
 
     Args:
         base: Directory, Hub id, or a causal language model that was loaded from either, whose
