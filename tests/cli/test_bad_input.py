@@ -713,7 +713,7 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_half_written(
 
 
 @pytest.mark.parametrize(
-    ("ending", "lines"), [("| head -1", 1), (">&-", 0), ("2>&-", 8), ("<&-", 8)]
+    ("ending", "lines"), [("| head -1", 1), (">&-", 0), ("2>&-", 9), ("<&-", 9)]
 )
 def test_a_stream_that_is_closed_is_no_error(ending: str, lines: int, run: Run) -> None:
     command = shlex.join(
