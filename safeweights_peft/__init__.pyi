@@ -1,5 +1,6 @@
 from .api import enhance as enhance
 from .api import evaluate as evaluate
+from .api import repair as repair
 from .api import score as score
 from .api import sweep as sweep
 from .api import train as train

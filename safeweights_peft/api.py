@@ -15,12 +15,14 @@ from safeweights_peft.evaluation.judge_kinds import AnyJudge
 from safeweights_peft.files import PathLike
 from safeweights_peft.jobs import enhance as enhancing
 from safeweights_peft.jobs import evaluate as evaluating
+from safeweights_peft.jobs import repair as repairing
 from safeweights_peft.jobs import score as scoring
 from safeweights_peft.jobs import sweep as sweeping
 from safeweights_peft.jobs import train as training
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.patch.artifacts import SafetyMap
 from safeweights_peft.progress import Progress
+from safeweights_peft.scales import REPAIR_STEPS
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
@@ -263,6 +265,63 @@ def enhance(
         job = Job(base, settings.compute, progress, tokenizer=tokenizer)
         settings = replace(settings, base=job.base.name)
         return enhancing.enhance(settings, Path(out), max_asr=max_asr, job=job)
+
+
+def repair(
+    tuned: Base,
+    out: PathLike,
+    settings: RunSettings | None = None,
+    *,
+    patch: PathLike | None = None,
+    add_patch: float | None = None,
+    base: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make a fine-tuned model safe again by a short training, and measure what that does.
+
+    Safety Enhancement Tuning on the tuned model, whose own benign answers are kept; the result is
+    a patch for it. An interrupted call with the same settings resumes.
+
+    Args:
+        tuned: The model, or the directory of a LoRA, which is first merged into its base, as
+            ``model`` in ``out``.
+        out: Directory of the run.
+        settings: The settings of all steps; its own ``base`` is not read. 30 steps if None.
+        patch: Directory of the patch, or the map, of the model before tuning, whose entries are
+            trained; those that `score` finds in the tuned model if None.
+        add_patch: Add the patch's values at this scale, and train nothing (RESTA, arXiv
+            2402.11746).
+        base: The base of a LoRA; the one that it names if None.
+        tokenizer: The tokenizer of a model in memory.
+        progress: What shows progress, such as `RichProgress`.
+
+    Returns:
+        Figures before and after, the outcome in words, and where the patch is.
+
+    Raises:
+        SafeWeightsError: Something is wrong with the model, the patch, the settings or the target.
+
+    Example:
+        >>> from safeweights_peft import EvaluateSettings, RunSettings, TrainSettings, repair
+        >>> settings = RunSettings(
+        ...     train=TrainSettings(steps=2, harmful_batch_size=1, benign_batch_size=1),
+        ...     evaluate=EvaluateSettings(limit=2, max_new_tokens=4),
+        ... )
+        >>> result = repair("demo/base", "repaired", settings, patch="demo/run/patch")
+        >>> result["patch"]["path"]
+        'repaired/patch'
+    """
+    settings = settings or RunSettings(train=TrainSettings(steps=REPAIR_STEPS))
+    old, job, name = None if patch is None else Path(patch), None, str(tuned)
+    with _borrow(tuned):
+        if isinstance(tuned, PreTrainedModel):
+            job = Job(tuned, settings.compute, progress, tokenizer=tokenizer)
+            name = job.base.name
+        settings = replace(settings, base=name)
+        return repairing.repair(
+            *(settings, Path(out), progress, old), add_patch=add_patch, base=base, job=job
+        )
 
 
 @contextmanager

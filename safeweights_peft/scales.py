@@ -1,4 +1,4 @@
-"""PATCH@SCALE: a patch, and the factor on its values."""
+"""Scales of patches: PATCH@SCALE, and what `repair` adds; and how long it trains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from safeweights_peft.schema import Setting
 
 # Beyond these bounds a patch ruins a model, whatever is in it.
 SCALE = Setting("", name="scale", kind=float, least=-10, most=10)
+ADDED = Setting(
+    "Add the old patch's values at this scale, and train nothing (RESTA).",
+    flag="--add-patch",
+    name="add_patch",
+    kind=float,
+    above=0,
+    most=10,
+    is_optional=True,
+)
+REPAIR_STEPS = 30
+STEPS = Setting(
+    "Optimizer steps.", flag="--steps", name="steps", kind=int, least=1, default=REPAIR_STEPS
+)
 
 
 def split_scale(patch: str) -> tuple[str, float]:

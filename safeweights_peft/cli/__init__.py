@@ -24,7 +24,7 @@ SECTIONS = {
         *(use.merge_command, use.unmerge_command, use.convert_command, use.export_command),
         use.diff_command,
     ),
-    "Fine-tune safely": (make.preserve_command, make.protect_command),
+    "Fine-tune safely": (make.preserve_command, make.protect_command, make.repair_command),
     "Share": (share.push_command, share.pull_command, share.list_command),
     "Look": (
         *(look.inspect_command, look.report_command, look.compare_command, look.probe_command),

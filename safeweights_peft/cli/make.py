@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 from safeweights_peft.cli import options, output
 from safeweights_peft.errors import EvaluationError
 from safeweights_peft.rates import CHAT_ADVICE, SCALE_ADVICE, Outcome, find_garbage
+from safeweights_peft.scales import REPAIR_STEPS
 from safeweights_peft.settings import (
     ComputeSettings,
     EvaluateSettings,
@@ -22,6 +24,7 @@ from safeweights_peft.settings import (
     TrainSettings,
 )
 
+_OLD = "Patch, or map, of the model before tuning: directory or Hub id[@REVISION]."
 _DATA = "--harmful --benign --eval-harmful --eval-benign --limit"
 _ENHANCE_EXAMPLES = """
 \b
@@ -63,8 +66,6 @@ def enhance_command(
     `eval` can be set in --settings.
     """
     from safeweights_peft.jobs.enhance import enhance
-    from safeweights_peft.study.pictures import plot_run
-    from safeweights_peft.tables import comparison_rows, picked_row
 
     score, train, evaluate, compute = options.make_settings(
         values, ScoreSettings, TrainSettings, EvaluateSettings, ComputeSettings
@@ -74,9 +75,25 @@ def enhance_command(
     with output.show_progress() as progress:
         run = RunSettings(base, score, train, evaluate, compute)
         result = enhance(run, out, progress, max_asr)
+    _show_run(result, out, base)
+    scale = result["sweep"]["scale"] if max_asr is not None else 1
+    if scale == 0:
+        click.echo(f"\nThe base meets --max-asr {max_asr:g} already, without a patch.", err=True)
+    if scale is None:
+        click.echo(f"\nAt no scale is the ASR at most --max-asr {max_asr:g}.", err=True)
+        sys.exit(output.INCONCLUSIVE)
+
+
+def _show_run(result: dict[str, Any], out: Path, base: str) -> None:
+    """Draw and print what came of a run, and how to go on."""
+    from safeweights_peft.study.pictures import plot_run
+    from safeweights_peft.tables import comparison_rows, picked_row
+
     patch = out / "patch"
-    losses = json.loads((patch / "training.json").read_text(encoding="utf-8"))["losses"]
-    output.draw(plot_run, result, losses, out / "result.png")
+    trained = patch / "training.json"
+    if trained.is_file():  # not where values were added
+        losses = json.loads(trained.read_text(encoding="utf-8"))["losses"]
+        output.draw(plot_run, result, losses, out / "result.png")
     output.show(result, comparison_rows(result))
     output.show_answers(result["answers"])
     output.show_outcome(Outcome(**result["outcome"]))
@@ -97,12 +114,6 @@ def enhance_command(
     for line in _NEXT:
         words = {name: shlex.quote(text) for name, text in quoted.items()}
         click.echo(f"  safeweights {line.format(**words)}", err=True)
-    scale = result["sweep"]["scale"] if max_asr is not None else 1
-    if scale == 0:
-        click.echo(f"\nThe base meets --max-asr {max_asr:g} already, without a patch.", err=True)
-    if scale is None:
-        click.echo(f"\nAt no scale is the ASR at most --max-asr {max_asr:g}.", err=True)
-        sys.exit(output.INCONCLUSIVE)
 
 
 @options.command("score", resumes=True)
@@ -261,6 +272,54 @@ def preserve_command(
     summary = {"path": str(out), **record, "first_loss": losses[0], "last_loss": losses[-1]}
     measured = judged_rows(record["before"], record["after"]) if measure else []
     output.show(summary, rows, [("", "before", "after"), *measured] if measured else [])
+
+
+@options.command("repair", resumes=True)
+@click.argument("tuned", help="Tuned model: directory or Hub id; or a LoRA's directory.")
+@click.option("--patch", type=options.ADAPTER, help=_OLD)
+@options.added
+@options.settings(ScoreSettings, TrainSettings, EvaluateSettings, only=f"{_DATA} --task")
+@options.repair_steps
+@options.settings(ScoreSettings, TrainSettings, only="--lr --density --seed", group="Training")
+@options.settings(EvaluateSettings, only="--judge")
+@options.settings(ComputeSettings)
+@click.option("--base", help="Base of a LoRA.  [default: the one that it names]")
+@options.out
+@options.settings_file
+@options.dry_run
+def repair_command(
+    tuned: str,
+    out: Path,
+    patch: Path | None,
+    add_patch: float | None,
+    base: str | None,
+    dry_run: bool,
+    **values: Any,
+) -> None:
+    """Make a fine-tuned model safe again by a short training.
+
+    Trained are the weights of the old patch, or those that `score` finds in TUNED; benign answers
+    stay TUNED's own. OUT gets a patch for TUNED and the figures before and after, as `enhance`
+    leaves them. A LoRA is first merged into its base, as OUT/model, for which the patch then is.
+    Interrupted runs resume where they stopped.
+    """
+    from safeweights_peft.jobs.repair import find_tuned, repair
+
+    if patch and values["density"] is not None:
+        raise click.UsageError("--density needs no --patch, whose weights are taken.")
+    score, train, evaluate, compute = options.make_settings(
+        values, ScoreSettings, TrainSettings, EvaluateSettings, ComputeSettings
+    )
+    if values["settings"] is None or values["steps"] is not None:
+        train = replace(train, steps=values["steps"] or REPAIR_STEPS)
+    if dry_run:
+        steps = {"score": None if patch else score, "train": None if add_patch else train}
+        source = find_tuned(tuned, base)[0]
+        return output.show_estimate(source, compute, evaluate=evaluate, **steps)
+    with output.show_progress() as progress:
+        run = RunSettings(tuned, score, train, evaluate, compute)
+        result = repair(run, out, progress, patch, add_patch=add_patch, base=base)
+    _show_run(result, out, result["base"]["name"])
 
 
 @options.command("protect")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from safeweights_peft.errors import SettingsError
-from safeweights_peft.scales import split_scale
+from safeweights_peft.scales import ADDED, STEPS, split_scale
 from safeweights_peft.schema import Setting, Settings, settings_of
 from safeweights_peft.settings import RunSettings
 
@@ -229,6 +229,7 @@ class _Patch(click.ParamType):
         return ADAPTER.convert(path, param, ctx), scale
 
 
+added, repair_steps = option(ADDED), option(STEPS, "Training")
 ADAPTER, PATCH = _Adapter(), _Patch()
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -25,7 +25,7 @@ from safeweights_peft.sources import public_source
 REPRODUCE = "reproduce.json"
 """The record of the run, among the results of what it made."""
 
-OF_ADAPTER = ("enhancement", "reproduction")
+OF_ADAPTER = ("enhancement", "repair", "reproduction")
 """Kinds of results that are always of an adapter; others may be of its map, and aren't shown."""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safeweights_peft.errors import DataError
@@ -26,12 +27,20 @@ from safeweights_peft.settings import ComputeSettings, RunSettings, ScoreSetting
 from safeweights_peft.sources import Row
 
 SAMPLES = 5  # answers of each kind that a result shows
+ORIGIN_FILE = "repair.json"  # what a run starts from beside its settings
+MODEL = "model"  # what a repair merged before all else
+Steps = Mapping[str, tuple[str, Callable[[Path], object]]]
+"""What makes a run's map and patch, in order and by name, each with what is said of it."""
+
+_OTHER_OUT = "delete the directory, or give another --out"
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _RESULTS = ("before.json", "map", "patch", "after.json", "sweep.json", REPRODUCE, "result.json")
 # What depends on the settings of one job alone; all results do on the others.
 _MADE_WITH = {
     "score": _RESULTS[1:],
     "train": _RESULTS[2:],
     "evaluate": ("before.json", *_RESULTS[3:]),
+    "repair": _RESULTS[1:],
 }
 
 
@@ -51,62 +60,104 @@ def enhance(
     job = job or Job(settings.base, settings.compute, progress)
     evaluator = Evaluator(job, settings.evaluate, samples=SAMPLES)
     results = ("result.json", *(["sweep.json"] if max_asr is not None else []))
-    learned = _check(job, evaluator, settings, out, results)
+    compare(out, settings)
+    if all((out / name).exists() for name in results):
+        learned = []  # a finished run is shown again even where its base is gone
+    else:
+        learned = check_run(job, evaluator, settings, out)
     with lock(out, DataError):
-        _claim(out, settings, job)
+        claim(out, settings, lambda: load_first(job, out))
         evaluator.note_shared(learned)
         return _run(job, evaluator, settings, out, max_asr)
+
+
+def load_first(job: Job, out: Path) -> None:
+    """Load a base before a run is claimed: one that can't be loaded leaves no directory."""
+    if not (out / "before.json").exists():
+        _ = job.model
 
 
 def _run(
     job: Job, evaluator: Evaluator, settings: RunSettings, out: Path, max_asr: float | None
 ) -> dict[str, Any]:
-    stages = iter(range(1, 6))
-
-    def note(text: str) -> None:
-        job.progress.note(f"[{next(stages)}/{4 if max_asr is None else 5}] {text}")
-
-    note("Evaluate the base")
-    before = once(out / "before.json", evaluator.evaluate)
-    map_dir, patch_dir = out / "map", out / "patch"
-    note("Score its weights")
-    if not map_dir.exists():
-        score(job, map_dir, settings.score)
-    note("Train the selected weights")
-    if not patch_dir.exists():
-        train(job, map_dir, patch_dir, settings.train)
-    note("Evaluate the patched model")
-    patch = read_patch(patch_dir)
-    content_id = patch.metadata.content_id
-    after = once(out / "after.json", lambda: evaluator.evaluate(patch_dir, patch))
-    _check_content(after, content_id, out / "after.json")
+    steps: Steps = {
+        "map": ("Score its weights", lambda path: score(job, path, settings.score)),
+        "patch": (
+            "Train the selected weights",
+            lambda path: train(job, out / "map", path, settings.train),
+        ),
+    }
+    note = number_stages(job, 4 if max_asr is None else 5)
+    before, after, patch = make_patch(evaluator, out, steps, note)
     figures = {"before": pick_figures(before), "after": pick_figures(after)}
     recorded = once(
         out / REPRODUCE, lambda: asdict(record_run(settings, job, patch.metadata, **figures))
     )
-    _check_content(recorded, content_id, out / REPRODUCE)
-    content, chosen, swept = inspect(patch_dir), figures["after"], None
+    _check_content(recorded, patch.metadata.content_id, out / REPRODUCE)
+    chosen, swept = figures["after"], None
     if max_asr is not None:
         note("Evaluate the patch at other scales")
-        swept = once(out / "sweep.json", lambda: _sweep(evaluator, patch_dir, patch, **figures))
-        _check_content(swept, content_id, out / "sweep.json")
+        swept = once(out / "sweep.json", lambda: _sweep(evaluator, out / "patch", patch, **figures))
+        _check_content(swept, patch.metadata.content_id, out / "sweep.json")
         scale = pick_scale(swept["rows"], max_asr, None)
         # Where the base is safe enough, the question is still what the patch does.
         chosen = next((row for row in swept["rows"] if scale and row["scale"] == scale), chosen)
         swept = {"max_asr": max_asr, "scale": scale, "rows": swept["rows"]}
+    return write_result(out, "enhancement", settings, before, after, chosen, sweep=swept)
+
+
+def number_stages(job: Job, total: int) -> Callable[[str], None]:
+    """Make what tells of a run's stages, and which of how many each is."""
+    numbers: Iterator[int] = iter(range(1, total + 1))
+    return lambda text: job.progress.note(f"[{next(numbers)}/{total}] {text}")
+
+
+def make_patch(
+    evaluator: Evaluator,
+    out: Path,
+    steps: Steps,
+    note: Callable[[str], None],
+    base: str = "base",
+) -> tuple[dict[str, Any], dict[str, Any], StoredPatch]:
+    """Do what isn't done yet: evaluate a base, make its patch, evaluate both together."""
+    note(f"Evaluate the {base}")
+    before = once(out / "before.json", evaluator.evaluate)
+    for name, (title, make) in steps.items():
+        note(title)
+        if not (out / name).exists():
+            make(out / name)
+    note("Evaluate the patched model")
+    patch = read_patch(out / "patch")
+    after = once(out / "after.json", lambda: evaluator.evaluate(out / "patch", patch))
+    _check_content(after, patch.metadata.content_id, out / "after.json")
+    return before, after, patch
+
+
+def write_result(
+    out: Path,
+    kind: str,
+    settings: RunSettings,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    chosen: Mapping[str, Any] | None = None,
+    **content: Any,
+) -> dict[str, Any]:
+    """Sum a run up; what came of it is told by the figures that were chosen, or those after."""
+    patch = inspect(out / "patch")
+    figures = {"before": pick_figures(before), "after": pick_figures(after)}
     result = {
-        "kind": "enhancement",
+        "kind": kind,
         "base": before["base"],
-        "content_id": content_id,
+        "content_id": after["content_id"],
         "patch": {
-            "path": str(patch_dir),
-            "entries": content["entries"],
-            "share_of_weights": content["entries"] / content["selection"]["total_parameters"],
-            "size_bytes": content["size_bytes"],
+            "path": str(out / "patch"),
+            "entries": patch["entries"],
+            "share_of_weights": patch["entries"] / patch["selection"]["total_parameters"],
+            "size_bytes": patch["size_bytes"],
         },
         **figures,
-        "sweep": swept,
-        "outcome": find_outcome(figures["before"], chosen)._asdict(),
+        **content,
+        "outcome": find_outcome(figures["before"], chosen or figures["after"])._asdict(),
         "answers": _pair_samples(before, after),
         "settings": to_json(settings),
     }
@@ -145,36 +196,53 @@ def _pair_samples(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
     }
 
 
-def _check(
-    job: Job, evaluator: Evaluator, settings: RunSettings, out: Path, results: Sequence[str]
+def check_run(
+    job: Job,
+    evaluator: Evaluator,
+    settings: RunSettings,
+    out: Path,
+    places: Mapping[str, Path] = _NOTHING,
+    *,
+    scores: bool = True,
+    trains: bool = True,
 ) -> list[Row]:
     """Refuse now what a step would refuse hours later; return the requests to learn from."""
-    inputs, (harmful, benign) = read_inputs(settings.score), read_requests(settings.train)
-    _compare(out, settings)
-    if all(
-        (out / name).exists() for name in results
-    ):  # a finished run is shown again even where its base is gone
-        return []
-    places = {f"the judge {judge.name}": judge.path for judge in inputs.judges}
+    harmful, benign = read_requests(settings.train) if trains else ([], [])
+    learned, requests, answered = [*harmful, *benign], benign, harmful
+    if scores:
+        inputs = read_inputs(settings.score)
+        learned = [*inputs.harmful, *inputs.benign, *learned]
+        places = {**places} | {f"the judge {judge.name}": judge.path for judge in inputs.judges}
+        asked, read = requests_of(settings.score, inputs)
+        requests, answered = [*asked, *requests], [*read, *answered]
     check_apart(out, {"the base": job.base.path, **places}, DataError)
     evaluator.check()
-    requests, answered = requests_of(settings.score, inputs)
-    job.check([*requests, *benign], [*answered, *harmful])
-    check_base(job, settings.score)
-    job.check_exact(job.layout.values())
-    return [*inputs.harmful, *inputs.benign, *harmful, *benign]
+    job.check(requests, answered)
+    if scores:
+        check_base(job, settings.score)
+    if trains:
+        job.check_exact(job.layout.values())
+    return learned
 
 
-def _claim(out: Path, settings: RunSettings, job: Job) -> None:
-    """Make the run's directory, or check that a run with the same settings made it."""
-    _compare(out, settings)
-    if not (out / "before.json").exists():
-        _ = job.model  # a base that can't be loaded leaves no claimed directory
+def claim(
+    out: Path,
+    settings: RunSettings,
+    load: Callable[[], object],
+    origin: Mapping[str, Any] = _NOTHING,
+) -> None:
+    """Make a run's directory once what it needs is loaded, or check that the same run made it."""
+    compare(out, settings, origin)
+    load()
     if not (out / "settings.json").exists() or _read_settings(out) != flatten(settings):
         write_json(out / "settings.json", asdict(settings))
+    if origin:
+        write_json(out / ORIGIN_FILE, {**origin})
+    else:
+        (out / ORIGIN_FILE).unlink(missing_ok=True)
 
 
-def _compare(out: Path, settings: RunSettings) -> None:
+def compare(out: Path, settings: RunSettings, origin: Mapping[str, Any] = _NOTHING) -> None:
     """Refuse a directory with results that were made with other settings, or with other files."""
     check_new(out, DataError)
     if not (out / "settings.json").exists():
@@ -187,14 +255,16 @@ def _compare(out: Path, settings: RunSettings) -> None:
     # A run that is older than a setting was made without it.
     older = {"score": find_older(ScoreSettings), "train": find_older(TrainSettings)}
     defaults = flatten({"compute": to_json(ComputeSettings()), **older})
-    recorded, given = defaults | _read_settings(out), flatten(settings)
+    recorded, given = defaults | _read_settings(out), flatten(settings) | flatten(origin)
+    if (out / ORIGIN_FILE).exists():
+        recorded |= flatten(read_json(out / ORIGIN_FILE, DataError, _OTHER_OUT))
     changed = [
         f"{key} ({recorded.get(key)} there, {given.get(key)} here)"
         for key in sorted(recorded.keys() | given.keys())
         if recorded.get(key) != given.get(key)
         and any(
             (out / name).exists() or find_work(out / name)  # a step that was interrupted
-            for name in _MADE_WITH.get(key.split(".")[0], _RESULTS)
+            for name in _MADE_WITH.get(key.split(".")[0], (MODEL, *_RESULTS))
         )
     ]
     if changed:
@@ -207,8 +277,7 @@ def _compare(out: Path, settings: RunSettings) -> None:
 
 
 def _read_settings(out: Path) -> dict[str, Any]:
-    hint = "delete the directory, or give another --out"
-    return flatten(read_json(out / "settings.json", DataError, hint))
+    return flatten(read_json(out / "settings.json", DataError, _OTHER_OUT))
 
 
 def _check_content(record: Mapping[str, Any], content_id: str | None, source: Path) -> None:

@@ -76,7 +76,7 @@ def protect_lora(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a LoRA with a correction, or its base with it merged in around the safety weights."""
-    artifact, folder = read_artifact(map_dir), _find_lora(lora)
+    artifact, folder = read_artifact(map_dir), find_lora(lora)
     compute = compute or ComputeSettings()
     job = Job(find_base(base, [folder], compute.revision), compute, progress)
     evaluator = Evaluator(job, settings) if settings else None
@@ -121,7 +121,7 @@ def _write_protected(
     if merged:
         with draft_copy(job.reader, out, overwrite=overwrite) as draft:
             plain = adapted.merge_and_unload()
-            _check_ties(plain, layout)
+            check_ties(plain, layout)
             write_parameters(draft, plain, layout)
             put_back(job.reader, draft, artifact)
     else:
@@ -130,7 +130,7 @@ def _write_protected(
     return values
 
 
-def _check_ties(model: PreTrainedModel, layout: Collection[str]) -> None:
+def check_ties(model: PreTrainedModel, layout: Collection[str]) -> None:
     """Refuse a parameter that the base shares with another, and that was trained apart from it."""
     for name, _ in model.named_parameters():
         if name not in layout:
@@ -140,7 +140,7 @@ def _check_ties(model: PreTrainedModel, layout: Collection[str]) -> None:
             )
 
 
-def _find_lora(lora: str) -> Path:
+def find_lora(lora: str) -> Path:
     """Find a LoRA's directory, downloaded if need be."""
     folder = Path(lora)
     if not folder.is_dir():

@@ -152,10 +152,11 @@ def describe_model(model: BaseModel) -> ModelFiles:
     """Name a model and hash its files."""
     paths = {path for pattern in MODEL_FILES for path in model.path.glob(pattern)}
     name = model.name if model.revision else public_name(model.name)
-    return ModelFiles(name, model.revision, {path.name: _hash(path) for path in sorted(paths)})
+    return ModelFiles(name, model.revision, {path.name: hash_file(path) for path in sorted(paths)})
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Digest a file."""
     with path.open("rb") as file:  # in pieces: weights can be larger than the memory
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 

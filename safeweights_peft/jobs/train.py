@@ -122,6 +122,14 @@ def _save(
     dtypes = {tensor.dtype for tensor in metadata.tensors.values()}
     model.peft_config["default"].values_dtype = "float32" if "float32" in dtypes else "bfloat16"
     round_values(model)
+    with publish(out, overwrite, FormatError) as draft:
+        model.save_pretrained(str(draft))
+        write_card(draft, metadata)
+        write_json(draft / LOSSES_FILE, record)
+
+
+def write_card(folder: Path, metadata: AdapterMetadata) -> None:
+    """Write the card of a patch beside it."""
     card = render_card(
         "patch",
         metadata.base_model_name_or_path,
@@ -130,7 +138,4 @@ def _save(
         tensors=len(metadata.tensors),
         chat=chat_rows(read_chat(metadata.selection)),
     )
-    with publish(out, overwrite, FormatError) as draft:
-        model.save_pretrained(str(draft))
-        (draft / CARD_FILE).write_text(card, encoding="utf-8")
-        write_json(draft / LOSSES_FILE, record)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -85,9 +85,9 @@ def report_run(
 def _read_result(path: Path) -> dict[str, Any]:
     """Read a run's result; of an earlier version's, what it lacks follows from the rest."""
     result = read_json(path, ReportError)
-    if result.get("kind") != "enhancement":
+    if result.get("kind") not in ("enhancement", "repair"):
         raise ReportError(
-            f"{path}: expected the result of `safeweights enhance`, found kind "
+            f"{path}: expected the result of `safeweights enhance` or `repair`, found kind "
             f"{str(result.get('kind'))[:80]}; give the directory of a run, or a safety map"
         )
     try:
