@@ -48,7 +48,7 @@ def test_the_commands_are_listed_by_what_they_are_for() -> None:
     assert names == {
         "Make": ["enhance", "score", "train", "eval"],
         "Use": ["merge", "unmerge", "convert", "export", "diff"],
-        "Fine-tune safely": ["preserve", "protect"],
+        "Fine-tune safely": ["preserve", "protect", "repair"],
         "Share": ["push", "pull", "list"],
         "Look": ["inspect", "report", "compare", "probe", "sweep", "chat"],
         "Trust": ["verify", "sign", "verify-signature", "reproduce"],
@@ -125,7 +125,7 @@ def test_every_command_can_print_json(command: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["enhance", "eval", "merge", "preserve", "probe", "reproduce", "score", "train"],
+    ["enhance", "eval", "merge", "preserve", "probe", "repair", "reproduce", "score", "train"],
 )
 def test_every_command_that_takes_long_has_a_dry_run(command: str) -> None:
     assert "--dry-run" in flags_of(command)
