@@ -121,7 +121,10 @@ def _check_settings(old: Artifact | None, add_patch: float | None) -> None:
     ADDED.check(add_patch)
     if add_patch is not None and not isinstance(old, StoredPatch):
         found = "a safety map, which has no values" if old else "none"
-        raise SettingsError(f"--add-patch: expected a patch as --patch with it, found {found}")
+        raise SettingsError(
+            f"--add-patch: expected a patch as --patch with it, found {found}; "
+            "give the patch whose values to add"
+        )
 
 
 def find_tuned(tuned: str, base: str | None = None) -> tuple[str, Path | None]:

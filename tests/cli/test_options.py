@@ -29,6 +29,7 @@ JOBS: dict[str, list[type[Settings]]] = {
     "eval": [EvaluateSettings, ComputeSettings],
     "preserve": [PreserveSettings, EvaluateSettings, ComputeSettings],
     "protect": [EvaluateSettings, ComputeSettings],
+    "repair": [EvaluateSettings, ComputeSettings],
     "probe": [ProbeSettings, EvaluateSettings, ComputeSettings],
 }
 WRONG = {int: (0, -1, 10**400), float: (math.nan, math.inf, -math.inf, -1.0)}
