@@ -108,9 +108,7 @@ def repair(
         return write_result(
             *(out, "repair", settings, before, after),
             sweep=None,
-            old_patch=None
-            if patch is None
-            else {"path": str(patch), "content_id": origin["patch"]},
+            old_patch=None if patch is None else {"path": str(patch), "content_id": content_id},
             add_patch=add_patch,
             lora={"path": str(lora), **origin["lora"]} if lora else None,
         )
