@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from preserving_times import time_anchor
 from safer_start import write_model
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -27,8 +28,10 @@ from safeweights_peft.jobs.evaluate import TASK_TOKENS
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import load_patched
 from safeweights_peft.jobs.preserve import preserve_model
+from safeweights_peft.jobs.repair import repair
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.work import once
+from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.protect import protect
 from safeweights_peft.modeling.answers import answer_logits, find_layout
 from safeweights_peft.modeling.loading import load_model
@@ -36,10 +39,13 @@ from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.schema import to_json
 from safeweights_peft.settings import (
     ComputeSettings,
+    EvaluateSettings,
     Method,
     PreserveMethod,
     PreserveSettings,
+    RunSettings,
     ScoreSettings,
+    TrainSettings,
 )
 from safeweights_peft.sources import Row, data_digest
 from safeweights_peft.training.finetune import fine_tune
@@ -74,16 +80,27 @@ TRAININGS: Mapping[str, Training] = {
     "frozen": Training(frozen=SAFETY),
     "random": Training(frozen="random"),
     "frozen-30": Training(frozen="esi-30"),
+    "anchor": Training(anchor=True),
+    "anchor-frozen": Training(frozen=SAFETY, anchor=True),
     "lora-nothing": Training(LORA),
     "lora-frozen": Training(LORA, SAFETY),
+    "lora-anchor": Training(LORA, anchor=True),
+    "lora-anchor-frozen": Training(LORA, SAFETY, anchor=True),
     "mixed-nothing": Training(is_mixed=True),
+    "mixed-anchor": Training(anchor=True, is_mixed=True),
+    "mixed-anchor-frozen": Training(frozen=SAFETY, anchor=True, is_mixed=True),
     "raw": Training(control="raw"),
     "bf16": Training(control="bf16"),
 }
-ADDED = (0.25, 0.5, 1.0)
+REPAIRS, ADDED = (30, 100), (0.25, 0.5, 1.0)
 # Of the model that "nothing" trained.
-AFTERWARDS = ("protect", *(f"add-{weight:g}" for weight in ADDED))
-ROWS = ("before", *TRAININGS, *AFTERWARDS)
+AFTERWARDS = (
+    *(f"repair-{steps}" for steps in REPAIRS),
+    "protect",
+    *(f"add-{weight:g}" for weight in ADDED),
+)
+TIMES = {"time-full": Training(anchor=True), "time-lora": Training(LORA, anchor=True)}
+ROWS = ("before", *TRAININGS, *AFTERWARDS, *TIMES)
 
 
 @dataclass(frozen=True)
@@ -97,14 +114,15 @@ class Plan:
     problems: int = 1600
     instructions: int = 800
     tests: int = 100  # rows of each kind that measure the task loss
-    examples: int = 64  # that select weights
+    examples: int = 64  # that select weights, or make an anchor whose time is measured
+    blocks: int = 10  # of steps that are timed, from one with the anchor to the next
     least_density: float = 1e-7  # as good as nothing frozen
     seed: int = 0
 
     @classmethod
     def tiny(cls, steps: int) -> "Plan":
         """Shrink everything, to try whether it runs."""
-        return cls(steps, 2, 8, 4, 6, 4, 2, 4, 1e-3)
+        return cls(steps, 2, 8, 4, 6, 4, 2, 4, 2, 1e-3)
 
     def select(self, name: str) -> ScoreSettings:
         """Return how a selection is made: of the safety weights, of others, or of next to none."""
@@ -172,13 +190,13 @@ class Study:
         }
         if row == "before":
             return identity
-        training = TRAININGS.get(row, TRAININGS[NOTHING])
+        training = {**TRAININGS, **TIMES}.get(row, TRAININGS[NOTHING])
         identity |= {
             "plan": asdict(self.plan),
             "training": asdict(training),
             "mixed": self.data.mixed_id if training.is_mixed else None,
         }
-        if training.frozen == SAFETY or row == "protect":
+        if training.frozen == SAFETY or row == "protect" or row.startswith("repair"):
             patch = self.start.patch
             identity["patch"] = read_artifact(patch).metadata.content_id if patch else None
         return identity
@@ -196,7 +214,7 @@ class Study:
             batch_size=plan.batch_size,
             max_answer_tokens=plan.answer_tokens,
             learning_rate=BFLOAT16_RATE if training.control == "bf16" else None,
-            anchor=False,
+            anchor=training.anchor,
             seed=plan.seed,
         )
 
@@ -209,6 +227,12 @@ class Study:
     def _run(self, row: str) -> dict[str, Any]:
         started = time.perf_counter()
         figures: dict[str, Any] = {"row": row, "identity": self.identify(row)}
+        if row in TIMES:
+            settings = self.make_settings(TIMES[row])
+            job, plan = Job(self.start.path, self.compute), self.plan
+            figures["device"] = str(job.device)
+            times = time_anchor(job, self.data.task, settings, plan.examples, plan.blocks)
+            return {**figures, "times": times}
         if row == "before":
             made = self.start.path
         elif row in TRAININGS:
@@ -286,11 +310,27 @@ class Study:
         if folder.exists():
             return folder
         kind, _, size = row.partition("-")
-        if kind == "protect":
+        if kind == "repair":
+            self._repair(tuned, min(int(size), self.plan.steps), folder)
+        elif kind == "protect":
             protect(tuned, self.start.path, self.find_map(SAFETY), folder)
         else:
             add_safety(tuned, self.start, float(size), folder)
         return folder
+
+    def _repair(self, tuned: Path, steps: int, folder: Path) -> None:
+        """Make a model safe again, and merge the patch that does."""
+        run = folder.with_name(f"{folder.name}-run")  # a second call resumes there
+        settings = RunSettings(
+            str(tuned),
+            self.plan.select(SAFETY),
+            TrainSettings(steps=steps, seed=self.plan.seed),
+            EvaluateSettings(limit=1),  # measured below, with all others
+            compute=self.compute,
+        )
+        repair(settings, run, patch=self.start.patch)
+        merge(tuned, [run / "patch"], folder)
+        shutil.rmtree(run)
 
     # --- measuring ---
 

@@ -5,10 +5,11 @@
 
 Two start models are fine-tuned on a task, in full or by LoRA: "patch", BASE with PATCH merged, and
 "deep", all of whose weights learned to refuse (`safer_start.py` makes it). A row freezes the safety
-weights ("frozen": the patch's, or 1 % by ESI), others, or as good as none ("nothing"); trains on
-rows of which one in twenty is harmful ("mixed"), on raw text ("raw"), or with the weights in
-bfloat16 ("bf16"); or changes what "nothing" trained: puts the safety weights back ("protect"), or
-adds a part of what made the start model safe ("add-0.5").
+weights ("frozen": the patch's, or 1 % by ESI), others, or as good as none ("nothing"); holds the
+model's own answers ("anchor"); trains on rows of which one in twenty is harmful ("mixed"), on raw
+text ("raw"), or with the weights in bfloat16 ("bf16"); or changes what "nothing" trained: repairs
+it ("repair-30", by 30 steps), puts the safety weights back ("protect"), or adds a part of what made
+the start model safe ("add-0.5"). "time" is what a step takes with an anchor, to one without.
 
 The task are the first rows of --problems (GSM8K's train.jsonl) and of --instructions (LLaMA-
 Factory's alpaca_en_demo.json, less those of --benign); the rows after them measure the task loss.
@@ -22,6 +23,7 @@ import argparse
 import fnmatch
 import json
 import math
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -34,6 +36,7 @@ from patch_study import print_row, rate_text, text
 from preserving_rows import (
     MIXED_FRACTION,
     ROWS,
+    TIMES,
     Data,
     Plan,
     Start,
@@ -42,6 +45,7 @@ from preserving_rows import (
     short_digest,
     write_rows,
 )
+from transformers.utils import logging
 
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.jobs.job import Job
@@ -52,7 +56,14 @@ from safeweights_peft.sources import Row, data_digest, read_rows
 
 TINY_ROWS = 4  # asked, of each kind
 STARTS = ("patch", "deep")
-COMPARED: Sequence[tuple[str, str]] = (("frozen", "nothing"), ("frozen", "random"))
+COMPARED: Sequence[tuple[str, str]] = (
+    ("frozen", "nothing"),
+    ("frozen", "random"),
+    ("anchor-frozen", "anchor"),
+    ("lora-frozen", "lora-nothing"),
+    ("lora-anchor-frozen", "lora-anchor"),
+    ("mixed-anchor-frozen", "mixed-anchor"),
+)
 """Rows of which the table says what the first has over the second."""
 
 Figures = Mapping[str, Any]
@@ -62,6 +73,7 @@ def main() -> None:
     """Run what is missing, then print the tables of what is there."""
     # PEFT asks transformers by an old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    logging.disable_progress_bar()
     arguments = parse_arguments()
     rows = find_rows(arguments.rows)
     plan = Plan.tiny(arguments.steps or 3) if arguments.tiny else Plan(arguments.steps or 1000)
@@ -239,6 +251,7 @@ def print_tables(study: Study) -> None:
         for row in ROWS
         if (path := study.find_path(row)).exists()
     }
+    timed = {row: found.pop(row) for row in TIMES if row in found}
     print(f"\nStart model: {study.start.name}. In bold where the interval holds no equality.\n")
     titles = ["row", "ASR", "to before, points", "over-refusal", "to before, points"]
     titles += ["task loss", "to nothing kept", "garbage", "frozen that moved", "others"]
@@ -277,6 +290,21 @@ def print_tables(study: Study) -> None:
             f"- {first} against {second}: ASR {asr}, over-refusal {refused}, task loss "
             f"{write_loss(one, other)}"
         )
+    if timed:
+        print_times(timed)
+
+
+def print_times(timed: Mapping[str, Figures]) -> None:
+    """Print what a step takes with an anchor and without."""
+    print("\nMedian time per step, and of the ratios, with the least and the largest:\n")
+    print_row(["row", "rows per step", "plain", "with anchor", "ratio"])
+    print_row(["---"] * 5)
+    for row, figures in timed.items():
+        for size, times in figures["times"].items():
+            ratios = times["ratios"]
+            ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+            seconds = [f"{1000 * times[key]:.0f} ms" for key in ("plain", "kept")]
+            print_row([f"{row}, {figures['device']}", size, *seconds, ratio])
 
 
 def write_points(first: str, second: str, counted: str) -> str:

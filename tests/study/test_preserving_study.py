@@ -64,7 +64,8 @@ def test_losses_are_means_over_tokens_and_compared_on_the_same_answers(
 
 
 def test_rows_are_found_by_names_and_patterns(script: ModuleType) -> None:
-    assert script.find_rows("raw,lora-*,raw") == ["before", "raw", "lora-nothing", "lora-frozen"]
+    found = script.find_rows("raw,add-*,raw")
+    assert found == ["before", "raw", "add-0.25", "add-0.5", "add-1"]
     assert script.find_rows(",".join(script.ROWS)) == [*script.ROWS]
     with pytest.raises(SystemExit, match="expected some of before, nothing"):
         script.find_rows("all")
@@ -177,7 +178,14 @@ def test_a_study_prints_its_tables_and_resumes(
     lines = printed.splitlines()
     assert lines[1].startswith("Start model: patch.")
     table = [line for line in lines if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {row}" for row in script.ROWS]
+    measured = [row for row in script.ROWS if row not in script.TIMES]
+    assert [line.split(" | ")[0] for line in table[2:][: len(measured)]] == [
+        f"| {row}" for row in measured
+    ]
+    timed = [line.split(" | ") for line in table if line.startswith("| time")]
+    assert [cells[:2] for cells in timed] == [
+        [f"| {row}, cpu", size] for row in script.TIMES for size in ("2", "8")
+    ]
     assert "frozen against nothing: ASR +" in printed
     (frozen,) = (line for line in table if line.startswith("| frozen |"))
     assert " | 0 of " in frozen
