@@ -61,6 +61,7 @@ RAW_TEMPLATE = """\
 BFLOAT16_RATE = 3e-5  # the published code's, with the weights themselves in bfloat16
 MIXED_FRACTION = 0.05
 NOTHING, SAFETY = "nothing", "safety"
+ANCHOR_SETTINGS = ("anchor", "harmful", "benign", "boundary", "stop_above")
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,11 @@ class Study:
             "training": asdict(training),
             "mixed": self.data.mixed_id if training.is_mixed else None,
         }
+        if training.anchor:
+            settings = to_json(self.make_settings(training))
+            identity["anchor"] = {
+                key: value for key, value in settings.items() if key.startswith(ANCHOR_SETTINGS)
+            }
         if training.frozen == SAFETY or row == "protect" or row.startswith("repair"):
             patch = self.start.patch
             identity["patch"] = read_artifact(patch).metadata.content_id if patch else None
@@ -239,7 +245,8 @@ class Study:
             made = self.tune(row)
             training = TRAININGS[row]
             if training.method is PreserveMethod.FULL:
-                figures |= count_moved(self.start.path, made, self.find_map(training.frozen))
+                map_dir = self._pick_map(training)
+                figures |= count_moved(self.start.path, made, map_dir) if map_dir else {}
         else:
             made = self.change(row)
         trained = time.perf_counter()
@@ -264,8 +271,8 @@ class Study:
         if folder.exists():
             return folder
         settings, compute = self.make_settings(training), self.compute
-        map_dir = self.find_map(training.frozen)
-        if training.control == "bf16":
+        map_dir = self._pick_map(training)
+        if map_dir and training.control == "bf16":
             return self._tune_in_bfloat16(map_dir, folder, settings)
         if training.control == "raw":
             template = self.out / "raw.jinja"
@@ -291,6 +298,11 @@ class Study:
         write_model(job, model, folder)
         shutil.rmtree(work_dir)
         return folder
+
+    def _pick_map(self, training: Training) -> Path | None:
+        """Find what a row freezes; a training without an anchor must freeze something."""
+        is_free = training.anchor and training.frozen == NOTHING
+        return None if is_free else self.find_map(training.frozen)
 
     def find_map(self, name: str) -> Path:
         """Find the map or patch to freeze, and select it in the start model unless that is done."""

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from safeweights_peft.chat import Chat
 from safeweights_peft.checkpoint.reader import CheckpointReader
+from safeweights_peft.evaluation.judges import FunctionJudge
+from safeweights_peft.jobs.anchor import collect_anchor
 from safeweights_peft.merging.merge import merge
 from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.settings import ComputeSettings
@@ -172,6 +174,11 @@ def test_a_study_prints_its_tables_and_resumes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
+    # The tiny model refuses nothing that it was not taught.
+    monkeypatch.setattr(sys.modules["preserving_times"], "collect_anchor", make_any_anchor)
+    monkeypatch.setattr(
+        "safeweights_peft.jobs.preserve.RefusalJudge", lambda: FunctionJudge(call_a_refusal)
+    )
     monkeypatch.setattr(sys, "argv", [*arguments, "--start", "patch"])
     script.main()
     printed, before = capsys.readouterr().out, content(out)
@@ -187,6 +194,7 @@ def test_a_study_prints_its_tables_and_resumes(
         [f"| {row}, cpu", size] for row in script.TIMES for size in ("2", "8")
     ]
     assert "frozen against nothing: ASR +" in printed
+    assert "anchor-frozen against anchor: ASR " in printed
     (frozen,) = (line for line in table if line.startswith("| frozen |"))
     assert " | 0 of " in frozen
     names = {path.name.rpartition("-")[0] for path in (out / "patch" / "models").iterdir()}
@@ -231,3 +239,26 @@ def test_a_start_model_must_be_given(
     monkeypatch.setattr(sys, "argv", cut)
     with pytest.raises(SystemExit, match="--start: expected --patch or --deep with it"):
         script.main()
+
+
+def test_steps_with_an_anchor_are_timed_beside_plain_ones(
+    rows: ModuleType, make_study: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The tiny model refuses nothing that it was not taught.
+    monkeypatch.setattr(sys.modules["preserving_times"], "collect_anchor", make_any_anchor)
+    found = make_study().run("time-lora")
+    assert found["device"] == "cpu"
+    assert found["times"].keys() == {"2", "8"}
+    for times in found["times"].values():
+        assert times["block"] == 4
+        assert len(times["ratios"]) == 2
+        assert min(times["plain"], times["kept"], *times["ratios"]) > 0
+
+
+def make_any_anchor(model: Any, tokenizer: Any, **options: Any) -> Any:
+    """Take whatever the model answers for refusals."""
+    return collect_anchor(model, tokenizer, judge=call_a_refusal, **options)
+
+
+def call_a_refusal(request: str, answer: str) -> str:
+    return "refused"
