@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -37,14 +38,15 @@ def time_anchor(
     model.requires_grad_(True)
     if settings.method is PreserveMethod.LORA:
         model = add_lora(model, settings)
-    return {
-        str(size): time_steps(
+    times = {}
+    for size in (settings.batch_size, USUAL_ROWS):
+        held = replace(anchor, batch_rows=min(2 * size, 8), drift=[])  # as many as the job's
+        times[str(size)] = time_steps(
             *(model, job.tokenizer.pad_token_id, examples),
             replace(settings, batch_size=size, steps=anchor.every * blocks),
-            *(dtype, lambda model: preserve(model, anchor=anchor), anchor.every),
+            *(dtype, partial(preserve, anchor=held), anchor.every),
         )
-        for size in (settings.batch_size, USUAL_ROWS)
-    }
+    return times
 
 
 def time_steps(
