@@ -283,7 +283,9 @@ def preserve_command(
 @options.settings(ScoreSettings, TrainSettings, only="--lr --density --seed", group="Training")
 @options.settings(EvaluateSettings, only="--judge")
 @options.settings(ComputeSettings)
-@click.option("--base", help="Base of a LoRA.  [default: the one that it names]")
+@click.option(
+    "--base", help="Base of a LoRA: directory or Hub id.  [default: the one that it names]"
+)
 @options.out
 @options.settings_file
 @options.dry_run
