@@ -28,8 +28,10 @@ from safeweights_peft.jobs.evaluate import TASK_TOKENS
 from safeweights_peft.jobs.job import Job
 from safeweights_peft.jobs.load import load_patched
 from safeweights_peft.jobs.preserve import preserve_model
+from safeweights_peft.jobs.repair import repair
 from safeweights_peft.jobs.score import score
 from safeweights_peft.jobs.work import once
+from safeweights_peft.merging.merge import merge
 from safeweights_peft.merging.protect import protect
 from safeweights_peft.modeling.answers import answer_logits, find_layout
 from safeweights_peft.modeling.loading import load_model
@@ -37,10 +39,13 @@ from safeweights_peft.patch.io import read_artifact
 from safeweights_peft.schema import to_json
 from safeweights_peft.settings import (
     ComputeSettings,
+    EvaluateSettings,
     Method,
     PreserveMethod,
     PreserveSettings,
+    RunSettings,
     ScoreSettings,
+    TrainSettings,
 )
 from safeweights_peft.sources import Row, data_digest
 from safeweights_peft.training.finetune import fine_tune
@@ -88,9 +93,13 @@ TRAININGS: Mapping[str, Training] = {
     "raw": Training(control="raw"),
     "bf16": Training(control="bf16"),
 }
-ADDED = (0.25, 0.5, 1.0)
+REPAIRS, ADDED = (30, 100), (0.25, 0.5, 1.0)
 # Of the model that "nothing" trained.
-AFTERWARDS = ("protect", *(f"add-{weight:g}" for weight in ADDED))
+AFTERWARDS = (
+    *(f"repair-{steps}" for steps in REPAIRS),
+    "protect",
+    *(f"add-{weight:g}" for weight in ADDED),
+)
 TIMES = {"time-full": Training(anchor=True), "time-lora": Training(LORA, anchor=True)}
 ROWS = ("before", *TRAININGS, *AFTERWARDS, *TIMES)
 
@@ -193,7 +202,7 @@ class Study:
             identity["anchor"] = {
                 key: value for key, value in settings.items() if key.startswith(ANCHOR_SETTINGS)
             }
-        if training.frozen == SAFETY or row == "protect":
+        if training.frozen == SAFETY or row == "protect" or row.startswith("repair"):
             patch = self.start.patch
             identity["patch"] = read_artifact(patch).metadata.content_id if patch else None
         return identity
@@ -313,11 +322,27 @@ class Study:
         if folder.exists():
             return folder
         kind, _, size = row.partition("-")
-        if kind == "protect":
+        if kind == "repair":
+            self._repair(tuned, min(int(size), self.plan.steps), folder)
+        elif kind == "protect":
             protect(tuned, self.start.path, self.find_map(SAFETY), folder)
         else:
             add_safety(tuned, self.start, float(size), folder)
         return folder
+
+    def _repair(self, tuned: Path, steps: int, folder: Path) -> None:
+        """Make a model safe again, and merge the patch that does."""
+        run = folder.with_name(f"{folder.name}-run")  # a second call resumes there
+        settings = RunSettings(
+            str(tuned),
+            self.plan.select(SAFETY),
+            TrainSettings(steps=steps, seed=self.plan.seed),
+            EvaluateSettings(limit=1),  # measured below, with all others
+            compute=self.compute,
+        )
+        repair(settings, run, patch=self.start.patch)
+        merge(tuned, [run / "patch"], folder)
+        shutil.rmtree(run)
 
     # --- measuring ---
 

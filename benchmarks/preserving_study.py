@@ -7,9 +7,9 @@ Two start models are fine-tuned on a task, in full or by LoRA: "patch", BASE wit
 "deep", all of whose weights learned to refuse (`safer_start.py` makes it). A row freezes the safety
 weights ("frozen": the patch's, or 1 % by ESI), others, or as good as none ("nothing"); holds the
 model's own answers ("anchor"); trains on rows of which one in twenty is harmful ("mixed"), on raw
-text ("raw"), or with the weights in bfloat16 ("bf16"); or changes what "nothing" trained: puts the
-safety weights back ("protect"), or adds a part of what made the start model safe ("add-0.5").
-"time" is what a step takes with an anchor, to one without.
+text ("raw"), or with the weights in bfloat16 ("bf16"); or changes what "nothing" trained: repairs
+it ("repair-30", by 30 steps), puts the safety weights back ("protect"), or adds a part of what made
+the start model safe ("add-0.5"). "time" is what a step takes with an anchor, to one without.
 
 The task are the first rows of --problems (GSM8K's train.jsonl) and of --instructions (LLaMA-
 Factory's alpaca_en_demo.json, less those of --benign); the rows after them measure the task loss.
