@@ -332,10 +332,13 @@ def _borrow(base: Base) -> Iterator[None]:
         return
     training = [module for module in base.modules() if module.training]
     trained = [weight for weight in base.parameters() if weight.requires_grad]
+    caches = getattr(base.config, "use_cache", None)  # which a Trainer switches off for good
     base.eval().requires_grad_(False)
     try:
         yield
     finally:
+        base.eval()  # a training that broke off leaves it training
+        base.config.use_cache = caches
         for module in training:
             module.training = True
         for weight in trained:

@@ -291,7 +291,7 @@ def add_lora(model: PreTrainedModel, settings: PreserveSettings) -> PeftModel:
     except (ValueError, AttributeError, NotImplementedError) as error:
         raise UnsupportedFeatureError(
             f"model: expected one that PEFT can put LoRA on, found a {model.config.model_type}: "
-            f"{' '.join(str(error).split())[:200]}; choose --method full"
+            f"{' '.join(str(error).split())[:200]}; choose another --method"
         ) from error
 
 

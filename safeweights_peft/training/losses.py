@@ -146,7 +146,8 @@ def compute_retain_loss(logits: Tensor, targets: Targets, answer_ids: Tensor) ->
     tuned = sum_up(logits[scored], targets.token_ids[:, :width][scored].long())
     # All alike: an answer that begins as the base's is still another where later tokens differ, and
     # by a little they differ everywhere.
-    return F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1).mean()
+    divergence = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    return divergence.sum() / scored.sum().clamp(1)
 
 
 def compute_hinge_loss(logits: Tensor, targets: Targets, answer_ids: Tensor) -> Tensor:

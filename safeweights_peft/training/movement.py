@@ -39,6 +39,7 @@ def measure_movement(
     Weights beside which no LoRA stands are not there. An interrupted training resumes.
     """
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    mode, caches = model.training, getattr(model.config, "use_cache", None)  # which Trainer changes
     wrapped = add_lora(model, PreserveSettings(rank=1, seed=settings.seed))
     try:
         train_steps(
@@ -47,6 +48,8 @@ def measure_movement(
         yield _Changes(model)
     finally:
         wrapped.unload()
+        model.train(mode)
+        model.config.use_cache = caches
         for parameter, is_required in required.items():
             parameter.requires_grad_(is_required)
 

@@ -252,6 +252,10 @@ class _RefusalTrainer(Trainer):
         self._terms = {name: loss.item() for name, loss in terms if loss is not None}
         return losses.weigh(self._settings)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        # Trainer's own leaves out whatever stands below a module that is named like a norm.
+        return [name for name, _ in model.named_parameters()]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Into the trainer's own log, which its checkpoints keep: a resumed run returns all steps.
         super().log(logs | self._terms if "loss" in logs else logs, start_time)

@@ -114,6 +114,8 @@ def test_the_model_stays_as_it_was(tiny_llama: Path, tmp_path: Path, is_broken_o
         assert parameter.requires_grad == required[name], name
         assert parameter.grad is None, name
     assert not hasattr(base.model, "peft_config")
+    assert not base.model.training
+    assert base.model.config.use_cache
 
 
 def test_weights_of_16_bits_move_by_steps_that_they_would_round_away(

@@ -361,6 +361,24 @@ def test_each_step_takes_back_a_fraction_of_all_values_at_any_rate(
             torch.testing.assert_close(moved[0.25][name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_values_below_a_module_named_like_a_norm_shrink_too(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, groups = Job(tiny_llama), []
+    module = sys.modules[train_to_refuse.__module__]
+
+    def run(trainer, on_step):
+        outer = nn.Module()
+        outer.add_module("input_layernorm", trainer.model)
+        names = trainer.get_decay_parameter_names(outer)
+        groups.extend(name for name, _ in outer.named_parameters() if name not in names)
+        return []
+
+    monkeypatch.setattr(module, "run_trainer", run)
+    job.run(tmp_path)
+    assert groups == []
+
+
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_auto_divides_the_gain_by_the_plain_sum_of_absolute_gradients(
     size: int, tiny_llama: Path
