@@ -12,28 +12,27 @@ second call goes on.
 
 import argparse
 import json
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from selection_study import measure, merit
-from transformers import get_cosine_schedule_with_warmup
 
 from safeweights_peft.chat import Chat
-from safeweights_peft.data import Example, collate
+from safeweights_peft.data import Example
 from safeweights_peft.evaluation.generate import generate_answers
 from safeweights_peft.fetching import resolve_base
 from safeweights_peft.files import write_json
-from safeweights_peft.modeling.answers import find_layout
 from safeweights_peft.modeling.loading import load_model, load_tokenizer
 from safeweights_peft.patch.io import file_bytes
 from safeweights_peft.settings import EvaluateSettings, PreserveSettings, TrainSettings
 from safeweights_peft.sources import read_rows, with_refusals
 from safeweights_peft.tables import rate_text
 from safeweights_peft.training.finetune import add_lora
-from safeweights_peft.training.losses import compute_losses, compute_targets
-from safeweights_peft.training.refuse import deal_steps
+from safeweights_peft.training.refuse import train_steps
 
 RECIPE = TrainSettings()
 
@@ -82,28 +81,16 @@ def validate(arguments: argparse.Namespace, rank: int, rate: float) -> dict[str,
 
 def train(arguments: argparse.Namespace, rank: int, rate: float) -> PeftModel:
     """Train a LoRA with SET's loss, at the batch sizes and on the schedule of its defaults."""
-    base, settings = resolve_base(arguments.base, None), RECIPE
+    base = resolve_base(arguments.base, None)
     tokenizer = load_tokenizer(base)
     model = load_model(base, getattr(torch, arguments.dtype), torch.device("cpu"))
     harmful, benign = read_examples(model, tokenizer)
-    targets = compute_targets(model, tokenizer, benign, settings)
-    wrapped = add_lora(model, PreserveSettings(rank=rank, seed=settings.seed)).train()
-    optimizer = torch.optim.AdamW(
-        [weight for weight in wrapped.parameters() if weight.requires_grad],
-        lr=rate,
-        weight_decay=0.0,
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    rows = {example: row for row, example in enumerate(benign)}
-    for refusals, answers in deal_steps(harmful, benign, [], settings):
-        batch = collate(refusals + answers, tokenizer.pad_token_id, find_layout(wrapped))
-        kept = targets.pick([rows[example] for example in answers])
-        losses = compute_losses(wrapped, batch, kept, settings)
-        losses.weigh(settings).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return wrapped.eval()
+    wrapped = add_lora(model, PreserveSettings(rank=rank, seed=RECIPE.seed))
+    # Nothing shrinks: a LoRA's factors start at random values.
+    settings = replace(RECIPE, learning_rate=rate, shrink=0.0)
+    with tempfile.TemporaryDirectory() as work_dir:
+        train_steps(wrapped, tokenizer, harmful, benign, settings, Path(work_dir))
+    return wrapped
 
 
 def read_examples(model: Any, tokenizer: Any) -> tuple[list[Example], list[Example]]:
