@@ -38,6 +38,7 @@ RECIPE = TrainSettings(
     harmful_batch_size=4,
     benign_batch_size=4,
     token_decay=0.7,
+    shrink=0.0,
 )
 """The same for all rows; fewer benign requests a step than the default, for time's sake."""
 
